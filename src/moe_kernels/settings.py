@@ -1,0 +1,36 @@
+"""The choices a user makes for the expert layers, validated in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GroupSize = int | str
+
+GROUP_SIZES: tuple[GroupSize, ...] = (64, 128, 256, "auto")
+BACKEND_NAMES: tuple[str, ...] = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class ExpertsSettings:
+    """How expert layers run. Every field changes what runs; none changes the result beyond rounding.
+
+    Attributes:
+        activation: key of :data:`moe_kernels.activation.ACTIVATIONS`.
+        group_size: rows per tile of the grouped GEMMs. Each tile of that many sorted rows belongs to one
+            expert. ``"auto"`` picks from the mean number of rows per expert.
+        persistent: one program per multiprocessor walks all tiles, instead of one program per tile.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+    """
+
+    activation: str = "silu"
+    group_size: GroupSize = 128
+    persistent: bool = True
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size={self.group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
+        if not isinstance(self.persistent, bool):
+            raise ValueError(f"persistent={self.persistent!r} must be true or false")
+        if self.backend not in BACKEND_NAMES:
+            raise ValueError(f"backend={self.backend!r} is not one of {', '.join(BACKEND_NAMES)}")
