@@ -10,6 +10,23 @@ GROUP_SIZES: tuple[GroupSize, ...] = (64, 128, 256, "auto")
 BACKEND_NAMES: tuple[str, ...] = ("auto", "triton", "torch")
 
 
+def check_settings(activation: str, group_size: GroupSize, persistent: bool, backend: str) -> None:
+    """Raise ValueError naming the valid values if a setting is not one of them."""
+    from moe_kernels.activation import ACTIVATIONS
+
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation={activation!r} is not supported; valid: {', '.join(sorted(ACTIVATIONS))}. "
+            "Train this model with experts_implementation='grouped_mm' instead."
+        )
+    if isinstance(group_size, bool) or group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size={group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
+    if not isinstance(persistent, bool):
+        raise ValueError(f"persistent={persistent!r} must be true or false")
+    if backend not in BACKEND_NAMES:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKEND_NAMES)}")
+
+
 @dataclass(frozen=True)
 class ExpertsSettings:
     """How expert layers run. Every field changes what runs; none changes the result beyond rounding.
@@ -28,9 +45,4 @@ class ExpertsSettings:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size={self.group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
-        if not isinstance(self.persistent, bool):
-            raise ValueError(f"persistent={self.persistent!r} must be true or false")
-        if self.backend not in BACKEND_NAMES:
-            raise ValueError(f"backend={self.backend!r} is not one of {', '.join(BACKEND_NAMES)}")
+        check_settings(self.activation, self.group_size, self.persistent, self.backend)

@@ -1,0 +1,143 @@
+"""Which backend runs an expert layer, why, and proof that it ran.
+
+A backend is a module with ``why_not(problem)`` and the nine steps called by :mod:`moe_kernels.moe`. Nothing falls
+back in silence: :func:`select` returns the reason for its choice, and every expert call is counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import importlib
+import logging
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from moe_kernels.settings import GroupSize
+
+logger = logging.getLogger("moe_kernels")
+
+BACKENDS: dict[str, str] = {"triton": "moe_kernels.triton_backend", "torch": "moe_kernels.torch_backend"}
+
+
+class UnsupportedProblem(ValueError):
+    """No backend, or not the one asked for, can run this problem; the message names the reason and the cure."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that decides whether a backend can run an expert layer.
+
+    Attributes:
+        device_type: "cuda", "cpu", ...
+        capability: CUDA compute capability such as (9, 0); None off CUDA.
+        dtype: compute dtype, that of the expert weights.
+        experts, top_k, hidden, intermediate: E, K, H, I.
+        activation, group_size, persistent: see :class:`moe_kernels.settings.ExpertsSettings`.
+    """
+
+    device_type: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    activation: str = "silu"
+    group_size: GroupSize = 128
+    persistent: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        gate_up: torch.Tensor,
+        top_k: int,
+        activation: str = "silu",
+        group_size: GroupSize = 128,
+        persistent: bool = True,
+    ) -> Problem:
+        """The problem posed by weights ``gate_up`` (E, 2I, H) and K experts per token."""
+        experts, two_i, hidden = gate_up.shape
+        return cls(
+            gate_up.device.type,
+            device_capability(gate_up.device),
+            gate_up.dtype,
+            experts,
+            top_k,
+            hidden,
+            two_i // 2,
+            activation,
+            group_size,
+            persistent,
+        )
+
+
+@functools.cache
+def device_capability(device: torch.device) -> tuple[int, int] | None:
+    """CUDA compute capability of ``device``, or None off CUDA."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    """Import the backend ``name``."""
+    return importlib.import_module(BACKENDS[name])
+
+
+def why_not(name: str, problem: Problem) -> str | None:
+    """None if backend ``name`` runs ``problem``, else the reason and the cure in one sentence."""
+    return load(name).why_not(problem)
+
+
+def explain(problem: Problem) -> list[tuple[str, str | None]]:
+    """``why_not`` of every backend, in order of preference."""
+    return [(name, why_not(name, problem)) for name in BACKENDS]
+
+
+@functools.lru_cache(maxsize=256)
+def select(problem: Problem, name: str = "auto") -> tuple[str, str]:
+    """The backend that runs ``problem`` and the reason, logged once per problem.
+
+    ``auto`` takes triton where it runs, and torch only off CUDA: on a GPU the torch backend would be a silent
+    slowdown, so it must be asked for by name.
+
+    Raises:
+        UnsupportedProblem: the backend asked for, or on CUDA the Triton backend, cannot run the problem.
+    """
+    if name != "auto":
+        reason = why_not(name, problem)
+        if reason is not None:
+            raise UnsupportedProblem(f"backend {name!r} cannot run this: {reason}")
+        chosen, why = name, "asked for by name"
+    elif problem.device_type == "cuda":
+        reason = why_not("triton", problem)
+        if reason is not None:
+            raise UnsupportedProblem(
+                f"the Triton kernels cannot run this: {reason} backend='torch' runs it slowly; "
+                "experts_implementation='grouped_mm' runs it without these kernels."
+            )
+        chosen, why = "triton", f"CUDA compute capability {problem.capability}"
+    else:
+        chosen, why = "torch", f"tensors are on {problem.device_type}, Triton kernels need an NVIDIA GPU"
+    logger.info("expert layers run on backend %s (%s)", chosen, why)
+    return chosen, why
+
+
+_counts: collections.Counter[str] = collections.Counter()
+
+
+def count_dispatch(name: str) -> None:
+    """Called once by every forward of the op that runs."""
+    _counts[name] += 1
+
+
+def dispatch_counts() -> dict[str, int]:
+    """Expert forward calls that ran since the start or the last reset, by backend."""
+    return dict(_counts)
+
+
+def reset_dispatch_counts() -> None:
+    """Forget the counts."""
+    _counts.clear()

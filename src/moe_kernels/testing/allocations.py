@@ -1,0 +1,44 @@
+"""Uninitialised memory that cannot be mistaken for zeros."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+_PLACES = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
+
+
+def poison_(t: Tensor) -> Tensor:
+    """Fill with NaN, or with a huge integer. Returns ``t``."""
+    if t.dtype == torch.bool:
+        return t.fill_(True)
+    if t.is_floating_point() or t.is_complex():
+        return t.fill_(float("nan"))
+    return t.fill_(torch.iinfo(t.dtype).max // 2)
+
+
+@contextmanager
+def poisoned_allocations(package: str = "moe_kernels") -> Iterator[None]:
+    """``torch.empty`` and its kin, called from ``package``, return NaN or huge integers.
+
+    Fresh pages are zero more often than not, so that code which forgets to write an element passes its tests and
+    fails in a long run. Only the package's own calls are touched.
+    """
+
+    def poisoned(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(*args: Any, **kwargs: Any) -> Tensor:
+            t = original(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            return poison_(t) if caller.startswith(package + ".") else t
+
+        return allocate
+
+    with mock.patch.multiple(torch, **{n: poisoned(getattr(torch, n)) for o, n in _PLACES if o is torch}):
+        with mock.patch.multiple(torch.Tensor, **{n: poisoned(getattr(torch.Tensor, n)) for o, n in _PLACES if o is torch.Tensor}):
+            yield

@@ -1,0 +1,130 @@
+"""How close is close enough, judged against a float64 truth and against plain PyTorch in the same dtype.
+
+A fixed ``atol`` hides a scale error of half a percent behind bf16 noise. Here a result passes when its error is
+no larger than the error plain PyTorch makes in the same dtype on the same data, when it has no bias (slope),
+and when NaN and infinity stand exactly where the truth has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RMS_FACTOR = 1.25
+MAX_FACTOR = 2.0
+SLOPE_LIMIT = 1e-3
+# Slack in units of the dtype's epsilon, for data on which plain PyTorch happens to be exact. In float32 the order
+# of summation alone moves an error by about this much; in 16 bits the final rounding dominates and needs less.
+_RMS_GRAIN = {torch.bfloat16: 0.1, torch.float16: 0.1, torch.float32: 2.0, torch.float64: 8.0}
+_MAX_GRAIN = {torch.bfloat16: 0.5, torch.float16: 0.5, torch.float32: 8.0, torch.float64: 32.0}
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """What was measured. Ratios are relative to plain PyTorch in the same dtype: 1.0 means equally accurate."""
+
+    rms_ratio: float
+    max_ratio: float
+    slope_error: float
+    exact_share: float
+    relative_rms: float
+
+
+def _rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def _peak(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def _slope(t: Tensor, truth: Tensor) -> float:
+    square = (truth * truth).sum().item()
+    return (t * truth).sum().item() / square if square else 1.0
+
+
+def _same_pattern(actual: Tensor, expected: Tensor, name: str) -> None:
+    for what, test in (("NaN", torch.isnan), ("infinity", torch.isinf)):
+        ours, truth = test(actual), test(expected)
+        if not torch.equal(ours, truth):
+            extra, lost = int((ours & ~truth).sum()), int((truth & ~ours).sum())
+            first = (ours != truth).nonzero()[0].tolist()
+            raise AssertionError(f"{name}: {what} at {extra} places where the truth has none, and none at {lost} "
+                                 f"places where it has; first at {first}")  # fmt: skip
+
+
+def assert_close_to_truth(
+    actual: Tensor,
+    truth_fp64: Tensor,
+    eager_same_dtype: Tensor,
+    name: str,
+    *,
+    min_exact_share: float = 0.0,
+) -> Closeness:
+    """Fail unless ``actual`` is as close to the truth as plain PyTorch in the same dtype, and unbiased.
+
+    Args:
+        actual: the tensor under test, any floating dtype.
+        truth_fp64: same shape, float64, computed from the same (already rounded) inputs.
+        eager_same_dtype: same shape and dtype as ``actual``, computed by plain PyTorch.
+        name: used in the message.
+        min_exact_share: smallest share of elements that must equal the rounded truth. Meaningful for one GEMM with
+            float32 accumulation (0.9), not across intermediate roundings.
+
+    Returns:
+        The measured ratios, so that drift can be recorded before it fails.
+
+    Raises:
+        AssertionError: naming every limit that was exceeded, with both numbers.
+    """
+    assert actual.shape == truth_fp64.shape, f"{name}: shape {tuple(actual.shape)}, truth {tuple(truth_fp64.shape)}"
+    assert actual.dtype == eager_same_dtype.dtype, f"{name}: dtype {actual.dtype}, eager {eager_same_dtype.dtype}"
+    dtype = actual.dtype
+    truth_fp64 = truth_fp64.detach().double()
+    # The pattern is judged after rounding: a float64 truth beyond float16's range is an infinity there.
+    _same_pattern(actual, truth_fp64.to(dtype), name)
+    finite = torch.isfinite(truth_fp64.to(dtype)) & torch.isfinite(eager_same_dtype)
+    truth = truth_fp64[finite]
+    ours = actual.detach().double()[finite]
+    eager = eager_same_dtype.detach().double()[finite]
+    count, epsilon = max(truth.numel(), 1), torch.finfo(dtype).eps
+    scale, top = _rms(truth), _peak(truth)
+
+    rms, rms_eager = _rms(ours - truth), _rms(eager - truth)
+    worst, worst_eager = _peak(ours - truth), _peak(eager - truth)
+    slope, slope_eager = _slope(ours, truth) - 1.0, _slope(eager, truth) - 1.0
+    # Few elements make noisy statistics: widen by the standard error of an rms over `count` samples.
+    rms_limit = RMS_FACTOR * rms_eager * (1 + 4 / count**0.5) + _RMS_GRAIN[dtype] * epsilon * scale
+    max_limit = MAX_FACTOR * worst_eager + _MAX_GRAIN[dtype] * epsilon * top
+    noise = 4 * max(rms_eager / scale if scale else 0.0, 0.3 * epsilon) / count**0.5
+    slope_limit = SLOPE_LIMIT + 2 * abs(slope_eager) + noise
+    exact = (ours == truth.to(dtype).double()).double().mean().item() if truth.numel() else 1.0
+
+    complaints = [
+        f"{what} {value:.3e} > {limit:.3e}"
+        for what, value, limit in (
+            ("rms error", rms, rms_limit),
+            ("max error", worst, max_limit),
+            ("slope error", abs(slope), slope_limit),
+        )
+        if value > limit
+    ]
+    if exact < min_exact_share:
+        complaints.append(f"only {exact:.1%} of elements equal the rounded truth (at least {min_exact_share:.0%})")
+    if complaints:
+        place = ""
+        if truth.numel():
+            at = torch.zeros_like(truth_fp64)
+            at[finite] = (ours - truth).abs()
+            index = tuple(i.item() for i in torch.unravel_index(at.argmax(), at.shape))
+            place = f"; worst at {index}: {actual[index].item():.6g}, truth {truth_fp64[index].item():.6g}"
+        raise AssertionError(f"{name} ({dtype}): " + ", ".join(complaints) + place)
+    return Closeness(
+        rms_ratio=rms / rms_eager if rms_eager else float(rms > 0),
+        max_ratio=worst / worst_eager if worst_eager else float(worst > 0),
+        slope_error=slope,
+        exact_share=exact,
+        relative_rms=rms / scale if scale else 0.0,
+    )
