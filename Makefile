@@ -1,0 +1,70 @@
+# make compare   train each model pair with and without the kernels and write the report
+# make test      the whole test suite (no GPU needed; uses one if there is one)
+# Both create .venv on the first call (about 3 minutes) and reuse it afterwards.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+NEWEST := .venv-newest
+NEWEST_READY := $(NEWEST)/.ready
+# What `make compare` compares: mixtral, qwen2-moe, deepseek-v3 or all.
+FAMILY ?= all
+# Further arguments, e.g. make compare ARGS="--steps 40 --fresh".
+ARGS ?=
+# The newest transformers the integration is tested with, and the two packages it pins.
+NEWEST_TRANSFORMERS := transformers==5.23.0 tokenizers==0.23.2 huggingface_hub==1.33.0
+
+.PHONY: help compare test test-kernels test-compiled test-newest lint docs clean
+help:
+	@sed -n '1,3p' Makefile
+	@echo "# make lint | docs | clean"
+
+# torch goes first and alone: axolotl's dependencies look at the installed torch.
+# The constraints follow the torch that came: the plain wheel on a machine with a GPU, a CPU build elsewhere.
+$(READY): pyproject.toml constraints-cpu.txt constraints-cuda.txt
+	@echo "== setting up .venv (first call only, a few minutes)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade pip setuptools wheel
+	@echo "== torch"
+	$(BIN)/python -m pip install torch==2.13.0
+	@echo "== axolotl, moe-kernels and the development tools"
+	constraints=$$($(BIN)/python -c 'import torch; print("constraints-cuda.txt" if torch.version.cuda else "constraints-cpu.txt")'); \
+	$(BIN)/python -m pip install -e '.[axolotl,dev]' -c "$$constraints"
+	touch $@
+
+$(NEWEST_READY): $(READY)
+	@echo "== the newest transformers, beside the one axolotl pins"
+	$(BIN)/python -m pip install --upgrade --no-deps --target $(NEWEST) $(NEWEST_TRANSFORMERS)
+	touch $@
+
+compare: $(READY)
+	$(BIN)/python -m moe_kernels compare $(FAMILY) $(ARGS)
+
+test: test-compiled test-newest test-kernels
+
+# Kernels run in triton's interpreter here, so that a machine without a GPU tests them.
+test-kernels: $(READY)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests --ignore=tests/aot --ignore=tests/device
+
+# A process of its own: triton reads TRITON_INTERPRET when a kernel is defined, and the compiler needs it unset.
+test-compiled: $(READY)
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests/aot tests/device
+
+test-newest: $(NEWEST_READY)
+	PYTHONPATH=$(NEWEST) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/integrations/test_transformers.py
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+docs: $(READY)
+	$(BIN)/python -m pip install -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+
+clean:
+	rm -rf .venv $(NEWEST) site artifacts build dist
