@@ -1,0 +1,127 @@
+"""The nine run files of ``configs/moe``: complete, comparable in pairs, and accepted by Axolotl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_kernels.shapes import FAMILIES, TOKENS_PER_STEP, Family
+
+FOLDER = Path(__file__).parents[1] / "configs" / "moe"
+PLUGIN = "axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin"
+OURS = {
+    "plugins": [PLUGIN],
+    "moe_kernels": True,
+    "moe_group_size": 128,
+    "moe_persistent_kernel": True,
+    "experts_implementation": "moe_kernels",
+    "wandb_project": "moe-kernels",
+}
+NAMING = {"wandb_name", "output_dir"}
+BASELINES = [family.baseline for family in FAMILIES.values()]
+WITH_KERNELS = [name for family in FAMILIES.values() for name in (family.optimized, family.test)]
+ALL = BASELINES + WITH_KERNELS
+
+each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
+    missing = object()
+    return {key for key in a.keys() | b.keys() if a.get(key, missing) != b.get(key, missing)}
+
+
+def test_exactly_these_nine_exist() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == {
+        "mixtral-1b-baseline.yml", "mixtral-8x7b-moe-optimized.yml", "mixtral-8x7b-moe-test.yml",
+        "qwen2-moe-1b-baseline.yml", "qwen2-moe-a14b-optimized.yml", "qwen2-moe-7b-test.yml",
+        "deepseek-v3-1b-baseline.yml", "deepseek-v3-1b-moe-optimized.yml", "deepseek-v3-1b-test.yml",
+    } == {*ALL}  # fmt: skip
+
+
+@each_family
+def test_pair_differs_only_in_the_kernels_and_the_run_name(family: Family) -> None:
+    baseline, optimized = load(family.baseline), load(family.optimized)
+    assert differing(baseline, optimized) == OURS.keys() | NAMING
+
+
+@each_family
+def test_quick_run_is_the_optimized_one_cut_short(family: Family) -> None:
+    optimized, quick = load(family.optimized), load(family.test)
+    assert differing(optimized, quick) == {"max_steps", "warmup_steps", *NAMING}
+    assert quick["max_steps"] <= 10 < optimized["max_steps"]
+
+
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_kernels_are_on(name: str) -> None:
+    config = load(name)
+    assert {key: config[key] for key in OURS} == OURS
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baseline_is_stock(name: str) -> None:
+    config = load(name)
+    assert not {key for key in config if key.startswith("moe_")}
+    assert not config.keys() & (OURS.keys() - {"wandb_project"})
+    assert config["wandb_project"] == "moe-baseline"
+
+
+@each_family
+def test_paths_and_sizes(family: Family) -> None:
+    for name in (family.baseline, family.optimized, family.test):
+        config, stem = load(name), Path(name).stem
+        assert config["base_model"] == f"artifacts/models/{family.sizes['1b'].name}"
+        assert config["datasets"] == [
+            {"path": "artifacts/data/stdlib.jsonl", "ds_type": "json", "type": "completion", "field": "text"}
+        ]
+        assert config["dataset_prepared_path"] == "artifacts/prepared"
+        assert config["output_dir"] == f"artifacts/runs/{stem}"
+        assert config["wandb_name"] == stem
+        steps = config["sequence_len"] * config["micro_batch_size"] * config["gradient_accumulation_steps"]
+        assert steps == TOKENS_PER_STEP
+        assert config["save_strategy"] == "no"  # unquoted, YAML reads it as False
+        assert config["logging_steps"] == 1
+
+
+@each_family
+def test_header_says_what_it_is_and_how_to_run_it(family: Family) -> None:
+    for name in (family.baseline, family.optimized, family.test):
+        header = (FOLDER / name).read_text(encoding="utf-8").split("\n\n")[0]
+        assert f"moe-kernels prepare {family.sizes['1b'].name}" in header
+        assert f"axolotl train configs/moe/{name}" in header
+
+
+@pytest.fixture
+def plugin_manager(monkeypatch: pytest.MonkeyPatch) -> Any:
+    base = pytest.importorskip("axolotl.integrations.base", reason="needs moe-kernels[axolotl]")
+    monkeypatch.setattr(base.PluginManager, "_instance", None)
+    return base.PluginManager.get_instance()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_axolotl_accepts_it_for_a_gpu(name: str, plugin_manager: Any) -> None:
+    """Axolotl's whole validation, told that there is one Hopper GPU: this machine may have none."""
+    from axolotl.utils.config import prepare_plugins, validate_config
+    from axolotl.utils.dict import DictDefault
+
+    raw = load(name)
+    config = DictDefault(raw)
+    prepare_plugins(config)
+    assert [*plugin_manager.plugins] == raw.get("plugins", [])
+    validated = validate_config(
+        config,
+        capabilities={
+            "bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_90",
+        },
+        env_capabilities={"torch_version": "2.11.0"},
+    ).to_dict()  # fmt: skip
+    # A key that no schema knows is dropped without a word, so a typo would show here.
+    lost = {key for key, value in raw.items() if key != "datasets" and validated.get(key) != value}
+    assert not lost
+    assert [dataset["path"] for dataset in validated["datasets"]] == ["artifacts/data/stdlib.jsonl"]
