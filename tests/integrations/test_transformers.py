@@ -1,0 +1,439 @@
+"""The experts function inside real transformers models, against their own eager loop over experts.
+
+The file passes on transformers 5.16.1 and on the newest release alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import moe_kernels
+from moe_kernels import backends
+
+transformers = pytest.importorskip("transformers")
+mk = pytest.importorskip("moe_kernels.integrations.transformers")
+
+VOCAB, TOKENS = 97, (2, 13)
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+# name: (configuration, layers with routed experts)
+CONFIGS = {
+    "mixtral": (
+        lambda: transformers.MixtralConfig(
+            **COMMON, intermediate_size=56, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2
+        ),
+        2,
+    ),
+    "qwen2_moe": (
+        lambda: transformers.Qwen2MoeConfig(
+            **COMMON,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=40,
+            num_hidden_layers=3,
+            num_experts=6,
+            num_experts_per_tok=3,
+            mlp_only_layers=[1],
+        ),
+        2,
+    ),
+    "deepseek_v3": (
+        lambda: transformers.DeepseekV3Config(
+            **(COMMON | {"num_key_value_heads": 4}),
+            intermediate_size=64,
+            moe_intermediate_size=24,
+            num_hidden_layers=3,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_shared_experts=1,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=8,
+            v_head_dim=8,
+        ),
+        2,
+    ),
+    "qwen3_moe": (
+        lambda: transformers.Qwen3MoeConfig(
+            **COMMON,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            head_dim=16,
+            num_hidden_layers=2,
+            num_experts=8,
+            num_experts_per_tok=3,
+            norm_topk_prob=True,
+        ),
+        2,
+    ),
+    "olmoe": (
+        lambda: transformers.OlmoeConfig(
+            **COMMON, intermediate_size=24, num_hidden_layers=2, num_experts=8, num_experts_per_tok=4
+        ),
+        2,
+    ),
+}
+FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v3")
+TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-10}}
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    mk.register(backend="torch")
+    backends.reset_dispatch_counts()
+    yield
+    mk.register()
+
+
+def make_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny model whose weights are large enough that a wrong expert shows in the logits."""
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name][0](), experts_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.25) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+    return model.to(dtype)
+
+
+def run(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    model.zero_grad(set_to_none=True)
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    return out.logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCAB, TOKENS, generator=torch.Generator().manual_seed(3))
+
+
+def assert_same(a: tuple, b: tuple, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(a[0], b[0], **TOLERANCE[dtype])
+    assert a[1].keys() == b[1].keys()
+    for name, grad in a[1].items():
+        if grad is None:
+            assert b[1][name] is None, name
+            continue
+        assert grad.abs().max() > 0, f"{name} has no gradient: the comparison would prove nothing"
+        torch.testing.assert_close(b[1][name], grad, msg=lambda m, n=name: f"{n}: {m}", **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_eager(name: str, dtype: torch.dtype) -> None:
+    model, ids = make_model(name, dtype), tokens()
+    expected = run(model, ids)
+    assert backends.dispatch_counts() == {}
+
+    model.set_experts_implementation("moe_kernels")
+    moe_layers = CONFIGS[name][1]
+    assert mk.check_model(model) == moe_layers
+    assert_same(expected, run(model, ids), dtype)
+    assert backends.dispatch_counts() == {"torch": moe_layers}
+
+
+@pytest.mark.parametrize("group_size", [64, 256, "auto"])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_settings_reach_the_op(
+    group_size: int | str, persistent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict] = []
+    real = moe_kernels.fused_experts
+    monkeypatch.setattr(mk, "fused_experts", lambda *a, **k: seen.append(k) or real(*a, **k))
+    mk.register(group_size=group_size, persistent=persistent, backend="torch")
+    model = make_model("mixtral")
+    model.set_experts_implementation("moe_kernels")
+    model(input_ids=tokens())
+    expected = {"activation": "silu", "group_size": group_size, "persistent": persistent, "backend": "torch"}
+    assert seen == [expected] * 2
+
+
+def test_register_refuses_bad_settings() -> None:
+    with pytest.raises(ValueError, match="group_size=100 is not one of 64, 128, 256, auto"):
+        mk.register(group_size=100)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradient_checkpointing(name: str, use_reentrant: bool) -> None:
+    model, ids = make_model(name), tokens()
+    expected = run(model, ids)
+    model.set_experts_implementation("moe_kernels")
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.train()
+    assert_same(expected, run(model, ids), torch.float32)
+    assert backends.dispatch_counts() == {"torch": 2 * CONFIGS[name][1]}, "each layer runs again in backward"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_grad_and_generate(name: str) -> None:
+    model, ids = make_model(name).eval(), tokens()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        model.set_experts_implementation("moe_kernels")
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, **TOLERANCE[torch.float32])
+    backends.reset_dispatch_counts()
+    model.generate(ids[:1, :4], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert backends.dispatch_counts() == {"torch": 2 * CONFIGS[name][1]}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_save_and_reload(name: str, tmp_path: Path) -> None:
+    model = make_model(name)
+    model.save_pretrained(tmp_path / "eager")
+    model.set_experts_implementation("moe_kernels")
+    run(model, tokens())
+    model.save_pretrained(tmp_path / "ours")
+
+    def stored(folder: str) -> dict[str, tuple[int, ...]]:
+        from safetensors import safe_open
+
+        with safe_open(tmp_path / folder / "model.safetensors", framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+    assert stored("ours") == stored("eager")
+    config = (tmp_path / "ours" / "config.json").read_text()
+    assert config == (tmp_path / "eager" / "config.json").read_text()
+    assert "moe_kernels" not in config
+    assert "experts_implementation" not in json.loads(config)
+
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, experts_implementation="moe_kernels"
+    )
+    assert mk.check_model(again) == CONFIGS[name][1]
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0, msg=key)
+
+
+def test_frozen_experts_get_no_gradient() -> None:
+    model, ids = make_model("mixtral"), tokens()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("experts" not in name)
+    expected = run(model, ids)
+    model.set_experts_implementation("moe_kernels")
+    assert_same(expected, run(model, ids), torch.float32)
+
+
+def test_fp32_tokens_with_bf16_weights() -> None:
+    """PEFT keeps norms in fp32, so an experts module of a bf16 model may be given fp32 tokens."""
+    torch.manual_seed(0)
+    experts = experts_module("mixtral").to(torch.bfloat16)
+    x, index, weights = experts_inputs(experts)
+    out = experts(x, index, weights)
+    assert out.dtype == torch.float32
+    exact = moe_kernels.reference_experts(
+        x.double(), index, weights.double(), experts.gate_up_proj.double(), experts.down_proj.double()
+    )
+    assert (out - exact).norm() / exact.norm() < 1e-2
+    out.sum().backward()
+    assert experts.gate_up_proj.grad.dtype == torch.bfloat16
+
+
+def test_autocast_agrees_with_grouped_mm_in_dtype() -> None:
+    model, ids = make_model("qwen2_moe"), tokens()
+    exact, _ = run(model, ids)
+    model.set_experts_implementation("moe_kernels")
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, grads = run(model, ids)
+    assert (logits.float() - exact).norm() / exact.norm() < 0.05
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+
+
+def experts_module(name: str) -> nn.Module:
+    model = make_model(name)
+    model.set_experts_implementation("moe_kernels")
+    return mk.experts_modules(model)[0][1]
+
+
+def experts_inputs(experts: nn.Module, rows: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = experts.gate_up_proj.shape[-1]
+    x = torch.randn(rows, hidden, generator=generator, requires_grad=True)
+    logits = torch.randn(rows, experts.num_experts, generator=generator)
+    weights, index = logits.softmax(-1).topk(2, dim=-1)
+    return x, index, weights.requires_grad_()
+
+
+@pytest.mark.parametrize("sentinel", [-1, "num_experts"])
+def test_expert_parallel_sentinels_are_dropped(sentinel: int | str) -> None:
+    experts = experts_module("mixtral")
+    x, index, weights = experts_inputs(experts)
+    index = index.clone()
+    index[::2, 0] = experts.num_experts if sentinel == "num_experts" else sentinel
+    out = experts(x, index, weights)
+    kept = torch.where((index >= 0) & (index < experts.num_experts), weights, 0.0)
+    expected = moe_kernels.reference_experts(
+        x, index.clamp(0, experts.num_experts - 1), kept, experts.gate_up_proj, experts.down_proj
+    )
+    torch.testing.assert_close(out, expected, **TOLERANCE[torch.float32])
+
+
+def test_called_by_keyword() -> None:
+    experts = experts_module("mixtral")
+    x, index, weights = experts_inputs(experts)
+    by_keyword = experts(hidden_states=x, top_k_index=index, top_k_weights=weights)
+    torch.testing.assert_close(by_keyword, experts(x, index, weights), rtol=0, atol=0)
+
+
+def test_compiles_to_one_graph() -> None:
+    experts = experts_module("mixtral")
+    x, index, weights = experts_inputs(experts)
+    expected = torch.autograd.grad(experts(x, index, weights).sum(), [x, weights, experts.gate_up_proj])
+
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(experts)(x, index, weights)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    backends.reset_dispatch_counts()
+    got = torch.autograd.grad(compiled(x, index, weights).sum(), [x, weights, experts.gate_up_proj])
+    assert backends.dispatch_counts() == {"torch": 1}
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE[torch.float32])
+
+
+# What it cannot run, and the words for it
+
+
+def gpt_oss_experts() -> nn.Module:
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    config = transformers.GptOssConfig(hidden_size=16, intermediate_size=24, num_local_experts=4)
+    return GptOssExperts(config)
+
+
+def nemotron_experts() -> nn.Module:
+    module = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
+    config = transformers.NemotronHConfig(hidden_size=16, moe_intermediate_size=24, n_routed_experts=4)
+    return module.NemotronHExperts(config)
+
+
+def clamped_experts() -> nn.Module:
+    module = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
+    experts_class = next(cls for key, cls in vars(module).items() if key.endswith("Experts"))
+    experts = experts_class.__new__(experts_class)
+    nn.Module.__init__(experts)
+    experts.has_gate, experts.has_bias, experts.is_transposed, experts.is_concatenated = True, False, False, True
+    return experts
+
+
+def gelu_experts() -> nn.Module:
+    experts = experts_module("mixtral")
+    experts.act_fn = nn.GELU()
+    return experts
+
+
+def patched_silu_experts() -> nn.Module:
+    experts = experts_module("mixtral")
+    experts.act_fn.forward = lambda z: nn.functional.silu(z).clamp(max=7.0)
+    return experts
+
+
+def normed_experts() -> nn.Module:
+    experts = experts_module("mixtral")
+    experts.has_post_expert_norm = True
+    return experts
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (gpt_oss_experts, "transposed"),
+        (nemotron_experts, "no gate"),
+        (clamped_experts, "gate of its own"),
+        (gelu_experts, "activation GELU is not one of silu"),
+        (patched_silu_experts, "act_fn was changed"),
+        (normed_experts, "normalises the output"),
+    ],
+)
+def test_why_not_module(make, reason: str) -> None:
+    assert reason in mk.why_not_module(make())
+
+
+def test_served_module_has_no_objection() -> None:
+    assert mk.why_not_module(experts_module("deepseek_v3")) is None
+
+
+def test_unsupported_model_raises_at_check_and_at_the_first_call() -> None:
+    config = transformers.GptOssConfig(
+        **(COMMON | {"hidden_size": 32}),
+        head_dim=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="moe_kernels")
+    with pytest.raises(
+        mk.UnsupportedExperts,
+        match=r"model\.layers\.0\.mlp\.experts \(GptOssExperts\): its weights .* experts_implementation: grouped_mm",
+    ):
+        mk.check_model(model)
+    with pytest.raises(mk.UnsupportedExperts, match="GptOssExperts"):
+        model(input_ids=tokens())
+
+
+def test_replaced_experts_class_raises() -> None:
+    """Liger's SwiGLU swap: the config still says moe_kernels, but nothing dispatches any more."""
+
+    class LigerExperts(nn.Module):
+        def __init__(self, experts: nn.Module) -> None:
+            super().__init__()
+            self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+
+    model = make_model("mixtral")
+    model.set_experts_implementation("moe_kernels")
+    for layer in model.model.layers:
+        layer.mlp.experts = LigerExperts(layer.mlp.experts)
+    assert model.config._experts_implementation == "moe_kernels"
+    with pytest.raises(mk.UnsupportedExperts, match="it has LigerExperts.*liger_glu_activation"):
+        mk.check_model(model)
+
+
+def test_model_on_another_implementation_raises() -> None:
+    with pytest.raises(mk.UnsupportedExperts, match=r"runs experts_implementation='eager'.*register\(\)"):
+        mk.check_model(make_model("mixtral"))
+
+
+def test_changed_number_of_experts_raises() -> None:
+    experts = experts_module("mixtral")
+    experts.num_experts = 2
+    with pytest.raises(mk.UnsupportedExperts, match="num_experts=2 but holds weights of 4"):
+        experts(*experts_inputs(experts_module("mixtral")))
+
+
+def test_local_experts_of_expert_parallelism() -> None:
+    """Sharding rewrites num_experts and slices the weights; nothing may be remembered from before."""
+    experts = copy.deepcopy(experts_module("mixtral"))
+    x, index, weights = experts_inputs(experts)
+    experts(x, index, weights)
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach()[:2].clone())
+    experts.down_proj = nn.Parameter(experts.down_proj.detach()[:2].clone())
+    experts.num_experts = 2
+    expected = moe_kernels.reference_experts(x, index, weights, experts.gate_up_proj, experts.down_proj)
+    torch.testing.assert_close(experts(x, index, weights), expected, **TOLERANCE[torch.float32])
+
+
+def test_dense_weights_dtype_that_cannot_train() -> None:
+    experts = experts_module("mixtral")
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(mk.UnsupportedExperts, match="float8_e4m3fn"):
+        experts(*experts_inputs(experts_module("mixtral")))
