@@ -122,10 +122,12 @@ def select(problem: Problem, name: str = "auto") -> tuple[str, str]:
     else:
         chosen, why = "torch", f"tensors are on {problem.device_type}, Triton kernels need an NVIDIA GPU"
     logger.info("expert layers run on backend %s (%s)", chosen, why)
+    _reasons[chosen] = why
     return chosen, why
 
 
 _counts: collections.Counter[str] = collections.Counter()
+_reasons: dict[str, str] = {}
 
 
 def count_dispatch(name: str) -> None:
@@ -136,6 +138,11 @@ def count_dispatch(name: str) -> None:
 def dispatch_counts() -> dict[str, int]:
     """Expert forward calls that ran since the start or the last reset, by backend."""
     return dict(_counts)
+
+
+def dispatch_reason() -> str:
+    """Why the backends in :func:`dispatch_counts` were chosen."""
+    return "; ".join(_reasons[name] for name in sorted(_counts))
 
 
 def reset_dispatch_counts() -> None:
