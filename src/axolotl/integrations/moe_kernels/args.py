@@ -1,0 +1,102 @@
+"""The YAML keys of the plugin, validated before anything is loaded.
+
+Nothing but pydantic is imported here: Axolotl only logs an ImportError of a plugin and then trains without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, StrictBool, StrictStr, model_validator
+
+OWN_KEYS = ("moe_kernels", "moe_group_size", "moe_persistent_kernel", "moe_kernel_models")
+# Keys of Axolotl's KernelsPlugin that share the prefix.
+FOREIGN_KEYS = ("moe_grouped_backend", "moe_dequant_chunk_size", "moe_bnb_fast")
+# Each of these makes something else run the experts, so these kernels would be bypassed.
+CONFLICTS = {
+    "use_scattermoe": "remove it",
+    "use_sonicmoe": "remove it",
+    "expert_backend": "remove it",
+    "quantize_moe_experts": "set it to false: quantised expert weights are not supported",
+    "liger_glu_activation": "set it to false: Liger replaces the experts class (its other keys are fine)",
+    "liger_swiglu": "set it to false: Liger replaces the experts class (its other keys are fine)",
+}
+
+
+class MoeKernelsArgs(BaseModel):
+    """Keys of ``axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin``."""
+
+    moe_kernels: StrictBool | None = Field(
+        default=None,
+        json_schema_extra={"description": "Run the routed experts on moe-kernels. Default: false."},
+    )
+    moe_group_size: Literal[64, 128, 256, "auto"] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Rows per tile of the grouped GEMMs (every tile of that many routed rows belongs to one "
+            "expert): 64, 128, 256, or 'auto' to choose from the rows per expert. Default: 128."
+        },
+    )
+    moe_persistent_kernel: StrictBool | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "One program per multiprocessor walks all tiles of a grouped GEMM, instead of one program "
+            "per tile. Default: true."
+        },
+    )
+    moe_kernel_models: list[StrictStr] | None = Field(
+        default=None,
+        min_length=1,
+        json_schema_extra={
+            "description": "Allow-list of model types (model_type of the model's config.json, such as mixtral); any "
+            "other model fails before training. Default: every model whose experts are supported."
+        },
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_moe_kernels(cls, data: Any) -> Any:
+        """Refuse misspelt keys and whatever would bypass the kernels, each with its cure."""
+        if not isinstance(data, dict):
+            return data
+        # model_fields: `cls` is Axolotl's config class with the keys of all listed plugins.
+        known = {*OWN_KEYS, *FOREIGN_KEYS, *cls.model_fields}
+        for key in data:
+            if isinstance(key, str) and key.startswith("moe_") and key not in known:
+                raise ValueError(f"unknown key {key!r}: the keys of moe-kernels are {', '.join(OWN_KEYS)}")
+
+        experts = data.get("experts_implementation")
+        switch = data.get("moe_kernels")
+        if not switch:
+            if experts == "moe_kernels":
+                raise ValueError(
+                    "experts_implementation: moe_kernels needs moe_kernels: true. Set it, or remove "
+                    "experts_implementation to train with transformers' own experts."
+                )
+            lonely = [key for key in OWN_KEYS[1:] if data.get(key) is not None]
+            if switch is None and lonely:
+                raise ValueError(
+                    f"{', '.join(lonely)} without moe_kernels does nothing: add moe_kernels: true (or false to "
+                    "switch the kernels off on purpose)."
+                )
+            return data
+
+        for key, cure in CONFLICTS.items():
+            if data.get(key):
+                raise ValueError(f"moe_kernels: true cannot be combined with {key}: {cure}.")
+        # Compared by package: every plugin of Axolotl can be named by more than one path.
+        if any(str(name).startswith("axolotl.integrations.kernels.") for name in data.get("plugins") or []):
+            raise ValueError(
+                "moe_kernels: true cannot be combined with Axolotl's KernelsPlugin, which sets its own "
+                "experts_implementation: remove it from plugins."
+            )
+        if experts not in (None, "moe_kernels"):
+            raise ValueError(
+                f"moe_kernels: true contradicts experts_implementation: {experts}. Set it to moe_kernels, or remove it."
+            )
+        if (data.get("expert_parallel_size") or 1) != 1:
+            raise ValueError(
+                "moe_kernels: true cannot be combined with expert_parallel_size: its dispatch replaces the experts "
+                "function. Set expert_parallel_size: 1, or moe_kernels: false."
+            )
+        return data

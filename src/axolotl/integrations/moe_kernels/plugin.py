@@ -1,0 +1,101 @@
+"""The plugin: selects moe-kernels for the routed experts of the model that Axolotl loads.
+
+The kernels are imported in ``pre_model_load``, not here: Axolotl only logs an ImportError raised while a plugin is
+loaded and then trains without it, whereas an ImportError in a hook ends the run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from axolotl.utils.dict import DictDefault
+    from moe_kernels.settings import ExpertsSettings
+
+LOG = get_logger(__name__)
+
+
+class MoeOptimizedPlugin(BasePlugin):
+    """Runs the routed experts on moe-kernels when the config says ``moe_kernels: true``."""
+
+    expert_layers = 0
+
+    def get_input_args(self) -> str:
+        return "axolotl.integrations.moe_kernels.args.MoeKernelsArgs"
+
+    def pre_model_load(self, cfg: DictDefault) -> None:
+        """Register the experts function with the settings of the config, and select it.
+
+        Raises:
+            ValueError: the model is not in ``moe_kernel_models``, or no backend runs on this machine.
+        """
+        if not cfg.moe_kernels:
+            experts = cfg.experts_implementation or "transformers' own choice"
+            LOG.info(f"moe_kernels: plugin loaded but inactive, moe_kernels is not true (experts run on {experts})")
+            return
+        allowed = cfg.moe_kernel_models
+        if allowed and cfg.model_config_type not in allowed:
+            raise ValueError(
+                f"moe_kernel_models lists {', '.join(allowed)}, but {cfg.base_model} has model_type "
+                f"{cfg.model_config_type!r}: add it to the list, or set moe_kernels: false."
+            )
+        from moe_kernels.integrations.transformers import register
+
+        settings = _settings(cfg)
+        backend, reason = _backend_here(cfg, settings)
+        LOG.info(f"moe_kernels: backend {backend} because {reason}")
+        if backend == "torch":
+            LOG.warning(
+                "moe_kernels: the plain-torch backend proves that a config works, not speed. Trainer refuses bf16 "
+                "without a GPU: set bf16: false and fp16: false."
+            )
+        register(group_size=settings.group_size, persistent=settings.persistent)
+        cfg.experts_implementation = "moe_kernels"
+
+    def post_model_load(self, cfg: DictDefault, model: Any) -> None:
+        """Raise UnsupportedExperts, before training, if not every expert layer would be served."""
+        if not cfg.moe_kernels:
+            return
+        from moe_kernels.integrations.transformers import check_model
+
+        self.expert_layers = check_model(model)
+        LOG.info(f"moe_kernels: serves the {self.expert_layers} expert layers of {type(model).__name__}")
+
+    def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
+        if not cfg.moe_kernels:
+            return []
+        from .callback import DispatchCallback
+
+        return [DispatchCallback(trainer, _settings(cfg), self.expert_layers)]
+
+
+def _settings(cfg: DictDefault) -> ExpertsSettings:
+    from moe_kernels.settings import ExpertsSettings
+
+    group_size = 128 if cfg.moe_group_size is None else cfg.moe_group_size
+    persistent = True if cfg.moe_persistent_kernel is None else cfg.moe_persistent_kernel
+    return ExpertsSettings(group_size=group_size, persistent=persistent)
+
+
+def _backend_here(cfg: DictDefault, settings: ExpertsSettings) -> tuple[str, str]:
+    """The backend for this machine and dtype, and why. The model's sizes are judged when it runs."""
+    import torch
+    from moe_kernels.backends import Problem, device_capability, select
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    problem = Problem(
+        device_type=device.type,
+        capability=device_capability(device),
+        dtype=cfg.torch_dtype or torch.float32,
+        experts=8,
+        top_k=2,
+        hidden=1024,
+        intermediate=1024,
+        activation=settings.activation,
+        group_size=settings.group_size,
+        persistent=settings.persistent,
+    )
+    return select(problem, settings.backend)
