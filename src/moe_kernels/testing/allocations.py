@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -39,6 +39,7 @@ def poisoned_allocations(package: str = "moe_kernels") -> Iterator[None]:
 
         return allocate
 
-    with mock.patch.multiple(torch, **{n: poisoned(getattr(torch, n)) for o, n in _PLACES if o is torch}):
-        with mock.patch.multiple(torch.Tensor, **{n: poisoned(getattr(torch.Tensor, n)) for o, n in _PLACES if o is torch.Tensor}):
-            yield
+    with ExitStack() as stack:
+        for owner, name in _PLACES:
+            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
+        yield

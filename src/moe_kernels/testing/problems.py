@@ -107,5 +107,7 @@ def check(implementation: Experts, inputs: Inputs, label: str = "") -> dict[str,
     measured = {}
     for name, value in actual.items():
         assert value is not None, f"{label} {name}: no gradient"
-        measured[name] = assert_close_to_truth(value, expected[name], plain[name].to(value.dtype), f"{label} {name}")
+        measured[name] = assert_close_to_truth(
+            value, expected[name], plain[name].to(value.dtype), f"{label} {name}", compute_dtype=inputs.gate_up.dtype
+        )
     return measured

@@ -61,6 +61,7 @@ def assert_close_to_truth(
     eager_same_dtype: Tensor,
     name: str,
     *,
+    compute_dtype: torch.dtype | None = None,
     min_exact_share: float = 0.0,
 ) -> Closeness:
     """Fail unless ``actual`` is as close to the truth as plain PyTorch in the same dtype, and unbiased.
@@ -70,6 +71,8 @@ def assert_close_to_truth(
         truth_fp64: same shape, float64, computed from the same (already rounded) inputs.
         eager_same_dtype: same shape and dtype as ``actual``, computed by plain PyTorch.
         name: used in the message.
+        compute_dtype: dtype of the arithmetic when it is narrower than the result's (the float32 gradient of routing
+            weights in a bfloat16 layer); default the result's own.
         min_exact_share: smallest share of elements that must equal the rounded truth. Meaningful for one GEMM with
             float32 accumulation (0.9), not across intermediate roundings.
 
@@ -82,6 +85,7 @@ def assert_close_to_truth(
     assert actual.shape == truth_fp64.shape, f"{name}: shape {tuple(actual.shape)}, truth {tuple(truth_fp64.shape)}"
     assert actual.dtype == eager_same_dtype.dtype, f"{name}: dtype {actual.dtype}, eager {eager_same_dtype.dtype}"
     dtype = actual.dtype
+    grain = compute_dtype or dtype
     truth_fp64 = truth_fp64.detach().double()
     # The pattern is judged after rounding: a float64 truth beyond float16's range is an infinity there.
     _same_pattern(actual, truth_fp64.to(dtype), name)
@@ -89,15 +93,15 @@ def assert_close_to_truth(
     truth = truth_fp64[finite]
     ours = actual.detach().double()[finite]
     eager = eager_same_dtype.detach().double()[finite]
-    count, epsilon = max(truth.numel(), 1), torch.finfo(dtype).eps
+    count, epsilon = max(truth.numel(), 1), torch.finfo(grain).eps
     scale, top = _rms(truth), _peak(truth)
 
     rms, rms_eager = _rms(ours - truth), _rms(eager - truth)
     worst, worst_eager = _peak(ours - truth), _peak(eager - truth)
     slope, slope_eager = _slope(ours, truth) - 1.0, _slope(eager, truth) - 1.0
     # Few elements make noisy statistics: widen by the standard error of an rms over `count` samples.
-    rms_limit = RMS_FACTOR * rms_eager * (1 + 4 / count**0.5) + _RMS_GRAIN[dtype] * epsilon * scale
-    max_limit = MAX_FACTOR * worst_eager + _MAX_GRAIN[dtype] * epsilon * top
+    rms_limit = RMS_FACTOR * rms_eager * (1 + 4 / count**0.5) + _RMS_GRAIN[grain] * epsilon * scale
+    max_limit = MAX_FACTOR * max(worst_eager, 2 * rms_eager) + _MAX_GRAIN[grain] * epsilon * top
     noise = 4 * max(rms_eager / scale if scale else 0.0, 0.3 * epsilon) / count**0.5
     slope_limit = SLOPE_LIMIT + 2 * abs(slope_eager) + noise
     exact = (ours == truth.to(dtype).double()).double().mean().item() if truth.numel() else 1.0

@@ -1,0 +1,79 @@
+"""What a measurement ran on: every result file carries it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+PACKAGES: tuple[str, ...] = ("torch", "triton", "transformers", "axolotl", "numpy")
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def package_version() -> str:
+    """Our own version; works from a source tree on PYTHONPATH as well as installed."""
+    import moe_kernels
+
+    return moe_kernels.__version__
+
+
+def commit() -> str | None:
+    """Git commit of the source tree this package is run from (with ``+changes``), or None outside a clone."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+changes" if changes else "")
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, or None where there is none."""
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True, timeout=20,
+        ).stdout.split()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer[0] if answer else None
+
+
+def environment() -> dict[str, str | int | None]:
+    """The machine and the versions, as plain JSON values. ``gpu`` is None on a machine without CUDA."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    capability = "{}.{}".format(*torch.cuda.get_device_capability()) if gpu else None
+    versions = {name: installed_version(name) for name in PACKAGES}
+    versions["torch"] = torch.__version__
+    return {
+        "gpu": gpu,
+        "compute_capability": capability,
+        "driver": driver_version(),
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "python": platform.python_version(),
+        "moe_kernels": package_version(),
+        **versions,
+        "commit": commit(),
+        "command": " ".join(["moe-kernels", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,134 @@
+"""One expert layer to measure: its tensors, its routing, and the implementations that run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from moe_kernels.settings import GroupSize
+from moe_kernels.shapes import LayerShape
+
+#: How uneven the router is: scale of the per-expert bias added to unit-variance logits.
+ROUTINGS: dict[str, float] = {"balanced": 0.0, "mild": 0.3, "hot": 0.3}
+#: transformers' own implementations that can train.
+STOCK: tuple[str, ...] = ("eager", "grouped_mm", "batched_mm")
+OURS = "moe_kernels"
+
+#: (x, topk_ids, topk_weights) -> out; the weights are bound inside.
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Tensors of one layer. T tokens, K experts per token, E experts, H hidden, I intermediate.
+
+    Attributes:
+        x: (T, H), unit variance, a leaf that requires grad.
+        topk_ids: (T, K) int64.
+        topk_weights: (T, K), softmax weights, a leaf that requires grad.
+        gate_up: (E, 2I, H) parameter, scaled by 1/sqrt(H).
+        down: (E, H, I) parameter, scaled by 1/sqrt(I).
+        grad_out: (T, H), unit variance: the gradient of the loss with respect to the output.
+    """
+
+    shape: LayerShape
+    routing: str
+    x: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    gate_up: torch.nn.Parameter
+    down: torch.nn.Parameter
+    grad_out: torch.Tensor
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """The four tensors that get a gradient, by the name under which their error is reported."""
+        return {"dx": self.x, "dgate_up": self.gate_up, "ddown": self.down, "dw": self.topk_weights}
+
+    def clear_gradients(self) -> None:
+        """Drop every gradient, as ``zero_grad(set_to_none=True)`` does."""
+        for leaf in self.leaves().values():
+            leaf.grad = None
+
+    def imbalance(self) -> float:
+        """Rows of the busiest expert over the mean."""
+        counts = torch.bincount(self.topk_ids.reshape(-1), minlength=self.shape.experts)
+        return float(counts.max() / counts.float().mean())
+
+
+def scores_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """dtype of the routing weights: Mixtral's router hands out float32, the others the activations' dtype."""
+    return torch.float32 if name.startswith("mixtral") else dtype
+
+
+def make_layer(
+    shape: LayerShape, routing: str, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> Layer:
+    """Random tensors for ``shape``, equal for equal arguments on one device."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=dtype).mul_(scale)
+
+    logits = torch.randn(shape.tokens, shape.experts, generator=generator, device=device)
+    logits += ROUTINGS[routing] * torch.randn(shape.experts, generator=generator, device=device)
+    if routing == "balanced":
+        steps = torch.arange(shape.rows, device=device).view(shape.tokens, shape.top_k)
+        topk_ids = (
+            steps + torch.arange(shape.tokens, device=device)[:, None] // shape.experts
+        ) % shape.experts
+    else:
+        if routing == "hot":
+            # One expert in sixteen (at least one) takes nearly every token; the rest share the other slots.
+            logits[:, : max(1, shape.experts // 16)] += 4.0
+        topk_ids = logits.topk(shape.top_k, dim=-1).indices
+    weights = logits.gather(1, topk_ids).softmax(-1).to(scores_dtype(shape.name, dtype))
+    hidden, intermediate, experts = shape.hidden, shape.intermediate, shape.experts
+    return Layer(
+        shape,
+        routing,
+        normal(shape.tokens, hidden).requires_grad_(),
+        topk_ids,
+        weights.requires_grad_(),
+        torch.nn.Parameter(normal(experts, 2 * intermediate, hidden, scale=hidden**-0.5)),
+        torch.nn.Parameter(normal(experts, hidden, intermediate, scale=intermediate**-0.5)),
+        normal(shape.tokens, hidden),
+    )
+
+
+def our_variants(
+    group_sizes: list[GroupSize], persistent: list[bool], backend: str = "auto"
+) -> dict[str, str]:
+    """Register one transformers implementation per knob setting. Maps the row's name to the registered name."""
+    from moe_kernels.integrations.transformers import register
+
+    single = len(group_sizes) == len(persistent) == 1
+    rows = {}
+    for group_size in group_sizes:
+        for walk in persistent:
+            knobs = f"[g={group_size},p={int(walk)}]"
+            row = OURS if single else OURS + knobs
+            name = f"{OURS}_bench_{group_size}_{int(walk)}_{backend}"
+            register(group_size=group_size, persistent=walk, backend=backend, name=name)
+            rows[row] = name
+    return rows
+
+
+def transformers_experts(layer: Layer, implementation: str) -> Experts:
+    """transformers' real ``MixtralExperts`` on the layer's own weights, running ``implementation``."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(
+        hidden_size=layer.shape.hidden,
+        intermediate_size=layer.shape.intermediate,
+        num_local_experts=layer.shape.experts,
+        num_experts_per_tok=layer.shape.top_k,
+        hidden_act="silu",
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        module = MixtralExperts(config)
+    module.gate_up_proj, module.down_proj = layer.gate_up, layer.down
+    return module

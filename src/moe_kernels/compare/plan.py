@@ -1,0 +1,217 @@
+"""Which trainings one comparison consists of, and exactly how each differs from the user's YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import moe_kernels
+from moe_kernels.cli.errors import MissingDependency, UsageError
+from moe_kernels.shapes import FAMILIES, LayerShape
+
+Config = dict[str, Any]
+
+CONFIG_FOLDER = Path("configs") / "moe"
+RUN_FOLDER = Path("artifacts") / "runs" / "compare"
+BASELINE, OPTIMIZED, EAGER = "baseline", "optimized", "eager"
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training: a YAML file of the user's plus a few overrides that the report shows.
+
+    Attributes:
+        run_id: ``<role>-<n>``, unique within the comparison.
+        role: ``"baseline"``, ``"optimized"`` or ``"eager"``.
+        source: the user's YAML file.
+        overrides: keys that differ from it; nothing else does.
+        config: the YAML file with the overrides.
+        folder: everything of this run: derived YAML, log, W&B files, result.
+        uses_kernels: whether this run is meant to call our experts.
+    """
+
+    run_id: str
+    role: str
+    source: Path
+    overrides: Config
+    config: Config
+    folder: Path
+    uses_kernels: bool
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of this training."""
+        return int(self.config["max_steps"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One comparison of two YAML files.
+
+    Attributes:
+        name: family, or the two files' names.
+        family: key of ``FAMILIES``, or None for two files of the user's own.
+        size: ``"1b"``, ``"tiny"``, or ``"own"`` for the user's own files.
+        runs: in the order they are run.
+        warmup_steps: steps at the start of each run that no time is taken from.
+        layer: the expert layer of this model at one micro-batch's tokens; None where it is not known.
+        moe_layers: expert layers of the model; None where it is not known.
+        yaml_diff: unified diff of the two YAML files, without comments.
+    """
+
+    name: str
+    family: str | None
+    size: str
+    runs: tuple[RunSpec, ...]
+    warmup_steps: int
+    layer: LayerShape | None
+    moe_layers: int | None
+    yaml_diff: str
+
+    @property
+    def baseline(self) -> RunSpec:
+        """The first run with the stock kernels."""
+        return next(run for run in self.runs if run.role == BASELINE)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of every comparison. ``steps`` None keeps the YAML file's own number."""
+
+    size: str = "1b"
+    steps: int | None = None
+    warmup_steps: int = 10
+    repeats: int = 1
+    noise: bool = True
+    with_eager: bool = False
+    wandb: str = "offline"
+
+
+def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] | None = None) -> Plan:
+    """The comparison of one family; ``tiny_overrides`` turns its 1B files into runs for a CPU."""
+    family = FAMILIES[name]
+    shape = family.sizes[options.size]
+    files = find_config(family.baseline), find_config(family.optimized)
+    return _plan(name, files, options, dict(tiny_overrides or {}), name, options.size, shape.moe_layers)
+
+
+def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
+    """The comparison of two YAML files of the user's own."""
+    name = f"{baseline.stem}-vs-{optimized.stem}"
+    return _plan(name, (baseline, optimized), options, {}, None, "own", None)
+
+
+def find_config(name: str) -> Path:
+    """A shipped YAML file: below the current directory, or in the source checkout this package runs from."""
+    checkout = Path(moe_kernels.__file__).resolve().parents[2]
+    for root in (Path(), checkout):
+        if (root / CONFIG_FOLDER / name).is_file():
+            return root / CONFIG_FOLDER / name
+    raise MissingDependency(
+        f"{CONFIG_FOLDER / name} is neither here nor in {checkout}. Cure: run this from a clone of the repository."
+    )
+
+
+def load_yaml(path: Path) -> Config:
+    """A run file as a dictionary; UsageError where it is absent or not a mapping."""
+    import yaml
+
+    if not path.is_file():
+        raise UsageError(f"There is no file {path}. Name a family ({', '.join(FAMILIES)}), all, or two YAML files.")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} holds no settings: an Axolotl run file is a mapping of keys to values.")
+    return config
+
+
+def dump_yaml(config: Config) -> str:
+    """A run file's text, keys in their order."""
+    import yaml
+
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def config_diff(before: Config, after: Config, before_name: str, after_name: str) -> str:
+    """Unified diff of two run files as settings, so that comments and the order of keys do not matter."""
+    lines = [dump_yaml(dict(sorted(config.items()))).splitlines() for config in (before, after)]
+    return "\n".join(difflib.unified_diff(*lines, before_name, after_name, lineterm="", n=1))
+
+
+def digest(*parts: object) -> str:
+    """A short hash of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _plan(
+    name: str,
+    files: tuple[Path, Path],
+    options: Options,
+    base_overrides: Config,
+    family: str | None,
+    size: str,
+    moe_layers: int | None,
+) -> Plan:
+    sources = {BASELINE: files[0], OPTIMIZED: files[1], EAGER: files[0]}
+    configs = {role: load_yaml(path) for role, path in sources.items()}
+    runs: list[RunSpec] = []
+    for role, number in _order(options):
+        run_id = f"{role}-{number}"
+        folder = RUN_FOLDER / f"{name}-{size}" / run_id
+        overrides = {**base_overrides, "output_dir": str(folder / "output"), "wandb_mode": options.wandb}
+        if options.steps is not None:
+            overrides["max_steps"] = options.steps
+        if role == EAGER:
+            overrides["experts_implementation"] = "eager"
+        overrides = {key: value for key, value in overrides.items() if configs[role].get(key) != value}
+        config = {**configs[role], **overrides}
+        runs.append(RunSpec(run_id, role, sources[role], overrides, config, folder, bool(config.get("moe_kernels"))))
+    for run in runs:
+        _check_steps(run, options.warmup_steps)
+    return Plan(
+        name=name,
+        family=family,
+        size=size,
+        runs=tuple(runs),
+        warmup_steps=options.warmup_steps,
+        layer=FAMILIES[family].sizes[size].layer(tokens_per_micro_batch(runs[0].config)) if family else None,
+        moe_layers=moe_layers,
+        yaml_diff=config_diff(configs[BASELINE], configs[OPTIMIZED], files[0].name, files[1].name),
+    )
+
+
+def tokens_per_micro_batch(config: Config) -> int:
+    """Tokens an expert layer sees in one call, padding included."""
+    return int(config.get("micro_batch_size", 1)) * int(config.get("sequence_len", 512))
+
+
+def calls_per_step(config: Config) -> int:
+    """Micro-batches in one optimizer step."""
+    return int(config.get("gradient_accumulation_steps") or 1)
+
+
+def _order(options: Options) -> list[tuple[str, int]]:
+    """A B A B ..., so that a drift of the machine's clock meets both sides alike; then the eager loop once."""
+    order = [(role, n) for n in range(1, options.repeats + 1) for role in (BASELINE, OPTIMIZED)]
+    if options.noise and options.repeats == 1:
+        order.append((BASELINE, 2))
+    if options.with_eager:
+        order.append((EAGER, 1))
+    return order
+
+
+def _check_steps(run: RunSpec, warmup: int) -> None:
+    if not isinstance(run.config.get("max_steps"), int):
+        raise UsageError(f"{run.source} sets no max_steps. Cure: add --steps 60.")
+    if run.steps < warmup + 3:
+        raise UsageError(
+            f"{run.steps} steps leave nothing to time after {warmup} warm-up steps. "
+            f"Cure: --steps {warmup + 20}, or a smaller --warmup-steps."
+        )

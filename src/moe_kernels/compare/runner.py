@@ -1,0 +1,321 @@
+"""Runs one training as a subprocess of the real ``axolotl train``, watches it, and keeps what it left."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_kernels.compare.environment import COMMIT, SOURCES
+from moe_kernels.compare.gpu import Sampler, Samples
+from moe_kernels.compare.plan import RunSpec, digest, dump_yaml
+from moe_kernels.compare.wandb_reader import Row, find_run, read_run
+
+TRAINER: tuple[str, ...] = (sys.executable, "-m", "axolotl.cli.main", "train")
+LAUNCHER: tuple[str, ...] = ("--launcher", "python")
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
+# The same allocator for every run; expandable segments keep fragmentation out of the memory figures.
+ALLOCATOR = "expandable_segments:True"
+POLL_S = 0.1
+KILL_AFTER_S = 10.0
+TAIL_LINES = 40
+
+FINISHED, FAILED = "finished", "failed"
+
+_STEP = re.compile(r"\{'loss': '?([-+.\w]+)'?")
+_TRAINER_STARTED = "Starting trainer"
+_PLUGIN_LINE = re.compile(r"moe_kernels: backend=.*")
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_ERROR = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b.*|.*\b(CUDA out of memory|Killed)\b.*|.*\[ERROR\].*")
+
+
+@dataclass
+class RunResult:
+    """One training as it was run, raw: nothing is judged or averaged here.
+
+    Attributes:
+        run_id, role: as in the plan.
+        status: ``"finished"`` or ``"failed"``.
+        command: what was run.
+        config: the derived YAML, and ``overrides`` what differs from the user's ``source``.
+        started_at: Unix seconds; ``trainer_started_at`` when Axolotl began training, ``ended_at`` when it was done.
+        exit_code: the trainer's; None where it was stopped by the time limit.
+        rows: W&B history rows of training steps.
+        samples: NVML samples.
+        wandb: project, run id, name and file of the offline run.
+        plugin_line: what the plugin said about the first step; empty for stock kernels.
+        error: the last meaningful line of a failed run, and ``tail`` the end of its log.
+        fingerprint: hash of all that the run depended on.
+    """
+
+    run_id: str
+    role: str
+    status: str
+    command: list[str]
+    source: str
+    config: dict[str, Any]
+    overrides: dict[str, Any]
+    uses_kernels: bool
+    log: str
+    started_at: float = 0.0
+    trainer_started_at: float | None = None
+    ended_at: float = 0.0
+    exit_code: int | None = None
+    rows: list[Row] = field(default_factory=list)
+    samples: Samples = field(default_factory=Samples)
+    wandb: dict[str, str] = field(default_factory=dict)
+    plugin_line: str = ""
+    error: str = ""
+    tail: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RunResult:
+        """The inverse of ``dataclasses.asdict``."""
+        return cls(**{**data, "samples": Samples(**data["samples"])})
+
+
+@dataclass
+class Progress:
+    """Where a running training stands: what the live display shows."""
+
+    phase: str = "starting"
+    step: int = 0
+    loss: str = ""
+
+
+class LogReader:
+    """Follows a growing log: which step, which phase, what the plugin said."""
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self.trainer_started_at: float | None = None
+        self.plugin_line = ""
+        self._rest = ""
+
+    def feed(self, text: str) -> None:
+        """Take in new text; progress bars end their lines with a carriage return."""
+        *lines, self._rest = re.split(r"[\r\n]", self._rest + text)
+        for line in lines:
+            self._line(_ESCAPES.sub("", line))
+
+    def _line(self, line: str) -> None:
+        if _TRAINER_STARTED in line and self.trainer_started_at is None:
+            self.trainer_started_at = time.time()
+            self.progress.phase = "compiling and first step"
+        elif "Loading dataset" in line or "Loading raw datasets" in line:
+            self.progress.phase = "tokenising"
+        elif "Loading model" in line or "Loading weights" in line or "loaders.model" in line:
+            self.progress.phase = "loading the model"
+        elif "Training completed" in line:
+            self.progress.phase = "saving"
+        if match := _STEP.search(line):
+            self.progress.step += 1
+            self.progress.loss = match.group(1)
+            self.progress.phase = "training"
+        if match := _PLUGIN_LINE.search(line):
+            self.plugin_line = self.plugin_line or match.group(0).strip()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What every run of a comparison shares."""
+
+    device: str | None
+    versions: dict[str, str]
+    wandb: str = "offline"
+    timeout_s: float = 1800.0
+    keep_weights: bool = False
+    trainer: Sequence[str] = TRAINER
+
+
+def fingerprint(run: RunSpec, machine: Machine) -> str:
+    """Hash of what a run depends on; the kernels' sources count only for a run that uses them."""
+    # A commit that leaves the kernels alone must not throw away runs: the hash of the sources decides, not the commit.
+    ignored = {"moe-kernels", COMMIT} if run.uses_kernels else {"moe-kernels", COMMIT, SOURCES}
+    versions = {name: version for name, version in machine.versions.items() if name not in ignored}
+    return digest(run.config, versions, _model_identity(run.config), machine.device)
+
+
+def _model_identity(config: dict[str, Any]) -> list[tuple[str, int, int]]:
+    folder = Path(str(config.get("base_model", "")))
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def finished_result(run: RunSpec, machine: Machine) -> RunResult | None:
+    """The stored result of this very run, or None where it must be run."""
+    path = run.folder / "result.json"
+    if not path.is_file():
+        return None
+    result = RunResult.from_json(json.loads(path.read_text()))
+    return result if result.fingerprint == fingerprint(run, machine) else None
+
+
+def environment(run: RunSpec, machine: Machine) -> dict[str, str]:
+    """The child's environment: the caller's, offline, W&B inside the run's folder, one GPU."""
+    env = {**os.environ, **OFFLINE}
+    env.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
+    env["WANDB_MODE"] = machine.wandb
+    env["WANDB_DIR"] = str(run.folder.resolve())
+    if machine.wandb == "offline":
+        env["WANDB_SILENT"] = "true"
+    if machine.device is not None:
+        # With several GPUs visible, one process would split the model over them.
+        env["CUDA_VISIBLE_DEVICES"] = machine.device
+    return env
+
+
+def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None]) -> RunResult:
+    """Run one training to its end and return what it left; ``result.json`` is written last, and only on success.
+
+    Ctrl-C ends the child and is raised again. A failing trainer is a result with ``status == "failed"``.
+    """
+    if run.folder.exists():
+        shutil.rmtree(run.folder)
+    run.folder.mkdir(parents=True)
+    derived, log = run.folder / "derived.yml", run.folder / "train.log"
+    derived.write_text(dump_yaml(run.config))
+    command = [*machine.trainer, str(derived), *LAUNCHER]
+    result = RunResult(
+        run_id=run.run_id,
+        role=run.role,
+        status=FAILED,
+        command=command,
+        source=str(run.source),
+        config=run.config,
+        overrides=run.overrides,
+        uses_kernels=run.uses_kernels,
+        log=str(log),
+        fingerprint=fingerprint(run, machine),
+        versions=machine.versions,
+    )
+    reader = LogReader()
+    result.started_at = time.time()
+    with Sampler(machine.device) as sampler:
+        result.exit_code = _run(command, environment(run, machine), log, reader, machine.timeout_s, show)
+    result.ended_at = time.time()
+    result.trainer_started_at, result.plugin_line = reader.trainer_started_at, reader.plugin_line
+    result.samples = sampler.samples
+    _collect(run, result, machine)
+    if not machine.keep_weights:
+        for weights in (run.folder / "output").rglob("*.safetensors"):
+            weights.unlink()
+    if result.status == FINISHED:
+        write_json(run.folder / "result.json", asdict(result))
+    return result
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON in one move, so that a reader sees a whole file or none.
+
+    JSON has no NaN: a number that is not finite becomes the string ``"nan"``, ``"inf"`` or ``"-inf"``, which
+    ``float()`` reads back.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(_finite(data), separators=(",", ":"), allow_nan=False))
+    part.replace(path)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float) and not math.isfinite(data):
+        return str(data)
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return data
+
+
+def _run(
+    command: Sequence[str],
+    env: dict[str, str],
+    log: Path,
+    reader: LogReader,
+    timeout_s: float,
+    show: Callable[[Progress], None],
+) -> int | None:
+    end = time.monotonic() + timeout_s
+    with log.open("wb") as sink, log.open("rb") as source:
+        # A session of its own, so that the trainer's own children end with it.
+        child = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        try:
+            while child.poll() is None and time.monotonic() < end:
+                time.sleep(POLL_S)
+                reader.feed(source.read().decode(errors="replace"))
+                show(reader.progress)
+            stopped = child.poll() is None
+        finally:
+            _end(child)
+        reader.feed(source.read().decode(errors="replace") + "\n")
+        show(reader.progress)
+    return None if stopped else child.returncode
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child and whatever it started; nothing happens where it ended by itself."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        if child.poll() is not None:
+            return
+        os.killpg(child.pid, sign)
+        try:
+            child.wait(KILL_AFTER_S)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _collect(run: RunSpec, result: RunResult, machine: Machine) -> None:
+    """Fill in the W&B history, and decide whether the run finished."""
+    text = _ESCAPES.sub("", Path(result.log).read_text(errors="replace"))
+    result.tail = [line for line in re.split(r"[\r\n]+", text) if line.strip()][-TAIL_LINES:]
+    found = find_run(run.folder)
+    if found is not None:
+        offline = read_run(found)
+        # The row that sums up the training carries no loss of a step.
+        result.rows = [row for row in offline.history if "train/loss" in row]
+        result.wandb = {
+            "project": offline.project,
+            "id": offline.run_id,
+            "name": offline.name,
+            "file": str(found),
+            "complete": "no, the file ends early" if offline.truncated else "yes",
+        }
+    if result.exit_code is None:
+        result.error = f"stopped after the time limit of {machine.timeout_s:.0f} s (--timeout sets it)"
+    elif result.exit_code != 0:
+        result.error = last_error(result.tail) or f"the trainer ended with exit code {result.exit_code}"
+    elif len(result.rows) < run.steps:
+        result.error = (
+            f"W&B holds {len(result.rows)} of {run.steps} steps. "
+            "Cure: the YAML file needs logging_steps: 1 and a wandb_project."
+        )
+    else:
+        result.status = FINISHED
+
+
+def last_error(tail: Sequence[str]) -> str:
+    """The last line of a log that says what went wrong; empty where none does."""
+    for line in reversed(tail):
+        if _ERROR.match(line):
+            return line.strip()
+    return ""

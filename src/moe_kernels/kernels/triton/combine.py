@@ -1,0 +1,106 @@
+"""Steps 3 and 7: sum each token's K rows, in a fixed order and in float32, without atomics."""
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_kernels.routing import RoutingPlan
+
+
+@triton.jit
+def combine_kernel(
+    rows_ptr,  # (R, H)
+    weights_ptr,  # (T, K), or any pointer when WEIGHTED is False
+    slot_row_ptr,  # (T * K,)
+    routed_ptr,  # expert_start[E]: rows at or after it belong to dropped slots
+    out_ptr,  # (T, H)
+    H,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    col_mask = cols < H
+    routed = tl.load(routed_ptr)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(slot_row_ptr + token * TOP_K + k)
+        kept = row < routed
+        values = tl.load(rows_ptr + row.to(tl.int64) * H + cols, mask=col_mask & kept, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            weight = tl.load(weights_ptr + token * TOP_K + k, mask=kept, other=0.0).to(tl.float32)
+            total += weight * values
+        else:
+            total += values
+    tl.store(out_ptr + token * H + cols, total.to(out_ptr.dtype.element_ty), mask=col_mask)
+
+
+@triton.jit
+def weight_grad_kernel(
+    partial_ptr,  # (num_partials, R) float32
+    slot_row_ptr,  # (R,)
+    routed_ptr,
+    out_ptr,  # (R,) = (T, K) flat
+    R,
+    num_partials,
+    BLOCK_S: tl.constexpr,
+):
+    slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    slot_mask = slots < R
+    row = tl.load(slot_row_ptr + slots, mask=slot_mask, other=0)
+    kept = slot_mask & (row < tl.load(routed_ptr))
+    total = tl.zeros((BLOCK_S,), tl.float32)
+    for p in range(num_partials):
+        total += tl.load(partial_ptr + tl.cast(p, tl.int64) * R + row, mask=kept, other=0.0)
+    tl.store(out_ptr + slots, total.to(out_ptr.dtype.element_ty), mask=slot_mask)
+
+
+def _launch(rows: torch.Tensor, weights: torch.Tensor | None, plan: RoutingPlan) -> torch.Tensor:
+    out = rows.new_empty(plan.tokens, rows.shape[1])
+    if out.numel() == 0:
+        return out
+    hidden = rows.shape[1]
+    block_h = min(triton.next_power_of_2(hidden), 1024)
+    combine_kernel[(plan.tokens, triton.cdiv(hidden, block_h))](
+        rows,
+        rows if weights is None else weights,
+        plan.slot_row,
+        plan.expert_start[plan.experts :],
+        out,
+        hidden,
+        TOP_K=plan.top_k,
+        WEIGHTED=weights is not None,
+        BLOCK_H=block_h,
+        num_warps=max(1, block_h // 256),
+    )
+    return out
+
+
+def combine(y: torch.Tensor, topk_weights: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """O[t] = sum_k w[t,k] Y[slot_row(t,k)]: y (R, H), topk_weights (T, K) -> (T, H)."""
+    return _launch(y, topk_weights, plan)
+
+
+def combine_grad(dxr: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """dX[t] = sum_k dXr[slot_row(t,k)]: (R, H) -> (T, H)."""
+    return _launch(dxr, None, plan)
+
+
+def weight_grad(partial: torch.Tensor, plan: RoutingPlan, dtype: torch.dtype) -> torch.Tensor:
+    """dw[t,k] = sum over the partial sums (num_partials, R) of row slot_row(t,k): -> (T, K) in ``dtype``."""
+    out = torch.empty((plan.tokens, plan.top_k), dtype=dtype, device=partial.device)
+    if out.numel() == 0:
+        return out
+    block_s = 256
+    weight_grad_kernel[(triton.cdiv(plan.rows, block_s),)](
+        partial,
+        plan.slot_row,
+        plan.expert_start[plan.experts :],
+        out,
+        plan.rows,
+        partial.shape[0],
+        BLOCK_S=block_s,
+        num_warps=4,
+    )
+    return out

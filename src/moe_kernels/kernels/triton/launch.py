@@ -1,0 +1,102 @@
+"""Host side of a launch: grids, tensor-memory descriptors, and the precision of tl.dot."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_kernels.backends import device_capability
+from moe_kernels.routing import RoutingPlan
+from moe_kernels.tuning.config import GemmConfig
+
+# Number of programs of a persistent grid where there is no GPU, that is, under Triton's interpreter.
+_INTERPRETER_PROGRAMS = 3
+
+
+def interpreting() -> bool:
+    """True if Triton runs kernels in its CPU interpreter (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of ``device``: the size of a persistent grid."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tma_fits(tensor: torch.Tensor) -> bool:
+    """Hopper's tensor-memory copies want compute capability 9, 16-byte aligned bases and row strides."""
+    capability = device_capability(tensor.device)
+    if capability is not None and capability < (9, 0):
+        return False
+    row_bytes = tensor.stride(-2) * tensor.element_size()
+    return tensor.numel() > 0 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def _operand(tensor: torch.Tensor, block: tuple[int, ...]) -> tuple[Any, bool]:
+    if not _tma_fits(tensor):
+        return tensor, False
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block)), True
+
+
+def weight_operand(weight: torch.Tensor, block: tuple[int, int, int]) -> tuple[Any, bool]:
+    """(descriptor, True) of weight (E, ., .) where the GPU has tensor-memory copies, else (tensor, False)."""
+    return _operand(weight, block)
+
+
+def row_operand(rows: torch.Tensor, block: tuple[int, int]) -> tuple[Any, bool]:
+    """The same for a matrix of sorted rows (R, .)."""
+    return _operand(rows, block)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 products are exact (IEEE) unless torch's own switch allows TF32; 16-bit types ignore this."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def launch_grid(
+    kernel: Any,
+    config: GemmConfig,
+    max_tiles: int,
+    persistent: bool,
+    tensors: tuple[Any, ...],
+    sizes: tuple[int, ...],
+    **constants: Any,
+) -> None:
+    """Launch ``kernel`` over at most ``max_tiles`` tiles: one program per multiprocessor, or one per tile."""
+    if max_tiles == 0:
+        return
+    device = next(t.device for t in tensors if isinstance(t, torch.Tensor))
+    programs = min(max_tiles, multiprocessors(device) * config.programs_per_sm) if persistent else max_tiles
+    kernel[(programs,)](
+        *tensors,
+        *sizes,
+        **constants,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def launch_tiles(
+    kernel: Any,
+    config: GemmConfig,
+    plan: RoutingPlan,
+    width: int,
+    persistent: bool,
+    tensors: tuple[Any, ...],
+    sizes: tuple[int, ...],
+    **constants: Any,
+) -> None:
+    """Launch a kernel over the plan's row tiles times the column blocks of an output ``width`` wide."""
+    column_blocks = -(-width // config.block_n)
+    launch_grid(kernel, config, plan.max_tiles * column_blocks, persistent, tensors, sizes, **constants)

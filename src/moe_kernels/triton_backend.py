@@ -1,0 +1,45 @@
+"""The Triton backend: the nine steps as kernels for sm_80 and later.
+
+Hopper and later load weights and sorted rows by tensor-memory copies (TMA); sm_80 to sm_89, and tensors whose rows
+are not multiples of 16 bytes, by pointer loads. The math is the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moe_kernels.backends import Problem
+from moe_kernels.kernels.triton.combine import combine, combine_grad, weight_grad
+from moe_kernels.kernels.triton.dact import dact
+from moe_kernels.kernels.triton.grouped_gemm import dgrad, down
+from moe_kernels.kernels.triton.launch import interpreting
+from moe_kernels.kernels.triton.plan import make_plan
+from moe_kernels.kernels.triton.up import up
+from moe_kernels.kernels.triton.wgrad import wgrad
+
+NAME = "triton"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = [
+    "NAME",
+    "combine",
+    "combine_grad",
+    "dact",
+    "dgrad",
+    "down",
+    "make_plan",
+    "up",
+    "weight_grad",
+    "wgrad",
+    "why_not",
+]
+
+
+def why_not(problem: Problem) -> str | None:
+    """None if these kernels run ``problem``, else the reason and the cure."""
+    if problem.device_type != "cuda" and not interpreting():
+        return f"tensors are on {problem.device_type}: move the model to an NVIDIA GPU, or use backend='torch'."
+    if problem.capability is not None and problem.capability < (8, 0):
+        return f"compute capability {problem.capability} is below (8, 0): use an A100 or newer."
+    if problem.dtype not in DTYPES:
+        return f"dtype {problem.dtype} is not bfloat16, float16 or float32: cast the model to bfloat16."
+    return None

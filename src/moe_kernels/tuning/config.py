@@ -1,0 +1,95 @@
+"""Tile sizes as data: which tile each kernel uses, by GPU generation, dtype and group size.
+
+Nothing is searched or timed while a model trains: the tables below are the whole choice. ``benchmarks/results``
+holds the measurements they come from.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from moe_kernels.backends import device_capability
+
+# Shared memory that one program may use, in bytes, by compute capability (CUDA programming guide, table of limits).
+SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
+_DEFAULT_SHARED_MEMORY = 99 * 1024
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """One tile configuration.
+
+    Attributes:
+        block_m, block_n, block_k: tile sizes; for row-tiled kernels block_m is the group size.
+        num_warps, num_stages: Triton's launch options.
+        group_m: row tiles that walk all columns together, for L2 reuse of the weights.
+        flatten: fuse the persistent loop and the K loop, so that loads of the next tile start early.
+        programs_per_sm: size of the persistent grid, in programs per multiprocessor.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    flatten: bool = False
+    programs_per_sm: int = 1
+
+
+ROW_TILED = ("up", "down", "dact", "dgrad")
+KERNELS = (*ROW_TILED, "wgrad")
+
+_SM90 = {
+    ("up", 64): GemmConfig(64, 128, 64, 4, 3),
+    ("up", 128): GemmConfig(128, 128, 64, 8, 3),
+    ("up", 256): GemmConfig(256, 64, 64, 8, 3),
+    ("down", 64): GemmConfig(64, 256, 64, 4, 3),
+    ("down", 128): GemmConfig(128, 256, 64, 8, 3),
+    ("down", 256): GemmConfig(256, 128, 64, 8, 3),
+    ("dact", 64): GemmConfig(64, 128, 64, 4, 3),
+    ("dact", 128): GemmConfig(128, 128, 64, 8, 3),
+    ("dact", 256): GemmConfig(256, 64, 64, 8, 3),
+    ("dgrad", 64): GemmConfig(64, 256, 64, 4, 3),
+    ("dgrad", 128): GemmConfig(128, 256, 64, 8, 3),
+    ("dgrad", 256): GemmConfig(256, 128, 64, 8, 3),
+    ("wgrad", None): GemmConfig(128, 256, 64, 8, 3),
+}
+# Ampere and Ada: no asynchronous tensor cores, so accumulators and operands share the registers.
+_SM80 = {
+    ("up", 64): GemmConfig(64, 64, 32, 4, 3),
+    ("up", 128): GemmConfig(128, 64, 32, 8, 3),
+    ("up", 256): GemmConfig(256, 32, 32, 8, 3),
+    ("down", 64): GemmConfig(64, 128, 32, 4, 3),
+    ("down", 128): GemmConfig(128, 128, 32, 8, 3),
+    ("down", 256): GemmConfig(256, 64, 32, 8, 3),
+    ("dact", 64): GemmConfig(64, 64, 32, 4, 3),
+    ("dact", 128): GemmConfig(128, 64, 32, 8, 3),
+    ("dact", 256): GemmConfig(256, 32, 32, 8, 3),
+    ("dgrad", 64): GemmConfig(64, 128, 32, 4, 3),
+    ("dgrad", 128): GemmConfig(128, 128, 32, 8, 3),
+    ("dgrad", 256): GemmConfig(256, 64, 32, 8, 3),
+    ("wgrad", None): GemmConfig(128, 128, 32, 8, 3),
+}
+# float32 in IEEE precision runs on the ordinary cores: small tiles, on every GPU.
+_FLOAT32 = {
+    (kernel, group): GemmConfig(group or 64, 32, 32, 4 if (group or 64) == 64 else 8, 2)
+    for kernel in KERNELS
+    for group in ((64, 128, 256) if kernel in ROW_TILED else (None,))
+}
+
+
+def table(capability: tuple[int, int] | None, dtype: torch.dtype) -> dict[tuple[str, int | None], GemmConfig]:
+    """The configurations in use, keyed by (kernel, group size); None, the interpreter, uses Hopper's."""
+    if dtype == torch.float32:
+        return _FLOAT32
+    return _SM80 if capability is not None and capability < (9, 0) else _SM90
+
+
+@functools.lru_cache(maxsize=512)
+def select_config(kernel: str, device: torch.device, dtype: torch.dtype, group_size: int | None) -> GemmConfig:
+    """The tile that ``kernel`` uses. ``group_size`` is the rows per tile, None for wgrad."""
+    return table(device_capability(device), dtype)[kernel, group_size]
