@@ -1,0 +1,59 @@
+"""Decides, before any kernel is imported, how this process runs kernels: on the GPU, or in Triton's interpreter.
+
+``TRITON_INTERPRET`` is read when a kernel is decorated. Ahead-of-time tests need it unset and run in a process of
+their own (``MOE_KERNELS_AOT=1``, see tests/aot).
+"""
+
+import os
+
+import pytest
+import torch
+
+AOT = os.environ.get("MOE_KERNELS_AOT") == "1"
+if AOT:
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# float32 means float32: references on a GPU must not be TF32.
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+
+if INTERPRETED:
+    from moe_kernels.testing import interpreter
+
+    interpreter.install()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "plain_memory: keep torch.empty as it is (under torch.compile)")
+
+
+def pytest_collection_modifyitems(items):
+    why = None
+    if not torch.cuda.is_available():
+        why = "needs an NVIDIA GPU: torch.cuda.is_available() is false here"
+    elif INTERPRETED:
+        why = "needs compiled kernels: unset TRITON_INTERPRET"
+    for item in items:
+        if why and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where kernels run in this process."""
+    return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request):
+    """What the package allocates without filling is NaN or a huge integer, never an accidental zero."""
+    from moe_kernels.testing.allocations import poisoned_allocations
+
+    if request.node.get_closest_marker("plain_memory"):
+        yield
+        return
+    with poisoned_allocations():
+        yield

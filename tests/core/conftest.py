@@ -1,0 +1,27 @@
+import functools
+import importlib.util
+
+import pytest
+
+import moe_kernels
+
+BACKENDS = [
+    "torch",
+    pytest.param(
+        "triton",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("moe_kernels.triton_backend") is None, reason="the Triton backend is absent"
+        ),
+    ),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def experts(backend):
+    """The op on one backend: every test that takes it runs once per backend."""
+    return functools.partial(moe_kernels.fused_experts, backend=backend)

@@ -1,0 +1,228 @@
+"""The op inside PyTorch: which gradients, what is saved, checkpointing, autocast, no_grad, dispatch, errors."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import moe_kernels
+from moe_kernels import backends
+from moe_kernels.routing import plan_elements
+from moe_kernels.testing.problems import DIFFERENTIABLE, Case, eager, make_inputs, run, truth
+from moe_kernels.testing.tolerances import assert_close_to_truth
+
+SMALL = Case(tokens=13, top_k=2, experts=5, hidden=40, intermediate=24, dtype=torch.bfloat16)
+
+
+def args(inputs, requires_grad=True):
+    leaves = {n: getattr(inputs, n).detach().clone().requires_grad_(requires_grad) for n in DIFFERENTIABLE}
+    return leaves["x"], inputs.topk_ids, leaves["topk_weights"], leaves["gate_up"], leaves["down"]
+
+
+def grads_of(call, inputs):
+    leaves = args(inputs)
+    call(*leaves).backward(inputs.grad)
+    return {n: t.grad for n, t in zip(("x", "ids", *DIFFERENTIABLE[1:]), leaves, strict=True) if t.grad is not None}
+
+
+SUBSETS = [s for n in range(5) for s in itertools.combinations(DIFFERENTIABLE, n)]
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids="+".join)
+def test_gradients_exactly_of_what_requires_them(experts, device, wanted):
+    inputs = make_inputs(SMALL, device)
+    everything, some = run(experts, inputs), run(experts, inputs, wanted)
+    for name in DIFFERENTIABLE:
+        if name in wanted:
+            assert torch.equal(some["d" + name], everything["d" + name]), name
+        else:
+            assert some["d" + name] is None, name
+    assert torch.equal(some["out"], everything["out"])
+
+
+def test_double_backward_is_refused(experts, device):
+    inputs = make_inputs(SMALL, device)
+    x, *rest = args(inputs)
+    (dx,) = torch.autograd.grad(experts(x, *rest), x, inputs.grad.clone().requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="experts_backward"):
+        dx.sum().backward()
+
+
+def test_backward_twice_is_equal(experts, device):
+    inputs = make_inputs(SMALL, device)
+    leaves = args(inputs)
+    out = experts(*leaves)
+    wanted = [t for t in leaves if t.requires_grad]
+    first = torch.autograd.grad(out, wanted, inputs.grad, retain_graph=True)
+    second = torch.autograd.grad(out, wanted, inputs.grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradients_accumulate_into_grad(experts, device):
+    inputs = make_inputs(SMALL, device)
+    leaves = args(inputs)
+    for _ in range(2):
+        experts(*leaves).backward(inputs.grad)
+    once = run(experts, inputs)
+    assert torch.equal(leaves[3].grad, once["dgate_up"] + once["dgate_up"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(experts, device, mode):
+    inputs = make_inputs(SMALL, device)
+    leaves = args(inputs)
+    with mode():
+        out = experts(*leaves)
+    assert not out.requires_grad
+    assert torch.equal(out, experts(*leaves))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_nothing(experts, device, reentrant):
+    inputs = make_inputs(SMALL, device)
+    plain = grads_of(experts, inputs)
+    again = grads_of(lambda *a: checkpoint(experts, *a, use_reentrant=reentrant), inputs)
+    assert plain.keys() == again.keys()
+    for name in plain:
+        assert torch.equal(plain[name], again[name]), name
+
+
+def test_autocast_runs_in_the_autocast_dtype(experts, device):
+    inputs = make_inputs(Case(**{**SMALL.__dict__, "dtype": torch.float32}), device)
+    with torch.autocast(device.type, torch.bfloat16):
+        out = experts(*args(inputs))
+    half = inputs.to(torch.bfloat16)
+    expected = experts(half.x, half.topk_ids, inputs.topk_weights, half.gate_up, half.down)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected.float())
+
+
+def test_autocast_gradients_keep_the_parameters_dtype(experts, device):
+    inputs = make_inputs(Case(**{**SMALL.__dict__, "dtype": torch.float32}), device)
+    leaves = args(inputs)
+    with torch.autocast(device.type, torch.bfloat16):
+        out = experts(*leaves)
+    out.backward(inputs.grad)
+    for leaf in leaves:
+        assert leaf.grad is None or (leaf.grad.dtype == leaf.dtype and torch.isfinite(leaf.grad).all())
+    assert leaves[0].grad is not None
+
+
+def test_float32_activations_with_bfloat16_weights(experts, device):
+    inputs = make_inputs(SMALL, device)
+    wide = type(inputs)(**{**inputs.__dict__, "x": inputs.x.float(), "grad": inputs.grad.float()})
+    results, expected, plain = run(experts, wide), truth(inputs), eager(inputs)
+    assert results["out"].dtype == torch.float32
+    for name, value in results.items():
+        assert_close_to_truth(
+            value.to(plain[name].dtype), expected[name], plain[name], name, compute_dtype=torch.bfloat16
+        )
+
+
+# ------------------------------------------------------------------------------------------- what is saved
+def saved(experts, inputs):
+    """(shape, bytes) of everything autograd keeps that is not an input weight."""
+    leaves = args(inputs)
+    weights = {leaves[3].data_ptr(), leaves[4].data_ptr()}
+    kept = {}
+
+    def pack(t):
+        if t.data_ptr() not in weights:
+            kept[t.data_ptr(), t.shape] = t.nbytes
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = experts(*leaves)
+    return out, kept
+
+
+def test_saved_memory_is_x_z_weights_and_plan(experts, device):
+    c = SMALL
+    _, kept = saved(experts, make_inputs(c, device))
+    rows = c.tokens * c.top_k
+    x, z, w = 2 * c.tokens * c.hidden, 4 * rows * c.intermediate, 4 * rows
+    plan = 4 * plan_elements(rows, c.experts)
+    assert sum(kept.values()) == x + z + w + plan
+    assert plan <= 4 * (2 * rows + c.experts + rows // 32 + 2 * c.experts) + 6 * 128 + 128
+
+
+def test_saved_shapes_do_not_depend_on_the_routing(experts, device):
+    shapes = set()
+    for routing in ("random", "all_to_last", "all_sentinels", "one_token_each"):
+        _, kept = saved(experts, make_inputs(Case(**{**SMALL.__dict__, "routing": routing}), device))
+        shapes.add(tuple(sorted(tuple(shape) for _, shape in kept)))
+    assert len(shapes) == 1
+
+
+# ------------------------------------------------------------------------------------------- dispatch, errors
+def test_every_forward_is_counted(experts, backend, device):
+    inputs = make_inputs(SMALL, device)
+    backends.reset_dispatch_counts()
+    run(experts, inputs)
+    run(experts, inputs)
+    assert moe_kernels.dispatch_counts() == {backend: 2}
+
+
+def test_the_backend_of_the_forward_runs_the_backward(experts, backend, device, monkeypatch):
+    """A backend chosen by argument is chosen for the backward too."""
+    inputs = make_inputs(SMALL, device)
+    other = {"torch": "triton", "triton": "torch"}[backend]
+    leaves = args(inputs)
+    out = experts(*leaves)
+    asked = []
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda name: asked.append(name) or load(name))
+    out.backward(inputs.grad)
+    assert backend in asked
+    assert other not in asked
+
+
+def test_auto_takes_torch_on_cpu_and_says_why():
+    inputs = make_inputs(SMALL)
+    name, why = backends.select(backends.Problem.of(inputs.gate_up, SMALL.top_k), "auto")
+    assert name == "torch"
+    assert "NVIDIA GPU" in why
+
+
+BAD = {
+    "x of three dimensions": (lambda a: {"x": a.x[None]}, "wants x"),
+    "hidden sizes": (lambda a: {"x": a.x[:, :-8].contiguous()}, "sizes disagree"),
+    "number of experts": (lambda a: {"down": a.down[:-1].contiguous()}, "sizes disagree"),
+    "odd gate_up": (lambda a: {"gate_up": a.gate_up[:, :-1].contiguous()}, "wants x"),
+    "tokens": (lambda a: {"topk_ids": a.topk_ids[:-1]}, r"must both be \(T, K\)"),
+    "top_k": (lambda a: {"topk_weights": a.topk_weights[:, :-1]}, r"must both be \(T, K\)"),
+    "ids of float": (lambda a: {"topk_ids": a.topk_ids.float()}, "int64 or int32"),
+    "integer x": (lambda a: {"x": a.x.long()}, "must be a floating dtype"),
+    "integer routing weights": (lambda a: {"topk_weights": a.topk_weights.long()}, "must be a floating dtype"),
+    "weights of two dtypes": (lambda a: {"down": a.down.float()}, "cast one of them"),
+    "transposed weights": (lambda a: {"down": a.down.mT.contiguous().mT}, "must be contiguous"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_inputs_are_named(experts, device, what):
+    change, message = BAD[what]
+    inputs = make_inputs(SMALL, device)
+    a = type(inputs)(**{**inputs.__dict__, **change(inputs)})
+    with pytest.raises(ValueError, match=message):
+        experts(a.x, a.topk_ids, a.topk_weights, a.gate_up, a.down)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"group_size": 100}, "64, 128, 256, auto"),
+        ({"group_size": True}, "64, 128, 256, auto"),
+        ({"persistent": "yes"}, "true or false"),
+        ({"activation": "tanh"}, "silu"),
+        ({"backend": "cuda"}, "auto, triton, torch"),
+    ],
+    ids=str,
+)
+def test_bad_settings_list_the_valid_ones(device, setting, message):
+    inputs = make_inputs(SMALL, device)
+    with pytest.raises(ValueError, match=message):
+        moe_kernels.fused_experts(
+            inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.gate_up, inputs.down, **setting
+        )

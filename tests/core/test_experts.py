@@ -1,0 +1,211 @@
+"""The op against float64 and plain PyTorch: output and every gradient, on every backend."""
+
+import functools
+
+import pytest
+import torch
+
+import moe_kernels
+from moe_kernels.testing.problems import DIFFERENTIABLE, Case, check, eager, make_inputs, run, truth
+from moe_kernels.testing.routings import ROUTINGS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = Case(tokens=13, top_k=2, experts=5, hidden=40, intermediate=24)
+
+
+def case(**changes):
+    return Case(**{**SMALL.__dict__, **changes})
+
+
+def judge(experts, c, device, **options):
+    return check(functools.partial(experts, **options), make_inputs(c, device), str(c))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_hostile_routings(experts, device, routing, dtype):
+    judge(experts, case(routing=routing, dtype=dtype), device)
+
+
+SIZES = [
+    case(tokens=1, top_k=1, experts=1),
+    case(tokens=1, top_k=5),
+    case(tokens=7, top_k=2, experts=2, hidden=16, intermediate=8),
+    case(tokens=9, top_k=8, experts=64),
+    case(tokens=3, top_k=7, experts=5, routing="duplicated_ids"),
+    # Rows that no 16-byte TMA transfer can address: the pointer kernels.
+    case(hidden=36, intermediate=20),
+    case(hidden=41, intermediate=13),
+    # Intermediate and hidden sizes one block, one block and a bit, several blocks.
+    case(tokens=20, hidden=64, intermediate=64),
+    case(tokens=20, hidden=72, intermediate=72),
+    case(tokens=10, hidden=136, intermediate=88),
+    # Rows of one expert: a full tile, one more, one less.
+    case(tokens=64, top_k=1, experts=2, hidden=16, intermediate=16, routing="all_to_last"),
+    case(tokens=65, top_k=1, experts=2, hidden=16, intermediate=16, routing="all_to_last"),
+    case(tokens=63, top_k=2, experts=1, hidden=16, intermediate=16, routing="all_to_last"),
+]
+
+
+@pytest.mark.parametrize("c", SIZES, ids=str)
+def test_sizes_bf16(experts, device, c):
+    judge(experts, Case(**{**c.__dict__, "dtype": torch.bfloat16}), device)
+
+
+@pytest.mark.parametrize("c", [SIZES[5], SIZES[6], SIZES[8]], ids=str)
+def test_sizes_fp32(experts, device, c):
+    judge(experts, c, device)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("group_size", [64, 128, 256, "auto"])
+def test_settings_change_nothing(experts, device, group_size, persistent):
+    c = case(tokens=70, top_k=2, experts=3, hidden=32, intermediate=24, dtype=torch.bfloat16, routing="one_hot_expert")
+    judge(experts, c, device, group_size=group_size, persistent=persistent)
+
+
+@pytest.mark.parametrize("weights_dtype", DTYPES, ids=str)
+def test_routing_weights_of_another_dtype(experts, device, weights_dtype):
+    c = case(dtype=torch.bfloat16, weights_dtype=weights_dtype)
+    inputs = make_inputs(c, device)
+    results = run(experts, inputs)
+    assert results["dtopk_weights"].dtype == weights_dtype
+    judge(experts, c, device)
+
+
+def test_no_tokens(experts, device):
+    results = run(experts, make_inputs(case(tokens=0), device))
+    assert results["out"].shape == (0, SMALL.hidden)
+    assert results["dx"].shape == (0, SMALL.hidden)
+    assert results["dtopk_weights"].shape == (0, SMALL.top_k)
+    assert torch.count_nonzero(results["dgate_up"]) == 0
+    assert torch.count_nonzero(results["ddown"]) == 0
+
+
+def test_float64_gradcheck_on_torch_backend():
+    c = case(tokens=6, hidden=6, intermediate=4, dtype=torch.float64, weights_dtype=torch.float64, routing="sentinels")
+    inputs = make_inputs(c)
+    leaves = [getattr(inputs, n).clone().requires_grad_() for n in DIFFERENTIABLE]
+
+    def op(x, w, gate_up, down):
+        return moe_kernels.fused_experts(x, inputs.topk_ids, w, gate_up, down, backend="torch")
+
+    assert torch.autograd.gradcheck(op, leaves, fast_mode=True)
+
+
+# ------------------------------------------------------------------------------------------------ exactness
+def integers(c, device, density=0.25):
+    """A problem in which every intermediate and result is exactly representable in the dtype, in any order of
+    summation: silu is exactly 0 or the identity on gates of 0, 32, 64, ..., everything else is a small integer."""
+    g = torch.Generator().manual_seed(3)
+
+    def sparse(shape, values, nonzero):
+        pick = torch.tensor(values, dtype=torch.float32)[torch.randint(len(values), shape, generator=g)]
+        return pick * (torch.rand(shape, generator=g) < nonzero)
+
+    inputs = make_inputs(c)
+    x = torch.zeros(c.tokens, c.hidden)
+    x.scatter_(1, torch.randint(c.hidden, (c.tokens, 2), generator=g), 1.0)
+    gate = sparse((c.experts, c.intermediate, c.hidden), [32.0], density)
+    up = sparse((c.experts, c.intermediate, c.hidden), [-1.0, 1.0], density)
+    down = sparse((c.experts, c.hidden, c.intermediate), [-1.0, 1.0], 0.12)
+    weights = torch.tensor([0.5, 1.0, -1.0])[torch.randint(3, (c.tokens, c.top_k), generator=g)]
+    grad = torch.zeros(c.tokens, c.hidden)
+    grad.scatter_(1, torch.randint(c.hidden, (c.tokens, 2), generator=g), 1.0)
+    changed = {"x": x, "gate_up": torch.cat([gate, up], 1), "down": down, "grad": grad}
+    changed = {name: value.to(c.dtype).to(device) for name, value in changed.items()}
+    return type(inputs)(topk_ids=inputs.topk_ids.to(device), topk_weights=weights.to(device), **changed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("routing", ["random", "sentinels", "duplicated_ids"])
+def test_integers_are_bitwise_exact(experts, device, dtype, routing):
+    inputs = integers(case(tokens=21, hidden=40, intermediate=24, dtype=dtype, routing=routing), device)
+    # float32 on purpose: there the sigmoid of 32 is exactly one.
+    expected = eager(inputs.to(torch.float32))
+    for name, value in run(experts, inputs).items():
+        rounded = expected[name].to(value.dtype)
+        assert torch.equal(rounded.float(), expected[name]), f"{name}: the test's own data is not representable"
+        assert torch.equal(value, rounded), f"{name} differs at {(value != rounded).nonzero()[:3].tolist()}"
+
+
+def test_empty_experts_have_exactly_zero_weight_gradients(experts, device):
+    inputs = make_inputs(case(routing="all_to_last", dtype=torch.bfloat16), device)
+    results = run(experts, inputs)
+    for name in ("dgate_up", "ddown"):
+        assert torch.count_nonzero(results[name][:-1]) == 0
+        assert torch.count_nonzero(results[name][-1]) > 0
+
+
+def test_dropped_slots_cost_and_leak_nothing(experts, device):
+    inputs = make_inputs(case(routing="sentinels"), device)
+    dropped = (inputs.topk_ids < 0) | (inputs.topk_ids >= SMALL.experts)
+    inputs.topk_weights[dropped] = float("nan")
+    inputs.x[0] = float("nan")  # token 0 has no expert here
+    results = run(experts, inputs)
+    for name, value in results.items():
+        assert torch.isfinite(value).all(), name
+    assert torch.count_nonzero(results["out"][0]) == 0
+    assert torch.count_nonzero(results["dx"][0]) == 0
+    assert torch.count_nonzero(results["dtopk_weights"][dropped]) == 0
+
+
+def test_unused_experts_may_hold_nan(experts, device):
+    inputs = make_inputs(case(routing="all_to_last"), device)
+    inputs.gate_up[:-1] = float("nan")
+    inputs.down[:-1] = float("nan")
+    for name, value in run(experts, inputs).items():
+        assert torch.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["x", "topk_weights", "gate_up", "down", "grad"])
+def test_non_finite_values_go_where_the_reference_sends_them(experts, device, where, bad):
+    inputs = make_inputs(case(tokens=20), device)
+    getattr(inputs, where).view(-1)[7] = bad
+    expected, actual = truth(inputs), run(experts, inputs)
+    for name, value in actual.items():
+        assert torch.equal(torch.isfinite(value), torch.isfinite(expected[name])), name
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+def test_int32_ids(experts, device):
+    inputs = make_inputs(SMALL, device)
+    narrow = type(inputs)(**{**inputs.__dict__, "topk_ids": inputs.topk_ids.int()})
+    for name, value in run(experts, narrow).items():
+        assert torch.equal(value, run(experts, inputs)[name]), name
+
+
+def strided(t, kind):
+    if kind == "transposed":
+        return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if kind == "sliced":
+        return torch.stack([t, torch.full_like(t, 99)], -1)[..., 0]
+    return torch.cat([torch.full_like(t[:1], 99), t])[1:]  # offset: same strides, another base address
+
+
+@pytest.mark.parametrize("kind", ["transposed", "sliced", "offset"])
+@pytest.mark.parametrize("which", ["x", "topk_ids", "topk_weights", "grad"])
+def test_strided_inputs(experts, device, which, kind):
+    inputs = make_inputs(case(dtype=torch.bfloat16), device)
+    view = strided(getattr(inputs, which), kind)
+    changed = type(inputs)(**{**inputs.__dict__, which: view})
+    out = experts(changed.x, changed.topk_ids, changed.topk_weights, changed.gate_up, changed.down)
+    plain = experts(inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.gate_up, inputs.down)
+    assert torch.equal(out, plain)
+    # Gradients through the view itself (run() clones, which would make it contiguous).
+    grads = []
+    for i in (inputs, changed):
+        leaves = [getattr(i, n).detach().requires_grad_() for n in DIFFERENTIABLE]
+        y = experts(leaves[0], i.topk_ids, *leaves[1:])
+        grads.append(torch.autograd.grad(y, leaves, i.grad))
+    for name, a, b in zip(DIFFERENTIABLE, *grads, strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_expanded_upstream_gradient(experts, device):
+    inputs = make_inputs(SMALL, device)
+    ones = type(inputs)(**{**inputs.__dict__, "grad": torch.ones((), device=device).expand(13, 40)})
+    dense = type(inputs)(**{**inputs.__dict__, "grad": torch.ones(13, 40, device=device)})
+    for name, value in run(experts, ones).items():
+        assert torch.equal(value, run(experts, dense)[name]), name
