@@ -1,0 +1,106 @@
+"""``moe-kernels prepare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from moe_kernels.cli.errors import UsageError
+from moe_kernels.prepare.models import prepare_model
+from moe_kernels.prepare.text import prepare_data
+from moe_kernels.shapes import FAMILIES, SIZES
+
+
+def wanted(models: list[str], size: str | None) -> list[tuple[str, str]]:
+    """Families and sizes of the models that a user names.
+
+    Args:
+        models: ``mixtral-1b``, ``mixtral-tiny``, ``mixtral`` or ``all``.
+        size: of those named without one, ``1b`` where it is None. It must not contradict a name.
+
+    Raises:
+        UsageError: a name or a size is unknown, or the two disagree.
+    """
+    if size is not None and size not in SIZES:
+        raise UsageError(f"There is no size {size!r}. Name one of {', '.join(SIZES)}.")
+    found: dict[tuple[str, str], None] = {}
+    for model in models:
+        named = {
+            (family, known): None
+            for family in FAMILIES
+            for known in SIZES
+            if model == f"{family}-{known}" or (model in (family, "all") and known == (size or "1b"))
+        }
+        if not named:
+            known_models = ", ".join(
+                shape.name for family in FAMILIES.values() for shape in family.sizes.values()
+            )
+            raise UsageError(f"There is no model {model!r}. Name one of {known_models}, or all.")
+        found |= named
+    if size == "tiny":
+        # `mixtral-1b --size tiny` means the tiny model of that family.
+        found = {(family, size): None for family, _ in found}
+    elif size is not None and any(known != size for _, known in found):
+        raise UsageError(f"--size {size} contradicts {', '.join(models)}. Leave one of the two out.")
+    return [*found]
+
+
+def prepare(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="mixtral-1b, qwen2-moe-1b, deepseek-v3-1b, or all; -tiny for a CPU."),
+    ],
+    size: Annotated[
+        str | None,
+        typer.Option(help="1b (for a GPU, 2 GB each) or tiny (for a CPU, 2 MB each).", show_default="1b"),
+    ] = None,
+    root: Annotated[Path, typer.Option(help="Folder that gets artifacts/.")] = Path(),
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Train on this instead of the Python standard library: a .jsonl, .json, .txt or .parquet "
+            "file, or a Hugging Face data set as NAME or NAME:CONFIGURATION."
+        ),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Column of the data set that holds the text.")] = "text",
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of the weights; a finished model of another seed is made again.", show_default="0"
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Make again what is there already.")] = False,
+) -> None:
+    """Make the models, the tokenizer and the data that the run files of configs/moe name.
+
+    Nothing is downloaded unless --dataset names a Hugging Face data set. What is finished is kept, so a
+    command that was stopped goes on where it was.
+    """
+    todo = wanted(models, size)
+    console = Console()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=len(todo) + 1)
+
+        def report(message: str) -> None:
+            progress.update(task, description=message)
+            console.print(message, highlight=False, soft_wrap=True)
+
+        data = prepare_data(root, dataset, text_field=text_field, force=force, report=report)
+        progress.advance(task)
+        for family, model_size in todo:
+            prepare_model(family, model_size, root, seed, force=force, report=report)
+            progress.advance(task)
+    if dataset is not None:
+        console.print(f"To train on it, set in the run file, under datasets: path: {data}", soft_wrap=True)

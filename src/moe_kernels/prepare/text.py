@@ -1,0 +1,197 @@
+"""Text to train on: the Python standard library's sources, or a data set of the user's choice."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from moe_kernels.cli.errors import MissingDependency, UsageError
+from moe_kernels.prepare.cache import (
+    Report,
+    check_space,
+    digest,
+    forget_tokens,
+    made_with,
+    silent,
+    write_manifest,
+)
+
+PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+
+# Axolotl cuts each row into sequences and pads the last one: a long row wastes little on padding.
+ROW_CHARACTERS = 500_000
+# What is taken of a data set that may be larger than any disk: about as much as the standard library has.
+MAX_CHARACTERS = 12_000_000
+
+# Not part of the library proper, and not on every machine.
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+
+
+def stdlib_sources() -> list[str]:
+    """The running interpreter's standard library, one text a module, in the order of their paths.
+
+    Raises:
+        MissingDependency: this Python was installed without sources.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    kept = [path for path in paths if not SKIPPED.intersection(path.split("/"))]
+    texts = [(root / path).read_text(encoding="utf-8", errors="replace") for path in kept]
+    if sum(map(len, texts)) < 4_000_000:
+        raise MissingDependency(
+            f"{root} holds too few sources to train on: this Python came without them. "
+            "Use a Python that has its library as files, such as python.org's or your distribution's."
+        )
+    return texts
+
+
+def rows(texts: Iterable[str], length: int = ROW_CHARACTERS, limit: int = MAX_CHARACTERS) -> Iterator[str]:
+    """Documents joined, each ended by the end-of-text token, into rows of about ``length`` characters.
+
+    A document longer than a row fills several. Only what is beyond ``limit`` characters in all is left out.
+    """
+    row, total = "", 0
+    for text in texts:
+        row += text + EOS
+        while len(row) >= length:
+            yield row[:length]
+            total += length
+            row = row[length:]
+            if total >= limit:
+                return
+    if row:
+        yield row
+
+
+def prepare_data(
+    root: Path = Path(),
+    dataset: str | None = None,
+    *,
+    text_field: str = "text",
+    force: bool = False,
+    report: Report = silent,
+) -> Path:
+    """Write the training text as lines of ``{"text": ...}``, unless it is there already.
+
+    Args:
+        root: folder that holds ``artifacts/``.
+        dataset: a local .jsonl, .json, .txt or .parquet file, or a Hugging Face data set as ``NAME`` or
+            ``NAME:CONFIGURATION`` (its ``train`` split). None is the Python standard library.
+        text_field: column of ``dataset`` that holds the text; a .txt file is one text.
+        force: write it again.
+        report: is told what happens.
+
+    Returns:
+        ``artifacts/data/stdlib.jsonl``, or a file named after ``dataset`` in the same folder.
+
+    Raises:
+        UsageError: no such data set, or it has no such column, or no text.
+        MissingDependency: a package, the network or the library's sources are missing.
+        NotEnoughSpace: the disk is too full.
+    """
+    artifacts = root / "artifacts"
+    name = "stdlib" if dataset is None else re.sub(r"[^A-Za-z0-9._-]+", "-", _stem(dataset)).strip("-.")
+    path = artifacts / "data" / f"{name}.jsonl"
+    manifest = path.with_suffix(".manifest.json")
+    texts: Iterable[str]
+    if dataset is None:
+        texts = stdlib_sources()
+        recipe: dict[str, Any] = {"source": "stdlib", "python": platform.python_version()}
+        recipe["text"] = digest(EOS.join(texts))
+    else:
+        texts = []
+        recipe = {"source": dataset, "text_field": text_field, **_file_facts(dataset)}
+    recipe["row_characters"] = ROW_CHARACTERS
+    if not force and path.is_file() and made_with(manifest) == recipe:
+        report(f"{path} is there already")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_space(path.parent, 2 * MAX_CHARACTERS)
+    report(f"writing {path}")
+    manifest.unlink(missing_ok=True)
+    characters = _write(path, rows(texts if dataset is None else dataset_texts(dataset, text_field)))
+    if not characters:
+        path.unlink()
+        raise UsageError(
+            f"{dataset} has no text in its column {text_field!r}. Name another one with --text-field."
+        )
+    forget_tokens(artifacts)
+    write_manifest(manifest, recipe, {"characters": characters})
+    report(f"{path}: {characters / 1e6:.1f} million characters")
+    return path
+
+
+def dataset_texts(dataset: str, text_field: str) -> Iterator[str]:
+    """The texts of a local file or of a Hugging Face data set, one by one, without loading it whole."""
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ModuleNotFoundError as error:
+        raise MissingDependency(
+            "datasets is not installed. Cure: pip install 'moe-kernels[axolotl]'"
+        ) from error
+
+    column = text_field
+    try:
+        if (suffix := Path(dataset).suffix) in BUILDERS and Path(dataset).is_file():
+            options = {"sample_by": "document"} if suffix == ".txt" else {}
+            column = "text" if suffix == ".txt" else text_field
+            stream = datasets.load_dataset(
+                BUILDERS[suffix], data_files=dataset, split="train", streaming=True, **options
+            )
+        else:
+            name, _, configuration = dataset.partition(":")
+            stream = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+        found = iter(stream)
+        first = next(found, None)
+    except ConnectionError as error:
+        raise MissingDependency(
+            f"{dataset} is no local file, and huggingface.co cannot be reached ({error}). "
+            "Name a .jsonl, .json, .txt or .parquet file, or go online."
+        ) from error
+    except (DatasetsError, OSError, ValueError) as error:
+        raise UsageError(
+            f"{dataset} cannot be read ({error}). "
+            "Name a .jsonl, .json, .txt or .parquet file, or a Hugging Face data set with a train split."
+        ) from error
+    if first is None:
+        return
+    if not isinstance(first.get(column), str):
+        raise UsageError(
+            f"{dataset} has no text in a column {column!r}; it has {', '.join(first)}. "
+            "Name one with --text-field."
+        )
+    for row in chain([first], found):
+        yield row[column]
+
+
+def _stem(dataset: str) -> str:
+    return Path(dataset).stem if Path(dataset).suffix in BUILDERS else dataset
+
+
+def _file_facts(dataset: str) -> dict[str, int]:
+    """What changes when a local file does."""
+    if not Path(dataset).is_file():
+        return {}
+    stat = Path(dataset).stat()
+    return {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
+
+
+def _write(path: Path, lines: Iterable[str]) -> int:
+    import json
+
+    partial = path.with_name(f".{path.name}.partial")
+    characters = 0
+    with partial.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps({"text": line}) + "\n")
+            characters += len(line)
+    os.replace(partial, path)
+    return characters
