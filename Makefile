@@ -18,7 +18,7 @@ ARGS ?=
 # The newest transformers the integration is tested with, and the two packages it pins.
 NEWEST_TRANSFORMERS := transformers==5.23.0 tokenizers==0.23.2 huggingface_hub==1.33.0
 
-.PHONY: help compare test test-kernels test-compiled test-newest lint docs clean
+.PHONY: help compare test test-main test-compiled test-newest lint docs clean
 help:
 	@sed -n '1,3p' Makefile
 	@echo "# make lint | docs | clean"
@@ -44,18 +44,21 @@ $(NEWEST_READY): $(READY)
 compare: $(READY)
 	$(BIN)/python -m moe_kernels compare $(FAMILY) $(ARGS)
 
-test: test-compiled test-newest test-kernels
+test: test-compiled test-newest test-main
 
-# Kernels run in triton's interpreter here, so that a machine without a GPU tests them.
-test-kernels: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests --ignore=tests/aot --ignore=tests/device
+# Without a GPU the kernels run in triton's interpreter (tests/conftest.py).
+test-main: $(READY)
+	@echo "== the suite"
+	$(BIN)/python -m pytest tests --ignore=tests/aot
 
-# A process of its own: triton reads TRITON_INTERPRET when a kernel is defined, and the compiler needs it unset.
+# A process of its own: the interpreter is chosen when a kernel is defined, and the compiler needs it off.
 test-compiled: $(READY)
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests/aot tests/device
+	@echo "== every kernel compiled ahead of time for sm_80, sm_90 and sm_100"
+	MOE_KERNELS_AOT=1 $(BIN)/python -m pytest tests/aot
 
 test-newest: $(NEWEST_READY)
-	PYTHONPATH=$(NEWEST) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/integrations/test_transformers.py
+	@echo "== the transformers integration against $(firstword $(NEWEST_TRANSFORMERS))"
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest tests/integrations/test_transformers.py
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -1,4 +1,4 @@
-"""Correctness before speed: the error of an implementation against the float32 reference, one expert at a time."""
+"""Correctness before speed: the error of an implementation against the float32 reference."""
 
 from __future__ import annotations
 

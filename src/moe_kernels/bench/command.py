@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moe_kernels.cli.errors import CHECK_FAILED, MissingDependency, UsageError
@@ -16,8 +17,10 @@ from moe_kernels.shapes import LAYERS, LayerShape
 
 if TYPE_CHECKING:
     from moe_kernels.bench.experts import Measurement
+    from moe_kernels.bench.timing import Spread
 
 SCHEMA = 1
+TABLE_WIDTH = 150
 DEFAULT_SHAPES = "mixtral-1b,qwen2-moe-1b,deepseek-v3-1b"
 ROUTINGS = ("balanced", "mild", "hot")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -33,7 +36,7 @@ def bench(
     ] = DEFAULT_SHAPES,
     implementations: Annotated[
         str,
-        typer.Option(help="Comma-separated: eager, grouped_mm, batched_mm (transformers' own), moe_kernels."),
+        typer.Option(help="Comma-separated: eager, grouped_mm, batched_mm, moe_kernels."),
     ] = "eager,grouped_mm,moe_kernels",
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens per call instead of each layer's own.")
@@ -42,7 +45,7 @@ def bench(
     routing: Annotated[str, typer.Option(help="How uneven the router is: balanced, mild or hot.")] = "mild",
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,
     group_sizes: Annotated[
-        str, typer.Option(help="Knob values of moe_kernels to measure: 64, 128, 256, auto, comma-separated.")
+        str, typer.Option(help="Values of moe_group_size to measure: 64, 128, 256, auto.")
     ] = "128",
     persistent: Annotated[
         str, typer.Option(help="Knob values of moe_kernels: true, false or both.")
@@ -56,9 +59,9 @@ def bench(
     """Time one expert layer against transformers' own implementations, correctness first.
 
     Every implementation runs in this process on the same tensors, in turn, and computes every gradient. The
-    second-level cache is flushed before each call; times are medians. An implementation whose error is more than
-    three times that of grouped_mm is called wrong and is not timed. The time of the same GEMMs through dense
-    torch.mm is the ceiling. Exit code 1 if an implementation was wrong or could not run.
+    second-level cache is flushed before each call; times are medians. An implementation whose error is more
+    than three times that of grouped_mm is called wrong and is not timed. The time of the same GEMMs through
+    dense torch.mm is the ceiling. Exit code 1 if an implementation was wrong or could not run.
     """
     chosen_dtype = _one_of("dtype", dtype, tuple(DTYPES))
     _one_of("routing", routing, ROUTINGS)
@@ -95,9 +98,14 @@ def bench(
                 group_sizes=knobs,
                 persistent=walks,
                 seed=seed,
-                progress=status.update,
+                progress=lambda message: status.update(escape(message)),
             )
-        Console().print(_table(shape, found))
+        tables = Console()
+        tables.width = max(tables.width, TABLE_WIDTH)
+        tables.print(_table(shape, found))
+        for result in found:
+            if not result.ok:
+                tables.print(f"{result.implementation}: {result.note}", style="red", markup=False)
         results.extend(found)
     if json_file is not None:
         report = {
@@ -152,47 +160,54 @@ def _device(wanted: str) -> str:
     return wanted
 
 
+COLUMNS = ("forward ms", "f+b ms", "p20-p80", "f+b GPU", "f+b host", "TFLOP/s", "of dense", "launches",
+           "saved", "peak", "err out", "err grad")  # fmt: skip
+CAPTION = """ms: from the call to its last kernel. GPU: launches queued ahead. host: until the call returns.
+Medians. launches: forward / forward + backward. Memory in MiB. Errors: relative L2 against float32."""
+
+
 def _table(shape: LayerShape, results: list[Measurement]) -> Table:
     first = results[0]
     table = Table(
         title=f"{shape.name}: T={shape.tokens} H={shape.hidden} I={shape.intermediate} E={shape.experts} "
-        f"K={shape.top_k}, {first.dtype}, {first.routing} routing (busiest expert {first.imbalance:.1f}x the mean)",
+        f"K={shape.top_k}, {first.dtype}, {first.routing} routing (busiest expert {first.imbalance:.1f}x)",
         title_justify="left",
-        caption="ms: start of the call to its last kernel, median; GPU: launches queued ahead; host: until the call "
-        "returns. Memory in MiB. Error: relative L2 of the output, and the worst of the gradients.",
+        caption=CAPTION,
         caption_justify="left",
     )
     table.add_column("implementation", no_wrap=True)
-    for column in ("fwd ms", "GPU", "host", "f+b ms", "p20-p80", "GPU", "host", "TFLOP/s", "of dense", "launches",
-                   "saved", "peak", "err out", "err grad"):  # fmt: skip
+    for column in COLUMNS:
         table.add_column(column, justify="right")
     for result in results:
-        if not result.ok:
-            table.add_row(result.implementation, f"[red]{result.note}")
-            continue
-        forward, both = result.forward_ms, result.forward_backward_ms
-        gradients = [error for name, error in result.rel_error.items() if name != "out"]
-        table.add_row(
-            result.implementation,
-            _ms(forward and forward.median),
-            _ms(result.forward_queued_ms and result.forward_queued_ms.median),
-            _ms(result.forward_host_ms and result.forward_host_ms.median),
-            _ms(both and both.median),
-            f"{both.p20:.2f}-{both.p80:.2f}" if both else "",
-            _ms(result.forward_backward_queued_ms and result.forward_backward_queued_ms.median),
-            _ms(result.forward_backward_host_ms and result.forward_backward_host_ms.median),
-            f"{result.forward_backward_tflops:.3g}" if result.forward_backward_tflops else "",
-            f"{result.dense_fraction:.2f}" if result.dense_fraction else "",
-            f"{result.launches_forward} / {result.launches_forward_backward}"
-            if result.launches_forward
-            else "",
-            f"{result.saved_mb:.4g}" if result.saved_mb is not None else "",
-            f"{result.peak_mb:.4g}" if result.peak_mb is not None else "",
-            f"{result.rel_error['out']:.1e}" if result.rel_error else "",
-            f"{max(gradients):.1e}" if gradients else "",
-        )
+        if result.ok:
+            table.add_row(escape(result.implementation), *_cells(result))
+        else:
+            table.add_row(f"[red]{escape(result.implementation)}", "[red]wrong")
     return table
 
 
-def _ms(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _cells(result: Measurement) -> list[str]:
+    both, launches = result.forward_backward_ms, result.launches_forward
+    gradients = [error for name, error in result.rel_error.items() if name != "out"]
+    return [
+        _median(result.forward_ms),
+        _median(both),
+        f"{both.p20:.4g}-{both.p80:.4g}" if both else "",
+        _median(result.forward_backward_queued_ms),
+        _median(result.forward_backward_host_ms),
+        _number(result.forward_backward_tflops, ".3g"),
+        _number(result.dense_fraction, ".2f"),
+        "" if launches is None else f"{launches} / {result.launches_forward_backward}",
+        _number(result.saved_mb, ".4g"),
+        _number(result.peak_mb, ".4g"),
+        _number(result.rel_error.get("out"), ".1e"),
+        _number(max(gradients, default=None), ".1e"),
+    ]
+
+
+def _median(spread: Spread | None) -> str:
+    return "" if spread is None else f"{spread.median:.3f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -37,14 +38,14 @@ Progress = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row of the benchmark. Times in milliseconds, memory in MiB, rates in TFLOP/s; None where not measured.
+    """One row of the benchmark. Times in ms, memory in MiB, rates in TFLOP/s; None where not measured.
 
     Attributes:
-        implementation: eager, grouped_mm, batched_mm, moe_kernels, moe_kernels[g=..,p=..] or dense. ``dense`` is
-            the time of the same six GEMMs with R = T*K rows and one weight matrix through torch.mm: the ceiling.
+        implementation: eager, grouped_mm, batched_mm, moe_kernels, moe_kernels[g=..,p=..] or dense, which is
+            the same six GEMMs with R = T*K rows and one weight matrix through torch.mm: the ceiling.
         forward_ms, forward_backward_ms: start of the call to the end of its last kernel.
-        forward_queued_ms, forward_backward_queued_ms: GPU time alone, launches queued ahead. An implementation
-            that waits for the GPU inside the call (eager does) cannot be queued: there the two agree.
+        forward_queued_ms, forward_backward_queued_ms: GPU time alone, launches queued ahead. A call that
+            waits for the GPU inside (eager does) cannot be queued: there the two agree.
         forward_host_ms, forward_backward_host_ms: until the call returns, nothing awaited.
         launches_*: kernels in one call; copies_*: memcpy and memset.
         saved_mb: distinct storages kept for the backward, x included, weights not.
@@ -118,8 +119,8 @@ def measure(
         progress: called with what is being done.
 
     Returns:
-        One measurement an implementation, in the order given, then ``dense``. An implementation that is wrong, or
-        that cannot run, comes back with ``ok=False`` and the reason in ``note``, and is not timed.
+        One measurement an implementation, in the order given, then ``dense``. An implementation that is wrong
+        or cannot run comes back with ``ok=False`` and the reason in ``note``, and is not timed.
 
     Raises:
         ValueError: an unknown implementation.
@@ -182,7 +183,7 @@ def _forward_backward(layer: Layer, experts: Experts) -> Call:
 def _dense_calls(layer: Layer) -> tuple[Call, Call]:
     """The GEMMs of the layer with R rows and one expert's weights: 2 forward, 6 forward and backward."""
     shape = layer.shape
-    like = {"device": layer.x.device, "dtype": layer.x.dtype}
+    like: dict[str, Any] = {"device": layer.x.device, "dtype": layer.x.dtype}
     rows = torch.randn(shape.rows, shape.hidden, **like)
     wide = torch.randn(shape.rows, 2 * shape.intermediate, **like)
     narrow = torch.randn(shape.rows, shape.intermediate, **like)
@@ -228,7 +229,7 @@ def _time(
     return {row: (times[0][row], times[1][row]) for row in forward}
 
 
-def _rates(shape: LayerShape, times: tuple[Times, Times], dense: tuple[Times, Times]) -> dict[str, object]:
+def _rates(shape: LayerShape, times: tuple[Times, Times], dense: tuple[Times, Times]) -> dict[str, Any]:
     forward, both = times
     return {
         "forward_ms": forward.total,
@@ -244,9 +245,9 @@ def _rates(shape: LayerShape, times: tuple[Times, Times], dense: tuple[Times, Ti
     }
 
 
-def _counts(layer: Layer, experts: Experts) -> dict[str, object]:
+def _counts(layer: Layer, experts: Experts) -> dict[str, Any]:
     forward, both = _forward(layer, experts), _forward_backward(layer, experts)
-    found: dict[str, object] = {"saved_mb": saved_bytes(forward, (layer.gate_up, layer.down)) / MIB}
+    found: dict[str, Any] = {"saved_mb": saved_bytes(forward, (layer.gate_up, layer.down)) / MIB}
     if layer.x.device.type != "cuda":
         return found
     layer.clear_gradients()
@@ -259,14 +260,14 @@ def _counts(layer: Layer, experts: Experts) -> dict[str, object]:
     return found
 
 
-def _launches(what: str, launches: Launches | None) -> dict[str, object]:
+def _launches(what: str, launches: Launches | None) -> dict[str, Any]:
     if launches is None:
         return {}
     return {f"launches_{what}": launches.kernels, f"copies_{what}": launches.copies}
 
 
-def _measurement(layer: Layer, row: str, *, ok: bool = True, note: str = "", **values: object) -> Measurement:
-    shape = layer.shape
+def _measurement(layer: Layer, row: str, *, ok: bool = True, note: str = "", **values: Any) -> Measurement:
+    shape, device = layer.shape, layer.x.device
     return Measurement(
         implementation=row,
         shape=shape.name,
@@ -278,10 +279,8 @@ def _measurement(layer: Layer, row: str, *, ok: bool = True, note: str = "", **v
         routing=layer.routing,
         imbalance=layer.imbalance(),
         dtype=str(layer.x.dtype).removeprefix("torch."),
-        device=torch.cuda.get_device_name(layer.x.device)
-        if layer.x.device.type == "cuda"
-        else layer.x.device.type,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         ok=ok,
         note=note,
-        **values,  # type: ignore[arg-type]
+        **values,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +74,7 @@ def make_layer(
     logits = torch.randn(shape.tokens, shape.experts, generator=generator, device=device)
     logits += ROUTINGS[routing] * torch.randn(shape.experts, generator=generator, device=device)
     if routing == "balanced":
-        steps = torch.arange(shape.rows, device=device).view(shape.tokens, shape.top_k)
-        topk_ids = (
-            steps + torch.arange(shape.tokens, device=device)[:, None] // shape.experts
-        ) % shape.experts
+        topk_ids = torch.arange(shape.rows, device=device).view(shape.tokens, shape.top_k) % shape.experts
     else:
         if routing == "hot":
             # One expert in sixteen (at least one) takes nearly every token; the rest share the other slots.
@@ -98,9 +95,9 @@ def make_layer(
 
 
 def our_variants(
-    group_sizes: list[GroupSize], persistent: list[bool], backend: str = "auto"
+    group_sizes: Sequence[GroupSize], persistent: Sequence[bool], backend: str = "auto"
 ) -> dict[str, str]:
-    """Register one transformers implementation per knob setting. Maps the row's name to the registered name."""
+    """Register one transformers implementation per knob setting: {name of the row: registered name}."""
     from moe_kernels.integrations.transformers import register
 
     single = len(group_sizes) == len(persistent) == 1

@@ -1,4 +1,4 @@
-"""Clocks: how long a call takes on the GPU and on the host, how many kernels it launches, what memory it holds."""
+"""Clocks and counters: time on the GPU and on the host, kernels launched, memory held."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 Call = Callable[[], object]
 
 FLUSH_BYTES = 256 * 2**20
-#: Cycles per millisecond for torch.cuda._sleep; the fastest clock of the GPUs we know, so that we sleep too long.
+#: Cycles per millisecond for torch.cuda._sleep: the fastest clock we know, so that it sleeps long enough.
 SLEEP_CYCLES_PER_MS = 2_000_000
 #: A call whose host time is longer than this waits for the GPU inside: there is nothing to queue ahead.
 LONGEST_QUEUE_MS = 20.0
@@ -100,7 +100,7 @@ class Clock:
     def _once(self, call: Call, queue_ms: float = 0.0) -> tuple[float, float]:
         """(milliseconds to the end of the work, milliseconds until the call returned).
 
-        With ``queue_ms`` the GPU first idles that long, so that every launch waits in the queue when it wakes.
+        With ``queue_ms`` the GPU first idles that long, so that every launch is queued when it wakes.
         """
         if not self.cuda:
             begin = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import NoReturn
 
 import click
 import typer
@@ -65,7 +66,7 @@ COMMANDS: dict[str, Entry] = {
 
 
 class LazyCommand(click.Command):
-    """Stands in for a command until it is really needed, so that `--help` imports neither torch nor transformers."""
+    """Stands in for a command until it runs, so that `--help` imports neither torch nor transformers."""
 
     def __init__(self, name: str, entry: Entry) -> None:
         super().__init__(name, help=entry.summary, short_help=entry.summary)
@@ -84,7 +85,7 @@ class LazyCommand(click.Command):
 
 
 class Commands(TyperGroup):
-    """The group: knows the commands by name, and turns expected failures into one sentence and an exit code."""
+    """The group: knows the commands by name; an expected failure becomes a sentence and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -109,7 +110,7 @@ class Commands(TyperGroup):
             _fail(str(error), WRONG_USAGE)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     Console(stderr=True, highlight=False).print(message, style="red", markup=False, soft_wrap=True)
     raise typer.Exit(code)
 

@@ -38,7 +38,7 @@ class MissingDependency(CommandError, ImportError):
 
 
 def missing_module(error: ModuleNotFoundError) -> MissingDependency | None:
-    """The sentence for a missing optional package, or None where the package is not one of ours to explain."""
+    """The sentence for a missing optional package, or None where the package is none of an extra's."""
     package = (error.name or "").partition(".")[0]
     extra = EXTRAS.get(package)
     if extra is None:
