@@ -81,5 +81,5 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def forget_tokens(artifacts: Path) -> None:
-    """Remove Axolotl's tokenised data: it is found by path alone, so new text or a new tokenizer needs this."""
+    """Remove Axolotl's tokenised data: it is found by path alone, whatever the text is now."""
     shutil.rmtree(artifacts / "prepared", ignore_errors=True)

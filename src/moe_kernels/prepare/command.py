@@ -23,37 +23,24 @@ from moe_kernels.shapes import FAMILIES, SIZES
 
 
 def wanted(models: list[str], size: str | None) -> list[tuple[str, str]]:
-    """Families and sizes of the models that a user names.
+    """Families and sizes of the models that a user names, each once.
 
     Args:
-        models: ``mixtral-1b``, ``mixtral-tiny``, ``mixtral`` or ``all``.
-        size: of those named without one, ``1b`` where it is None. It must not contradict a name.
+        models: ``mixtral-1b``, ``mixtral-tiny``, ``mixtral`` (its 1b) or ``all`` (the three 1b).
+        size: takes the place of the sizes in the names, unless it is None.
 
     Raises:
-        UsageError: a name or a size is unknown, or the two disagree.
+        UsageError: a name or a size is unknown.
     """
     if size is not None and size not in SIZES:
         raise UsageError(f"There is no size {size!r}. Name one of {', '.join(SIZES)}.")
-    found: dict[tuple[str, str], None] = {}
-    for model in models:
-        named = {
-            (family, known): None
-            for family in FAMILIES
-            for known in SIZES
-            if model == f"{family}-{known}" or (model in (family, "all") and known == (size or "1b"))
-        }
-        if not named:
-            known_models = ", ".join(
-                shape.name for family in FAMILIES.values() for shape in family.sizes.values()
-            )
-            raise UsageError(f"There is no model {model!r}. Name one of {known_models}, or all.")
-        found |= named
-    if size == "tiny":
-        # `mixtral-1b --size tiny` means the tiny model of that family.
-        found = {(family, size): None for family, _ in found}
-    elif size is not None and any(known != size for _, known in found):
-        raise UsageError(f"--size {size} contradicts {', '.join(models)}. Leave one of the two out.")
-    return [*found]
+    known = {f"{family}-{each}": [(family, each)] for family in FAMILIES for each in SIZES}
+    known |= {family: [(family, "1b")] for family in FAMILIES}
+    known["all"] = [(family, "1b") for family in FAMILIES]
+    if unknown := [model for model in models if model not in known]:
+        raise UsageError(f"There is no model {unknown[0]!r}. Name one of {', '.join(known)}.")
+    pairs = [(family, size or each) for model in models for family, each in known[model]]
+    return [*dict.fromkeys(pairs)]
 
 
 def prepare(

@@ -7,7 +7,6 @@ import platform
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -132,44 +131,45 @@ def dataset_texts(dataset: str, text_field: str) -> Iterator[str]:
     """The texts of a local file or of a Hugging Face data set, one by one, without loading it whole."""
     try:
         import datasets
-        from datasets.exceptions import DatasetsError
     except ModuleNotFoundError as error:
         raise MissingDependency(
             "datasets is not installed. Cure: pip install 'moe-kernels[axolotl]'"
         ) from error
 
-    column = text_field
+    builder = BUILDERS.get(Path(dataset).suffix)
+    if builder is None:
+        name, _, configuration = dataset.partition(":")
+        arguments: dict[str, Any] = {"path": name, "name": configuration or None}
+    elif not Path(dataset).is_file() or not Path(dataset).stat().st_size:
+        raise UsageError(f"There is no file {dataset}, or it is empty.")
+    else:
+        arguments = {"path": builder, "data_files": dataset}
+    if builder == "text":
+        text_field = "text"
+        arguments["sample_by"] = "document"
+
     try:
-        if (suffix := Path(dataset).suffix) in BUILDERS and Path(dataset).is_file():
-            options = {"sample_by": "document"} if suffix == ".txt" else {}
-            column = "text" if suffix == ".txt" else text_field
-            stream = datasets.load_dataset(
-                BUILDERS[suffix], data_files=dataset, split="train", streaming=True, **options
-            )
+        for row in datasets.load_dataset(**arguments, split="train", streaming=True):
+            if text_field not in row:
+                break
+            if row[text_field] is not None:
+                yield str(row[text_field])
         else:
-            name, _, configuration = dataset.partition(":")
-            stream = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
-        found = iter(stream)
-        first = next(found, None)
-    except ConnectionError as error:
+            return
+    # huggingface_hub's client fails with a RuntimeError when it tries again after a failed connection.
+    except (ConnectionError, RuntimeError) as error:
         raise MissingDependency(
-            f"{dataset} is no local file, and huggingface.co cannot be reached ({error}). "
-            "Name a .jsonl, .json, .txt or .parquet file, or go online."
+            f"The data set {dataset} cannot be reached on huggingface.co ({error}). "
+            "Go online, or name a .jsonl, .json, .txt or .parquet file."
         ) from error
-    except (DatasetsError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise UsageError(
             f"{dataset} cannot be read ({error}). "
             "Name a .jsonl, .json, .txt or .parquet file, or a Hugging Face data set with a train split."
         ) from error
-    if first is None:
-        return
-    if not isinstance(first.get(column), str):
-        raise UsageError(
-            f"{dataset} has no text in a column {column!r}; it has {', '.join(first)}. "
-            "Name one with --text-field."
-        )
-    for row in chain([first], found):
-        yield row[column]
+    raise UsageError(
+        f"{dataset} has no column {text_field!r} but {', '.join(row)}. Name one with --text-field."
+    )
 
 
 def _stem(dataset: str) -> str:
