@@ -1,6 +1,6 @@
 """The YAML keys of the plugin, validated before anything is loaded.
 
-Nothing but pydantic is imported here: Axolotl only logs an ImportError of a plugin and then trains without it.
+Only pydantic is imported here: Axolotl merely logs an ImportError of a plugin, and then trains without it.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ class MoeKernelsArgs(BaseModel):
     moe_group_size: Literal[64, 128, 256, "auto"] | None = Field(
         default=None,
         json_schema_extra={
-            "description": "Rows per tile of the grouped GEMMs (every tile of that many routed rows belongs to one "
-            "expert): 64, 128, 256, or 'auto' to choose from the rows per expert. Default: 128."
+            "description": "Rows per tile of the grouped GEMMs (every tile of that many routed rows belongs "
+            "to one expert): 64, 128, 256, or 'auto' to choose from the rows per expert. Default: 128."
         },
     )
     moe_persistent_kernel: StrictBool | None = Field(
         default=None,
         json_schema_extra={
-            "description": "One program per multiprocessor walks all tiles of a grouped GEMM, instead of one program "
-            "per tile. Default: true."
+            "description": "One program per multiprocessor walks all tiles of a grouped GEMM, instead of one "
+            "program per tile. Default: true."
         },
     )
     moe_kernel_models: list[StrictStr] | None = Field(
         default=None,
         min_length=1,
         json_schema_extra={
-            "description": "Allow-list of model types (model_type of the model's config.json, such as mixtral); any "
-            "other model fails before training. Default: every model whose experts are supported."
+            "description": "Allow-list of model types (model_type of the model's config.json, such as "
+            "mixtral); any other model fails before training. Default: all whose experts are supported."
         },
     )
 
@@ -76,8 +76,8 @@ class MoeKernelsArgs(BaseModel):
             lonely = [key for key in OWN_KEYS[1:] if data.get(key) is not None]
             if switch is None and lonely:
                 raise ValueError(
-                    f"{', '.join(lonely)} without moe_kernels does nothing: add moe_kernels: true (or false to "
-                    "switch the kernels off on purpose)."
+                    f"{', '.join(lonely)} without moe_kernels does nothing: add moe_kernels: true (or false "
+                    "to switch the kernels off on purpose)."
                 )
             return data
 
@@ -92,11 +92,12 @@ class MoeKernelsArgs(BaseModel):
             )
         if experts not in (None, "moe_kernels"):
             raise ValueError(
-                f"moe_kernels: true contradicts experts_implementation: {experts}. Set it to moe_kernels, or remove it."
+                f"moe_kernels: true contradicts experts_implementation: {experts}. Set that to moe_kernels, or "
+                "remove it."
             )
         if (data.get("expert_parallel_size") or 1) != 1:
             raise ValueError(
-                "moe_kernels: true cannot be combined with expert_parallel_size: its dispatch replaces the experts "
-                "function. Set expert_parallel_size: 1, or moe_kernels: false."
+                "moe_kernels: true cannot be combined with expert_parallel_size: its dispatch replaces the "
+                "experts function. Set expert_parallel_size: 1, or moe_kernels: false."
             )
         return data

@@ -6,9 +6,10 @@ from collections import Counter
 from typing import Any
 
 from axolotl.utils.logging import get_logger
+from transformers import TrainerCallback
+
 from moe_kernels.backends import dispatch_counts, dispatch_reason
 from moe_kernels.settings import ExpertsSettings
-from transformers import TrainerCallback
 
 LOG = get_logger(__name__)
 
@@ -38,11 +39,12 @@ class DispatchCallback(TrainerCallback):
     def _report(self, calls: Counter[str], step: int) -> None:
         if not calls:
             raise RuntimeError(
-                f"moe_kernels: step {step} dispatched no expert call, so something replaced the expert layers after "
-                "the model was loaded (use_kernels, a patch of the MoE block). Switch it off, or set moe_kernels: false."
+                f"moe_kernels: step {step} dispatched no expert call, so something replaced the expert layers "
+                "after the model was loaded (use_kernels, a patch of the MoE block). Switch it off, or set "
+                "moe_kernels: false."
             )
         LOG.info(
-            f"moe_kernels: backend={'+'.join(sorted(calls))} ({dispatch_reason()}), {calls.total()} expert calls "
-            f"dispatched in step {step}, group_size={self.settings.group_size}, "
+            f"moe_kernels: backend={'+'.join(sorted(calls))} ({dispatch_reason()}), {calls.total()} expert "
+            f"calls dispatched in step {step}, group_size={self.settings.group_size}, "
             f"persistent={self.settings.persistent}, {self.expert_layers} expert layers"
         )

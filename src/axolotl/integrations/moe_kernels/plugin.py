@@ -1,7 +1,7 @@
 """The plugin: selects moe-kernels for the routed experts of the model that Axolotl loads.
 
-The kernels are imported in ``pre_model_load``, not here: Axolotl only logs an ImportError raised while a plugin is
-loaded and then trains without it, whereas an ImportError in a hook ends the run.
+The kernels are imported in ``pre_model_load``, not here: Axolotl merely logs an ImportError raised while a plugin
+is loaded, and then trains without it, whereas an ImportError in a hook ends the run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from axolotl.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
+
     from moe_kernels.settings import ExpertsSettings
 
 LOG = get_logger(__name__)
@@ -34,7 +35,7 @@ class MoeOptimizedPlugin(BasePlugin):
         """
         if not cfg.moe_kernels:
             experts = cfg.experts_implementation or "transformers' own choice"
-            LOG.info(f"moe_kernels: plugin loaded but inactive, moe_kernels is not true (experts run on {experts})")
+            LOG.info(f"moe_kernels: loaded but inactive, moe_kernels is not true; experts run on {experts}")
             return
         allowed = cfg.moe_kernel_models
         if allowed and cfg.model_config_type not in allowed:
@@ -49,8 +50,8 @@ class MoeOptimizedPlugin(BasePlugin):
         LOG.info(f"moe_kernels: backend {backend} because {reason}")
         if backend == "torch":
             LOG.warning(
-                "moe_kernels: the plain-torch backend proves that a config works, not speed. Trainer refuses bf16 "
-                "without a GPU: set bf16: false and fp16: false."
+                "moe_kernels: the plain-torch backend proves that a config works, not speed. Without a GPU, "
+                "Trainer refuses bf16: set bf16: false and fp16: false."
             )
         register(group_size=settings.group_size, persistent=settings.persistent)
         cfg.experts_implementation = "moe_kernels"
@@ -83,9 +84,10 @@ def _settings(cfg: DictDefault) -> ExpertsSettings:
 def _backend_here(cfg: DictDefault, settings: ExpertsSettings) -> tuple[str, str]:
     """The backend for this machine and dtype, and why. The model's sizes are judged when it runs."""
     import torch
+
     from moe_kernels.backends import Problem, device_capability, select
 
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
     problem = Problem(
         device_type=device.type,
         capability=device_capability(device),
