@@ -92,8 +92,8 @@ class MoeKernelsArgs(BaseModel):
             )
         if experts not in (None, "moe_kernels"):
             raise ValueError(
-                f"moe_kernels: true contradicts experts_implementation: {experts}. Set that to moe_kernels, or "
-                "remove it."
+                f"moe_kernels: true contradicts experts_implementation: {experts}. Set that to moe_kernels, "
+                "or remove it."
             )
         if (data.get("expert_parallel_size") or 1) != 1:
             raise ValueError(

@@ -39,9 +39,9 @@ class DispatchCallback(TrainerCallback):
     def _report(self, calls: Counter[str], step: int) -> None:
         if not calls:
             raise RuntimeError(
-                f"moe_kernels: step {step} dispatched no expert call, so something replaced the expert layers "
-                "after the model was loaded (use_kernels, a patch of the MoE block). Switch it off, or set "
-                "moe_kernels: false."
+                f"moe_kernels: step {step} dispatched no expert call, so something replaced the expert "
+                "layers after the model was loaded (use_kernels, a patch of the MoE block). Switch it off, or "
+                "set moe_kernels: false."
             )
         LOG.info(
             f"moe_kernels: backend={'+'.join(sorted(calls))} ({dispatch_reason()}), {calls.total()} expert "

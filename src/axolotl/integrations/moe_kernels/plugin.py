@@ -1,7 +1,7 @@
 """The plugin: selects moe-kernels for the routed experts of the model that Axolotl loads.
 
-The kernels are imported in ``pre_model_load``, not here: Axolotl merely logs an ImportError raised while a plugin
-is loaded, and then trains without it, whereas an ImportError in a hook ends the run.
+The kernels are imported in ``pre_model_load``, not here: Axolotl merely logs an ImportError raised while a
+plugin is loaded, and then trains without it, whereas an ImportError in a hook ends the run.
 """
 
 from __future__ import annotations
