@@ -40,7 +40,7 @@ class DispatchCallback(TrainerCallback):
         if not calls:
             raise RuntimeError(
                 f"moe_kernels: step {step} dispatched no expert call, so something replaced the expert "
-                "layers after the model was loaded (use_kernels, a patch of the MoE block). Switch it off, or "
+                "layers after the model was loaded (use_kernels, a patch of the block). Switch it off, or "
                 "set moe_kernels: false."
             )
         LOG.info(

@@ -1,0 +1,271 @@
+"""The plugin's YAML keys and hooks in one process: what is refused, in which words, and what is passed on."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moe_kernels import backends
+
+# find_spec, not import: Axolotl takes many seconds to import, and collecting must not.
+if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
+    pytest.skip("axolotl is not installed: pip install 'moe-kernels[axolotl]'", allow_module_level=True)
+
+PLUGIN = "axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin"
+ON: dict[str, Any] = {"moe_kernels": True, "plugins": [PLUGIN]}
+
+
+def validate(**data: Any) -> Any:
+    from axolotl.integrations.moe_kernels.args import MoeKernelsArgs
+
+    return MoeKernelsArgs(**data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"moe_kernels": False},
+        ON,
+        ON | {"experts_implementation": "moe_kernels"},
+        *(ON | {"moe_group_size": size} for size in (64, 128, 256, "auto")),
+        ON | {"moe_persistent_kernel": False, "moe_kernel_models": ["mixtral", "qwen2_moe"]},
+        # Off on purpose, the rest left in place for the next run.
+        {"moe_kernels": False, "moe_group_size": 64, "experts_implementation": "grouped_mm"},
+        ON | {"liger_rms_norm": True, "expert_parallel_size": 1, "quantize_moe_experts": False},
+        {"moe_grouped_backend": "auto", "moe_dequant_chunk_size": 4, "moe_bnb_fast": True},
+    ],
+    ids=str,
+)
+def test_accepted(data: dict[str, Any]) -> None:
+    args = validate(**data)
+    for key in ("moe_kernels", "moe_group_size", "moe_persistent_kernel", "moe_kernel_models"):
+        assert getattr(args, key) == data.get(key)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"moe_kernels": "yes please"}, ["moe_kernels", "valid boolean"]),
+        ({"moe_kernels": 1}, ["moe_kernels", "valid boolean"]),
+        (ON | {"moe_group_size": 100}, ["moe_group_size", "64, 128, 256 or 'auto'"]),
+        (ON | {"moe_group_size": "128"}, ["moe_group_size", "64, 128, 256 or 'auto'"]),
+        (ON | {"moe_group_size": True}, ["moe_group_size", "64, 128, 256 or 'auto'"]),
+        (ON | {"moe_persistent_kernel": "on"}, ["moe_persistent_kernel", "valid boolean"]),
+        (ON | {"moe_kernel_models": "mixtral"}, ["moe_kernel_models", "valid list"]),
+        (ON | {"moe_kernel_models": []}, ["moe_kernel_models", "at least 1 item"]),
+        (ON | {"moe_kernel_models": [7]}, ["moe_kernel_models", "valid string"]),
+        (ON | {"moe_groupsize": 64}, ["unknown key 'moe_groupsize'", "moe_group_size"]),
+        ({"moe_kernel": True}, ["unknown key 'moe_kernel'", "moe_kernels"]),
+        ({"moe_group_size": 64}, ["moe_group_size without moe_kernels", "add moe_kernels: true"]),
+        ({"moe_persistent_kernel": False}, ["moe_persistent_kernel without moe_kernels"]),
+        ({"experts_implementation": "moe_kernels"}, ["needs moe_kernels: true"]),
+        ({"moe_kernels": False, "experts_implementation": "moe_kernels"}, ["needs moe_kernels: true"]),
+        (
+            ON | {"experts_implementation": "eager"},
+            ["contradicts experts_implementation: eager", "remove it"],
+        ),
+        (ON | {"use_scattermoe": True}, ["use_scattermoe", "remove it"]),
+        (ON | {"use_sonicmoe": True}, ["use_sonicmoe", "remove it"]),
+        (ON | {"expert_backend": "sonicmoe"}, ["expert_backend", "remove it"]),
+        (
+            ON | {"plugins": [PLUGIN, "axolotl.integrations.kernels.KernelsPlugin"]},
+            ["KernelsPlugin", "remove it from plugins"],
+        ),
+        (
+            ON | {"plugins": ["axolotl.integrations.kernels.plugin.KernelsPlugin", PLUGIN]},
+            ["KernelsPlugin", "remove it from plugins"],
+        ),
+        (ON | {"liger_glu_activation": True}, ["liger_glu_activation", "set it to false"]),
+        (ON | {"liger_swiglu": True}, ["liger_swiglu", "set it to false"]),
+        (ON | {"quantize_moe_experts": True}, ["quantize_moe_experts", "set it to false"]),
+        (ON | {"expert_parallel_size": 2}, ["expert_parallel_size", "Set expert_parallel_size: 1"]),
+    ],
+    ids=str,
+)
+def test_refused_with_the_cure(data: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  pydantic's ValidationError is one; words are checked
+        validate(**data)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_every_key_is_described_in_the_schema() -> None:
+    from axolotl.integrations.moe_kernels.args import OWN_KEYS, MoeKernelsArgs
+
+    properties = MoeKernelsArgs.model_json_schema()["properties"]
+    assert tuple(properties) == OWN_KEYS
+    assert all("Default:" in properties[key]["description"] for key in OWN_KEYS)
+
+
+def test_keys_of_other_plugins_pass() -> None:
+    """A key with our prefix that another listed plugin declares is not misspelt."""
+    from axolotl.integrations.moe_kernels.args import MoeKernelsArgs
+
+    class Both(MoeKernelsArgs):
+        moe_of_another_plugin: int | None = None
+
+    assert Both(moe_of_another_plugin=3).moe_of_another_plugin == 3
+
+
+def axolotl_config(**changes: Any) -> Any:
+    from axolotl.utils.dict import DictDefault
+
+    base = {"base_model": "nobody/nothing", "learning_rate": 1e-3, "micro_batch_size": 1}
+    base |= {"gradient_accumulation_steps": 1, "datasets": [{"path": "x.jsonl", "type": "completion"}]}
+    return DictDefault(base | changes)
+
+
+def axolotl_validate(**changes: Any) -> Any:
+    from axolotl.utils.config import prepare_plugins, validate_config
+
+    cfg = axolotl_config(**changes)
+    prepare_plugins(cfg)
+    return validate_config(cfg)
+
+
+def test_axolotl_itself_finds_and_validates_the_keys() -> None:
+    cfg = axolotl_validate(**ON, moe_group_size="auto", moe_kernel_models=["mixtral"])
+    assert (cfg.moe_kernels, cfg.moe_group_size, cfg.moe_kernel_models) == (True, "auto", ["mixtral"])
+    with pytest.raises(ValueError, match="64, 128, 256 or 'auto'"):
+        axolotl_validate(**ON, moe_group_size=100)
+    liger = {"plugins": [PLUGIN, "axolotl.integrations.liger.LigerPlugin"], "moe_kernels": True}
+    assert axolotl_validate(**liger, liger_rms_norm=True).liger_rms_norm is True
+    with pytest.raises(ValueError, match="liger_glu_activation: set it to false"):
+        axolotl_validate(**liger, liger_glu_activation=True)
+    # Axolotl renames this one before our validator or after it; both must end here.
+    with pytest.raises(ValueError, match=r"liger_(glu_activation|swiglu): set it to false"):
+        axolotl_validate(**liger, liger_swiglu=True)
+
+
+@pytest.mark.parametrize("folder", ["plugin.py", "args.py", "__init__.py"])
+def test_nothing_heavy_at_the_top(folder: str) -> None:
+    """Axolotl swallows an ImportError here and trains the baseline, so only hooks may import the kernels."""
+    import axolotl.integrations.moe_kernels as package
+
+    tree = ast.parse((Path(package.__file__).parent / folder).read_text())
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or ""))
+    allowed = {"__future__", "typing", "pydantic", "axolotl.integrations.base", "axolotl.utils.logging"}
+    assert names <= allowed | {".args", ".plugin"}
+
+
+# The hooks
+
+
+@pytest.fixture
+def plugin() -> Any:
+    from axolotl.integrations.moe_kernels import MoeOptimizedPlugin
+
+    backends.reset_dispatch_counts()
+    return MoeOptimizedPlugin()
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    logging.getLogger("axolotl").propagate = True
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def test_inactive_plugin_says_so(plugin: Any, log: pytest.LogCaptureFixture) -> None:
+    cfg = axolotl_config(plugins=[PLUGIN])
+    plugin.pre_model_load(cfg)
+    plugin.post_model_load(cfg, torch.nn.Linear(1, 1))
+    assert plugin.add_callbacks_post_trainer(cfg, None) == []
+    assert cfg.experts_implementation is None
+    assert "loaded but inactive" in log.text
+
+
+def test_pre_model_load_selects_the_experts(plugin: Any, log: pytest.LogCaptureFixture) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    cfg = axolotl_config(**ON, torch_dtype=torch.float32, model_config_type="mixtral")
+    plugin.pre_model_load(cfg)
+    assert cfg.experts_implementation == "moe_kernels"
+    assert "moe_kernels" in ALL_EXPERTS_FUNCTIONS
+    expected = "triton because CUDA" if torch.cuda.is_available() else "torch because tensors are on cpu"
+    assert f"moe_kernels: backend {expected}" in log.text
+
+
+def test_unsupported_gpu_fails_before_loading(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(problem: Any, name: str) -> Any:
+        raise backends.UnsupportedProblem("compute capability 7.0 is below 8.0.")
+
+    monkeypatch.setattr(backends, "select", unsupported)
+    with pytest.raises(backends.UnsupportedProblem, match=r"below 8\.0"):
+        plugin.pre_model_load(axolotl_config(**ON))
+
+
+def test_model_outside_the_allow_list(plugin: Any) -> None:
+    cfg = axolotl_config(**ON, moe_kernel_models=["mixtral", "olmoe"], model_config_type="qwen2_moe")
+    with pytest.raises(
+        ValueError, match="lists mixtral, olmoe, but nobody/nothing has model_type 'qwen2_moe'"
+    ):
+        plugin.pre_model_load(cfg)
+
+
+def test_model_without_experts(plugin: Any) -> None:
+    with pytest.raises(ValueError, match="Linear has no experts module"):
+        plugin.post_model_load(axolotl_config(**ON), torch.nn.Linear(1, 1))
+
+
+class FakeTrainer:
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def store_metrics(self, metrics: dict[str, float], train_eval: str) -> None:
+        assert train_eval == "train"
+        self.metrics.append(metrics)
+
+
+def steps(callback: Any, calls: list[int]) -> None:
+    for step, count in enumerate(calls, start=1):
+        state = SimpleNamespace(global_step=step)
+        callback.on_step_begin(None, state, None)
+        for _ in range(count):
+            backends.count_dispatch("torch")
+        callback.on_step_end(None, state, None)
+
+
+def make_callback(plugin: Any, trainer: Any) -> Any:
+    plugin.expert_layers = 2
+    [callback] = plugin.add_callbacks_post_trainer(
+        axolotl_config(**ON, moe_group_size=256, moe_persistent_kernel=False), trainer
+    )
+    return callback
+
+
+def test_callback_reports_step_one_and_counts_every_step(plugin: Any, log: pytest.LogCaptureFixture) -> None:
+    trainer = FakeTrainer()
+    problem = backends.Problem("cpu", None, torch.float32, 4, 2, 8, 8)
+    backends.select.cache_clear()
+    backends.select(problem)
+    steps(make_callback(plugin, trainer), [2, 4, 0])
+    assert [metric["moe/expert_calls"] for metric in trainer.metrics] == [2, 4, 0]
+    lines = [record.message for record in log.records if "dispatched in step" in record.message]
+    assert lines == [
+        "moe_kernels: backend=torch (tensors are on cpu, Triton kernels need an NVIDIA GPU), 2 expert calls "
+        "dispatched in step 1, group_size=256, persistent=False, 2 expert layers"
+    ]
+
+
+def test_callback_fails_if_nothing_was_dispatched(plugin: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"step 1 dispatched no expert call.*set moe_kernels: false"):
+        steps(make_callback(plugin, FakeTrainer()), [0])
+
+
+def test_trainer_without_metrics(plugin: Any) -> None:
+    backends.select(backends.Problem("cpu", None, torch.float32, 4, 2, 8, 8))
+    steps(make_callback(plugin, SimpleNamespace()), [2, 2])

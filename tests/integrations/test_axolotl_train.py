@@ -1,0 +1,206 @@
+"""A real ``axolotl train`` of each tiny pair, and of the ways in which a run must fail loudly."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_kernels.shapes import FAMILIES
+
+if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
+    pytest.skip("axolotl is not installed: pip install 'moe-kernels[axolotl]'", allow_module_level=True)
+
+pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS = 5
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "offline",
+}
+
+
+@dataclass
+class Training:
+    """One finished ``axolotl train``."""
+
+    returncode: int
+    log: str
+    project: str
+    rows: list[dict[str, Any]]
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["train/loss"] for row in self.rows]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``moe-kernels prepare`` makes, in a directory of the tests' own."""
+    from moe_kernels.prepare import prepare_data, prepare_model
+
+    root = tmp_path_factory.mktemp("train")
+    prepare_data(root)
+    for family in FAMILIES:
+        prepare_model(family, "tiny", root)
+    return root
+
+
+def load_config(name: str) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load((REPOSITORY / "configs" / "moe" / name).read_text())
+
+
+def train(folder: Path, name: str, config: dict[str, Any]) -> Training:
+    import yaml
+
+    from moe_kernels.compare.wandb_reader import find_run, read_run
+
+    run_folder = folder / "runs" / name
+    run_folder.mkdir(parents=True)
+    config = config | {
+        "output_dir": str(run_folder / "out"),
+        "dataset_prepared_path": str(folder / "prepared"),
+    }
+    (run_folder / "config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    environment = os.environ | OFFLINE | {"WANDB_DIR": str(run_folder), "HF_HOME": str(folder / "hf")}
+    # Set by the tests for kernels under the interpreter; a user has it unset.
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "axolotl.cli.main", "train", str(run_folder / "config.yml")]
+        + ["--launcher", "python"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    path = find_run(run_folder)
+    run = read_run(path) if path else None
+    rows = [row for row in run.history if "train/loss" in row] if run else []
+    return Training(done.returncode, done.stdout, run.project if run else "", rows)
+
+
+def tiny(name: str, family: str) -> dict[str, Any]:
+    from moe_kernels.prepare import tiny_overrides
+
+    return load_config(name) | tiny_overrides(family) | {"max_steps": STEPS}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pair(family: str, folder: Path) -> None:
+    shape = FAMILIES[family].sizes["tiny"]
+    baseline = train(folder, f"{family}-baseline", tiny(FAMILIES[family].baseline, family))
+    assert baseline.returncode == 0, baseline.log[-4000:]
+    # A size other than the file's, to see that the key reaches the kernels.
+    config = tiny(FAMILIES[family].optimized, family) | {"moe_group_size": 64}
+    optimized = train(folder, f"{family}-optimized", config)
+    assert optimized.returncode == 0, optimized.log[-4000:]
+
+    assert (baseline.project, optimized.project) == ("moe-baseline", "moe-kernels")
+    assert len(baseline.losses) == len(optimized.losses) == STEPS
+    assert all(math.isfinite(loss) for loss in baseline.losses + optimized.losses)
+    assert baseline.losses[-1] < baseline.losses[0]
+
+    calls = float(shape.moe_layers)
+    assert [row["train/moe/expert_calls"] for row in optimized.rows] == [calls] * STEPS
+    assert not any("train/moe/expert_calls" in row for row in baseline.rows)
+    assert "moe_kernels:" not in baseline.log
+    assert (
+        f"), {shape.moe_layers} expert calls dispatched in step 1, group_size=64, persistent=True, "
+        f"{shape.moe_layers} expert layers"
+    ) in optimized.log
+    assert optimized.log.count("dispatched in step") == 1
+
+    # The same arithmetic in float32 in another order of summation.
+    differences = [abs(a - b) for a, b in zip(baseline.losses, optimized.losses, strict=True)]
+    assert max(differences) < 1e-3, differences
+    assert differences[0] < 1e-5, differences
+
+
+def test_the_saved_model_names_no_kernels(folder: Path) -> None:
+    config = json.loads((folder / "runs" / "mixtral-optimized" / "out" / "config.json").read_text())
+    assert "moe_kernels" not in json.dumps(config)
+
+
+def failing(folder: Path, name: str, **changes: Any) -> str:
+    config = tiny(FAMILIES["mixtral"].optimized, "mixtral") | {"max_steps": 1} | changes
+    training = train(folder, name, config)
+    assert training.returncode != 0, training.log[-4000:]
+    assert training.losses == [], "it must fail before training"
+    return training.log
+
+
+def test_bad_value_fails(folder: Path) -> None:
+    log = failing(folder, "bad-value", moe_group_size=100)
+    assert "moe_group_size" in log
+    assert "64, 128, 256 or 'auto'" in log
+
+
+def test_missing_model_fails(folder: Path) -> None:
+    log = failing(folder, "missing-model", base_model="artifacts/models/nowhere")
+    assert "artifacts/models/nowhere" in log
+
+
+def test_unsupported_activation_fails(folder: Path) -> None:
+    source, gelu = folder / "artifacts" / "models" / "mixtral-tiny", folder / "gelu"
+    shutil.copytree(source, gelu)
+    config = json.loads((gelu / "config.json").read_text())
+    (gelu / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    log = failing(folder, "gelu", base_model=str(gelu))
+    assert "model.layers.0.mlp.experts (MixtralExperts): its activation GELUActivation is none of silu" in log
+    assert "experts_implementation: grouped_mm" in log
+
+
+def test_missing_plugin_fails(folder: Path) -> None:
+    """What a user sees who has the YAML but not the package: without this guard, the baseline trains in silence."""
+    log = failing(folder, "no-plugin", plugins=[])
+    assert 'experts_implementation="moe_kernels"` is not supported' in log
+
+
+def test_wheel_adds_one_package_to_axolotl(tmp_path: Path) -> None:
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    leave = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(REPOSITORY / "src", source / "src", ignore=leave)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source / name)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "-w", str(wheels), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [wheel] = wheels.glob("moe_kernels-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "installed")
+    plugin = "axolotl/integrations/moe_kernels"
+    assert {f"{plugin}/{file}" for file in ("__init__.py", "plugin.py", "args.py", "README.md")} <= names
+    # Either of these would take the place of Axolotl's own.
+    assert not names & {"axolotl/__init__.py", "axolotl/integrations/__init__.py"}
+    assert {"moe_kernels/py.typed", "moe_kernels/moe.py"} <= names
+
+    code = (
+        "import axolotl.integrations.moe_kernels as m, axolotl.train; print(m.MoeOptimizedPlugin, m.__file__)"
+    )
+    environment = os.environ | OFFLINE | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "installed" / plugin) in done.stdout
