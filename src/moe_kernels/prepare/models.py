@@ -127,7 +127,7 @@ def prepare_tokenizer(
     tokenizer.train_from_iterator(sources, trainer)
     with replacing(folder) as partial:
         PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT
+            tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS
         ).save_pretrained(partial)
         write_manifest(partial / MANIFEST, recipe, {"python": platform.python_version()})
     return folder

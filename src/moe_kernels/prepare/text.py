@@ -118,9 +118,7 @@ def prepare_data(
     characters = _write(path, rows(texts if dataset is None else dataset_texts(dataset, text_field)))
     if not characters:
         path.unlink()
-        raise UsageError(
-            f"{dataset} has no text in its column {text_field!r}. Name another one with --text-field."
-        )
+        raise UsageError(f"{dataset} holds no text in {text_field!r}. Name another column with --text-field.")
     forget_tokens(artifacts)
     write_manifest(manifest, recipe, {"characters": characters})
     report(f"{path}: {characters / 1e6:.1f} million characters")
