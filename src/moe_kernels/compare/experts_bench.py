@@ -15,22 +15,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moe_kernels.cli.errors import UsageError
 from moe_kernels.compare.environment import SOURCES
-from moe_kernels.compare.plan import OPTIMIZED, RUN_FOLDER, Plan, digest
+from moe_kernels.compare.plan import OPTIMIZED, RUN_FOLDER, Plan, digest, tokens_per_micro_batch
 from moe_kernels.compare.runner import Machine, last_error, write_json
 from moe_kernels.shapes import LayerShape
 
-TIMEOUT_S = 900
 GPU_REPEATS, CPU_REPEATS = 30, 20
 
 
-def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[str], object]) -> dict[str, Any]:
-    """``{"measurements": [...], "error": ""}`` for the plan's layer, from the store where nothing has changed."""
-    if plan.layer is None:
-        return {"measurements": [], "error": "the expert layer is only measured for the three families"}
+def measure_experts(
+    plan: Plan, machine: Machine, fresh: bool, show: Callable[[str], object]
+) -> dict[str, Any]:
+    """Measure the plan's expert layer, or take the measurement from the store where nothing has changed.
+
+    Returns:
+        ``measurements`` (as of ``moe-kernels bench``), ``layer`` and ``moe_layers`` of the model, ``default`` (what
+        transformers picks for this model where the run file names no experts_implementation), and ``error``:
+        empty, or why there are no measurements.
+    """
     config = next(run.config for run in plan.runs if run.role == OPTIMIZED)
     request = {
-        "shape": asdict(plan.layer),
+        "model": str(Path(config["base_model"]).resolve()),
+        "name": plan.layer.name if plan.layer else Path(config["base_model"]).name,
+        "tokens": tokens_per_micro_batch(config),
         "group_size": config.get("moe_group_size", 128),
         "persistent": config.get("moe_persistent_kernel", True),
         "device": "cpu" if machine.device is None else "cuda",
@@ -38,19 +46,30 @@ def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[s
         "repeats": CPU_REPEATS if machine.device is None else GPU_REPEATS,
     }
     folder = RUN_FOLDER / f"{plan.name}-{plan.size}" / "experts"
-    stored, mark = folder / "answer.json", digest(request, machine.versions[SOURCES], machine.versions["torch"])
+    stored, mark = (
+        folder / "answer.json",
+        digest(request, machine.versions[SOURCES], machine.versions["torch"]),
+    )
     if stored.is_file() and not fresh:
         answer: dict[str, Any] = json.loads(stored.read_text())
         if answer["fingerprint"] == mark:
             return answer
     stored.unlink(missing_ok=True)
     write_json(folder / "request.json", request)
-    command = [sys.executable, "-m", "moe_kernels.compare.experts_bench", str(folder / "request.json"), str(stored)]
+    command = [
+        sys.executable,
+        "-m",
+        "moe_kernels.compare.experts_bench",
+        str(folder / "request.json"),
+        str(stored),
+    ]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if machine.device is not None:
         env["CUDA_VISIBLE_DEVICES"] = machine.device
     tail: list[str] = []
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as child:
         assert child.stdout is not None
         for line in child.stdout:
             tail = [*tail[-39:], line.rstrip()]
@@ -58,9 +77,38 @@ def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[s
     if child.returncode != 0:
         reason = last_error(tail) or f"exit code {child.returncode}"
         return {"measurements": [], "error": reason, "tail": tail, "command": command, "request": request}
-    answer = {**json.loads(stored.read_text()), "fingerprint": mark, "command": command, "request": request, "error": ""}
+    answer = {
+        **json.loads(stored.read_text()),
+        "fingerprint": mark,
+        "command": command,
+        "request": request,
+        "error": "",
+    }
     write_json(stored, answer)
     return answer
+
+
+def inspect_model(folder: str, name: str, tokens: int) -> tuple[LayerShape, int, str]:
+    """The expert layer of a model folder, how many it has, and the implementation transformers picks for it.
+
+    The model is built without memory for its weights.
+
+    Raises:
+        UsageError: the model has no expert layers with 3-D weights.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = [module for module in model.modules() if getattr(module, "gate_up_proj", None) is not None]
+    layers = [module for module in layers if module.gate_up_proj.ndim == 3]
+    if not layers:
+        raise UsageError(f"{folder} has no expert layers: there is nothing for moe-kernels to speed up.")
+    experts, double, hidden = layers[0].gate_up_proj.shape
+    shape = LayerShape(name, tokens, hidden, double // 2, experts, config.num_experts_per_tok)
+    return shape, len(layers), str(model.config._experts_implementation)
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -68,8 +116,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
     from moe_kernels.bench.experts import measure
 
+    shape, layers, default = inspect_model(request["model"], request["name"], request["tokens"])
     measurements = measure(
-        LayerShape(**request["shape"]),
+        shape,
         device=request["device"],
         dtype=getattr(torch, request["dtype"]),
         repeats=request["repeats"],
@@ -77,7 +126,12 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         persistent=(request["persistent"],),
         progress=lambda message: print(message, flush=True),
     )
-    return {"measurements": [measurement.to_json() for measurement in measurements]}
+    return {
+        "measurements": [measurement.to_json() for measurement in measurements],
+        "layer": asdict(shape),
+        "moe_layers": layers,
+        "default": default,
+    }
 
 
 if __name__ == "__main__":

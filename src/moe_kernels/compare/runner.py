@@ -44,7 +44,9 @@ _STEP = re.compile(r"\{'loss': '?([-+.\w]+)'?")
 _TRAINER_STARTED = "Starting trainer"
 _PLUGIN_LINE = re.compile(r"moe_kernels: backend=.*")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_ERROR = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b.*|.*\b(CUDA out of memory|Killed)\b.*|.*\[ERROR\].*")
+_ERROR = re.compile(
+    r"^(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b.*|.*\b(CUDA out of memory|Killed)\b.*|.*\[ERROR\].*"
+)
 
 
 @dataclass
@@ -258,7 +260,9 @@ def _run(
     end = time.monotonic() + timeout_s
     with log.open("wb") as sink, log.open("rb") as source:
         # A session of its own, so that the trainer's own children end with it.
-        child = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdout=sink, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
         try:
             while child.poll() is None and time.monotonic() < end:
                 time.sleep(POLL_S)

@@ -1,0 +1,185 @@
+"""One comparison as it is stored: raw results and what was asked; everything judged is computed from it again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_kernels.cli.errors import UsageError
+from moe_kernels.compare.judge import (
+    NOT_CONFIRMED,
+    Claim,
+    LossAgreement,
+    judge_claims,
+    judge_loss,
+    kernels_ran,
+)
+from moe_kernels.compare.metrics import (
+    OURS,
+    RunMetrics,
+    Share,
+    SideMetrics,
+    experts_by_name,
+    run_metrics,
+    share,
+    side_metrics,
+)
+from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED
+from moe_kernels.compare.runner import FINISHED, RunResult, write_json
+
+SCHEMA = "moe-kernels compare 1"
+
+
+@dataclass
+class Comparison:
+    """Everything one comparison measured, raw.
+
+    Attributes:
+        name, size, warmup_steps, yaml_diff: as in the plan; ``planned`` are its run ids.
+        files: the two YAML files.
+        command: what the user typed; ``created`` when, ISO 8601 in UTC.
+        versions: Python, packages, commit and hash of our sources.
+        gpu: name, driver and memory; None on a CPU. ``cpu``: the processor.
+        runs: one result a training, those that failed too.
+        experts: the layer's own measurement (see ``experts_bench``).
+    """
+
+    name: str
+    size: str
+    warmup_steps: int
+    yaml_diff: str
+    files: list[str]
+    planned: list[str]
+    command: str
+    created: str
+    versions: dict[str, str]
+    gpu: dict[str, Any] | None
+    cpu: str
+    runs: list[RunResult] = field(default_factory=list)
+    experts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: the raw part, and under ``judged`` what :class:`Analysis` makes of it."""
+        return {"schema": SCHEMA, **asdict(self), "judged": Analysis(self).to_json()}
+
+
+def save(comparison: Comparison, path: Path) -> None:
+    """Write one comparison as JSON."""
+    write_json(path, comparison.to_json())
+
+
+def load(path: Path) -> list[Comparison]:
+    """The comparisons in a JSON file, or in all JSON files of a folder.
+
+    Raises:
+        UsageError: nothing there, or a file of another kind.
+    """
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise UsageError(
+            f"There is no report JSON at {path}. Name a folder that `moe-kernels compare` wrote."
+        )
+    found = []
+    for file in files:
+        try:
+            data = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{file} is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+            raise UsageError(f"{file} is not a report of this version of `moe-kernels compare` ({SCHEMA}).")
+        data.pop("judged")
+        data["runs"] = [RunResult.from_json(run) for run in data["runs"]]
+        found.append(Comparison(**data))
+    return found
+
+
+class Analysis:
+    """What the raw results of one comparison amount to."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.on_gpu = comparison.gpu is not None
+        self.runs: list[RunMetrics] = [run_metrics(run, comparison.warmup_steps) for run in comparison.runs]
+        roles = [BASELINE, OPTIMIZED, *([EAGER] if any(run.role == EAGER for run in comparison.runs) else [])]
+        self.sides: dict[str, SideMetrics] = {role: side_metrics(self.runs, role) for role in roles}
+        self.layer = experts_by_name(comparison.experts)
+        self.implementation = {role: self._implementation(role) for role in roles}
+        self.shares: dict[str, Share] = {}
+        for role in roles:
+            found = share(
+                self.sides[role],
+                self.layer.get(self.implementation[role]),
+                comparison.experts.get("moe_layers"),
+                self._config(role),
+            )
+            if found is not None:
+                self.shares[role] = found
+        self.loss: LossAgreement = judge_loss(self.runs, self.dtype)
+        self.fault: str | None = kernels_ran(
+            self.runs, {run.run_id: run.uses_kernels for run in comparison.runs}
+        )
+        self.failed = [run for run in comparison.runs if run.status != FINISHED]
+        self.missing = sorted(set(comparison.planned) - {run.run_id for run in comparison.runs})
+        self.claims: list[Claim] = judge_claims(self.sides, self.layer, self.loss, self.on_gpu, self.fault)
+
+    @property
+    def dtype(self) -> str:
+        """``"bf16"``, ``"fp16"`` or ``"fp32"``: what the trainings ran in."""
+        config = self._config(BASELINE)
+        return "bf16" if config.get("bf16") else "fp16" if config.get("fp16") else "fp32"
+
+    @property
+    def speedup(self) -> float | None:
+        """Baseline's median step over the optimised one; None where a side is missing or is not what it says."""
+        one, two = self.sides[BASELINE].step_ms, self.sides[OPTIMIZED].step_ms
+        return one.median / two.median if one and two and not self.fault else None
+
+    @property
+    def expected_step_ms(self) -> float | None:
+        """The baseline's step less what the layer's measurement says the kernels save: a check of both."""
+        if BASELINE not in self.shares or OPTIMIZED not in self.shares:
+            return None
+        before, after = self.shares[BASELINE], self.shares[OPTIMIZED]
+        return before.step_ms - before.experts_ms + after.experts_ms
+
+    @property
+    def sound(self) -> bool:
+        """All planned trainings finished, each used the kernels it should, and the losses agree."""
+        return not (self.failed or self.missing or self.fault) and self.loss.verdict != NOT_CONFIRMED
+
+    @property
+    def unconfirmed(self) -> list[Claim]:
+        """Claims that this machine contradicts."""
+        return [claim for claim in self.claims if claim.verdict == NOT_CONFIRMED]
+
+    def ratio(self, stock: str, key: str) -> float | None:
+        """How many times as fast as ``stock`` our layer is; ``key`` is forward_ms or forward_backward_ms."""
+        rows = self.layer.get(stock), self.layer.get(OURS)
+        if rows[0] is None or rows[1] is None or not rows[0].get(key) or not rows[1].get(key):
+            return None
+        return float(rows[0][key]["median"]) / float(rows[1][key]["median"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values of everything computed here."""
+        return {
+            "speedup": self.speedup,
+            "expected_step_ms": self.expected_step_ms,
+            "runs": [asdict(run) for run in self.runs],
+            "sides": {role: side.to_json() for role, side in self.sides.items()},
+            "implementation": self.implementation,
+            "shares": {role: found.to_json() for role, found in self.shares.items()},
+            "loss": self.loss.to_json(),
+            "claims": [claim.to_json() for claim in self.claims],
+            "fault": self.fault,
+            "sound": self.sound,
+        }
+
+    def _config(self, role: str) -> dict[str, Any]:
+        return next((run.config for run in self.comparison.runs if run.role == role), {})
+
+    def _implementation(self, role: str) -> str:
+        """What runs the experts: what the run file names, else what transformers picks for this model."""
+        named = self._config(role).get("experts_implementation")
+        return str(named or self.comparison.experts.get("default") or "unknown")

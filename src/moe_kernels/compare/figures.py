@@ -1,0 +1,308 @@
+"""The report's plots, as inline SVG that follows the page's colours in light and in dark mode."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moe_kernels.compare.judge import smooth
+from moe_kernels.compare.metrics import OURS, RunMetrics
+from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from moe_kernels.compare.comparison import Analysis
+
+# Mid-tones: readable on white and on near-black. The styles tell the lines apart without colours.
+COLOURS = {BASELINE: "#8294ab", OPTIMIZED: "#e8590c", EAGER: "#9775d8", "dense": "#2f9e62"}
+LAYER_COLOURS = {
+    "grouped_mm": COLOURS[BASELINE],
+    OURS: COLOURS[OPTIMIZED],
+    "eager": COLOURS[EAGER],
+    "dense": COLOURS["dense"],
+}
+STYLES = {BASELINE: "-", OPTIMIZED: "-", EAGER: ":"}
+WORDS = {BASELINE: "baseline", OPTIMIZED: "moe-kernels", EAGER: "eager"}
+# Stands for the page's text colour; replaced by currentColor in the SVG.
+INK = "#010203"
+WIDTH = 5.4
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot: its SVG, a title, and in words what it shows."""
+
+    title: str
+    svg: str
+    alt: str
+
+
+def plots(analysis: Analysis) -> list[Plot]:
+    """Every plot that this comparison has the numbers for."""
+    makers = (_loss, _loss_difference, _step_times, _experts, _shares, _memory, _utilisation)
+    return [plot for maker in makers if (plot := maker(analysis)) is not None]
+
+
+def _loss(analysis: Analysis) -> Plot | None:
+    runs = [run for run in analysis.runs if run.losses]
+    if not runs:
+        return None
+    figure, axes = _axes(2.9)
+    for run in runs:
+        axes.plot(range(1, len(run.losses) + 1), run.losses, label=_label(run), **_line(run))
+    axes.set(xlabel="step", ylabel="training loss")
+    axes.legend(frameon=False)
+    ends = ", ".join(f"{_label(run)} {run.losses[0]:.3f} to {run.losses[-1]:.3f}" for run in runs)
+    return _plot(analysis, figure, "Loss", f"Training loss at each step: {ends}.")
+
+
+def _loss_difference(analysis: Analysis) -> Plot | None:
+    loss = analysis.loss
+    if not loss.differences or loss.largest_tolerance is None:
+        return None
+    figure, axes = _axes(2.9)
+    steps = range(1, len(loss.differences) + 1)
+    axes.axhspan(
+        -loss.largest_tolerance, loss.largest_tolerance, color=INK, alpha=0.07, lw=0, label="tolerance"
+    )
+    axes.axhline(0, color=INK, lw=0.6, alpha=0.5)
+    if loss.noise:
+        axes.plot(steps, smooth(loss.noise), color=COLOURS[BASELINE], ls="--", lw=1.4, label="baseline again")
+    axes.plot(steps, smooth(loss.differences), color=COLOURS[OPTIMIZED], lw=1.8, label="moe-kernels")
+    axes.set(
+        xlabel="step",
+        ylabel="loss minus baseline's",
+        ylim=(-1.15 * loss.largest_tolerance, 1.15 * loss.largest_tolerance),
+    )
+    if (loss.largest or 0) > loss.largest_tolerance:
+        axes.set_ylim(auto=True)
+        axes.autoscale(axis="y")
+    axes.legend(frameon=False)
+    alt = f"Difference of the smoothed losses from the baseline at each step: mean {loss.mean:.2g}, largest {loss.largest:.2g}, tolerance {loss.largest_tolerance:.2g}."
+    return _plot(analysis, figure, "Loss difference", alt)
+
+
+def _step_times(analysis: Analysis) -> Plot | None:
+    runs = [run for run in analysis.runs if run.step_ms]
+    if not runs:
+        return None
+    figure, axes = _axes(2.9)
+    for run in runs:
+        start = analysis.comparison.warmup_steps + 1
+        axes.plot(range(start, start + len(run.step_ms)), run.step_ms, label=_label(run), **_line(run))
+    axes.set(xlabel="step", ylabel="milliseconds a step")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    medians = ", ".join(
+        f"{WORDS[role]} {side.step_ms.median:.4g} ms" for role, side in analysis.sides.items() if side.step_ms
+    )
+    return _plot(analysis, figure, "Step time", f"Time of each step after warm-up; medians: {medians}.")
+
+
+def _experts(analysis: Analysis) -> Plot | None:
+    rows = [(name, row) for name, row in analysis.layer.items() if row.get("forward_backward_ms")]
+    if not rows:
+        return None
+    figure, both = _axes(0.9 + 0.34 * len(rows), columns=2)
+    for axes, key, title in (
+        (both[0], "forward_ms", "forward"),
+        (both[1], "forward_backward_ms", "forward and backward"),
+    ):
+        _bars(
+            axes,
+            [
+                (name, float(row[key]["median"]), LAYER_COLOURS.get(name, COLOURS[EAGER]))
+                for name, row in rows
+            ],
+            "{:.3g}",
+        )
+        axes.set_title(f"{title}, ms", fontsize=9, color=INK)
+    both[1].set_yticklabels([])
+    values = ", ".join(
+        f"{name} {row['forward_ms']['median']:.3g} and {row['forward_backward_ms']['median']:.3g}"
+        for name, row in rows
+    )
+    return _plot(
+        analysis,
+        figure,
+        "One expert layer",
+        f"Milliseconds of one expert layer, forward, and forward and backward: {values}.",
+    )
+
+
+def _shares(analysis: Analysis) -> Plot | None:
+    rows = [(WORDS[role], found) for role, found in analysis.shares.items() if found.fraction < 1]
+    if not rows:
+        return None
+    figure, axes = _axes(1.0 + 0.4 * len(rows))
+    names = [name for name, _ in rows][::-1]
+    experts = [found.experts_ms for _, found in rows][::-1]
+    rest = [found.step_ms - found.experts_ms for _, found in rows][::-1]
+    axes.barh(names, experts, color=COLOURS[OPTIMIZED], height=0.6, label="experts")
+    axes.barh(
+        names, rest, left=experts, color=COLOURS[BASELINE], alpha=0.45, height=0.6, label="everything else"
+    )
+    for y, (_, found) in enumerate(rows[::-1]):
+        axes.text(
+            found.experts_ms / 2,
+            y,
+            f"{found.fraction:.0%}",
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="#fff",
+        )
+    axes.set_xlabel("milliseconds a step")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    values = ", ".join(
+        f"{name} {found.experts_ms:.3g} of {found.step_ms:.4g} ms ({found.fraction:.0%})"
+        for name, found in rows
+    )
+    return _plot(
+        analysis, figure, "What the experts take of a step", f"Experts' part of a training step: {values}."
+    )
+
+
+def _memory(analysis: Analysis) -> Plot | None:
+    sides = [(WORDS[role], side.peak_allocated_gib, COLOURS[role]) for role, side in analysis.sides.items()]
+    training = [(name, peak, colour) for name, peak, colour in sides if peak is not None]
+    saved = [
+        (name, row.get("saved_mb"), LAYER_COLOURS.get(name, COLOURS[EAGER]))
+        for name, row in analysis.layer.items()
+    ]
+    layer = [(name, float(mb), colour) for name, mb, colour in saved if mb]
+    groups = [(rows, title, form) for rows, title, form in (
+        (training, "training, peak, GiB", "{:.1f}"),
+        (layer, "one layer, saved for backward, MiB", "{:.3g}"),
+    ) if rows]  # fmt: skip
+    if not groups:
+        return None
+    figure, parts = _axes(0.9 + 0.36 * max(len(rows) for rows, _, _ in groups), columns=len(groups))
+    for axes, (rows, title, form) in zip(parts if len(groups) > 1 else [parts], groups, strict=True):
+        _bars(axes, rows, form)
+        axes.set_title(title, fontsize=9, color=INK)
+    values = "; ".join(
+        f"{title}: " + ", ".join(f"{name} {form.format(value)}" for name, value, _ in rows)
+        for rows, title, form in groups
+    )
+    return _plot(analysis, figure, "Memory", f"{values}.")
+
+
+def _utilisation(analysis: Analysis) -> Plot | None:
+    names = {
+        "tensor_active": "tensor cores busy",
+        "sm_active": "multiprocessors busy",
+        "dram_active": "memory bandwidth",
+        "gpu_busy": "any kernel running",
+    }
+    present = {
+        name: words for name, words in names.items()
+        if any(getattr(side, name) is not None for side in analysis.sides.values())
+    }  # fmt: skip
+    if not present:
+        return None
+    sides = [(role, side) for role, side in analysis.sides.items() if side.runs]
+    figure, axes = _axes(0.9 + 0.22 * len(present) * len(sides))
+    height = 0.8 / len(sides)
+    for i, (role, side) in enumerate(sides):
+        values = [getattr(side, name) or 0.0 for name in present]
+        places = [y + height * i for y in range(len(present))]
+        axes.barh(places, values, height=0.9 * height, color=COLOURS[role], label=WORDS[role])
+        for place, value in zip(places, values, strict=True):
+            axes.text(value + 1, place, f"{value:.0f}", va="center", fontsize=8.5, color=INK)
+    axes.set_yticks([y + height * (len(sides) - 1) / 2 for y in range(len(present))], list(present.values()))
+    axes.set(xlim=(0, 112), xlabel="percent of the timed steps, mean")
+    axes.invert_yaxis()
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(sides))
+    values_said = "; ".join(
+        f"{WORDS[role]}: "
+        + ", ".join(f"{words} {getattr(side, name) or 0:.0f}%" for name, words in present.items())
+        for role, side in sides
+    )
+    return _plot(analysis, figure, "GPU utilisation", f"{values_said}.")
+
+
+def _bars(axes: Axes, rows: Sequence[tuple[str, float, str]], form: str) -> None:
+    names = [name for name, _, _ in rows]
+    values = [value for _, value, _ in rows]
+    axes.barh(names, values, color=[colour for _, _, colour in rows], height=0.62)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(values) * 1.25)
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    for y, value in enumerate(values):
+        axes.text(value + max(values) * 0.02, y, form.format(value), va="center", fontsize=9, color=INK)
+
+
+def _line(run: RunMetrics) -> dict[str, Any]:
+    again = not run.run_id.endswith("-1")
+    return {
+        "color": COLOURS[run.role],
+        "ls": "--" if again else STYLES[run.role],
+        "lw": 1.8 if run.role == OPTIMIZED else 1.5,
+        "alpha": 0.8 if again else 1.0,
+        "zorder": 3 if run.role == OPTIMIZED else 2,
+    }
+
+
+def _label(run: RunMetrics) -> str:
+    number = run.run_id.rpartition("-")[2]
+    return (
+        WORDS[run.role]
+        if number == "1"
+        else f"{WORDS[run.role]} again"
+        if number == "2"
+        else f"{WORDS[run.role]} {number}"
+    )
+
+
+def _axes(height: float, columns: int = 1) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    parts = figure.subplots(1, columns)
+    for axes in parts if columns > 1 else [parts]:
+        axes.patch.set_alpha(0)
+        axes.spines[["top", "right"]].set_visible(False)
+        for spine in axes.spines.values():
+            spine.set(color=INK, alpha=0.4)
+        axes.tick_params(colors=INK, labelsize=9)
+        axes.xaxis.label.set(color=INK, fontsize=9)
+        axes.yaxis.label.set(color=INK, fontsize=9)
+    return figure, parts
+
+
+def _plot(analysis: Analysis, figure: Figure, title: str, alt: str) -> Plot:
+    import matplotlib
+
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        for text in legend.get_texts() if legend else ():
+            text.set(color=INK, fontsize=9)
+    buffer = io.StringIO()
+    # Text stays text, so that it is sharp and can be searched; the salt keeps the ids of several plots apart.
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": f"{analysis.comparison.name} {title}",
+            "font.family": "sans-serif",
+        }
+    ):
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    # The size comes from the page; the viewBox keeps the proportions.
+    head, _, body = svg.partition(">")
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    return Plot(title, f'{head} aria-hidden="true">{body}', alt)
