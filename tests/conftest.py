@@ -28,6 +28,9 @@ if INTERPRETED:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "plain_memory: keep torch.empty as it is (under torch.compile)")
+    if INTERPRETED:
+        for message in ("Conversion of an array", "invalid value encountered", "overflow encountered"):
+            config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
 def pytest_collection_modifyitems(items):

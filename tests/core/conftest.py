@@ -25,3 +25,12 @@ def backend(request):
 def experts(backend):
     """The op on one backend: every test that takes it runs once per backend."""
     return functools.partial(moe_kernels.fused_experts, backend=backend)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16, so that a few tokens fill several of them in every direction."""
+    from moe_kernels.testing.tiles import use_small_tiles
+
+    with use_small_tiles():
+        yield
