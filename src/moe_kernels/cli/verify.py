@@ -1,0 +1,302 @@
+"""`moe-kernels verify`: is every kernel configuration right on this very machine?"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moe_kernels.cli.errors import CHECK_FAILED, MissingDependency, UsageError
+from moe_kernels.settings import BACKEND_NAMES, GroupSize
+from moe_kernels.shapes import LAYERS, LayerShape
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_kernels.testing.problems import Inputs
+
+SCHEMA = 1
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+SMALL = "small"
+#: No multiple of any tile, one token, more experts than rows, one expert for everything.
+SMALL_SHAPES: tuple[LayerShape, ...] = (
+    LayerShape("odd", 97, 72, 40, 5, 2),
+    LayerShape("ragged", 257, 136, 88, 16, 4),
+    LayerShape("one-token", 1, 64, 64, 8, 4),
+    LayerShape("many-experts", 33, 64, 32, 64, 8),
+    LayerShape("one-expert", 130, 64, 48, 1, 1),
+)
+DEFAULT_SHAPES = f"{SMALL},mixtral-1b,qwen2-moe-1b,deepseek-v3-1b"
+#: A real layer keeps its sizes on a GPU and shrinks on a CPU.
+GPU_TOKENS, CPU_TOKENS, CPU_SHRINK = 1024, 48, 8
+#: The plain-torch backend has no tiles and no programs: one configuration says it all.
+TRITON_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = tuple(
+    (size, walk) for size in (64, 128, 256) for walk in (True, False)
+)
+TORCH_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = ((128, True),)
+#: Where all slots of the only token meet one expert, every error is one number: nothing to judge it by.
+ONE_TOKEN_ROUTINGS = ("random", "sentinels", "all_sentinels")
+LAYER_ROUTINGS = ("random", "zipf", "one_hot_expert", "sentinels")
+TABLE_WIDTH = 130
+
+
+@dataclass
+class Verdict:
+    """What one configuration did on one shape: the worst over all routings and tensors.
+
+    Attributes:
+        backend: what ran.
+        rms_ratio, max_ratio: error over that of plain PyTorch in the same dtype, both against float64.
+        slope_error: largest relative scale error.
+        repeatable: two runs gave bitwise equal output and gradients.
+        failures: sentences; empty when the configuration is right.
+    """
+
+    shape: str
+    dtype: str
+    backend: str
+    group_size: GroupSize
+    persistent: bool
+    routings: int = 0
+    rms_ratio: float = 0.0
+    max_ratio: float = 0.0
+    slope_error: float = 0.0
+    repeatable: bool = True
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Right on every routing, and repeatable."""
+        return not self.failures
+
+
+def verify_shape(
+    shape: LayerShape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    routings: Sequence[str],
+    configurations: Sequence[tuple[GroupSize, bool]] = TRITON_CONFIGURATIONS,
+    backend: str = "auto",
+    progress: Callable[[str], object] = lambda message: None,
+) -> list[Verdict]:
+    """Judge the output and every gradient of every (group_size, persistent) on every routing.
+
+    The truth is the reference in float64, the yardstick the reference in ``dtype``, the rule that of
+    :mod:`moe_kernels.testing.tolerances`. What the package allocates without filling is NaN meanwhile.
+    """
+    from moe_kernels import backends
+    from moe_kernels.testing.problems import Case, eager, make_inputs, truth
+
+    case = Case(shape.tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, dtype)
+    name = str(dtype).removeprefix("torch.")
+    verdicts = [Verdict(shape.name, name, backend, size, walk) for size, walk in configurations]
+    for routing in routings:
+        inputs = make_inputs(replace(case, routing=routing), device)
+        expected, plain = truth(inputs), eager(inputs)
+        for verdict in verdicts:
+            progress(
+                f"{shape.name}, {routing}, group_size={verdict.group_size}, persistent={verdict.persistent}"
+            )
+            problem = backends.Problem.of(
+                inputs.gate_up, shape.top_k, group_size=verdict.group_size, persistent=verdict.persistent
+            )
+            try:
+                verdict.backend, _ = backends.select(problem, backend)
+            except backends.UnsupportedProblem as error:
+                verdict.failures = [str(error)]
+                continue
+            verdict.routings += 1
+            _judge(verdict, routing, inputs, expected, plain)
+    return verdicts
+
+
+def _judge(
+    verdict: Verdict,
+    routing: str,
+    inputs: Inputs,
+    expected: dict[str, torch.Tensor],
+    plain: dict[str, torch.Tensor],
+) -> None:
+    import torch
+
+    from moe_kernels import backends
+    from moe_kernels.moe import fused_experts
+    from moe_kernels.testing.allocations import poisoned_allocations
+    from moe_kernels.testing.problems import run
+    from moe_kernels.testing.tolerances import assert_close_to_truth
+
+    def ours(*tensors: torch.Tensor) -> torch.Tensor:
+        return fused_experts(
+            *tensors, group_size=verdict.group_size, persistent=verdict.persistent, backend=verdict.backend
+        )
+
+    before = backends.dispatch_counts().get(verdict.backend, 0)
+    with poisoned_allocations():
+        first, second = run(ours, inputs), run(ours, inputs)
+    if backends.dispatch_counts().get(verdict.backend, 0) != before + 2:
+        verdict.failures.append(f"{routing}: backend {verdict.backend} was asked for and did not run")
+    for name, truth in expected.items():
+        value, again = first[name], second[name]
+        if value is None or again is None:
+            verdict.failures.append(f"{routing}: {name} is missing")
+            continue
+        if not torch.equal(value, again):
+            verdict.repeatable = False
+            verdict.failures.append(f"{routing}: {name} differs between two runs on the same input")
+        try:
+            close = assert_close_to_truth(value, truth, plain[name], f"{routing}: {name}")
+        except AssertionError as error:
+            verdict.failures.append(str(error))
+            continue
+        verdict.rms_ratio = max(verdict.rms_ratio, close.rms_ratio)
+        verdict.max_ratio = max(verdict.max_ratio, close.max_ratio)
+        verdict.slope_error = max(verdict.slope_error, abs(close.slope_error))
+
+
+def verify(
+    shapes: Annotated[
+        str, typer.Option(help=f"Comma-separated: small (the hostile sizes), or of {', '.join(LAYERS)}.")
+    ] = DEFAULT_SHAPES,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the real layers.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
+    device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")] = "auto",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Also write the verdicts to this file.")
+    ] = None,
+) -> None:
+    """Check output and every gradient of every kernel configuration on this machine.
+
+    The truth is the plain reference in float64; the yardstick is plain PyTorch in the same dtype: an error
+    may be 1.25 times its root mean square and twice its maximum, without bias. Routings are hostile (empty
+    experts, one expert for all, dropped ids, duplicates), unwritten memory is NaN, and every case runs twice
+    and must agree bit by bit. Exit code 1 if anything fails.
+    """
+    import torch
+
+    console = Console(stderr=True)
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+    if backend not in BACKEND_NAMES:
+        raise UsageError(f"--backend {backend}: choose from {', '.join(BACKEND_NAMES)}")
+    where = _device(device)
+    wanted = _shapes(shapes, where.type, tokens)
+    if where.type == "cpu":
+        console.print("No NVIDIA GPU: this checks the plain-torch backend on the CPU.", style="yellow")
+
+    plain_torch = backend == "torch" or (backend == "auto" and where.type == "cpu")
+    began, verdicts = time.perf_counter(), []
+    with console.status("verifying") as status:
+        for shape, routings in wanted:
+            verdicts += verify_shape(
+                shape,
+                device=where,
+                dtype=getattr(torch, DTYPES[dtype]),
+                routings=routings,
+                configurations=TORCH_CONFIGURATIONS if plain_torch else TRITON_CONFIGURATIONS,
+                backend=backend,
+                progress=lambda message: status.update(escape(message)),
+            )
+    output = Console()
+    output.width = max(output.width, TABLE_WIDTH)
+    output.print(_table(verdicts))
+    for verdict in verdicts:
+        for failure in verdict.failures:
+            where_it_failed = f"group_size={verdict.group_size}, persistent={verdict.persistent}"
+            output.print(f"{verdict.shape}, {where_it_failed}: {failure}", style="red", markup=False)
+    if json_file is not None:
+        _write(json_file, verdicts)
+    bad = sum(not verdict.ok for verdict in verdicts)
+    where_name = torch.cuda.get_device_name(where) if where.type == "cuda" else "the CPU"
+    output.print(
+        f"{len(verdicts) - bad} of {len(verdicts)} configurations right on {where_name} "
+        f"({time.perf_counter() - began:.0f} s)",
+        style="red" if bad else "green",
+        highlight=False,
+    )
+    if bad:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _device(wanted: str) -> torch.device:
+    import torch
+
+    if wanted not in ("auto", "cuda", "cpu"):
+        raise UsageError(f"--device {wanted}: choose from auto, cuda, cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise MissingDependency("torch sees no NVIDIA GPU. Cure: `moe-kernels doctor`, or --device cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _shapes(names: str, device_type: str, tokens: int | None) -> list[tuple[LayerShape, Sequence[str]]]:
+    """The named shapes, each with its routings."""
+    from moe_kernels.testing.routings import ROUTINGS
+
+    chosen: list[tuple[LayerShape, Sequence[str]]] = []
+    for name in (part.strip() for part in names.split(",") if part.strip()):
+        if name == SMALL:
+            chosen += [(s, tuple(ROUTINGS) if s.tokens > 1 else ONE_TOKEN_ROUTINGS) for s in SMALL_SHAPES]
+        elif name in LAYERS:
+            layer = LAYERS[name]
+            if device_type == "cuda":
+                layer = replace(layer, tokens=tokens or GPU_TOKENS)
+            else:
+                layer = replace(
+                    layer,
+                    tokens=tokens or CPU_TOKENS,
+                    hidden=layer.hidden // CPU_SHRINK,
+                    intermediate=layer.intermediate // CPU_SHRINK,
+                )
+            chosen.append((layer, LAYER_ROUTINGS))
+        else:
+            raise UsageError(f"--shapes {name}: choose from {', '.join((SMALL, *LAYERS))}")
+    return chosen
+
+
+def _table(verdicts: list[Verdict]) -> Table:
+    table = Table(
+        caption="Errors over those of plain PyTorch in the same dtype, both against float64; the worst of all "
+        "routings and tensors.",
+        caption_justify="left",
+    )
+    for column in ("shape", "dtype", "backend", "group_size", "persistent"):
+        table.add_column(column, no_wrap=True)
+    for column in ("routings", "rms", "max", "scale error", "bitwise twice", "verdict"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for verdict in verdicts:
+        table.add_row(
+            verdict.shape,
+            verdict.dtype,
+            verdict.backend,
+            str(verdict.group_size),
+            str(verdict.persistent).lower(),
+            str(verdict.routings),
+            f"{verdict.rms_ratio:.2f}",
+            f"{verdict.max_ratio:.2f}",
+            f"{verdict.slope_error:.1e}",
+            "yes" if verdict.repeatable else "[red]no",
+            "[green]right" if verdict.ok else "[red]WRONG",
+        )
+    return table
+
+
+def _write(file: Path, verdicts: list[Verdict]) -> None:
+    from moe_kernels.bench.environment import environment
+
+    report = {
+        "schema": SCHEMA,
+        "kind": "verify",
+        "environment": environment(),
+        "results": [{**asdict(verdict), "ok": verdict.ok} for verdict in verdicts],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
