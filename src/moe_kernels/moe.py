@@ -242,9 +242,7 @@ def _backward(ctx: Any, dout: torch.Tensor | None, *_: None) -> tuple[torch.Tens
     return dx, None, dw, dgate_up, ddown, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "moe_kernels::experts_forward", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("moe_kernels::experts_forward", _backward, setup_context=_setup_context)
 
 
 def _steps(

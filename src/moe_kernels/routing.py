@@ -96,7 +96,9 @@ class RoutingPlan:
         return cls(packed, *fields, top_k=top_k, group_size=group_size)
 
     @classmethod
-    def empty(cls, tokens: int, top_k: int, experts: int, group_size: int, device: torch.device) -> RoutingPlan:
+    def empty(
+        cls, tokens: int, top_k: int, experts: int, group_size: int, device: torch.device
+    ) -> RoutingPlan:
         """An unfilled plan on ``device``."""
         packed = torch.empty(plan_elements(tokens * top_k, experts), dtype=torch.int32, device=device)
         return cls.from_packed(packed, tokens, top_k, experts, group_size)

@@ -14,7 +14,6 @@ from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.backends import Problem
 from moe_kernels.routing import RoutingPlan
 
-
 NAME = "torch"
 
 

@@ -6,7 +6,8 @@ holds the measurements they come from.
 
 from __future__ import annotations
 
-import functools
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,13 @@ import torch
 from moe_kernels.backends import device_capability
 
 # Shared memory that one program may use, in bytes, by compute capability (CUDA programming guide, table of limits).
-SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
+SHARED_MEMORY = {
+    (8, 0): 163 * 1024,
+    (8, 6): 99 * 1024,
+    (8, 9): 99 * 1024,
+    (9, 0): 227 * 1024,
+    (10, 0): 227 * 1024,
+}
 _DEFAULT_SHARED_MEMORY = 99 * 1024
 
 
@@ -41,9 +48,10 @@ class GemmConfig:
 
 
 ROW_TILED = ("up", "down", "dact", "dgrad")
-KERNELS = (*ROW_TILED, "wgrad")
+WGRADS = ("wgrad_down", "wgrad_up")  # dW2 gathers dO, its left side; dW1 gathers X, its right side
+KERNELS = (*ROW_TILED, *WGRADS)
 
-_SM90 = {
+_HOPPER = {
     ("up", 64): GemmConfig(64, 128, 64, 4, 3),
     ("up", 128): GemmConfig(128, 128, 64, 8, 3),
     ("up", 256): GemmConfig(256, 64, 64, 8, 3),
@@ -56,10 +64,11 @@ _SM90 = {
     ("dgrad", 64): GemmConfig(64, 256, 64, 4, 3),
     ("dgrad", 128): GemmConfig(128, 256, 64, 8, 3),
     ("dgrad", 256): GemmConfig(256, 128, 64, 8, 3),
-    ("wgrad", None): GemmConfig(128, 256, 64, 8, 3),
+    ("wgrad_down", None): GemmConfig(128, 256, 64, 8, 3),
+    ("wgrad_up", None): GemmConfig(128, 256, 64, 8, 3),
 }
-# Ampere and Ada: no asynchronous tensor cores, so accumulators and operands share the registers.
-_SM80 = {
+# Pointer loads: Ampere and Ada, and everywhere matrices whose rows are not multiples of 16 bytes.
+_POINTER = {
     ("up", 64): GemmConfig(64, 64, 32, 4, 3),
     ("up", 128): GemmConfig(128, 64, 32, 8, 3),
     ("up", 256): GemmConfig(256, 32, 32, 8, 3),
@@ -72,7 +81,8 @@ _SM80 = {
     ("dgrad", 64): GemmConfig(64, 128, 32, 4, 3),
     ("dgrad", 128): GemmConfig(128, 128, 32, 8, 3),
     ("dgrad", 256): GemmConfig(256, 64, 32, 8, 3),
-    ("wgrad", None): GemmConfig(128, 128, 32, 8, 3),
+    ("wgrad_down", None): GemmConfig(128, 128, 32, 8, 3),
+    ("wgrad_up", None): GemmConfig(128, 128, 32, 8, 3),
 }
 # float32 in IEEE precision runs on the ordinary cores: small tiles, on every GPU.
 _FLOAT32 = {
@@ -82,14 +92,39 @@ _FLOAT32 = {
 }
 
 
-def table(capability: tuple[int, int] | None, dtype: torch.dtype) -> dict[tuple[str, int | None], GemmConfig]:
-    """The configurations in use, keyed by (kernel, group size); None, the interpreter, uses Hopper's."""
+_BLACKWELL = _HOPPER | {("up", 256): GemmConfig(256, 64, 32, 8, 3)}
+
+
+def table(
+    capability: tuple[int, int] | None, dtype: torch.dtype, tma: bool
+) -> dict[tuple[str, int | None], GemmConfig]:
+    """The configurations in use, keyed by (kernel, group size); capability None is the interpreter."""
     if dtype == torch.float32:
         return _FLOAT32
-    return _SM80 if capability is not None and capability < (9, 0) else _SM90
+    if not tma:
+        return _POINTER
+    return _BLACKWELL if capability is not None and capability >= (10, 0) else _HOPPER
 
 
-@functools.lru_cache(maxsize=512)
-def select_config(kernel: str, device: torch.device, dtype: torch.dtype, group_size: int | None) -> GemmConfig:
-    """The tile that ``kernel`` uses. ``group_size`` is the rows per tile, None for wgrad."""
-    return table(device_capability(device), dtype)[kernel, group_size]
+_overrides: dict[str, GemmConfig] = {}
+
+
+@contextlib.contextmanager
+def use_config(kernel: str, config: GemmConfig) -> Iterator[None]:
+    """Within this context ``kernel`` uses ``config``: for measuring candidates and for tests, not for training."""
+    previous = dict(_overrides)
+    _overrides[kernel] = config
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(previous)
+
+
+def select_config(
+    kernel: str, device: torch.device, dtype: torch.dtype, group_size: int | None, tma: bool
+) -> GemmConfig:
+    """The tile that ``kernel`` uses. ``group_size`` is the rows per tile, None for a wgrad; ``tma`` how it loads."""
+    if kernel in _overrides:
+        return _overrides[kernel]
+    return table(device_capability(device), dtype, tma)[kernel, group_size]

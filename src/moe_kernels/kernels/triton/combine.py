@@ -27,7 +27,9 @@ def combine_kernel(
     for k in tl.static_range(TOP_K):
         row = tl.load(slot_row_ptr + token * TOP_K + k)
         kept = row < routed
-        values = tl.load(rows_ptr + row.to(tl.int64) * H + cols, mask=col_mask & kept, other=0.0).to(tl.float32)
+        values = tl.load(rows_ptr + row.to(tl.int64) * H + cols, mask=col_mask & kept, other=0.0).to(
+            tl.float32
+        )
         if WEIGHTED:
             weight = tl.load(weights_ptr + token * TOP_K + k, mask=kept, other=0.0).to(tl.float32)
             total += weight * values

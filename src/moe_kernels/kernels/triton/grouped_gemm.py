@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.kernels.triton.launch import dot_precision, launch_tiles, row_operand, weight_operand
+from moe_kernels.kernels.triton.launch import descriptor, dot_precision, launch_tiles, tma_fits
 from moe_kernels.kernels.triton.tile import (
     load_rows,
     load_weight_kn,
@@ -29,7 +29,6 @@ def grouped_gemm_kernel(
     K,
     N,
     W_IS_KN: tl.constexpr,
-    ROWS_TMA: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -47,7 +46,7 @@ def grouped_gemm_kernel(
         n0 = n * BLOCK_N
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in tl.range(0, K, BLOCK_K):
-            if ROWS_TMA:  # rows of the next expert come along; their results are not stored
+            if USE_TMA:  # rows of the next expert come along; their results are not stored
                 a = rows_in.load([row0, k0])
             else:
                 a = load_rows(rows_in, rows.to(tl.int64), row_mask, k0, K, BLOCK_K, EVEN_K, True)
@@ -61,15 +60,21 @@ def grouped_gemm_kernel(
 
 
 def _grouped_gemm(
-    kernel_name: str, rows_in: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: bool, w_is_kn: bool
+    kernel_name: str,
+    rows_in: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutingPlan,
+    persistent: bool,
+    w_is_kn: bool,
 ) -> torch.Tensor:
     inner = rows_in.shape[1]
     width = weight.shape[2] if w_is_kn else weight.shape[1]
     out = rows_in.new_empty(plan.rows, width)
-    config = select_config(kernel_name, weight.device, rows_in.dtype, plan.group_size)
+    tma = tma_fits(rows_in, weight)
+    config = select_config(kernel_name, weight.device, rows_in.dtype, plan.group_size, tma)
     block = (config.block_k, config.block_n) if w_is_kn else (config.block_n, config.block_k)
-    a, rows_tma = row_operand(rows_in, (config.block_m, config.block_k))
-    w, use_tma = weight_operand(weight, (1, *block))
+    a = descriptor(rows_in, config.block_m, config.block_k) if tma else rows_in
+    w = descriptor(weight, 1, *block) if tma else weight
     launch_tiles(
         grouped_gemm_kernel,
         config,
@@ -79,8 +84,7 @@ def _grouped_gemm(
         (a, w, out, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
         (inner, width),
         W_IS_KN=w_is_kn,
-        ROWS_TMA=rows_tma,
-        USE_TMA=use_tma,
+        USE_TMA=tma,
         EVEN_K=inner % config.block_k == 0,
         PRECISION=dot_precision(rows_in.dtype),
         FLATTEN=config.flatten,

@@ -30,29 +30,23 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tma_fits(tensor: torch.Tensor) -> bool:
-    """Hopper's tensor-memory copies want compute capability 9, 16-byte aligned bases and row strides."""
-    capability = device_capability(tensor.device)
+def tma_fits(*tensors: torch.Tensor) -> bool:
+    """True if all tensors can be loaded by tensor-memory copies: Hopper or later, 16-bit, 16-byte aligned rows.
+
+    float32 stays on pointer loads: its exact products run on the ordinary cores, which such copies cannot feed.
+    """
+    capability = device_capability(tensors[0].device)
     if capability is not None and capability < (9, 0):
         return False
-    row_bytes = tensor.stride(-2) * tensor.element_size()
-    return tensor.numel() > 0 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return all(
+        t.element_size() == 2 and t.numel() > 0 and t.stride(-2) * 2 % 16 == 0 and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
 
 
-def _operand(tensor: torch.Tensor, block: tuple[int, ...]) -> tuple[Any, bool]:
-    if not _tma_fits(tensor):
-        return tensor, False
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block)), True
-
-
-def weight_operand(weight: torch.Tensor, block: tuple[int, int, int]) -> tuple[Any, bool]:
-    """(descriptor, True) of weight (E, ., .) where the GPU has tensor-memory copies, else (tensor, False)."""
-    return _operand(weight, block)
-
-
-def row_operand(rows: torch.Tensor, block: tuple[int, int]) -> tuple[Any, bool]:
-    """The same for a matrix of sorted rows (R, .)."""
-    return _operand(rows, block)
+def descriptor(tensor: torch.Tensor, *block: int) -> TensorDescriptor:
+    """Descriptor that loads blocks of ``block`` elements of a contiguous tensor, zero outside it."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

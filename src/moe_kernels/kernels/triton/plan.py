@@ -119,13 +119,20 @@ def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int) -> RoutingP
     tokens, top_k = topk_ids.shape
     plan = RoutingPlan.empty(tokens, top_k, experts, group_size, topk_ids.device)
     block_e = max(16, triton.next_power_of_2(experts))
-    block_s = max(16, 8192 // block_e)
+    block_s = max(16, 4096 // block_e)
     blocks = triton.cdiv(plan.rows, block_s)
     blocks_per_chunk = triton.cdiv(blocks, _MAX_CHUNKS)
     num_chunks = max(1, triton.cdiv(blocks, max(1, blocks_per_chunk)))
     counts = torch.empty((num_chunks, block_e), dtype=torch.int32, device=topk_ids.device)
     count_kernel[(num_chunks,)](
-        topk_ids, counts, plan.rows, blocks_per_chunk, E=experts, BLOCK_E=block_e, BLOCK_S=block_s, num_warps=4
+        topk_ids,
+        counts,
+        plan.rows,
+        blocks_per_chunk,
+        E=experts,
+        BLOCK_E=block_e,
+        BLOCK_S=block_s,
+        num_warps=4,
     )
     place_kernel[(num_chunks,)](
         topk_ids,

@@ -86,3 +86,11 @@ def store_tile(base, rows, row_mask, col0, width, values, BLOCK_N: tl.constexpr,
     n = tl.arange(0, BLOCK_N)
     pointers = base + rows.to(tl.int64)[:, None] * width + (col0 + n)[None, :]
     tl.store(pointers, values.to(base.dtype.element_ty), mask=row_mask[:, None] & (n < col_limit)[None, :])
+
+
+@triton.jit
+def split_columns(block):
+    """Left and right half of a block [M, N]."""
+    M: tl.constexpr = block.shape[0]
+    N: tl.constexpr = block.shape[1]
+    return block.reshape(M, 2, N // 2).permute(0, 2, 1).split()

@@ -8,8 +8,15 @@ import triton
 import triton.language as tl
 
 from moe_kernels.activation import gate_value
-from moe_kernels.kernels.triton.launch import dot_precision, launch_tiles, weight_operand
-from moe_kernels.kernels.triton.tile import gathered_tokens, load_rows, load_weight_nk, row_tile, store_tile, swizzled_tile
+from moe_kernels.kernels.triton.launch import descriptor, dot_precision, launch_tiles, tma_fits
+from moe_kernels.kernels.triton.tile import (
+    gathered_tokens,
+    load_rows,
+    load_weight_nk,
+    row_tile,
+    store_tile,
+    swizzled_tile,
+)
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tuning.config import select_config
 
@@ -67,8 +74,9 @@ def up(
     intermediate = two_i // 2
     z = x.new_empty(plan.rows, two_i) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, intermediate)
-    config = select_config("up", gate_up.device, x.dtype, plan.group_size)
-    w, use_tma = weight_operand(gate_up, (1, config.block_n, config.block_k))
+    tma = tma_fits(gate_up)
+    config = select_config("up", gate_up.device, x.dtype, plan.group_size, tma)
+    w = descriptor(gate_up, 1, config.block_n, config.block_k) if tma else gate_up
     launch_tiles(
         up_kernel,
         config,
@@ -80,7 +88,7 @@ def up(
         TOP_K=plan.top_k,
         ACTIVATION=activation,
         SAVE_Z=save_z,
-        USE_TMA=use_tma,
+        USE_TMA=tma,
         EVEN_K=hidden % config.block_k == 0,
         PRECISION=dot_precision(x.dtype),
     )

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.kernels.triton.launch import dot_precision, launch_grid, row_operand
+from moe_kernels.kernels.triton.launch import descriptor, dot_precision, launch_grid, tma_fits
 from moe_kernels.kernels.triton.tile import gathered_tokens, load_rows, swizzled_tile
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tuning.config import select_config
@@ -102,9 +102,13 @@ def wgrad(
     out = left.new_empty(plan.experts, m, n)
     if plan.rows == 0:
         return out.zero_()
-    config = select_config("wgrad", left.device, left.dtype, None)
-    lhs, left_tma = (left, False) if gather_left else row_operand(left, (config.block_k, config.block_m))
-    rhs, right_tma = (right, False) if gather_right else row_operand(right, (config.block_k, config.block_n))
+    left_tma = not gather_left and tma_fits(left)
+    right_tma = not gather_right and tma_fits(right)
+    config = select_config(
+        "wgrad_down" if gather_left else "wgrad_up", left.device, left.dtype, None, left_tma or right_tma
+    )
+    lhs = descriptor(left, config.block_k, config.block_m) if left_tma else left
+    rhs = descriptor(right, config.block_k, config.block_n) if right_tma else right
     tiles = plan.experts * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     launch_grid(
         wgrad_kernel,

@@ -1,0 +1,195 @@
+"""Every kernel in every shipped configuration, as arguments for ahead-of-time compilation without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_kernels.kernels.triton.combine import combine_kernel, weight_grad_kernel
+from moe_kernels.kernels.triton.dact import dact_kernel
+from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
+from moe_kernels.kernels.triton.plan import count_kernel, place_kernel
+from moe_kernels.kernels.triton.up import up_kernel
+from moe_kernels.kernels.triton.wgrad import wgrad_kernel
+from moe_kernels.tuning.config import GemmConfig, table
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_PLAN = (
+    "row_slot_ptr",
+    "slot_row_ptr",
+    "expert_start_ptr",
+    "tile_expert_ptr",
+    "tile_row_ptr",
+    "tile_count_ptr",
+)
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel to compile.
+
+    Attributes:
+        name: unique and readable, such as "up-g128-bf16-tma".
+        fn: the ``triton.jit`` function.
+        types: Triton type of every run-time argument.
+        constants: value of every compile-time argument.
+        options: num_warps and num_stages.
+        uses_dot: the kernel must contain matrix instructions.
+        uses_tma: the kernel must contain tensor-memory loads.
+    """
+
+    name: str
+    fn: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    uses_dot: bool = True
+    uses_tma: bool = False
+
+
+def _gemm_case(
+    name: str, fn: Any, types: dict[str, str], constants: dict[str, Any], config: GemmConfig, uses_tma: bool
+) -> CompileCase:
+    ints = {arg: "*i32" for arg in fn.arg_names if arg in _PLAN}
+    sizes = {arg: "i32" for arg in fn.arg_names if arg in ("H", "I", "R", "K", "N", "M", "E")}
+    tiles = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return CompileCase(name, fn, types | ints | sizes, constants | tiles, options, uses_tma=uses_tma)
+
+
+def gemm_case(
+    kernel: str,
+    config: GemmConfig,
+    dtype: torch.dtype,
+    tma: bool,
+    name: str | None = None,
+    aligned: bool = True,
+) -> CompileCase:
+    """One of ``tuning.config.KERNELS`` with ``config``; ``aligned``: sizes are multiples of the tile."""
+    t = _TYPES[dtype]
+    pointer = f"*{t}"
+    m, n, k = config.block_m, config.block_n, config.block_k
+
+    def weight(*block: int) -> str:
+        return f"tensordesc<{t}[1, {block[0]}, {block[1]}]>" if tma else pointer
+
+    def rows(*block: int) -> str:
+        return f"tensordesc<{t}[{block[0]}, {block[1]}]>" if tma else pointer
+
+    common = {"PRECISION": "ieee"}
+    gate = common | {"TOP_K": 8, "ACTIVATION": "silu", "USE_TMA": tma, "EVEN_K": aligned}
+    if kernel == "up":
+        types = {"x_ptr": pointer, "w": weight(n, k), "z_ptr": pointer, "a_ptr": pointer}
+        case = _gemm_case("", up_kernel, types, gate | {"SAVE_Z": True}, config, tma)
+    elif kernel == "dact":
+        types = {"dout_ptr": pointer, "w": weight(k, n), "z_ptr": pointer, "topk_weights_ptr": "*fp32"}
+        types |= {"dz_ptr": pointer, "wa_ptr": pointer, "partial_ptr": "*fp32"}
+        case = _gemm_case("", dact_kernel, types, gate, config, tma)
+    elif kernel in ("down", "dgrad"):
+        kn = kernel == "dgrad"
+        types = {"rows_in": rows(m, k), "w": weight(k, n) if kn else weight(n, k), "out_ptr": pointer}
+        constants = common | {"W_IS_KN": kn, "USE_TMA": tma, "EVEN_K": aligned}
+        case = _gemm_case(
+            "", grouped_gemm_kernel, types, constants | {"FLATTEN": config.flatten}, config, tma
+        )
+    else:
+        left = kernel == "wgrad_down"
+        types = {
+            "left": pointer if left else rows(k, m),
+            "right": rows(k, n) if left else pointer,
+            "left_ptr": pointer,
+            "right_ptr": pointer,
+            "out_ptr": pointer,
+        }
+        constants = common | {"TOP_K": 8, "GATHER_LEFT": left, "GATHER_RIGHT": not left}
+        constants |= {
+            "LEFT_TMA": tma and not left,
+            "RIGHT_TMA": tma and left,
+            "EVEN_M": aligned,
+            "EVEN_N": aligned,
+        }
+        case = _gemm_case("", wgrad_kernel, types, constants, config, tma)
+    label = name or f"{kernel}-m{m}n{n}k{k}w{config.num_warps}s{config.num_stages}"
+    suffix = f"{t}-{'tma' if tma else 'pointer'}{'' if aligned else '-odd'}"
+    return CompileCase(
+        f"{label}-{suffix}", case.fn, case.types, case.constants, case.options, uses_tma=case.uses_tma
+    )
+
+
+def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
+    """All shipped configurations for a GPU of ``capability``."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        # 16-bit tensors load by TMA where the GPU has it; rows that are not multiples of 16 bytes never do.
+        paths = [(False, False)]
+        if capability >= (9, 0) and dtype != torch.float32:
+            paths += [(True, True), (True, False)]
+        for tma, aligned in paths:
+            for (kernel, group), config in table(capability, dtype, tma).items():
+                label = kernel if group is None else f"{kernel}-g{group}"
+                yield gemm_case(kernel, config, dtype, tma, label, aligned)
+    yield from _small_cases()
+
+
+def _small_cases() -> Iterator[CompileCase]:
+    for experts in (8, 128, 256):
+        block_e = max(16, experts)
+        constants = {"E": experts, "BLOCK_E": block_e, "BLOCK_S": max(16, 4096 // block_e)}
+        ints = {"R": "i32", "blocks_per_chunk": "i32"}
+        yield CompileCase(
+            f"count-e{experts}",
+            count_kernel,
+            {"ids_ptr": "*i64", "counts_ptr": "*i32"} | ints,
+            constants,
+            {"num_warps": 4, "num_stages": 3},
+            uses_dot=False,
+        )
+        yield CompileCase(
+            f"place-e{experts}",
+            place_kernel,
+            {"ids_ptr": "*i64", "counts_ptr": "*i32"}
+            | dict.fromkeys(_PLAN, "*i32")
+            | ints
+            | {"num_chunks": "i32", "max_tiles": "i32"},
+            constants | {"GROUP_SIZE": 128, "BLOCK_C": 4096 // block_e, "BLOCK_T": 16},
+            {"num_warps": 4, "num_stages": 3},
+            uses_dot=False,
+        )
+    for weighted in (False, True):
+        yield CompileCase(
+            f"combine-{'weighted' if weighted else 'sum'}",
+            combine_kernel,
+            {
+                "rows_ptr": "*bf16",
+                "weights_ptr": "*fp32",
+                "slot_row_ptr": "*i32",
+                "routed_ptr": "*i32",
+                "out_ptr": "*bf16",
+                "H": "i32",
+            },
+            {"TOP_K": 8, "WEIGHTED": weighted, "BLOCK_H": 1024},
+            {"num_warps": 4, "num_stages": 3},
+            uses_dot=False,
+        )
+    yield CompileCase(
+        "weight-grad",
+        weight_grad_kernel,
+        {
+            "partial_ptr": "*fp32",
+            "slot_row_ptr": "*i32",
+            "routed_ptr": "*i32",
+            "out_ptr": "*fp32",
+            "R": "i32",
+            "num_partials": "i32",
+        },
+        {"BLOCK_S": 256},
+        {"num_warps": 4, "num_stages": 3},
+        uses_dot=False,
+    )
