@@ -81,8 +81,8 @@ def compare(
 ) -> None:
     """Train each model pair with and without the kernels, and write the side-by-side report.
 
-    Each run is a real `axolotl train` in a process of its own. What is missing (models, tokenizer, data) is made
-    first, offline. A finished run is not repeated unless its settings, a version or the kernels have changed.
+    Each run is a real `axolotl train` in a process of its own. What is missing (models, tokenizer, data) is
+    made first, offline. A finished run is not repeated unless its settings, a version or the kernels changed.
 
     Exit codes: 0 the trainings ran, with the kernels, and the losses agree; 1 one of these does not hold;
     2 wrong usage; 3 something is missing here.
@@ -92,6 +92,8 @@ def compare(
     if report_only:
         comparisons = [found for target in names for found in load(Path(target))]
         folder = out or REPORT_FOLDER / "-".join(dict.fromkeys(found.name for found in comparisons))
+        for comparison in comparisons:
+            save(comparison, folder / f"{comparison.name}.json")
         raise typer.Exit(_finish(comparisons, folder, strict, console))
     if wandb not in ("offline", "online"):
         raise UsageError(f"--wandb is offline or online, not {wandb!r}.")
@@ -205,7 +207,7 @@ def _run(plan: Plan, run: RunSpec, machine: Machine, fresh: bool, display: Displ
 
 
 def _prepare(plan: Plan, console: Console) -> None:
-    """Run `moe-kernels prepare` where a model or the data is missing: a process of its own leaves the GPU free."""
+    """Make a missing model or data set, in a process of its own so that the GPU is free afterwards."""
     if plan.family is None:
         return
     config = plan.runs[0].config

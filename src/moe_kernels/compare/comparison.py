@@ -1,4 +1,4 @@
-"""One comparison as it is stored: raw results and what was asked; everything judged is computed from it again."""
+"""One comparison as it is stored: raw results; everything judged is computed from them again."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Analysis:
 
     @property
     def speedup(self) -> float | None:
-        """Baseline's median step over the optimised one; None where a side is missing or is not what it says."""
+        """Baseline's median step over the optimised one; None where a side is missing or invalid."""
         one, two = self.sides[BASELINE].step_ms, self.sides[OPTIMIZED].step_ms
         return one.median / two.median if one and two and not self.fault else None
 

@@ -1,7 +1,7 @@
-"""Measures the family's expert layer in a process of its own, at the tokens of one micro-batch of the training.
+"""Measures the model's expert layer in a process of its own, at the tokens of one micro-batch.
 
-Run as ``python -m moe_kernels.compare.experts_bench REQUEST.json ANSWER.json``: the trainings must not share a GPU
-with a process that holds memory, and a crash here must not take the report with it.
+Run as ``python -m moe_kernels.compare.experts_bench REQUEST.json ANSWER.json``: the trainings must not share
+a GPU with a process that holds memory, and a crash here must not take the report with it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def measure_experts(
     """Measure the plan's expert layer, or take the measurement from the store where nothing has changed.
 
     Returns:
-        ``measurements`` (as of ``moe-kernels bench``), ``layer`` and ``moe_layers`` of the model, ``default`` (what
-        transformers picks for this model where the run file names no experts_implementation), and ``error``:
-        empty, or why there are no measurements.
+        ``measurements`` (as of ``moe-kernels bench``), ``layer`` and ``moe_layers`` of the model, ``default``
+        (what transformers picks for this model where the run file names no experts_implementation), and
+        ``error``: empty, or why there are no measurements.
     """
     config = next(run.config for run in plan.runs if run.role == OPTIMIZED)
     request = {
-        "model": str(Path(config["base_model"]).resolve()),
+        "model": config["base_model"],
         "name": plan.layer.name if plan.layer else Path(config["base_model"]).name,
         "tokens": tokens_per_micro_batch(config),
         "group_size": config.get("moe_group_size", 128),
@@ -76,11 +76,10 @@ def measure_experts(
             show(line.strip())
     if child.returncode != 0:
         reason = last_error(tail) or f"exit code {child.returncode}"
-        return {"measurements": [], "error": reason, "tail": tail, "command": command, "request": request}
+        return {"measurements": [], "error": reason, "tail": tail, "request": request}
     answer = {
         **json.loads(stored.read_text()),
         "fingerprint": mark,
-        "command": command,
         "request": request,
         "error": "",
     }

@@ -83,7 +83,7 @@ def _loss_difference(analysis: Analysis) -> Plot | None:
         axes.set_ylim(auto=True)
         axes.autoscale(axis="y")
     axes.legend(frameon=False)
-    alt = f"Difference of the smoothed losses from the baseline at each step: mean {loss.mean:.2g}, largest {loss.largest:.2g}, tolerance {loss.largest_tolerance:.2g}."
+    alt = f"Difference of the smoothed losses from the baseline's at each step: {loss.words}."
     return _plot(analysis, figure, "Loss difference", alt)
 
 
@@ -264,10 +264,12 @@ def _label(run: RunMetrics) -> str:
 
 def _axes(height: float, columns: int = 1) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     parts = figure.subplots(1, columns)
     for axes in parts if columns > 1 else [parts]:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.patch.set_alpha(0)
         axes.spines[["top", "right"]].set_visible(False)
         for spine in axes.spines.values():

@@ -13,8 +13,8 @@ CONFIRMED, NOT_CONFIRMED, NOT_JUDGED = "confirmed", "not confirmed", "cannot be 
 
 SMOOTHING = 5
 NOISE_FACTOR = 3.0
-# Shares of the loss that rounding alone may move it by: over a run (other kernels, other order of additions, then
-# training on), and at the first step (same weights, so only the forward pass differs).
+# Shares of the loss that rounding alone may move it by: over a run (another order of additions, then training
+# on), and at the first step (same weights, so only the forward pass differs).
 CURVE_FLOOR = {"bf16": 0.01, "fp16": 0.01, "fp32": 0.001}
 FIRST_STEP_FLOOR = {"bf16": 0.002, "fp16": 0.001, "fp32": 0.0001}
 FIRST_GRADIENT_FLOOR = {"bf16": 0.03, "fp16": 0.02, "fp32": 0.001}
@@ -37,7 +37,7 @@ class LossAgreement:
         first_gradient: relative difference of the first gradient norm, with ``first_gradient_tolerance``.
         mean, largest: of the smoothed curves, with ``tolerance`` and ``largest_tolerance``.
         last: difference of the smoothed curves at the last step.
-        noise_first, noise_mean, noise_largest: the same between two runs of the baseline; None without a second.
+        noise_first, noise_mean, noise_largest: the same between two runs of the baseline; None with one.
         differences, noise: optimised (or second baseline) minus baseline, step by step, not smoothed.
     """
 
@@ -130,7 +130,8 @@ def judge_loss(runs: Sequence[RunMetrics], dtype: str) -> LossAgreement:
     against = f"two baseline runs differ by {noise[1]:.2g}" if noise else "the baseline was not repeated"
     words = "; ".join(faults) or (
         f"the smoothed curves differ by {mean:.2g} on average and {largest:.2g} at worst "
-        f"(tolerance {tolerance:.2g}; {against}), the first step by {first:.2g} (tolerance {first_tolerance:.2g})"
+        f"(tolerance {tolerance:.2g}; {against}), "
+        f"the first step by {first:.2g} (tolerance {first_tolerance:.2g})"
     )
     return LossAgreement(
         verdict=NOT_CONFIRMED if faults else CONFIRMED,
@@ -164,7 +165,9 @@ def kernels_ran(runs: Sequence[RunMetrics], uses_kernels: dict[str, bool]) -> st
                 "Its times are those of the stock kernels. Cure: moe-kernels doctor says why."
             )
         if not uses_kernels[run.run_id] and run.expert_calls:
-            return f"{run.run_id} is meant to show the stock kernels, but {run.expert_calls} calls went to moe_kernels."
+            return (
+                f"{run.run_id} should show the stock kernels, but moe_kernels took {run.expert_calls} calls."
+            )
     return None
 
 
@@ -209,8 +212,8 @@ def _faster_step(before: SideMetrics, after: SideMetrics, on_gpu: bool) -> Claim
     ratio = before.step_ms.median / after.step_ms.median
     apart = after.step_ms.p80 < before.step_ms.p20
     evidence = (
-        f"{ratio:.2f}x: {before.step_ms.median:.4g} ms (p20 {before.step_ms.p20:.4g}, p80 {before.step_ms.p80:.4g}) "
-        f"to {after.step_ms.median:.4g} ms (p20 {after.step_ms.p20:.4g}, p80 {after.step_ms.p80:.4g})"
+        f"{ratio:.2f}x: {before.step_ms.median:.4g} ms ({before.step_ms.p20:.4g} to {before.step_ms.p80:.4g})"
+        f" to {after.step_ms.median:.4g} ms ({after.step_ms.p20:.4g} to {after.step_ms.p80:.4g})"
     )
     if ratio > 1 and not apart:
         evidence += "; the spreads overlap"

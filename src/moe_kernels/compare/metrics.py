@@ -20,19 +20,19 @@ _DISPATCHED = re.compile(r"(\d+) expert calls dispatched")
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """Numbers of one training. Times, rates and utilisation are of the steps after warm-up; None = not measured.
+    """Numbers of one training. Times, rates, utilisation: of the steps after warm-up. None = not measured.
 
     Attributes:
         steps: steps in the log, and ``timed_steps`` those that times are taken from.
         step_ms: each timed step, from one trainer log to the next (Axolotl waits for the loss there).
         tokens_per_s: of each timed step, by Axolotl's own count of trainable tokens.
         tokens_per_step: trainable tokens of a timed step, median.
-        peak_allocated_gib, peak_active_gib, peak_reserved_gib: highest of the whole run (Axolotl logs 0.01 GiB).
+        peak_allocated_gib, peak_active_gib, peak_reserved_gib: highest of the whole run, to 0.01 GiB.
         gpu_busy, sm_active, tensor_active, dram_active: percent, mean over the timed steps.
         power_w: mean over the timed steps; ``energy_j_per_step`` is power times step time.
         device_memory_gib: highest that NVML saw on the device.
         startup_s: process start to the trainer's start; ``first_step_s``: from there to the first step's log.
-        expert_calls: expert calls that our kernels took, in the whole run; None where the metric was never logged.
+        expert_calls: expert calls that our kernels took in the whole run; None where it was never logged.
         losses, grad_norms: every step, from the first.
     """
 
@@ -96,7 +96,7 @@ class Share:
         experts_ms: expert layers x calls a step x (forward + backward) ms.
         step_ms: the measured step.
         fraction: of the step; above 1 where the two measurements do not fit together.
-        limit: speed-up of the step if the experts took no time at all (Amdahl); None where the fraction is 1 or more.
+        limit: speed-up of the step if the experts took no time (Amdahl); None where the share is 1 or more.
     """
 
     implementation: str

@@ -113,7 +113,7 @@ def find_config(name: str) -> Path:
         if (root / CONFIG_FOLDER / name).is_file():
             return root / CONFIG_FOLDER / name
     raise MissingDependency(
-        f"{CONFIG_FOLDER / name} is neither here nor in {checkout}. Cure: run this from a clone of the repository."
+        f"{CONFIG_FOLDER / name} is neither here nor in {checkout}. Cure: run this in a clone of the project."
     )
 
 
@@ -143,8 +143,8 @@ def dump_yaml(config: Config) -> str:
 
 def config_diff(before: Config, after: Config, before_name: str, after_name: str) -> str:
     """Unified diff of two run files as settings, so that comments and the order of keys do not matter."""
-    lines = [dump_yaml(dict(sorted(config.items()))).splitlines() for config in (before, after)]
-    return "\n".join(difflib.unified_diff(*lines, before_name, after_name, lineterm="", n=1))
+    one, two = (dump_yaml(dict(sorted(config.items()))).splitlines() for config in (before, after))
+    return "\n".join(difflib.unified_diff(one, two, before_name, after_name, lineterm="", n=1))
 
 
 def digest(*parts: object) -> str:
@@ -202,7 +202,7 @@ def calls_per_step(config: Config) -> int:
 
 
 def _order(options: Options) -> list[tuple[str, int]]:
-    """A B A B ..., so that a drift of the machine's clock meets both sides alike; then the eager loop once."""
+    """A B A B ..., so that a drift of the machine meets both sides alike; then the eager loop once."""
     order = [(role, n) for n in range(1, options.repeats + 1) for role in (BASELINE, OPTIMIZED)]
     if options.noise and options.repeats == 1:
         order.append((BASELINE, 2))

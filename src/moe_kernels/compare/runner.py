@@ -58,13 +58,13 @@ class RunResult:
         status: ``"finished"`` or ``"failed"``.
         command: what was run.
         config: the derived YAML, and ``overrides`` what differs from the user's ``source``.
-        started_at: Unix seconds; ``trainer_started_at`` when Axolotl began training, ``ended_at`` when it was done.
+        started_at: Unix seconds; ``trainer_started_at`` when Axolotl began to train, ``ended_at`` at its end.
         exit_code: the trainer's; None where it was stopped by the time limit.
         rows: W&B history rows of training steps.
         samples: NVML samples.
         wandb: project, run id, name and file of the offline run.
         plugin_line: what the plugin said about the first step; empty for stock kernels.
-        error: the last meaningful line of a failed run, and ``tail`` the end of its log.
+        error: the last meaningful line of a failed run, and ``tail`` the end of its log; else empty.
         fingerprint: hash of all that the run depended on.
     """
 
@@ -151,8 +151,10 @@ class Machine:
 
 
 def fingerprint(run: RunSpec, machine: Machine) -> str:
-    """Hash of what a run depends on; the kernels' sources count only for a run that uses them."""
-    # A commit that leaves the kernels alone must not throw away runs: the hash of the sources decides, not the commit.
+    """Hash of what a run depends on; the kernels' sources count only for a run that uses them.
+
+    The commit does not count: one that leaves the kernels alone must not throw away runs.
+    """
     ignored = {"moe-kernels", COMMIT} if run.uses_kernels else {"moe-kernels", COMMIT, SOURCES}
     versions = {name: version for name, version in machine.versions.items() if name not in ignored}
     return digest(run.config, versions, _model_identity(run.config), machine.device)
@@ -188,7 +190,7 @@ def environment(run: RunSpec, machine: Machine) -> dict[str, str]:
 
 
 def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None]) -> RunResult:
-    """Run one training to its end and return what it left; ``result.json`` is written last, and only on success.
+    """Run one training and return what it left; ``result.json`` is written last, and only on success.
 
     Ctrl-C ends the child and is raised again. A failing trainer is a result with ``status == "failed"``.
     """
@@ -198,11 +200,12 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
     derived, log = run.folder / "derived.yml", run.folder / "train.log"
     derived.write_text(dump_yaml(run.config))
     command = [*machine.trainer, str(derived), *LAUNCHER]
+    shown = ["python" if part == sys.executable else part for part in command]
     result = RunResult(
         run_id=run.run_id,
         role=run.role,
         status=FAILED,
-        command=command,
+        command=shown,
         source=str(run.source),
         config=run.config,
         overrides=run.overrides,
@@ -289,9 +292,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _collect(run: RunSpec, result: RunResult, machine: Machine) -> None:
-    """Fill in the W&B history, and decide whether the run finished."""
-    text = _ESCAPES.sub("", Path(result.log).read_text(errors="replace"))
-    result.tail = [line for line in re.split(r"[\r\n]+", text) if line.strip()][-TAIL_LINES:]
+    """Fill in the W&B history, decide whether the run finished, and keep the log's end where it did not."""
     found = find_run(run.folder)
     if found is not None:
         offline = read_run(found)
@@ -304,10 +305,11 @@ def _collect(run: RunSpec, result: RunResult, machine: Machine) -> None:
             "file": str(found),
             "complete": "no, the file ends early" if offline.truncated else "yes",
         }
+    tail = _tail(Path(result.log))
     if result.exit_code is None:
         result.error = f"stopped after the time limit of {machine.timeout_s:.0f} s (--timeout sets it)"
     elif result.exit_code != 0:
-        result.error = last_error(result.tail) or f"the trainer ended with exit code {result.exit_code}"
+        result.error = last_error(tail) or f"the trainer ended with exit code {result.exit_code}"
     elif len(result.rows) < run.steps:
         result.error = (
             f"W&B holds {len(result.rows)} of {run.steps} steps. "
@@ -315,6 +317,13 @@ def _collect(run: RunSpec, result: RunResult, machine: Machine) -> None:
         )
     else:
         result.status = FINISHED
+        return
+    result.tail = tail
+
+
+def _tail(log: Path) -> list[str]:
+    text = _ESCAPES.sub("", log.read_text(errors="replace"))
+    return [line for line in re.split(r"[\r\n]+", text) if line.strip()][-TAIL_LINES:]
 
 
 def last_error(tail: Sequence[str]) -> str:

@@ -1,12 +1,13 @@
 """Reads an offline W&B run without a network and without an account.
 
-``run-<id>.wandb`` is a log in LevelDB's format: after a 7-byte file header, blocks of 32 KiB hold fragments, each
-with a 7-byte head (checksum, length, kind). A record is one fragment or a chain first, middle, last, and is a
-protocol-buffer message of wandb's own schema, which the wandb package ships. (wandb 0.27 dropped its Python reader.)
+``run-<id>.wandb`` is a log in LevelDB's format: after a 7-byte file header, blocks of 32 KiB hold fragments,
+each with a 7-byte head (checksum, length, kind). A record is one fragment or a chain first, middle, last, and
+is a protocol-buffer message of wandb's own schema, which the wandb package ships. (Its reader went in 0.27.)
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ class WandbRun:
         project: W&B project.
         run_id: W&B run id.
         name: display name.
-        history: rows in the order they were logged, full precision; keys as in W&B (``train/loss``, ``_timestamp``).
+        history: rows as logged, in order, full precision; keys as in W&B (``train/loss``, ``_timestamp``).
         truncated: the file ends in the middle of a record, as after a kill; everything before it was read.
     """
 
@@ -57,11 +58,13 @@ def read_run(path: Path) -> WandbRun:
         NotAWandbRun: the file does not start like a W&B run.
     """
     from google.protobuf.message import DecodeError
-    from wandb.proto import wandb_internal_pb2
+
+    # The generated module makes its classes when it is imported, where a type checker cannot see them.
+    messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
     run = WandbRun(path)
     for raw in _records(path.read_bytes(), run):
-        record = wandb_internal_pb2.Record()
+        record = messages.Record()
         try:
             record.ParseFromString(raw)
         except DecodeError:
