@@ -83,9 +83,9 @@ def train(folder: Path, name: str, config: dict[str, Any]) -> Training:
     environment = os.environ | OFFLINE | {"WANDB_DIR": str(run_folder), "HF_HOME": str(folder / "hf")}
     # Set by the tests for kernels under the interpreter; a user has it unset.
     environment.pop("TRITON_INTERPRET", None)
+    axolotl = [sys.executable, "-m", "axolotl.cli.main"]
     done = subprocess.run(
-        [sys.executable, "-m", "axolotl.cli.main", "train", str(run_folder / "config.yml")]
-        + ["--launcher", "python"],
+        [*axolotl, "train", str(run_folder / "config.yml"), "--launcher", "python"],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -171,7 +171,7 @@ def test_unsupported_activation_fails(folder: Path) -> None:
 
 
 def test_missing_plugin_fails(folder: Path) -> None:
-    """What a user sees who has the YAML but not the package: without this guard, the baseline trains in silence."""
+    """Who has the YAML but not the package sees this; without the guard, the baseline trains in silence."""
     log = failing(folder, "no-plugin", plugins=[])
     assert 'experts_implementation="moe_kernels"` is not supported' in log
 

@@ -444,3 +444,76 @@ def test_quantised_weights_raise() -> None:
     )
     with pytest.raises(mk.UnsupportedExperts, match="float8_e4m3fn"):
         experts(*experts_inputs(experts_module("mixtral")))
+
+
+# What wraps the weights of a model
+
+
+@pytest.fixture
+def one_process_mesh(tmp_path: Path) -> Iterator[torch.distributed.DeviceMesh]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fsdp2(one_process_mesh: torch.distributed.DeviceMesh, checkpointing: bool) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    ids = tokens()
+    expected = run(make_model("mixtral"), ids)
+    model = make_model("mixtral")
+    model.set_experts_implementation("moe_kernels")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=one_process_mesh)
+    fully_shard(model, mesh=one_process_mesh)
+    assert mk.check_model(model) == 2
+    logits, grads = run(model, ids)
+    assert_same(expected, (logits, {name: grad.full_tensor() for name, grad in grads.items()}), torch.float32)
+    assert backends.dispatch_counts()["torch"] == (4 if checkpointing else 2)
+
+
+def test_replicated_weights_are_used_and_sharded_ones_refused(
+    one_process_mesh: torch.distributed.DeviceMesh,
+) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    experts = experts_module("mixtral")
+    inputs = experts_inputs(experts)
+    expected = experts(*inputs)
+    plain = experts.gate_up_proj.detach()
+    experts.gate_up_proj = nn.Parameter(distribute_tensor(plain, one_process_mesh, [Replicate()]))
+    out = experts(*inputs)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    out.sum().backward()
+    assert experts.gate_up_proj.grad.to_local().abs().max() > 0
+    experts.gate_up_proj = nn.Parameter(distribute_tensor(plain, one_process_mesh, [Shard(0)]))
+    with pytest.raises(mk.UnsupportedExperts, match="sharded in forward"):
+        experts(*inputs)
+
+
+@pytest.mark.parametrize("targets", [["gate_up_proj", "down_proj"], ["gate_up_proj"]], ids="+".join)
+def test_lora_on_experts(targets: list[str]) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        target_parameters=[f"mlp.experts.{target}" for target in targets],
+        init_lora_weights=False,
+    )
+
+    def adapted() -> nn.Module:
+        model = make_model("mixtral")
+        torch.manual_seed(5)
+        return peft.get_peft_model(model, lora)
+
+    ids = tokens()
+    expected = run(adapted(), ids)
+    model = adapted()
+    model.get_base_model().set_experts_implementation("moe_kernels")
+    assert mk.check_model(model) == 2
+    assert_same(expected, run(model, ids), torch.float32)
+    assert backends.dispatch_counts() == {"torch": 2}
