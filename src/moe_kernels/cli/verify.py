@@ -264,7 +264,7 @@ def _shapes(names: str, device_type: str, tokens: int | None) -> list[tuple[Laye
 
 def _table(verdicts: list[Verdict]) -> Table:
     table = Table(
-        caption="Errors over those of plain PyTorch in the same dtype, both against float64; the worst of all "
+        caption="Errors over those of plain PyTorch in the same dtype, both against float64; the worst of "
         "routings and tensors.",
         caption_justify="left",
     )

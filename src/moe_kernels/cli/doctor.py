@@ -1,0 +1,217 @@
+"""`moe-kernels doctor`: what will run on this machine, and why not more."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import platform
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moe_kernels.bench.environment import driver_version, installed_version, package_version
+from moe_kernels.cli.errors import CHECK_FAILED
+from moe_kernels.shapes import FAMILIES
+
+OK, NOTE, BROKEN = "ok", "note", "broken"
+
+#: Tested versions, from the first to below the last, as pyproject.toml has them.
+TESTED: dict[str, tuple[str, str]] = {
+    "torch": ("2.11", "2.16"),
+    "triton": ("3.6", "3.10"),
+    "transformers": ("5.16.1", "5.24"),
+    "axolotl": ("0.19", "0.20"),
+}
+REQUIRED = ("torch", "triton")
+CURES = {
+    "torch": "pip install torch",
+    "triton": "pip install triton (it comes with torch's CUDA build on Linux)",
+    "transformers": "pip install 'moe-kernels[transformers]'",
+    "axolotl": "pip install torch, then pip install 'moe-kernels[axolotl]'",
+}
+#: Packages of the extra [report], by the module that is imported.
+REPORT_MODULES = ("jinja2", "matplotlib", "pynvml", "yaml", "psutil", "wandb")
+PLUGIN = "axolotl.integrations.moe_kernels.plugin"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination: ok, a note (with a cure more would run), or broken."""
+
+    what: str
+    status: str
+    detail: str
+    cure: str = ""
+
+
+def examine() -> list[Finding]:
+    """Everything that decides what runs here, in the order in which a cure makes sense."""
+    findings = [
+        Finding("moe-kernels", OK, package_version()),
+        Finding("python", OK, platform.python_version()),
+        *(_version(package) for package in TESTED),
+    ]
+    if any(finding.status == BROKEN for finding in findings):
+        return findings
+    return [*findings, _gpu(), *_compiler(), *_backends(), _transformers(), *_axolotl(), _report()]
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def _version(package: str) -> Finding:
+    installed = installed_version(package)
+    first, last = TESTED[package]
+    if installed is None:
+        status = BROKEN if package in REQUIRED else NOTE
+        return Finding(package, status, "not installed", CURES[package])
+    if _release(first) <= _release(installed) < _release(last):
+        return Finding(package, OK, installed)
+    cure = f"if something fails, install {package}>={first},<{last}"
+    return Finding(package, NOTE, f"{installed} is outside the tested range {first} to below {last}", cure)
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        detail = (
+            f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {memory:.0f} GiB, driver {driver_version()}"
+        )
+        return Finding("GPU", OK, detail)
+    driver = driver_version()
+    if driver is None:
+        return Finding(
+            "GPU", NOTE, "no NVIDIA driver found", "on a CPU everything runs small, slowly and correctly"
+        )
+    if torch.version.cuda is None:
+        return Finding(
+            "GPU", NOTE, f"driver {driver}, but torch is a CPU build", "pip install a CUDA build of torch"
+        )
+    cure = f"update the driver to one for CUDA {torch.version.cuda}, or unset CUDA_VISIBLE_DEVICES"
+    return Finding("GPU", NOTE, f"driver {driver} is there, but torch {torch.__version__} sees no GPU", cure)
+
+
+def _compiler() -> list[Finding]:
+    """Triton compiles a small launcher with the system's C compiler at first use on a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return [Finding("C compiler", BROKEN, "none found; Triton needs one", "apt install gcc")]
+    return [Finding("C compiler", OK, compiler)]
+
+
+def _backends() -> list[Finding]:
+    """For each family's 1B layer in bf16: what ``backend: auto`` chooses, and why the others do not run."""
+    import torch
+
+    from moe_kernels import backends
+
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    findings = []
+    for family in FAMILIES.values():
+        size = family.sizes["1b"]
+        problem = backends.Problem(
+            device_type=device.type,
+            capability=backends.device_capability(device),
+            dtype=torch.bfloat16,
+            experts=size.experts,
+            top_k=size.top_k,
+            hidden=size.hidden,
+            intermediate=size.intermediate,
+        )
+        what = f"experts of {family.name}"
+        refusals = [
+            f"{name} does not: {reason}" for name, reason in backends.explain(problem) if reason is not None
+        ]
+        try:
+            chosen, reason = backends.select(problem)
+        except backends.UnsupportedProblem as error:
+            findings.append(Finding(what, BROKEN, str(error)))
+            continue
+        findings.append(Finding(what, OK, "; ".join([f"{chosen} runs ({reason})", *refusals])))
+    return findings
+
+
+def _imports(module: str) -> str | None:
+    """None if ``module`` imports, else why it does not."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _transformers() -> Finding:
+    what = "experts_implementation: moe_kernels"
+    if installed_version("transformers") is None:
+        return Finding(what, NOTE, "needs transformers", CURES["transformers"])
+    reason = _imports("moe_kernels.integrations.transformers")
+    if reason is not None:
+        return Finding(what, BROKEN, reason, CURES["transformers"])
+    return Finding(what, OK, "can be registered")
+
+
+def _axolotl() -> list[Finding]:
+    if installed_version("axolotl") is None:
+        return [Finding("Axolotl plugin", NOTE, "axolotl is not installed", CURES["axolotl"])]
+    reason = _imports(PLUGIN)
+    if reason is not None:
+        cure = "pip install moe-kernels into the environment that runs axolotl"
+        return [Finding("Axolotl plugin", BROKEN, f"{PLUGIN}: {reason}", cure)]
+    return [Finding("Axolotl plugin", OK, f"{PLUGIN}.MoeOptimizedPlugin")]
+
+
+def _report() -> Finding:
+    missing = [module for module in REPORT_MODULES if importlib.util.find_spec(module) is None]
+    if missing:
+        return Finding(
+            "compare's report", NOTE, f"missing {', '.join(missing)}", "pip install 'moe-kernels[report]'"
+        )
+    return Finding("compare's report", OK, "its packages are installed")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what will run on this machine, why not more, and the cure for each missing thing.
+
+    Exit code 1 if something is broken. A missing GPU or a missing extra is a note, not a fault.
+    """
+    findings = examine()
+    if as_json:
+        report = {"schema": 1, "kind": "doctor", "findings": [asdict(finding) for finding in findings]}
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        _print(findings)
+    if any(finding.status == BROKEN for finding in findings):
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _print(findings: list[Finding]) -> None:
+    style = {OK: "[green]ok", NOTE: "[yellow]note", BROKEN: "[red]broken"}
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        cure = f"\n[bold]cure:[/bold] {escape(finding.cure)}" if finding.cure else ""
+        table.add_row(style[finding.status], escape(finding.what), escape(finding.detail) + cure)
+    Console().print(table)
