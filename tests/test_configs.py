@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from moe_kernels.prepare import tiny_overrides
 from moe_kernels.shapes import FAMILIES, TOKENS_PER_STEP, Family
 
 FOLDER = Path(__file__).parents[1] / "configs" / "moe"
@@ -104,24 +106,38 @@ def plugin_manager(monkeypatch: pytest.MonkeyPatch) -> Any:
     return base.PluginManager.get_instance()
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_axolotl_accepts_it_for_a_gpu(name: str, plugin_manager: Any) -> None:
-    """Axolotl's whole validation, told that there is one Hopper GPU: this machine may have none."""
+def validated(raw: dict[str, Any], plugin_manager: Any, **capabilities: Any) -> dict[str, Any]:
+    """What Axolotl's whole validation makes of a run file on a machine with ``capabilities``."""
     from axolotl.utils.config import prepare_plugins, validate_config
     from axolotl.utils.dict import DictDefault
 
-    raw = load(name)
-    config = DictDefault(raw)
+    config = DictDefault(copy.deepcopy(raw))
     prepare_plugins(config)
     assert [*plugin_manager.plugins] == raw.get("plugins", [])
-    validated = validate_config(
-        config,
-        capabilities={
-            "bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_90",
-        },
-        env_capabilities={"torch_version": "2.11.0"},
-    ).to_dict()  # fmt: skip
-    # A key that no schema knows is dropped without a word, so a typo would show here.
-    lost = {key for key, value in raw.items() if key != "datasets" and validated.get(key) != value}
-    assert not lost
-    assert [dataset["path"] for dataset in validated["datasets"]] == ["artifacts/data/stdlib.jsonl"]
+    env_capabilities = {"torch_version": "2.11.0"}
+    return validate_config(config, capabilities=capabilities, env_capabilities=env_capabilities).to_dict()
+
+
+def changed(raw: dict[str, Any], result: dict[str, Any]) -> set[str]:
+    """Keys that got another value or were lost: Axolotl drops a key it does not know without a word."""
+    return {key for key, value in raw.items() if key != "datasets" and result.get(key) != value}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_axolotl_accepts_it_for_a_gpu(name: str, plugin_manager: Any) -> None:
+    """As on a machine with one Hopper GPU: this one may have none."""
+    raw = load(name)
+    hopper = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_90"}
+    result = validated(raw, plugin_manager, **hopper)
+    assert not changed(raw, result)
+    assert [dataset["path"] for dataset in result["datasets"]] == ["artifacts/data/stdlib.jsonl"]
+
+
+@each_family
+def test_axolotl_accepts_the_tiny_run_for_a_cpu(family: Family, plugin_manager: Any) -> None:
+    for name in (family.baseline, family.optimized):
+        raw = load(name) | tiny_overrides(family.name)
+        nothing = {"bf16": False, "fp8": False, "tf32": False, "n_gpu": 0, "n_node": 1}
+        result = validated(raw, plugin_manager, compute_capability=None, **nothing)
+        assert not changed(raw, result)
+        assert result["datasets"][0]["split"] == "train[:4]"

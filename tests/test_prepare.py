@@ -89,9 +89,7 @@ def test_tiny_model_loads_with_its_tokenizer(prepared: Path, family: str) -> Non
     assert model.dtype == torch.float32
     assert len(tokenizer) == model.config.vocab_size == FAMILIES[family].sizes["tiny"].vocab
     for token in ("pad", "bos", "eos"):
-        assert (
-            getattr(tokenizer, f"{token}_token_id") == getattr(model.config, f"{token}_token_id") is not None
-        )
+        assert getattr(tokenizer, f"{token}_token_id") == getattr(model.config, f"{token}_token_id") is not None
     source = "def f(x):\n    return x  # ünïcode, 日本\n"
     ids = tokenizer(source + EOS)["input_ids"]
     assert ids.count(tokenizer.eos_token_id) == 1
@@ -159,9 +157,7 @@ def test_another_seed_and_force_make_it_again(copied: Path) -> None:
     assert (folder / "model.safetensors").read_bytes() == first
 
 
-def test_an_interrupted_make_leaves_the_old_one_and_is_redone(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_make_leaves_the_old_one_and_is_redone(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copied / "artifacts/models/mixtral-tiny"
     before = stamp(folder)
     save = PreTrainedModel.save_pretrained
@@ -192,6 +188,22 @@ def test_a_folder_of_the_users_own_is_never_replaced(copied: Path) -> None:
     assert (folder / MANIFEST).is_file()
 
 
+def test_a_file_of_the_users_own_is_never_replaced(tmp_path: Path) -> None:
+    mine = tmp_path / "artifacts/data/mine.jsonl"
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"text": "one"}\n')
+    with pytest.raises(UsageError, match=r"was not made by `moe-kernels prepare`.*--force"):
+        prepare_data(tmp_path, str(mine))
+    assert mine.read_text() == '{"text": "one"}\n'
+
+
+def test_text_that_was_cut_short_is_written_again(copied: Path) -> None:
+    path = copied / "artifacts/data/stdlib.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    assert prepare_data(copied).read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -212,9 +224,7 @@ def test_stale_tokens_are_removed(copied: Path, make: Callable[[Path], Path]) ->
 @pytest.mark.parametrize("make", [lambda root: prepare_model("mixtral", "1b", root), prepare_data])
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Path]) -> None:
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
-    with pytest.raises(
-        NotEnoughSpace, match=r"0\.0 GB free and .* GB are needed. Free some, or .* --root"
-    ) as error:
+    with pytest.raises(NotEnoughSpace, match=r"0\.0 GB free and .* GB are needed. Free some, or .* --root") as error:
         make(tmp_path)
     assert error.value.exit_code == MISSING
 
@@ -270,9 +280,7 @@ def test_own_data(tmp_path: Path, name: str, content: str, field: str) -> None:
 def test_own_parquet(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="needs moe-kernels[axolotl]")
     datasets.Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "a.parquet")
-    assert json.loads(prepare_data(tmp_path, str(tmp_path / "a.parquet")).read_text()) == {
-        "text": f"one{EOS}"
-    }
+    assert json.loads(prepare_data(tmp_path, str(tmp_path / "a.parquet")).read_text()) == {"text": f"one{EOS}"}
 
 
 @pytest.mark.parametrize(
@@ -317,9 +325,7 @@ def test_names() -> None:
 
 
 def test_command(copied: Path) -> None:
-    done = CliRunner().invoke(
-        app, ["prepare", "mixtral-1b", "--size", "tiny", "--root", str(copied), "--force"]
-    )
+    done = CliRunner().invoke(app, ["prepare", "mixtral-1b", "--size", "tiny", "--root", str(copied), "--force"])
     assert done.exit_code == 0, done.output
     assert "686,952 parameters in" in done.output
 

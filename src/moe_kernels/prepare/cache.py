@@ -53,9 +53,7 @@ def check_ours(folder: Path) -> None:
         UsageError: the folder has content and no manifest.
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise UsageError(
-            f"{folder} was not made by `moe-kernels prepare`. Move it away, or replace it with --force."
-        )
+        raise UsageError(f"{folder} was not made by `moe-kernels prepare`. Move it away, or replace it with --force.")
 
 
 def check_space(path: Path, needed: int) -> None:

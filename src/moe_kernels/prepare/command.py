@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -63,9 +64,7 @@ def prepare(
     text_field: Annotated[str, typer.Option(help="Column of the data set that holds the text.")] = "text",
     seed: Annotated[
         int | None,
-        typer.Option(
-            help="Seed of the weights; a finished model of another seed is made again.", show_default="0"
-        ),
+        typer.Option(help="Seed of the weights; a finished model of another seed is made again.", show_default="0"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Make again what is there already.")] = False,
 ) -> None:
@@ -75,6 +74,8 @@ def prepare(
     command that was stopped goes on where it was.
     """
     todo = wanted(models, size)
+    # transformers' own progress bars would break ours; it reads this when it is imported, further down.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     console = Console()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:

@@ -183,9 +183,7 @@ def prepare_model(
     import transformers
 
     with torch.device("meta"):
-        parameters = count_parameters(
-            transformers.AutoModelForCausalLM.from_config(model_config(family, size))
-        )
+        parameters = count_parameters(transformers.AutoModelForCausalLM.from_config(model_config(family, size)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_space(folder.parent, int(1.1 * parameters * getattr(torch, shape.dtype).itemsize) + 20_000_000)
     tokenizer = prepare_tokenizer(root, shape.vocab, sources=sources, report=report)

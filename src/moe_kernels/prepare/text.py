@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -16,7 +17,6 @@ from moe_kernels.prepare.cache import (
     check_space,
     digest,
     forget_tokens,
-    made_with,
     silent,
     write_manifest,
 )
@@ -91,7 +91,7 @@ def prepare_data(
         ``artifacts/data/stdlib.jsonl``, or a file named after ``dataset`` in the same folder.
 
     Raises:
-        UsageError: no such data set, or it has no such column, or no text.
+        UsageError: no such data set, it has no such column or no text, or the result's place is taken.
         MissingDependency: a package, the network or the library's sources are missing.
         NotEnoughSpace: the disk is too full.
     """
@@ -108,19 +108,26 @@ def prepare_data(
         texts = []
         recipe = {"source": dataset, "text_field": text_field, **_file_facts(dataset)}
     recipe["row_characters"] = ROW_CHARACTERS
-    if not force and path.is_file() and made_with(manifest) == recipe:
-        report(f"{path} is there already")
-        return path
+    if not force and path.exists():
+        if not manifest.is_file():
+            raise UsageError(
+                f"{path} was not made by `moe-kernels prepare`. Move it away, or replace it with --force."
+            )
+        made = json.loads(manifest.read_text(encoding="utf-8"))
+        if made["recipe"] == recipe and made.get("bytes") == path.stat().st_size:
+            report(f"{path} is there already")
+            return path
     path.parent.mkdir(parents=True, exist_ok=True)
     check_space(path.parent, 2 * MAX_CHARACTERS)
     report(f"writing {path}")
-    manifest.unlink(missing_ok=True)
-    characters = _write(path, rows(texts if dataset is None else dataset_texts(dataset, text_field)))
+    partial = path.with_name(f".{path.name}.partial")
+    characters = _write(partial, rows(texts if dataset is None else dataset_texts(dataset, text_field)))
     if not characters:
-        path.unlink()
         raise UsageError(f"{dataset} holds no text in {text_field!r}. Name another column with --text-field.")
     forget_tokens(artifacts)
-    write_manifest(manifest, recipe, {"characters": characters})
+    size = partial.stat().st_size
+    os.replace(partial, path)
+    write_manifest(manifest, recipe, {"characters": characters, "bytes": size})
     report(f"{path}: {characters / 1e6:.1f} million characters")
     return path
 
@@ -130,9 +137,7 @@ def dataset_texts(dataset: str, text_field: str) -> Iterator[str]:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise MissingDependency(
-            "datasets is not installed. Cure: pip install 'moe-kernels[axolotl]'"
-        ) from error
+        raise MissingDependency("datasets is not installed. Cure: pip install 'moe-kernels[axolotl]'") from error
 
     builder = BUILDERS.get(Path(dataset).suffix)
     if builder is None:
@@ -165,9 +170,7 @@ def dataset_texts(dataset: str, text_field: str) -> Iterator[str]:
             f"{dataset} cannot be read ({error}). "
             "Name a .jsonl, .json, .txt or .parquet file, or a Hugging Face data set with a train split."
         ) from error
-    raise UsageError(
-        f"{dataset} has no column {text_field!r} but {', '.join(row)}. Name one with --text-field."
-    )
+    raise UsageError(f"{dataset} has no column {text_field!r} but {', '.join(row)}. Name one with --text-field.")
 
 
 def _stem(dataset: str) -> str:
@@ -183,13 +186,9 @@ def _file_facts(dataset: str) -> dict[str, int]:
 
 
 def _write(path: Path, lines: Iterable[str]) -> int:
-    import json
-
-    partial = path.with_name(f".{path.name}.partial")
     characters = 0
-    with partial.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         for line in lines:
             file.write(json.dumps({"text": line}) + "\n")
             characters += len(line)
-    os.replace(partial, path)
     return characters
