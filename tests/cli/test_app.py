@@ -1,0 +1,106 @@
+"""The command line's frame: help, version, exit codes, and no traceback for an expected failure."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+import moe_kernels
+from moe_kernels.backends import UnsupportedProblem
+from moe_kernels.cli import app as cli
+from moe_kernels.cli.errors import CommandError, MissingDependency, UsageError, missing_module
+
+
+@pytest.fixture
+def runner():
+    return CliRunner()
+
+
+def test_overview_names_every_command_and_the_exit_codes(runner):
+    result = runner.invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    for name in ("compare", "prepare", "bench", "doctor", "verify", "Exit codes"):
+        assert name in result.output
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_command_has_help_with_examples(runner, name):
+    result = runner.invoke(cli.app, [name, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "Examples:" in result.output
+    for example in cli.COMMANDS[name].examples:
+        assert example in result.output
+
+
+def test_overview_and_version_import_no_torch():
+    code = (
+        "import sys\n"
+        "from moe_kernels.cli.app import app\n"
+        "for args in (['--help'], ['--version']):\n"
+        "    try: app(args)\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'triton', 'transformers', 'axolotl'} & set(sys.modules), 'heavy import'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_overview_is_quick():
+    command = [sys.executable, "-m", "moe_kernels", "--help"]
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        best = min(best, time.perf_counter() - began)
+    assert best < 1.0
+
+
+def test_version(runner):
+    result = runner.invoke(cli.app, ["--version"])
+    assert result.exit_code == 0
+    assert moe_kernels.__version__ in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (CommandError("the check failed"), 1),
+        (UsageError("no such shape"), 2),
+        (UnsupportedProblem("no backend runs it"), 2),
+        (MissingDependency("no GPU; cure: buy one"), 3),
+        (ModuleNotFoundError("No module named 'axolotl'", name="axolotl"), 3),
+    ],
+)
+def test_expected_failures_become_a_sentence_and_a_code(runner, monkeypatch, error, code):
+    monkeypatch.setattr("moe_kernels.cli.doctor.examine", _raiser(error))
+    result = runner.invoke(cli.app, ["doctor"])
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
+    assert str(error) in result.output or "pip install 'moe-kernels[axolotl]'" in result.output
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), ModuleNotFoundError("x", name="nonesuch")])
+def test_bugs_keep_their_traceback(runner, monkeypatch, error):
+    monkeypatch.setattr("moe_kernels.cli.doctor.examine", _raiser(error))
+    result = runner.invoke(cli.app, ["doctor"])
+    assert result.exception is error
+
+
+def test_unknown_command_and_option(runner):
+    assert runner.invoke(cli.app, ["nonesuch"]).exit_code == 2
+    assert runner.invoke(cli.app, ["doctor", "--nonesuch"]).exit_code == 2
+
+
+def test_missing_module_names_the_extra():
+    for package, extra in (("jinja2", "report"), ("transformers", "transformers")):
+        found = missing_module(ModuleNotFoundError("gone", name=f"{package}.sub"))
+        assert found is not None
+        assert f"moe-kernels[{extra}]" in str(found)
+
+
+def _raiser(error):
+    def raise_it(*args, **kwargs):
+        raise error
+
+    return raise_it

@@ -1,0 +1,112 @@
+"""`moe-kernels verify`: passes on a right backend, and fails on one broken on purpose."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moe_kernels import torch_backend
+from moe_kernels.cli import verify
+from moe_kernels.cli.app import app
+from moe_kernels.shapes import LayerShape
+
+SHAPE = LayerShape("tiny", 33, 40, 24, 5, 2)
+ROUTINGS = ("random", "sentinels", "empty_first_middle_last")
+
+
+def judge(**changes):
+    options = {
+        "device": torch.device("cpu"),
+        "dtype": torch.bfloat16,
+        "routings": ROUTINGS,
+        "configurations": verify.TORCH_CONFIGURATIONS,
+        "backend": "torch",
+    }
+    return verify.verify_shape(SHAPE, **{**options, **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_right_backend_passes(dtype):
+    (verdict,) = judge(dtype=dtype)
+    assert verdict.ok, verdict.failures
+    assert verdict.backend == "torch"
+    assert verdict.routings == len(ROUTINGS)
+    assert 0 < verdict.rms_ratio < 2
+
+
+def broken(step, breakage):
+    """The torch backend's function ``step`` with its first result changed by ``breakage``."""
+    original = getattr(torch_backend, step)
+
+    def changed(*args, **options):
+        result = original(*args, **options)
+        breakage(result[0] if isinstance(result, tuple) else result)
+        return result
+
+    return changed
+
+
+BREAKAGES = {
+    "half a percent too large": lambda t: t.mul_(1.005),
+    "last row lost": lambda t: t[-1].zero_(),
+    "unwritten element": lambda t: t.view(-1)[0].fill_(float("nan")),
+    "not repeatable": lambda t: t.add_(torch.randn_like(t) * 1e-4),
+}
+
+
+@pytest.mark.parametrize("step", ["combine", "combine_grad", "wgrad"])
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_a_broken_backend_fails(monkeypatch, step, breakage):
+    monkeypatch.setattr(torch_backend, step, broken(step, BREAKAGES[breakage]))
+    (verdict,) = judge(routings=("random",))
+    assert not verdict.ok
+    assert verdict.failures
+
+
+def test_a_backend_that_did_not_run_fails(monkeypatch):
+    monkeypatch.setattr("moe_kernels.backends.count_dispatch", lambda name: None)
+    (verdict,) = judge(routings=("random",))
+    assert "did not run" in verdict.failures[0]
+
+
+def test_an_unsupported_backend_fails():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU runs the triton backend")
+    (verdict,) = judge(backend="triton", routings=("random",), dtype=torch.float64)
+    assert "cannot run" in verdict.failures[0]
+
+
+@pytest.mark.slow
+def test_command_passes_and_writes_json(tmp_path):
+    file = tmp_path / "verify.json"
+    result = CliRunner().invoke(app, ["verify", "--device", "cpu", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "8 of 8 configurations right on the CPU" in result.output
+    report = json.loads(file.read_text())
+    assert report["kind"] == "verify"
+    assert {row["shape"] for row in report["results"]} >= {"odd", "one-token", "mixtral-1b", "deepseek-v3-1b"}
+
+
+def test_command_fails_with_the_reason(monkeypatch):
+    monkeypatch.setattr(torch_backend, "combine", broken("combine", BREAKAGES["half a percent too large"]))
+    monkeypatch.setattr(verify, "SMALL_SHAPES", (SHAPE,))
+    result = CliRunner().invoke(app, ["verify", "--device", "cpu", "--shapes", "small"])
+    assert result.exit_code == 1
+    assert "WRONG" in result.output
+    assert "slope error" in result.output
+
+
+@pytest.mark.parametrize(
+    "args", [["--dtype", "fp8"], ["--shapes", "nonesuch"], ["--backend", "x"], ["--device", "tpu"]]
+)
+def test_wrong_usage(args):
+    result = CliRunner().invoke(app, ["verify", *args])
+    assert result.exit_code == 2
+    assert "choose from" in result.output
+
+
+def test_no_gpu_is_missing():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert CliRunner().invoke(app, ["verify", "--device", "cuda"]).exit_code == 3
