@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as interp
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -140,6 +141,7 @@ class _State:
     poison: bool = False
     memcheck: bool = False
     races: bool = False
+    other_given: bool = False
     spans: dict[int, _Span] = field(default_factory=dict)
     launches: list[str] = field(default_factory=list)
 
@@ -275,9 +277,18 @@ def _load(self: Any, pointers: Any, mask: Any, other: Any, *args: Any, **kwargs:
             _memcheck(pointers, addresses, max(1, ty.primitive_bitwidth // 8), "load")
         if addresses.size and _state.races and (span := _span_of(pointers, addresses)):
             _race_on_load(self, span, addresses - span.low)
-    if _state.poison and other is None and not np.asarray(mask.data).all():
+    if _state.poison and other is None and not _state.other_given and not np.asarray(mask.data).all():
         other = _poison_like(pointers.data, ty)
     return _stock["create_masked_load"](self, pointers, mask, other, *args, **kwargs)
+
+
+def _load_semantic(self: Any, pointer: Any, mask: Any, other: Any, *args: Any) -> Any:
+    """Triton asks ``if other:``, which the interpreter answers with the value: a scalar ``other=0.0`` is lost."""
+    _state.other_given = other is not None
+    try:
+        return _stock_load_semantic(self, pointer, mask, other, *args)
+    finally:
+        _state.other_given = False
 
 
 def _store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
@@ -304,6 +315,7 @@ def _atomic(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *args: Any
 _stock_convert = interp._convert_float
 _stock_reduce = interp.ReduceScanOpInterface.apply
 _stock_copy_back = GridExecutor._restore_args_dev
+_stock_load_semantic = TritonSemantic._load_legacy
 _stock_launch = GridExecutor.__call__
 _stock_implicit_convert = interp._implicit_cvt
 _stock_descriptor_pointers = interp.TensorDescHandle.materialize_pointers
@@ -327,6 +339,7 @@ def install() -> None:
     interp.ReduceScanOpInterface.apply = _reduce
     interp.TensorDescHandle.materialize_pointers = _descriptor_pointers
     interp.InterpretedFunction.__call__ = _device_call
+    TritonSemantic._load_legacy = _load_semantic
     GridExecutor._restore_args_dev = _skip_copy_back
     GridExecutor.__call__ = _launch
     InterpreterBuilder.create_dot = _dot

@@ -1,0 +1,122 @@
+"""Rules of the source tree that no type checker knows."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src"
+PACKAGE = SRC / "moe_kernels"
+FILES = sorted(p for p in SRC.rglob("*.py") if "egg-info" not in str(p))
+PYTHON = {str(p.relative_to(SRC)): ast.parse(p.read_text(), str(p)) for p in FILES}
+
+#: The tools stand on the core; the core knows none of them.
+TOOLS = ("integrations", "compare", "bench", "cli", "prepare", "testing")
+HEAVY = ("transformers", "axolotl", "wandb", "matplotlib", "jinja2", "peft", "trl", "datasets")
+
+
+def imported(tree, *, at_import_time=False):
+    """Names of the modules a file imports; with at_import_time, not those inside functions or TYPE_CHECKING."""
+    nodes = list(tree.body) if at_import_time else list(ast.walk(tree))
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif at_import_time and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            nodes += node.orelse
+        elif at_import_time and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            nodes += [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)]
+
+
+def is_tool(path):
+    return path.startswith("axolotl/") or any(
+        path.startswith(f"moe_kernels/{tool}/") or path == f"moe_kernels/{tool}.py" for tool in TOOLS
+    )
+
+
+CORE = [p for p in PYTHON if not is_tool(p) and p != "moe_kernels/__main__.py"]
+
+
+@pytest.mark.parametrize("path", CORE)
+def test_the_core_imports_no_tool(path):
+    found = {n for n in imported(PYTHON[path]) for t in TOOLS if n == f"moe_kernels.{t}" or n.startswith(f"moe_kernels.{t}.")}
+    assert not found
+
+
+@pytest.mark.parametrize("path", CORE)
+def test_the_core_needs_torch_and_triton_alone(path):
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "moe_kernels", "numpy", "__future__"}
+    assert {n.split(".")[0] for n in imported(PYTHON[path])} <= allowed
+
+
+def test_kernels_do_not_import_the_op():
+    above = ("moe_kernels.moe", "moe_kernels.triton_backend", "moe_kernels.torch_backend")
+    for path in (p for p in PYTHON if p.startswith("moe_kernels/kernels/")):
+        assert not set(imported(PYTHON[path])) & set(above), path
+
+
+def test_the_plugin_shell_imports_no_kernel_at_the_top():
+    """Axolotl swallows an ImportError there and trains the baseline with exit code 0."""
+    for name in ("__init__", "args"):
+        tree = PYTHON[f"axolotl/integrations/moe_kernels/{name}.py"]
+        names = set(imported(tree, at_import_time=True))
+        assert not {n for n in names if n.split(".")[0] in ("triton", "torch") or n.startswith("moe_kernels.kernels")}
+
+
+def test_a_sub_package_of_axolotl_and_no_more():
+    for folder in (SRC / "axolotl", SRC / "axolotl" / "integrations"):
+        assert not (folder / "__init__.py").exists(), "would shadow Axolotl itself"
+
+
+@pytest.mark.parametrize("path", PYTHON)
+def test_nothing_is_swallowed(path):
+    for node in ast.walk(PYTHON[path]):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in ("everything", "Exception", "BaseException"), f"{path}:{node.lineno} catches {caught}"
+
+
+def calls(tree, name):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
+            yield node
+
+
+@pytest.mark.parametrize("path", [p for p in PYTHON if p.startswith("moe_kernels/kernels/")])
+def test_every_masked_load_says_what_masked_lanes_read(path):
+    for call in calls(PYTHON[path], "tl.load"):
+        given = {k.arg for k in call.keywords}
+        assert len(call.args) == 1, f"{path}:{call.lineno}: mask and other by keyword"
+        assert ("mask" in given) == ("other" in given), f"{path}:{call.lineno}: mask= without other="
+
+
+def test_no_machine_paths():
+    for path in PYTHON:
+        text = (SRC / path).read_text()
+        assert "/home/" not in text, path
+        assert "/root/" not in text, path
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_importing_the_package_is_light_and_touches_no_gpu():
+    result = python(
+        "import sys, moe_kernels, torch\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules])\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    assert result.stdout.splitlines() == ["[]", "False"], result.stderr
+
+
+def test_at_most_ten_public_names():
+    import moe_kernels
+
+    assert len(moe_kernels.__all__) <= 10
+    assert all(hasattr(moe_kernels, name) for name in moe_kernels.__all__)
