@@ -68,9 +68,7 @@ def compare(
         bool,
         typer.Option("--strict", help="Also exit with 1 where a speed or memory claim does not hold here."),
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be run, and run nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run, and run nothing.")] = False,
     report_only: Annotated[
         bool,
         typer.Option(
@@ -182,9 +180,7 @@ def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Com
         for run in plan.runs:
             comparison.runs.append(_run(plan, run, machine, fresh, display))
         task = display.add_task(f"{plan.name} expert layer", total=1, note="starting")
-        comparison.experts = measure_experts(
-            plan, machine, fresh, lambda line: display.update(task, note=line[:60])
-        )
+        comparison.experts = measure_experts(plan, machine, fresh, lambda line: display.update(task, note=line[:60]))
         display.update(task, completed=1, note=comparison.experts["error"] or "measured")
     show_failures(comparison, console)
     return comparison
@@ -231,18 +227,14 @@ def _finish(comparisons: list[Comparison], folder: Path, strict: bool, console: 
 
 
 def _show_plan(plan: Plan, console: Console) -> None:
-    console.print(
-        f"[bold]{plan.name}[/bold] ({plan.size}), {plan.warmup_steps} warm-up steps, in this order:"
-    )
+    console.print(f"[bold]{plan.name}[/bold] ({plan.size}), {plan.warmup_steps} warm-up steps, in this order:")
     for run in plan.runs:
         console.print(f"  {run.run_id}: {run.source}, {run.steps} steps", soft_wrap=True)
     console.print("  what differs between the two files:")
     console.print(_indented(plan.yaml_diff), markup=False, soft_wrap=True)
     console.print("  what is changed in both for this comparison:")
     shown = {key: value for key, value in plan.runs[0].overrides.items() if key != "output_dir"}
-    console.print(
-        _indented(dump_yaml(shown) if shown else "nothing but output_dir"), markup=False, soft_wrap=True
-    )
+    console.print(_indented(dump_yaml(shown) if shown else "nothing but output_dir"), markup=False, soft_wrap=True)
 
 
 def _indented(text: str) -> str:

@@ -78,9 +78,7 @@ def load(path: Path) -> list[Comparison]:
     """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
-        raise UsageError(
-            f"There is no report JSON at {path}. Name a folder that `moe-kernels compare` wrote."
-        )
+        raise UsageError(f"There is no report JSON at {path}. Name a folder that `moe-kernels compare` wrote.")
     found = []
     for file in files:
         try:
@@ -117,9 +115,7 @@ class Analysis:
             if found is not None:
                 self.shares[role] = found
         self.loss: LossAgreement = judge_loss(self.runs, self.dtype)
-        self.fault: str | None = kernels_ran(
-            self.runs, {run.run_id: run.uses_kernels for run in comparison.runs}
-        )
+        self.fault: str | None = kernels_ran(self.runs, {run.run_id: run.uses_kernels for run in comparison.runs})
         self.failed = [run for run in comparison.runs if run.status != FINISHED]
         self.missing = sorted(set(comparison.planned) - {run.run_id for run in comparison.runs})
         self.claims: list[Claim] = judge_claims(self.sides, self.layer, self.loss, self.on_gpu, self.fault)

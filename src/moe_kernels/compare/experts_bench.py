@@ -24,9 +24,7 @@ from moe_kernels.shapes import LayerShape
 GPU_REPEATS, CPU_REPEATS = 30, 20
 
 
-def measure_experts(
-    plan: Plan, machine: Machine, fresh: bool, show: Callable[[str], object]
-) -> dict[str, Any]:
+def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[str], object]) -> dict[str, Any]:
     """Measure the plan's expert layer, or take the measurement from the store where nothing has changed.
 
     Returns:
@@ -67,9 +65,7 @@ def measure_experts(
     if machine.device is not None:
         env["CUDA_VISIBLE_DEVICES"] = machine.device
     tail: list[str] = []
-    with subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as child:
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
         assert child.stdout is not None
         for line in child.stdout:
             tail = [*tail[-39:], line.rstrip()]

@@ -56,7 +56,7 @@ def _loss(analysis: Analysis) -> Plot | None:
     for run in runs:
         axes.plot(range(1, len(run.losses) + 1), run.losses, label=_label(run), **_line(run))
     axes.set(xlabel="step", ylabel="training loss")
-    axes.legend(frameon=False)
+    _legend_above(axes)
     ends = ", ".join(f"{_label(run)} {run.losses[0]:.3f} to {run.losses[-1]:.3f}" for run in runs)
     return _plot(analysis, figure, "Loss", f"Training loss at each step: {ends}.")
 
@@ -67,22 +67,16 @@ def _loss_difference(analysis: Analysis) -> Plot | None:
         return None
     figure, axes = _axes(2.9)
     steps = range(1, len(loss.differences) + 1)
-    axes.axhspan(
-        -loss.largest_tolerance, loss.largest_tolerance, color=INK, alpha=0.07, lw=0, label="tolerance"
-    )
+    axes.axhspan(-loss.largest_tolerance, loss.largest_tolerance, color=INK, alpha=0.07, lw=0, label="tolerance")
     axes.axhline(0, color=INK, lw=0.6, alpha=0.5)
     if loss.noise:
         axes.plot(steps, smooth(loss.noise), color=COLOURS[BASELINE], ls="--", lw=1.4, label="baseline again")
     axes.plot(steps, smooth(loss.differences), color=COLOURS[OPTIMIZED], lw=1.8, label="moe-kernels")
-    axes.set(
-        xlabel="step",
-        ylabel="loss minus baseline's",
-        ylim=(-1.15 * loss.largest_tolerance, 1.15 * loss.largest_tolerance),
-    )
-    if (loss.largest or 0) > loss.largest_tolerance:
-        axes.set_ylim(auto=True)
-        axes.autoscale(axis="y")
-    axes.legend(frameon=False)
+    furthest = max(abs(value) for value in (*smooth(loss.differences), *smooth(loss.noise)))
+    # A curve far inside the tolerance is shown at its own scale, else the line would be flat.
+    limit = 1.15 * (loss.largest_tolerance if furthest > 0.1 * loss.largest_tolerance else furthest or 1.0)
+    axes.set(xlabel="step", ylabel="loss minus baseline's", ylim=(-max(limit, furthest), max(limit, furthest)))
+    _legend_above(axes)
     alt = f"Difference of the smoothed losses from the baseline's at each step: {loss.words}."
     return _plot(analysis, figure, "Loss difference", alt)
 
@@ -97,7 +91,7 @@ def _step_times(analysis: Analysis) -> Plot | None:
         axes.plot(range(start, start + len(run.step_ms)), run.step_ms, label=_label(run), **_line(run))
     axes.set(xlabel="step", ylabel="milliseconds a step")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    _legend_above(axes)
     medians = ", ".join(
         f"{WORDS[role]} {side.step_ms.median:.4g} ms" for role, side in analysis.sides.items() if side.step_ms
     )
@@ -115,10 +109,7 @@ def _experts(analysis: Analysis) -> Plot | None:
     ):
         _bars(
             axes,
-            [
-                (name, float(row[key]["median"]), LAYER_COLOURS.get(name, COLOURS[EAGER]))
-                for name, row in rows
-            ],
+            [(name, float(row[key]["median"]), LAYER_COLOURS.get(name, COLOURS[EAGER])) for name, row in rows],
             "{:.3g}",
         )
         axes.set_title(f"{title}, ms", fontsize=9, color=INK)
@@ -144,9 +135,7 @@ def _shares(analysis: Analysis) -> Plot | None:
     experts = [found.experts_ms for _, found in rows][::-1]
     rest = [found.step_ms - found.experts_ms for _, found in rows][::-1]
     axes.barh(names, experts, color=COLOURS[OPTIMIZED], height=0.6, label="experts")
-    axes.barh(
-        names, rest, left=experts, color=COLOURS[BASELINE], alpha=0.45, height=0.6, label="everything else"
-    )
+    axes.barh(names, rest, left=experts, color=COLOURS[BASELINE], alpha=0.45, height=0.6, label="everything else")
     for y, (_, found) in enumerate(rows[::-1]):
         axes.text(
             found.experts_ms / 2,
@@ -158,22 +147,18 @@ def _shares(analysis: Analysis) -> Plot | None:
             color="#fff",
         )
     axes.set_xlabel("milliseconds a step")
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    _legend_above(axes)
     values = ", ".join(
-        f"{name} {found.experts_ms:.3g} of {found.step_ms:.4g} ms ({found.fraction:.0%})"
-        for name, found in rows
+        f"{name} {found.experts_ms:.3g} of {found.step_ms:.4g} ms ({found.fraction:.0%})" for name, found in rows
     )
-    return _plot(
-        analysis, figure, "What the experts take of a step", f"Experts' part of a training step: {values}."
-    )
+    return _plot(analysis, figure, "What the experts take of a step", f"Experts' part of a training step: {values}.")
 
 
 def _memory(analysis: Analysis) -> Plot | None:
     sides = [(WORDS[role], side.peak_allocated_gib, COLOURS[role]) for role, side in analysis.sides.items()]
     training = [(name, peak, colour) for name, peak, colour in sides if peak is not None]
     saved = [
-        (name, row.get("saved_mb"), LAYER_COLOURS.get(name, COLOURS[EAGER]))
-        for name, row in analysis.layer.items()
+        (name, row.get("saved_mb"), LAYER_COLOURS.get(name, COLOURS[EAGER])) for name, row in analysis.layer.items()
     ]
     layer = [(name, float(mb), colour) for name, mb, colour in saved if mb]
     groups = [(rows, title, form) for rows, title, form in (
@@ -218,10 +203,9 @@ def _utilisation(analysis: Analysis) -> Plot | None:
     axes.set_yticks([y + height * (len(sides) - 1) / 2 for y in range(len(present))], list(present.values()))
     axes.set(xlim=(0, 112), xlabel="percent of the timed steps, mean")
     axes.invert_yaxis()
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(sides))
+    _legend_above(axes)
     values_said = "; ".join(
-        f"{WORDS[role]}: "
-        + ", ".join(f"{words} {getattr(side, name) or 0:.0f}%" for name, words in present.items())
+        f"{WORDS[role]}: " + ", ".join(f"{words} {getattr(side, name) or 0:.0f}%" for name, words in present.items())
         for role, side in sides
     )
     return _plot(analysis, figure, "GPU utilisation", f"{values_said}.")
@@ -280,6 +264,10 @@ def _axes(height: float, columns: int = 1) -> tuple[Figure, Any]:
     return figure, parts
 
 
+def _legend_above(axes: Axes) -> None:
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, handlelength=1.6)
+
+
 def _plot(analysis: Analysis, figure: Figure, title: str, alt: str) -> Plot:
     import matplotlib
 
@@ -307,4 +295,7 @@ def _plot(analysis: Analysis, figure: Figure, title: str, alt: str) -> Plot:
     # The size comes from the page; the viewBox keeps the proportions.
     head, _, body = svg.partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
+    # Matplotlib names every group; only what is referred to may keep its id, for ids are unique in a page.
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', body))
+    body = re.sub(r' id="([^"]*)"', lambda match: match.group() if match.group(1) in used else "", body)
     return Plot(title, f'{head} aria-hidden="true">{body}', alt)

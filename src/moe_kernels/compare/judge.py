@@ -80,9 +80,7 @@ class Claim:
 
 def smooth(values: Sequence[float], window: int = SMOOTHING) -> list[float]:
     """Running mean over the last ``window`` values (fewer at the start)."""
-    return [
-        sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - window) : i + 1])
-    ]
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - window) : i + 1])]
 
 
 def judge_loss(runs: Sequence[RunMetrics], dtype: str) -> LossAgreement:
@@ -118,15 +116,11 @@ def judge_loss(runs: Sequence[RunMetrics], dtype: str) -> LossAgreement:
     if first > first_tolerance:
         faults.append(f"the first step differs by {first:.2g}, more than {first_tolerance:.2g}")
     if gradient is not None and not gradient <= gradient_tolerance:
-        faults.append(
-            f"the first gradient norm differs by {gradient:.2%}, more than {gradient_tolerance:.2%}"
-        )
+        faults.append(f"the first gradient norm differs by {gradient:.2%}, more than {gradient_tolerance:.2%}")
     if mean > tolerance:
         faults.append(f"the smoothed curves differ by {mean:.2g} on average, more than {tolerance:.2g}")
     if largest > largest_tolerance:
-        faults.append(
-            f"the smoothed curves differ by {largest:.2g} at worst, more than {largest_tolerance:.2g}"
-        )
+        faults.append(f"the smoothed curves differ by {largest:.2g} at worst, more than {largest_tolerance:.2g}")
     against = f"two baseline runs differ by {noise[1]:.2g}" if noise else "the baseline was not repeated"
     words = "; ".join(faults) or (
         f"the smoothed curves differ by {mean:.2g} on average and {largest:.2g} at worst "
@@ -165,9 +159,7 @@ def kernels_ran(runs: Sequence[RunMetrics], uses_kernels: dict[str, bool]) -> st
                 "Its times are those of the stock kernels. Cure: moe-kernels doctor says why."
             )
         if not uses_kernels[run.run_id] and run.expert_calls:
-            return (
-                f"{run.run_id} should show the stock kernels, but moe_kernels took {run.expert_calls} calls."
-            )
+            return f"{run.run_id} should show the stock kernels, but moe_kernels took {run.expert_calls} calls."
     return None
 
 
@@ -220,32 +212,23 @@ def _faster_step(before: SideMetrics, after: SideMetrics, on_gpu: bool) -> Claim
     return Claim(title, _verdict(ratio > 1 and apart, on_gpu), evidence)
 
 
-def _less_memory(
-    before: SideMetrics, after: SideMetrics, layer: dict[str, dict[str, Any]], on_gpu: bool
-) -> Claim:
+def _less_memory(before: SideMetrics, after: SideMetrics, layer: dict[str, dict[str, Any]], on_gpu: bool) -> Claim:
     title = "Less memory"
     saved = [(layer.get(name) or {}).get("saved_mb") for name in ("grouped_mm", OURS)]
     evidence = (
-        [f"saved for backward per layer {saved[0]:.4g} to {saved[1]:.4g} MiB (grouped_mm)"]
-        if all(saved)
-        else []
+        [f"saved for backward per layer {saved[0]:.4g} to {saved[1]:.4g} MiB (grouped_mm)"] if all(saved) else []
     )
     peaks = before.peak_allocated_gib, after.peak_allocated_gib
     if peaks[0] is None or peaks[1] is None:
         return Claim(title, NOT_JUDGED, "; ".join(["the training's peak needs a GPU", *evidence]))
-    evidence.insert(
-        0, f"peak of the training {peaks[0]:.2f} to {peaks[1]:.2f} GiB ({peaks[1] / peaks[0] - 1:+.1%})"
-    )
-    return Claim(
-        title, _verdict(peaks[1] <= peaks[0] * (1 - SMALLEST_MEMORY_GAIN), on_gpu), "; ".join(evidence)
-    )
+    evidence.insert(0, f"peak of the training {peaks[0]:.2f} to {peaks[1]:.2f} GiB ({peaks[1] / peaks[0] - 1:+.1%})")
+    return Claim(title, _verdict(peaks[1] <= peaks[0] * (1 - SMALLEST_MEMORY_GAIN), on_gpu), "; ".join(evidence))
 
 
 def _fewer_launches(layer: dict[str, dict[str, Any]], on_gpu: bool) -> Claim:
     title = "Fewer kernel launches per expert layer"
     counts = {
-        name: (layer.get(name) or {}).get("launches_forward_backward")
-        for name in ("eager", "grouped_mm", OURS)
+        name: (layer.get(name) or {}).get("launches_forward_backward") for name in ("eager", "grouped_mm", OURS)
     }
     if counts[OURS] is None or counts["grouped_mm"] is None:
         return Claim(

@@ -122,9 +122,7 @@ def run_metrics(result: RunResult, warmup: int) -> RunMetrics:
     rows = result.rows
     # From the log of the last warm-up step on: a step's time is the distance to the log before it.
     timed = rows[max(warmup - 1, 0) :]
-    start, end = (
-        (float(timed[0]["_timestamp"]), float(timed[-1]["_timestamp"])) if len(timed) > 1 else (0.0, 0.0)
-    )
+    start, end = (float(timed[0]["_timestamp"]), float(timed[-1]["_timestamp"])) if len(timed) > 1 else (0.0, 0.0)
     samples = result.samples
     busy, power = (_mean(_inside(samples.t, values, start, end)) for values in (samples.busy, samples.power))
     counters = [
@@ -188,9 +186,7 @@ def side_metrics(runs: Sequence[RunMetrics], role: str) -> SideMetrics:
         tensor_active=_mean_of(run.tensor_active for run in mine),
         dram_active=_mean_of(run.dram_active for run in mine),
         power_w=power,
-        energy_j_per_step=power * step_ms.median / 1000
-        if power is not None and step_ms is not None
-        else None,
+        energy_j_per_step=power * step_ms.median / 1000 if power is not None and step_ms is not None else None,
         startup_s=_median([run.startup_s for run in mine if run.startup_s is not None]),
         first_step_s=_median([run.first_step_s for run in mine if run.first_step_s is not None]),
         expert_calls=min(calls, default=None),
@@ -216,9 +212,7 @@ def share(
     if config.get("gradient_checkpointing"):
         # The forward pass runs twice.
         one_call += float(layer["forward_ms"]["median"])
-    return Share(
-        str(layer["implementation"]), moe_layers * calls_per_step(config) * one_call, side.step_ms.median
-    )
+    return Share(str(layer["implementation"]), moe_layers * calls_per_step(config) * one_call, side.step_ms.median)
 
 
 def _column(rows: Sequence[Row], key: str) -> list[float]:

@@ -122,9 +122,7 @@ def load_yaml(path: Path) -> Config:
     import yaml
 
     if not path.is_file():
-        raise UsageError(
-            f"There is no file {path}. Name a family ({', '.join(FAMILIES)}), all, or two YAML files."
-        )
+        raise UsageError(f"There is no file {path}. Name a family ({', '.join(FAMILIES)}), all, or two YAML files.")
     try:
         config = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -174,9 +172,7 @@ def _plan(
             overrides["experts_implementation"] = "eager"
         overrides = {key: value for key, value in overrides.items() if configs[role].get(key) != value}
         config = {**configs[role], **overrides}
-        runs.append(
-            RunSpec(run_id, role, sources[role], overrides, config, folder, bool(config.get("moe_kernels")))
-        )
+        runs.append(RunSpec(run_id, role, sources[role], overrides, config, folder, bool(config.get("moe_kernels"))))
     for run in runs:
         _check_steps(run, options.warmup_steps)
     return Plan(

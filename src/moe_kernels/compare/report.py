@@ -77,18 +77,14 @@ def show_comparison(analysis: Analysis, console: Console) -> None:
             console.print(_rich(table))
     for claim in analysis.claims:
         style = VERDICT_STYLE.get(claim.verdict, "yellow")
-        console.print(
-            Text.assemble((f"{claim.verdict:>21}  ", style), claim.title, (f": {claim.evidence}", "dim"))
-        )
+        console.print(Text.assemble((f"{claim.verdict:>21}  ", style), claim.title, (f": {claim.evidence}", "dim")))
 
 
 def show_failures(comparison: Comparison, console: Console) -> None:
     """Print what went wrong in each failed run, and where its log is."""
     for run in comparison.runs:
         if run.status != FINISHED:
-            console.print(
-                Text(f"{comparison.name} {run.run_id} failed: {run.error}", style="red"), soft_wrap=True
-            )
+            console.print(Text(f"{comparison.name} {run.run_id} failed: {run.error}", style="red"), soft_wrap=True)
             for line in run.tail[-12:]:
                 console.print(Text(f"  {line}", style="dim"), soft_wrap=True)
             console.print(f"  The whole log: {run.log}", soft_wrap=True)
@@ -206,19 +202,13 @@ def summary_table(analyses: Sequence[Analysis]) -> Table:
     """One column a comparison: baseline, then moe-kernels."""
     names = tuple(analysis.comparison.name for analysis in analyses)
     columns = [_summary(analysis) for analysis in analyses]
-    return Table(
-        "Summary", ("", *names), tuple((what, *(column[what] for column in columns)) for what in columns[0])
-    )
+    return Table("Summary", ("", *names), tuple((what, *(column[what] for column in columns)) for what in columns[0]))
 
 
 def _summary(analysis: Analysis) -> dict[str, str]:
     before, after = analysis.sides[BASELINE], analysis.sides[OPTIMIZED]
-    launches = [
-        (analysis.layer.get(name) or {}).get("launches_forward_backward") for name in ("grouped_mm", OURS)
-    ]
-    shares = [
-        found.fraction if (found := analysis.shares.get(role)) else None for role in (BASELINE, OPTIMIZED)
-    ]
+    launches = [(analysis.layer.get(name) or {}).get("launches_forward_backward") for name in ("grouped_mm", OURS)]
+    shares = [found.fraction if (found := analysis.shares.get(role)) else None for role in (BASELINE, OPTIMIZED)]
     utilisation = _utilisation(before, after)
     limit = analysis.shares[BASELINE].limit if BASELINE in analysis.shares else None
     return {
@@ -324,17 +314,10 @@ def layer_table(analysis: Analysis) -> Table:
             rows.append(
                 (
                     label,
-                    *(
-                        _times(analysis.ratio(name, key)) if name not in (OURS, "dense") else ""
-                        for name in names
-                    ),
+                    *(_times(analysis.ratio(name, key)) if name not in (OURS, "dense") else "" for name in names),
                 )
             )
-    notes = [
-        (f"{name}: not timed", analysis.layer[name]["note"])
-        for name in names
-        if not analysis.layer[name]["ok"]
-    ]
+    notes = [(f"{name}: not timed", analysis.layer[name]["note"]) for name in names if not analysis.layer[name]["ok"]]
     rows += [(label, note, *[""] * (len(names) - 1)) for label, note in notes]
     layer = analysis.comparison.experts.get("layer")
     shape = (
@@ -425,9 +408,7 @@ def runs_table(analysis: Analysis) -> Table:
 def versions_table(analyses: Sequence[Analysis]) -> Table:
     """Versions and machine of each comparison."""
     names = list(dict.fromkeys(name for analysis in analyses for name in analysis.comparison.versions))
-    rows = [
-        (name, *(analysis.comparison.versions.get(name, NONE) for analysis in analyses)) for name in names
-    ]
+    rows = [(name, *(analysis.comparison.versions.get(name, NONE) for analysis in analyses)) for name in names]
     gpus = [analysis.comparison.gpu for analysis in analyses]
     rows += [
         ("GPU", *(gpu["name"] if gpu else "none" for gpu in gpus)),
@@ -435,9 +416,7 @@ def versions_table(analyses: Sequence[Analysis]) -> Table:
         ("processor", *(analysis.comparison.cpu for analysis in analyses)),
         ("measured (UTC)", *(analysis.comparison.created for analysis in analyses)),
     ]
-    return Table(
-        "Machine and versions", ("", *(analysis.comparison.name for analysis in analyses)), tuple(rows)
-    )
+    return Table("Machine and versions", ("", *(analysis.comparison.name for analysis in analyses)), tuple(rows))
 
 
 def _overrides(analysis: Analysis) -> str:

@@ -263,9 +263,7 @@ def _run(
     end = time.monotonic() + timeout_s
     with log.open("wb") as sink, log.open("rb") as source:
         # A session of its own, so that the trainer's own children end with it.
-        child = subprocess.Popen(
-            command, stdout=sink, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
+        child = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         try:
             while child.poll() is None and time.monotonic() < end:
                 time.sleep(POLL_S)

@@ -75,10 +75,7 @@ def read_run(path: Path) -> WandbRun:
             run.project, run.run_id, run.name = record.run.project, record.run.run_id, record.run.display_name
         elif kind == "history":
             run.history.append(
-                {
-                    item.key or ".".join(item.nested_key): json.loads(item.value_json)
-                    for item in record.history.item
-                }
+                {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             )
     return run
 

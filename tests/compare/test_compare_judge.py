@@ -1,0 +1,151 @@
+"""Verdicts on synthetic numbers: each kind must be reachable."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from builders import comparison, experts, losses, run
+
+from moe_kernels.compare.comparison import Analysis
+from moe_kernels.compare.judge import CONFIRMED, NOT_CONFIRMED, NOT_JUDGED, smooth
+
+
+def verdicts(analysis: Analysis) -> dict[str, str]:
+    return {claim.title: claim.verdict for claim in analysis.claims}
+
+
+def test_every_claim_confirmed() -> None:
+    analysis = Analysis(comparison())
+    assert set(verdicts(analysis).values()) == {CONFIRMED}, analysis.claims
+    assert analysis.sound and not analysis.unconfirmed
+
+
+def test_nothing_is_hidden_where_nothing_is_better() -> None:
+    same = [run("baseline-1", 187.0), run("optimized-1", 187.0, calls=10), run("baseline-2", 187.0)]
+    for result in same:
+        result.samples.tensor_active = [30.0] * 600
+    stock = experts()
+    stock["measurements"] = [
+        dict(row, forward_ms={"median": 3.0}, launches_forward_backward=60) for row in stock["measurements"]
+    ]
+    analysis = Analysis(comparison(runs=same, experts=stock))
+    found = verdicts(analysis)
+    assert found.pop("The same loss curve") == CONFIRMED
+    assert set(found.values()) == {NOT_CONFIRMED}, found
+    # A slow kernel is a finding, not a failure of the comparison.
+    assert analysis.sound and len(analysis.unconfirmed) == 6
+
+
+def test_a_cpu_judges_the_loss_alone() -> None:
+    found = verdicts(Analysis(comparison(gpu=None)))
+    assert found.pop("The same loss curve") == CONFIRMED
+    assert set(found.values()) == {NOT_JUDGED}
+
+
+def test_a_step_within_the_spread_is_not_confirmed() -> None:
+    near = [run("baseline-1", 151.0), run("optimized-1", 150.0, calls=10)]
+    for result, wobble in zip(near, (5.0, -5.0), strict=True):
+        for i, row in enumerate(result.rows):
+            row["_timestamp"] += (i % 2) * wobble / 1000
+    analysis = Analysis(comparison(runs=near))
+    claim = next(claim for claim in analysis.claims if claim.title == "A faster training step")
+    assert claim.verdict == NOT_CONFIRMED
+    assert "overlap" in claim.evidence
+
+
+def test_a_loss_that_drifts_beyond_the_noise_is_named() -> None:
+    drifting = [loss + 0.02 * i for i, loss in enumerate(losses())]
+    analysis = Analysis(
+        comparison(runs=[run("baseline-1", 187.0), run("optimized-1", 150.0, calls=10, losses=drifting)])
+    )
+    assert analysis.loss.verdict == NOT_CONFIRMED
+    assert "on average, more than" in analysis.loss.words and "at worst, more than" in analysis.loss.words
+    assert not analysis.sound
+
+
+def test_noise_of_the_baseline_widens_the_tolerance() -> None:
+    off = losses(0.15)
+    pair = [run("baseline-1", 187.0), run("optimized-1", 150.0, calls=10, losses=off)]
+    assert Analysis(comparison(runs=pair)).loss.verdict == NOT_CONFIRMED
+    noisy = run("baseline-2", 187.0, losses=losses(-0.1))
+    loss = Analysis(comparison(runs=[*pair, noisy])).loss
+    assert loss.verdict == CONFIRMED
+    assert loss.tolerance == pytest.approx(0.3) and loss.noise_mean == pytest.approx(0.1)
+
+
+def test_the_first_step_is_judged_more_tightly() -> None:
+    values = losses()
+    values[0] += 0.05
+    loss = Analysis(
+        comparison(runs=[run("baseline-1", 187.0), run("optimized-1", 150.0, calls=10, losses=values)])
+    ).loss
+    assert loss.verdict == NOT_CONFIRMED
+    assert "the first step differs by 0.05" in loss.words
+    assert loss.mean < loss.tolerance
+
+
+def test_a_wrong_gradient_shows_at_the_first_norm() -> None:
+    wrong = run("optimized-1", 150.0, calls=10, first_norm=2.2)
+    loss = Analysis(comparison(runs=[run("baseline-1", 187.0), wrong])).loss
+    assert loss.verdict == NOT_CONFIRMED
+    assert "first gradient norm differs by 10" in loss.words
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_fails(bad: float) -> None:
+    values = losses()
+    values[4] = bad
+    analysis = Analysis(
+        comparison(runs=[run("baseline-1", 187.0), run("optimized-1", 150.0, calls=10, losses=values)])
+    )
+    assert analysis.loss.verdict == NOT_CONFIRMED
+    assert analysis.loss.words == f"the loss of optimized-1 is {bad} at step 5"
+    assert not analysis.sound
+
+
+def test_fp32_is_judged_more_tightly_than_bf16() -> None:
+    off = losses(0.02)
+    runs = [run("baseline-1", 187.0), run("optimized-1", 150.0, calls=10, losses=off)]
+    assert Analysis(comparison(runs=runs)).loss.verdict == CONFIRMED
+    for result in runs:
+        result.config = {"bf16": False}
+    assert Analysis(comparison(runs=runs)).loss.verdict == NOT_CONFIRMED
+
+
+@pytest.mark.parametrize("calls", [None, 0])
+def test_no_dispatch_is_the_only_verdict(calls: int | None) -> None:
+    analysis = Analysis(comparison(runs=[run("baseline-1", 187.0), run("optimized-1", 150.0, calls=calls)]))
+    assert [claim.verdict for claim in analysis.claims] == [NOT_CONFIRMED]
+    assert "optimized-1 did not use the kernels" in analysis.claims[0].evidence
+    assert analysis.speedup is None
+    assert not analysis.sound
+
+
+def test_a_baseline_on_our_kernels_is_no_baseline() -> None:
+    analysis = Analysis(comparison(runs=[run("baseline-1", 187.0, calls=10), run("optimized-1", 150.0, calls=10)]))
+    assert "baseline-1 should show the stock kernels" in (analysis.fault or "")
+
+
+def test_a_failed_and_a_missing_run() -> None:
+    failed = run("optimized-1", 150.0, calls=10, losses=losses()[:3], status="failed", error="out of memory")
+    analysis = Analysis(
+        comparison(runs=[run("baseline-1", 187.0), failed], planned=["baseline-1", "optimized-1", "baseline-2"])
+    )
+    assert analysis.loss.verdict == NOT_JUDGED and "no finished optimised run" in analysis.loss.words
+    assert [result.run_id for result in analysis.failed] == ["optimized-1"]
+    assert analysis.missing == ["baseline-2"]
+    assert not analysis.sound and analysis.speedup is None
+    assert Analysis(comparison(runs=[])).loss.verdict == NOT_JUDGED
+
+
+def test_an_implementation_that_is_wrong_is_not_compared() -> None:
+    broken = experts()
+    broken["measurements"][2] = {"implementation": "moe_kernels", "ok": False, "note": "dx is off by 0.3"}
+    found = {claim.title: claim for claim in Analysis(comparison(experts=broken)).claims}
+    claim = found["Expert forward at least 2x as fast as eager"]
+    assert (claim.verdict, claim.evidence) == (NOT_JUDGED, "moe_kernels: dx is off by 0.3")
+
+
+def test_smoothing_is_a_running_mean() -> None:
+    assert smooth([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]

@@ -1,0 +1,160 @@
+"""The page, the Markdown and the JSON, from synthetic comparisons."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from builders import comparison, losses, run
+
+from moe_kernels.cli.errors import UsageError
+from moe_kernels.compare.comparison import Analysis, Comparison, load, save
+from moe_kernels.compare.report import write_report
+
+EVIL = "<script>alert('x')</script>"
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, and checks that every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+
+def evil_comparison() -> Comparison:
+    found = comparison(
+        name=f"evil {EVIL}", cpu=EVIL, yaml_diff=f"+wandb_name: {EVIL}", files=[EVIL, "b.yml"], command=EVIL
+    )
+    found.runs[0].wandb["name"] = EVIL
+    found.runs[0].plugin_line = EVIL
+    found.versions["torch"] = EVIL
+    return found
+
+
+def failed_comparison() -> Comparison:
+    failed = run("optimized-1", 150.0, losses=[], status="failed", error=f"boom {EVIL}", tail=[EVIL])
+    return comparison(
+        name="qwen2-moe", runs=[run("baseline-1", 187.0), failed], experts={"error": "crashed", "measurements": []}
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report")
+    write_report([Analysis(found) for found in (comparison(), evil_comparison(), failed_comparison())], path)
+    return path
+
+
+def test_the_page_is_whole_and_loads_nothing(folder: Path) -> None:
+    page = Page((folder / "report.html").read_text())
+    assert page.open == []
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "img", "iframe", "object", "embed", "use-external"}
+    for tag, attributes in page.tags:
+        for key in ("src", "href", "xlink:href", "srcset", "data", "poster"):
+            value = attributes.get(key)
+            assert value is None or value.startswith("#"), (tag, key, value)
+    text = (folder / "report.html").read_text()
+    assert not re.search(r"url\((?!#)", text)
+    assert "@import" not in text
+
+
+def test_names_are_escaped(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "<script" not in re.sub(r"```.*?```", "", (folder / "report.md").read_text(), flags=re.S)
+
+
+def test_ids_are_unique_so_that_plots_do_not_mix(folder: Path) -> None:
+    ids = [
+        attributes["id"] for _, attributes in Page((folder / "report.html").read_text()).tags if "id" in attributes
+    ]
+    assert len(ids) > 20
+    assert len(ids) == len(set(ids))
+
+
+def test_plots_have_words_and_tables_have_headers(folder: Path) -> None:
+    page = Page((folder / "report.html").read_text())
+    images = [attributes for _, attributes in page.tags if attributes.get("role") == "img"]
+    assert len(images) >= 14
+    assert all(len(attributes["aria-label"] or "") > 20 for attributes in images)
+    tables = sum(tag == "table" for tag, _ in page.tags)
+    assert sum(tag == "thead" for tag, _ in page.tags) == tables
+    assert all(attributes.get("scope") for tag, attributes in page.tags if tag == "th")
+
+
+def test_the_numbers_are_on_the_page(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    for expected in ("1.25×", "187 ms → 150 ms", "2.14×", "20.00 → 18.00", "60 → 12", "41% → 26%", "NVIDIA H200"):
+        assert expected in text, expected
+    markdown = (folder / "report.md").read_text()
+    for expected in ("1.25×", "187 ms → 150 ms", "| claim | verdict | measured |", "+moe_kernels: true"):
+        assert expected in markdown, expected
+
+
+def test_a_failed_run_is_said_first(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    assert text.index("Read this first") < text.index("Summary")
+    assert "optimized-1 failed: boom" in text
+    assert "the expert layer was not measured: crashed" in text
+
+
+def test_a_cpu_report_says_what_it_proves_and_shows_no_speed_on_a_card(tmp_path: Path) -> None:
+    text = write_report([Analysis(comparison(gpu=None))], tmp_path).read_text()
+    assert "Pipeline check, not a benchmark" in text
+    cards = re.search(r'<ul class="cards">.*?</ul>', text, re.S)
+    assert cards is not None and "×" not in cards.group() and "3 of 3" in cards.group()
+    assert "Pipeline check" not in write_report([Analysis(comparison())], tmp_path).read_text()
+
+
+def test_the_json_is_valid_and_read_back(tmp_path: Path) -> None:
+    values = losses()
+    values[3] = float("nan")
+    before = comparison(runs=[run("baseline-1", 187.0), run("optimized-1", 150.0, calls=10, losses=values)])
+    save(before, tmp_path / "mixtral.json")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    data = json.loads((tmp_path / "mixtral.json").read_text(), parse_constant=refuse)
+    assert data["judged"]["speedup"] == pytest.approx(187 / 150, abs=1e-4)
+    (after,) = load(tmp_path)
+    assert "is nan at step 4" in Analysis(after).loss.words
+    before.runs[1].rows[3]["train/loss"] = after.runs[1].rows[3]["train/loss"] = 0.0
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "is not a report"), ('{"schema": "other"}', "is not a report")],
+)
+def test_another_json_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is no report JSON"):
+        load(tmp_path)
