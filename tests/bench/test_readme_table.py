@@ -1,0 +1,80 @@
+"""The README's results are exactly what the committed JSON files say."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_kernels.bench import experts
+from moe_kernels.shapes import LayerShape
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "make_readme_table.py"
+spec = importlib.util.spec_from_file_location("make_readme_table", SCRIPT)
+tables = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tables)
+
+SPREAD = {"median": 100.04, "p20": 99.0, "p80": 101.0}
+
+
+def bench_json(gpu):
+    pytest.importorskip("transformers")
+    shape = LayerShape("tiny", 16, 16, 16, 4, 2)
+    rows = experts.measure(shape, device="cpu", dtype=torch.float32, repeats=1)
+    machine = {"gpu": gpu, "torch": "2", "triton": "3", "transformers": "5", "date": "2026-01-02T03:04:05"}
+    return {"schema": 1, "kind": "bench", "environment": machine, "results": [row.to_json() for row in rows]}
+
+
+def compare_json(gpu):
+    side = {"step_ms": SPREAD, "tokens_per_s": {"median": 163840.0}, "peak_allocated_gib": 28.4}
+    return {
+        "schema": "moe-kernels compare 1", "name": "mixtral", "gpu": gpu and {"name": gpu}, "created": "2026-01-02",
+        "versions": dict.fromkeys(("axolotl", "transformers", "torch", "triton"), "1"),
+        "judged": {
+            "sides": {"baseline": side, "optimized": {**side, "step_ms": None, "tokens_per_s": None}},
+            "implementation": {"baseline": "grouped_mm", "optimized": "moe_kernels"},
+            "shares": {"baseline": {"experts_ms": 41.0, "step_ms": 100.0}},
+            "loss": {"verdict": "confirmed"},
+        },
+    }  # fmt: skip
+
+
+def test_readme_is_in_sync():
+    subprocess.run([sys.executable, str(SCRIPT), "--check"], check=True, timeout=60)
+
+
+def test_tables_show_gpu_results_and_name_their_files():
+    text = tables.render([("a.json", compare_json("GPU X")), ("b.json", bench_json("GPU X"))])
+    assert "| mixtral, baseline | grouped_mm | 100.0 (99.0-101.0) | 163,840 | 28.4 | 41% |  | `a.json` |" in text
+    assert "| mixtral, optimized | moe_kernels | failed |" in text
+    assert "| tiny, T=16 | moe_kernels |" in text
+    assert "`b.json`" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| mixtral")}
+    assert widths == {len(tables.COMPARE_COLUMNS) + 1}
+
+
+def test_cpu_results_are_left_out():
+    assert tables.render([("a.json", compare_json(None)), ("b.json", bench_json(None))]) == tables.NOTHING
+
+
+def test_rewrites_between_the_markers_and_notices_a_stale_table(tmp_path):
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    command = [sys.executable, str(SCRIPT), "--readme", str(readme), "--results", str(results)]
+    assert subprocess.run([*command, "--check"], capture_output=True, timeout=60).returncode == 1
+    subprocess.run(command, check=True, timeout=60)
+    assert readme.read_text() == f"before\n{tables.BEGIN}\n{tables.NOTHING}\n{tables.END}\nafter\n"
+    (results / "new.json").write_text(json.dumps(compare_json("GPU X")))
+    stale = subprocess.run([*command, "--check"], capture_output=True, text=True, timeout=60)
+    assert stale.returncode == 1
+    assert "Cure:" in stale.stderr
+
+
+def test_missing_markers_are_named():
+    with pytest.raises(SystemExit, match="markers"):
+        tables.updated("no markers here", Path("nowhere"))
