@@ -51,7 +51,7 @@ def prepare(
     ],
     size: Annotated[
         str | None,
-        typer.Option(help="1b (for a GPU, 2 GB each) or tiny (for a CPU, 2 MB each).", show_default="1b"),
+        typer.Option(help="1b (for a GPU, 2 GB each) or tiny (for a CPU, 3 MB each).", show_default="1b"),
     ] = None,
     root: Annotated[Path, typer.Option(help="Folder that gets artifacts/.")] = Path(),
     dataset: Annotated[
@@ -70,8 +70,11 @@ def prepare(
 ) -> None:
     """Make the models, the tokenizer and the data that the run files of configs/moe name.
 
-    Nothing is downloaded unless --dataset names a Hugging Face data set. What is finished is kept, so a
-    command that was stopped goes on where it was.
+    MODELS are mixtral-1b, qwen2-moe-1b, deepseek-v3-1b, or all; -tiny for a CPU.
+
+    Nothing is downloaded unless --dataset names a Hugging Face data set.
+
+    What is finished is kept: a command that was stopped goes on where it was.
     """
     todo = wanted(models, size)
     # transformers' own progress bars would break ours; it reads this when it is imported, further down.
