@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 
 from moe_kernels import triton_backend as steps
 from moe_kernels.shapes import LAYERS, LayerShape
-from moe_kernels.tuning.config import KERNELS, GemmConfig, use_config
+from moe_kernels.tuning.config import GemmConfig, use_config
 
 G = GemmConfig
+CALLS = ("up", "down", "dgrad", "dgrad (dA0)", "wgrad", "wgrad (dW2)")
 
 
 def candidates(kernel: str, group: int) -> list[GemmConfig]:
@@ -35,15 +38,6 @@ def candidates(kernel: str, group: int) -> list[GemmConfig]:
             (64, 64, 8, 4),
             (64, 64, 4, 3),
             (64, 64, 4, 4),
-        ]
-    elif kernel == "dact":
-        two = [
-            (128, 64, 8, 3),
-            (128, 64, 8, 4),
-            (256, 64, 8, 3),
-            (128, 64, 4, 3),
-            (64, 64, 4, 4),
-            (256, 64, 8, 4),
         ]
     else:
         two = [
@@ -89,16 +83,15 @@ def problem(shape: LayerShape, group: int) -> dict[str, Callable[[bool], torch.T
     weights, ids = logits.softmax(-1).topk(k)
     plan = steps.make_plan(ids, e, group)
     z, a = steps.up(x, gate_up, plan, "silu", True, True)
-    dz, wa, _ = steps.dact(dout, down, z, weights, plan, "silu", True)
+    dout_rows, x_rows = steps.gather(dout, plan), steps.gather(x, plan)
+    dz, wa, _ = steps.dact(steps.dgrad(dout_rows, down, plan, True), z, weights, plan, "silu")
     return {
         "up": lambda p: steps.up(x, gate_up, plan, "silu", p, True)[1],
         "down": lambda p: steps.down(a, down, plan, p),
-        "dact": lambda p: steps.dact(dout, down, z, weights, plan, "silu", p)[0],
-        "wgrad_down": lambda p: steps.wgrad(
-            dout, wa, plan, gather_left=True, gather_right=False, persistent=p
-        ),
         "dgrad": lambda p: steps.dgrad(dz, gate_up, plan, p),
-        "wgrad_up": lambda p: steps.wgrad(dz, x, plan, gather_left=False, gather_right=True, persistent=p),
+        "dgrad (dA0)": lambda p: steps.dgrad(dout_rows, down, plan, p),
+        "wgrad": lambda p: steps.wgrad(dz, x_rows, plan, p),
+        "wgrad (dW2)": lambda p: steps.wgrad(dout_rows, wa, plan, p),
     }
 
 
@@ -106,8 +99,8 @@ def runs(group: int) -> list[tuple[str, GemmConfig, bool]]:
     """Every (kernel, configuration, persistent) to time."""
     return [
         (kernel, config, persistent)
-        for kernel in KERNELS
-        for config in candidates(kernel, group)
+        for kernel in CALLS
+        for config in candidates(kernel.split()[0], group)
         for persistent in ((True, False) if config.programs_per_sm == 1 and not config.flatten else (True,))
     ]
 
@@ -126,16 +119,14 @@ def attempt(
 ) -> torch.Tensor | str:
     """The output, or why this configuration does not run on this GPU."""
     try:
-        with use_config(kernel, config):
+        with use_config(kernel.split()[0], config):
             return call(persistent)
     except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as error:
         return str(error)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="mixtral-1b,qwen2-moe-1b,deepseek-v3-1b")
     parser.add_argument("--groups", default="128")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile ahead")
@@ -146,61 +137,54 @@ def main() -> None:
     if args.share is not None:
         return compile_share(shapes, groups, args.share, args.jobs)
     workers = [subprocess.Popen([sys.executable, *sys.argv, f"--share={n}"]) for n in range(args.jobs)]
-    if any([worker.wait() for worker in workers]):
+    if sum(worker.wait() for worker in workers):
         raise SystemExit("a compile worker failed; see its traceback above")
     rows = []
     for name, group in itertools.product(shapes, groups):
-        shape = LAYERS[name]
-        calls = problem(shape, group)
-        gemm_flops = 2 * shape.tokens * shape.top_k * shape.hidden * shape.intermediate
-        want = {kernel: call(True) for kernel, call in calls.items()}
-        for kernel, config, persistent in runs(group):
-            got = attempt(calls[kernel], kernel, config, persistent)
-            row = {"shape": name, "kernel": kernel, "persistent": persistent, **dataclasses.asdict(config)}
-            if isinstance(got, str):
-                rows.append(row | {"error": got})
-                continue
-            error = ((got - want[kernel]).float().norm() / want[kernel].float().norm()).item()
-            del got
-            with use_config(kernel, config):
-                ms = triton.testing.do_bench(
-                    lambda: calls[kernel](persistent),
-                    warmup=5,
-                    rep=25,
-                    return_mode="median",  # noqa: B023
-                )
-            flops = gemm_flops * (1 if kernel in ("down", "dact", "wgrad_down") else 2)
-            rows.append(row | {"ms": ms, "tflops": flops / ms / 1e9, "relative_difference": error})
-        del calls, want
+        timed = time_shape(name, group)
+        rows += timed
+        print_best(name, group, timed)
         torch.cuda.empty_cache()
-        for kernel in KERNELS:
-            timed = sorted(
-                (
-                    r
-                    for r in rows
-                    if r["kernel"] == kernel
-                    and r["shape"] == name
-                    and "ms" in r
-                    and (r["block_m"] == group or kernel.startswith("wgrad"))
-                ),
-                key=lambda r: r["ms"],
-            )
-            for r in timed[:4] + timed[-1:]:
-                print(
-                    f"{name:15s} g{group} {kernel:10s} {r['ms']:.3f} ms {r['tflops']:.0f} TFLOP/s  "
-                    f"{r['block_m']}x{r['block_n']}x{r['block_k']} w{r['num_warps']} s{r['num_stages']} "
-                    f"flat{int(r['flatten'])} pps{r['programs_per_sm']} p{int(r['persistent'])} diff {r['relative_difference']:.1e}"
-                )
+    result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     with open(args.out, "w") as file:
-        json.dump(
-            {
-                "gpu": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-                "rows": rows,
-            },
-            file,
-        )
+        json.dump(result | {"command": " ".join(sys.argv), "rows": rows}, file)
+
+
+def time_shape(name: str, group: int) -> list[dict[str, Any]]:
+    """Check and time every configuration on one shape."""
+    shape = LAYERS[name]
+    calls = problem(shape, group)
+    gemm_flops = 2 * shape.tokens * shape.top_k * shape.hidden * shape.intermediate
+    want = {kernel: call(True) for kernel, call in calls.items()}
+    rows = []
+    for kernel, config, persistent in runs(group):
+        call = functools.partial(calls[kernel], persistent)
+        row = {"shape": name, "group": group, "kernel": kernel, "persistent": persistent}
+        row |= dataclasses.asdict(config)
+        got = attempt(calls[kernel], kernel, config, persistent)
+        if isinstance(got, str):
+            rows.append(row | {"error": got})
+            continue
+        error = ((got - want[kernel]).float().norm() / want[kernel].float().norm()).item()
+        del got
+        with use_config(kernel.split()[0], config):
+            ms = triton.testing.do_bench(call, warmup=5, rep=25, return_mode="median")
+        flops = gemm_flops * (1 if kernel in ("down", "dgrad (dA0)", "wgrad (dW2)") else 2)
+        rows.append(row | {"ms": ms, "tflops": flops / ms / 1e9, "relative_difference": error})
+    return rows
+
+
+def print_best(name: str, group: int, rows: list[dict[str, Any]]) -> None:
+    """The four fastest configurations of each kernel."""
+    for kernel in CALLS:
+        timed = sorted((r for r in rows if r["kernel"] == kernel and "ms" in r), key=lambda r: r["ms"])
+        for r in timed[:4]:
+            tile = f"{r['block_m']}x{r['block_n']}x{r['block_k']} w{r['num_warps']} s{r['num_stages']}"
+            flags = f"flat{r['flatten']:d} pps{r['programs_per_sm']} persistent{r['persistent']:d}"
+            print(
+                f"{name} g{group} {kernel:10s} {r['ms']:.3f} ms {r['tflops']:.0f} TFLOP/s {tile} {flags} "
+                f"difference {r['relative_difference']:.1e}"
+            )
 
 
 if __name__ == "__main__":

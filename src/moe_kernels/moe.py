@@ -3,13 +3,13 @@
 Letters: T tokens, K experts per token, E experts, H hidden, I intermediate, R = T*K routed rows sorted by expert.
 Row r belongs to expert e(r), token t(r), slot s(r) and has routing weight w(r).
 
-Forward                                                      Backward, given dO (T, H)
-0. plan      counting sort of topk_ids (routing.py)          4. dact     dA0 = dO[t] W2[e]; from Z again A; <dA0, A>;
-1. up        Z = X[t] W1[e]^T, A = act(Z_gate) * Z_up                     dZ = w dA0 (act' Z_up | act); wA
-2. down      Y = A W2[e]^T                                    5. wgrad    dW2[e] = dO[rows of e]^T wA
-3. combine   O[t] = sum_k w Y[slot_row(t,k)]                  6. dgrad    dXr = dZ W1[e]
-                                                              7. combine_grad, weight_grad   dX[t], dw[t,k]
-                                                              8. wgrad    dW1[e] = dZ^T X[rows of e]
+Forward                                                Backward, given dO (T, H)
+0. make_plan  counting sort of topk_ids (routing.py)   4. gather, dgrad, dact  dOs = dO[t], dA0 = dOs W2[e]; from Z:
+1. up         Z = X[t] W1[e]^T, A = act(Z_gate) * Z_up      A again, dw = <dA0, A>, dZ = w dA0 (act' Z_up | act), wA
+2. down       Y = A W2[e]^T                             5. wgrad         dW2[e] = dOs[rows of e]^T wA[rows of e]
+3. combine    O[t] = sum_k w Y[slot_row(t,k)]           6. dgrad         dXr = dZ W1[e]
+                                                        7. combine_grad  dX[t] = sum_k dXr[slot_row(t,k)]
+                                                        8. gather, wgrad dW1[e] = dZ[rows of e]^T X[t]
 
 Saved for backward: X, Z, the plan and w (and the weights themselves). Y, A and gathered X are not saved, because
 dw = <dO W2, A> does not need Y (SonicMoE, arXiv 2512.14080). All saved shapes depend on (T, K, E, H, I) alone.
@@ -190,18 +190,18 @@ def experts_backward(
     plan = RoutingPlan.from_packed(packed_plan, tokens, top_k, experts, group_size)
     dout = dout.contiguous()
 
-    dx, dw, dgate_up, ddown = (x.new_empty(0) for _ in range(4))
-    dz, wa, dw_partial = steps.dact(dout, down, z, topk_weights, plan, activation, persistent)
+    dx, dgate_up, ddown = (x.new_empty(0) for _ in range(3))
+    dout_rows = steps.gather(dout, plan)
+    da = steps.dgrad(dout_rows, down, plan, persistent)
+    dz, wa, dw = steps.dact(da, z, topk_weights, plan, activation)
     if need_down:
-        ddown = steps.wgrad(dout, wa, plan, gather_left=True, gather_right=False, persistent=persistent)
+        ddown = steps.wgrad(dout_rows, wa, plan, persistent)
+    del dout_rows, da, wa  # their memory serves dXr and the gathered X
     if need_x:
-        dxr = steps.dgrad(dz, gate_up, plan, persistent)
-        dx = steps.combine_grad(dxr, plan)
-    if need_weights:
-        dw = steps.weight_grad(dw_partial, plan, topk_weights.dtype)
+        dx = steps.combine_grad(steps.dgrad(dz, gate_up, plan, persistent), plan)
     if need_gate_up:
-        dgate_up = steps.wgrad(dz, x, plan, gather_left=False, gather_right=True, persistent=persistent)
-    return dx, dw, dgate_up, ddown
+        dgate_up = steps.wgrad(dz, steps.gather(x, plan), plan, persistent)
+    return dx, dw if need_weights else x.new_empty(0), dgate_up, ddown
 
 
 @experts_backward.register_fake

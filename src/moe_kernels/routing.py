@@ -85,9 +85,7 @@ class RoutingPlan:
     group_size: int
 
     @classmethod
-    def from_packed(
-        cls, packed: torch.Tensor, tokens: int, top_k: int, experts: int, group_size: int
-    ) -> RoutingPlan:
+    def from_packed(cls, packed: torch.Tensor, tokens: int, top_k: int, experts: int, group_size: int) -> RoutingPlan:
         """View a packed plan, filled or just allocated, as its fields."""
         fields, offset = [], 0
         for n in _field_sizes(tokens * top_k, experts):
@@ -96,9 +94,7 @@ class RoutingPlan:
         return cls(packed, *fields, top_k=top_k, group_size=group_size)
 
     @classmethod
-    def empty(
-        cls, tokens: int, top_k: int, experts: int, group_size: int, device: torch.device
-    ) -> RoutingPlan:
+    def empty(cls, tokens: int, top_k: int, experts: int, group_size: int, device: torch.device) -> RoutingPlan:
         """An unfilled plan on ``device``."""
         packed = torch.empty(plan_elements(tokens * top_k, experts), dtype=torch.int32, device=device)
         return cls.from_packed(packed, tokens, top_k, experts, group_size)

@@ -6,6 +6,7 @@ synchronises: it exists for the CPU, for debugging and as a second opinion, not 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -28,7 +29,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def _experts(plan: RoutingPlan) -> Iterator[tuple[int, slice]]:
     starts = plan.expert_start.tolist()
-    for expert, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for expert, (start, end) in enumerate(itertools.pairwise(starts)):
         yield expert, slice(start, end)
 
 
@@ -95,63 +96,46 @@ def _kept_slots(plan: RoutingPlan) -> tuple[torch.Tensor, torch.Tensor]:
     return slot_row < plan.expert_start[-1], slot_row
 
 
+def gather(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """Xs[r] = X[token of row r]: (T, H) -> (R, H), sorted by expert."""
+    return x[_row_token(plan)]
+
+
+def dgrad(rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
+    """rows @ weight[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, 2I) and W1 (E, 2I, H)."""
+    out = rows.new_zeros(plan.rows, weight.shape[2])
+    for expert, block in _experts(plan):
+        out[block] = rows[block] @ weight[expert]
+    return out
+
+
 def dact(
-    dout: torch.Tensor,
-    weight: torch.Tensor,
-    z: torch.Tensor,
-    topk_weights: torch.Tensor,
-    plan: RoutingPlan,
-    activation: str,
-    persistent: bool,
+    da: torch.Tensor, z: torch.Tensor, topk_weights: torch.Tensor, plan: RoutingPlan, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Step 4: with dA0 = dO[row_token] W2[e], dZ (R, 2I), wA = w * A (R, I) and <dA0, A> in partial sums (1, R)."""
-    acc = _accumulator(dout.dtype)
-    da = torch.zeros(plan.rows, weight.shape[2], dtype=acc, device=dout.device)
-    row_token = _row_token(plan)
-    for expert, rows in _experts(plan):
-        da[rows] = (dout[row_token[rows]] @ weight[expert]).to(acc)
-    w = topk_weights.reshape(-1)[plan.row_slot.long()].to(acc).unsqueeze(1)
+    """Step 4: from dA0 (R, I) and Z (R, 2I): dZ (R, 2I), wA = w * A (R, I) and dw = <dA0, A> (T, K)."""
+    acc = _accumulator(da.dtype)
+    slots = plan.row_slot.long()
+    kept = torch.arange(plan.rows, device=da.device) < plan.expert_start[-1]
+    w = topk_weights.reshape(-1)[slots].to(acc).unsqueeze(1)
+    da_acc = da.to(acc)
     gate, linear = z.to(acc).chunk(2, dim=-1)
     value, derivative = ACTIVATIONS[activation].value(gate), ACTIVATIONS[activation].derivative(gate)
     a = value * linear
-    dz = torch.cat([w * da * linear * derivative, w * da * value], dim=-1)
-    return dz.to(dout.dtype), (w * a).to(dout.dtype), (da * a).sum(-1).unsqueeze(0)
+    dz = torch.cat([w * da_acc * linear * derivative, w * da_acc * value], dim=-1)
+    dw = torch.empty_like(topk_weights)
+    dw.view(-1)[slots] = torch.where(kept, (da_acc * a).sum(-1), 0.0).to(dw.dtype)
+    return dz.to(da.dtype), (w * a).to(da.dtype), dw
 
 
-def wgrad(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    plan: RoutingPlan,
-    *,
-    gather_left: bool,
-    gather_right: bool,
-    persistent: bool,
-) -> torch.Tensor:
-    """Steps 5 and 8: dW[e] = left[rows of e]^T right[rows of e] (E, M, N); a gathered side is indexed by token."""
-    row_token = _row_token(plan)
+def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
+    """Steps 5 and 8: dW[e] = left[rows of e]^T right[rows of e]: (R, M), (R, N) -> (E, M, N)."""
     dw = left.new_zeros(plan.experts, left.shape[1], right.shape[1])
     for expert, rows in _experts(plan):
-        lhs = left[row_token[rows]] if gather_left else left[rows]
-        rhs = right[row_token[rows]] if gather_right else right[rows]
-        dw[expert] = lhs.T @ rhs
+        dw[expert] = left[rows].T @ right[rows]
     return dw
-
-
-def dgrad(dz: torch.Tensor, gate_up: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
-    """Step 6: dXr = dZ W1[e] (R, H)."""
-    dxr = dz.new_zeros(plan.rows, gate_up.shape[2])
-    for expert, rows in _experts(plan):
-        dxr[rows] = dz[rows] @ gate_up[expert]
-    return dxr
 
 
 def combine_grad(dxr: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     """Step 7: dX[t] = sum_k dXr[slot_row(t,k)] (T, H)."""
     ones = torch.ones(plan.tokens, plan.top_k, dtype=_accumulator(dxr.dtype), device=dxr.device)
     return combine(dxr, ones, plan)
-
-
-def weight_grad(partial: torch.Tensor, plan: RoutingPlan, dtype: torch.dtype) -> torch.Tensor:
-    """Step 7: dw[t,k] = sum of the partial sums of row slot_row(t,k) (T, K); dropped slots get zero."""
-    kept, slot_row = _kept_slots(plan)
-    return torch.where(kept, partial.sum(0)[slot_row], 0.0).to(dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from moe_kernels.backends import Problem
-from moe_kernels.kernels.triton.combine import combine, combine_grad, weight_grad
+from moe_kernels.kernels.triton.combine import combine, combine_grad, gather
 from moe_kernels.kernels.triton.dact import dact
 from moe_kernels.kernels.triton.grouped_gemm import dgrad, down
 from moe_kernels.kernels.triton.launch import interpreting
@@ -26,9 +26,9 @@ __all__ = [
     "dact",
     "dgrad",
     "down",
+    "gather",
     "make_plan",
     "up",
-    "weight_grad",
     "wgrad",
     "why_not",
 ]

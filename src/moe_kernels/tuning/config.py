@@ -7,6 +7,7 @@ holds the measurements they come from.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -47,9 +48,11 @@ class GemmConfig:
     programs_per_sm: int = 1
 
 
-ROW_TILED = ("up", "down", "dact", "dgrad")
-WGRADS = ("wgrad_down", "wgrad_up")  # dW2 gathers dO, its left side; dW1 gathers X, its right side
-KERNELS = (*ROW_TILED, *WGRADS)
+ROW_TILED = ("up", "down", "dgrad")
+KERNELS = (*ROW_TILED, "wgrad")
+# Below this many columns of the inner dimension a tile's K loop is too short to hide its start, so the next tile's
+# loads are started early ("flatten"), which costs longer loops 10%.
+SHORT_INNER = 1024
 
 _HOPPER = {
     ("up", 64): GemmConfig(64, 128, 64, 4, 3),
@@ -58,14 +61,10 @@ _HOPPER = {
     ("down", 64): GemmConfig(64, 256, 64, 4, 3),
     ("down", 128): GemmConfig(128, 256, 64, 8, 3),
     ("down", 256): GemmConfig(256, 128, 64, 8, 3),
-    ("dact", 64): GemmConfig(64, 128, 64, 4, 3),
-    ("dact", 128): GemmConfig(128, 128, 64, 8, 3),
-    ("dact", 256): GemmConfig(256, 64, 64, 8, 3),
     ("dgrad", 64): GemmConfig(64, 256, 64, 4, 3),
     ("dgrad", 128): GemmConfig(128, 256, 64, 8, 3),
     ("dgrad", 256): GemmConfig(256, 128, 64, 8, 3),
-    ("wgrad_down", None): GemmConfig(128, 256, 64, 8, 3),
-    ("wgrad_up", None): GemmConfig(128, 256, 64, 8, 3),
+    ("wgrad", None): GemmConfig(128, 256, 64, 8, 3),
 }
 # Pointer loads: Ampere and Ada, and everywhere matrices whose rows are not multiples of 16 bytes.
 _POINTER = {
@@ -75,23 +74,13 @@ _POINTER = {
     ("down", 64): GemmConfig(64, 128, 32, 4, 3),
     ("down", 128): GemmConfig(128, 128, 32, 8, 3),
     ("down", 256): GemmConfig(256, 64, 32, 8, 3),
-    ("dact", 64): GemmConfig(64, 64, 32, 4, 3),
-    ("dact", 128): GemmConfig(128, 64, 32, 8, 3),
-    ("dact", 256): GemmConfig(256, 32, 32, 8, 3),
     ("dgrad", 64): GemmConfig(64, 128, 32, 4, 3),
     ("dgrad", 128): GemmConfig(128, 128, 32, 8, 3),
     ("dgrad", 256): GemmConfig(256, 64, 32, 8, 3),
-    ("wgrad_down", None): GemmConfig(128, 128, 32, 8, 3),
-    ("wgrad_up", None): GemmConfig(128, 128, 32, 8, 3),
+    ("wgrad", None): GemmConfig(128, 128, 32, 8, 3),
 }
 # float32 in IEEE precision runs on the ordinary cores: small tiles, on every GPU.
-_FLOAT32 = {
-    (kernel, group): GemmConfig(group or 64, 32, 32, 4 if (group or 64) == 64 else 8, 2)
-    for kernel in KERNELS
-    for group in ((64, 128, 256) if kernel in ROW_TILED else (None,))
-}
-
-
+_FLOAT32 = {key: GemmConfig(key[1] or 64, 32, 32, 4 if (key[1] or 64) == 64 else 8, 2) for key in _HOPPER}
 _BLACKWELL = _HOPPER | {("up", 256): GemmConfig(256, 64, 32, 8, 3)}
 
 
@@ -122,9 +111,20 @@ def use_config(kernel: str, config: GemmConfig) -> Iterator[None]:
 
 
 def select_config(
-    kernel: str, device: torch.device, dtype: torch.dtype, group_size: int | None, tma: bool
+    kernel: str, device: torch.device, dtype: torch.dtype, group_size: int | None, tma: bool, inner: int | None = None
 ) -> GemmConfig:
-    """The tile that ``kernel`` uses. ``group_size`` is the rows per tile, None for a wgrad; ``tma`` how it loads."""
+    """The tile that ``kernel`` uses.
+
+    Args:
+        kernel: one of :data:`KERNELS`.
+        device, dtype: of the weights.
+        group_size: rows per tile; None for wgrad.
+        tma: loads by tensor-memory copies.
+        inner: columns of the inner dimension, where the choice depends on it.
+    """
     if kernel in _overrides:
         return _overrides[kernel]
-    return table(device_capability(device), dtype, tma)[kernel, group_size]
+    config = table(device_capability(device), dtype, tma)[kernel, group_size]
+    if tma and inner is not None and inner < SHORT_INNER:
+        config = dataclasses.replace(config, flatten=True)
+    return config

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moe_kernels.kernels.triton.combine import combine_kernel, weight_grad_kernel
+from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
 from moe_kernels.kernels.triton.plan import count_kernel, place_kernel
@@ -84,44 +84,24 @@ def gemm_case(
     def rows(*block: int) -> str:
         return f"tensordesc<{t}[{block[0]}, {block[1]}]>" if tma else pointer
 
-    common = {"PRECISION": "ieee"}
-    gate = common | {"TOP_K": 8, "ACTIVATION": "silu", "USE_TMA": tma, "EVEN_K": aligned}
+    common = {"PRECISION": "ieee", "USE_TMA": tma}
     if kernel == "up":
         types = {"x_ptr": pointer, "w": weight(n, k), "z_ptr": pointer, "a_ptr": pointer}
-        case = _gemm_case("", up_kernel, types, gate | {"SAVE_Z": True}, config, tma)
-    elif kernel == "dact":
-        types = {"dout_ptr": pointer, "w": weight(k, n), "z_ptr": pointer, "topk_weights_ptr": "*fp32"}
-        types |= {"dz_ptr": pointer, "wa_ptr": pointer, "partial_ptr": "*fp32"}
-        case = _gemm_case("", dact_kernel, types, gate, config, tma)
+        constants = common | {"TOP_K": 8, "ACTIVATION": "silu", "EVEN_K": aligned, "SAVE_Z": True}
+        case = _gemm_case("", up_kernel, types, constants, config, tma)
     elif kernel in ("down", "dgrad"):
         kn = kernel == "dgrad"
         types = {"rows_in": rows(m, k), "w": weight(k, n) if kn else weight(n, k), "out_ptr": pointer}
-        constants = common | {"W_IS_KN": kn, "USE_TMA": tma, "EVEN_K": aligned}
-        case = _gemm_case(
-            "", grouped_gemm_kernel, types, constants | {"FLATTEN": config.flatten}, config, tma
-        )
+        constants = common | {"W_IS_KN": kn, "EVEN_K": aligned, "FLATTEN": config.flatten}
+        case = _gemm_case("", grouped_gemm_kernel, types, constants, config, tma)
     else:
-        left = kernel == "wgrad_down"
-        types = {
-            "left": pointer if left else rows(k, m),
-            "right": rows(k, n) if left else pointer,
-            "left_ptr": pointer,
-            "right_ptr": pointer,
-            "out_ptr": pointer,
-        }
-        constants = common | {"TOP_K": 8, "GATHER_LEFT": left, "GATHER_RIGHT": not left}
-        constants |= {
-            "LEFT_TMA": tma and not left,
-            "RIGHT_TMA": tma and left,
-            "EVEN_M": aligned,
-            "EVEN_N": aligned,
-        }
+        types = {"left": rows(k, m), "right": rows(k, n)}
+        types |= {"left_ptr": pointer, "right_ptr": pointer, "out_ptr": pointer}
+        constants = common | {"EVEN_M": aligned, "EVEN_N": aligned}
         case = _gemm_case("", wgrad_kernel, types, constants, config, tma)
     label = name or f"{kernel}-m{m}n{n}k{k}w{config.num_warps}s{config.num_stages}"
     suffix = f"{t}-{'tma' if tma else 'pointer'}{'' if aligned else '-odd'}"
-    return CompileCase(
-        f"{label}-{suffix}", case.fn, case.types, case.constants, case.options, uses_tma=case.uses_tma
-    )
+    return CompileCase(f"{label}-{suffix}", case.fn, case.types, case.constants, case.options, uses_tma=case.uses_tma)
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
@@ -178,18 +158,28 @@ def _small_cases() -> Iterator[CompileCase]:
             {"num_warps": 4, "num_stages": 3},
             uses_dot=False,
         )
+    small = {"num_warps": 4, "num_stages": 3}
     yield CompileCase(
-        "weight-grad",
-        weight_grad_kernel,
-        {
-            "partial_ptr": "*fp32",
-            "slot_row_ptr": "*i32",
-            "routed_ptr": "*i32",
-            "out_ptr": "*fp32",
-            "R": "i32",
-            "num_partials": "i32",
-        },
-        {"BLOCK_S": 256},
-        {"num_warps": 4, "num_stages": 3},
+        "gather",
+        gather_kernel,
+        {"x_ptr": "*bf16", "row_slot_ptr": "*i32", "out_ptr": "*bf16", "H": "i32"},
+        {"TOP_K": 8, "BLOCK_H": 1024},
+        small,
         uses_dot=False,
     )
+    pointers = {
+        "da_ptr": "*bf16",
+        "z_ptr": "*bf16",
+        "topk_weights_ptr": "*fp32",
+        "dz_ptr": "*bf16",
+        "dw_ptr": "*fp32",
+    }
+    for block_r, block_i in ((1, 1024), (4, 256)):
+        yield CompileCase(
+            f"dact-i{block_i}",
+            dact_kernel,
+            pointers | {"row_slot_ptr": "*i32", "routed_ptr": "*i32", "R": "i32", "I": "i32"},
+            {"ACTIVATION": "silu", "BLOCK_R": block_r, "BLOCK_I": block_i},
+            small,
+            uses_dot=False,
+        )

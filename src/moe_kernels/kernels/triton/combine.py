@@ -1,4 +1,9 @@
-"""Steps 3 and 7: sum each token's K rows, in a fixed order and in float32, without atomics."""
+"""Between tokens and sorted rows, at copy speed.
+
+Steps 3 and 7 sum each token's K rows in a fixed order and in float32, without atomics. ``gather`` goes the other way:
+the backward reads dO twice and X once in sorted order, and one copy at memory speed lets those GEMMs load whole
+tiles by TMA instead of row by row.
+"""
 
 import torch
 import triton
@@ -27,9 +32,7 @@ def combine_kernel(
     for k in tl.static_range(TOP_K):
         row = tl.load(slot_row_ptr + token * TOP_K + k)
         kept = row < routed
-        values = tl.load(rows_ptr + row.to(tl.int64) * H + cols, mask=col_mask & kept, other=0.0).to(
-            tl.float32
-        )
+        values = tl.load(rows_ptr + row.to(tl.int64) * H + cols, mask=col_mask & kept, other=0.0).to(tl.float32)
         if WEIGHTED:
             weight = tl.load(weights_ptr + token * TOP_K + k, mask=kept, other=0.0).to(tl.float32)
             total += weight * values
@@ -39,23 +42,19 @@ def combine_kernel(
 
 
 @triton.jit
-def weight_grad_kernel(
-    partial_ptr,  # (num_partials, R) float32
-    slot_row_ptr,  # (R,)
-    routed_ptr,
-    out_ptr,  # (R,) = (T, K) flat
-    R,
-    num_partials,
-    BLOCK_S: tl.constexpr,
+def gather_kernel(
+    x_ptr,  # (T, H)
+    row_slot_ptr,  # (R,)
+    out_ptr,  # (R, H)
+    H,
+    TOP_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
-    slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    slot_mask = slots < R
-    row = tl.load(slot_row_ptr + slots, mask=slot_mask, other=0)
-    kept = slot_mask & (row < tl.load(routed_ptr))
-    total = tl.zeros((BLOCK_S,), tl.float32)
-    for p in range(num_partials):
-        total += tl.load(partial_ptr + tl.cast(p, tl.int64) * R + row, mask=kept, other=0.0)
-    tl.store(out_ptr + slots, total.to(out_ptr.dtype.element_ty), mask=slot_mask)
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    token = (tl.load(row_slot_ptr + row) // TOP_K).to(tl.int64)
+    values = tl.load(x_ptr + token * H + cols, mask=cols < H, other=0.0)
+    tl.store(out_ptr + row * H + cols, values, mask=cols < H)
 
 
 def _launch(rows: torch.Tensor, weights: torch.Tensor | None, plan: RoutingPlan) -> torch.Tensor:
@@ -89,20 +88,14 @@ def combine_grad(dxr: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     return _launch(dxr, None, plan)
 
 
-def weight_grad(partial: torch.Tensor, plan: RoutingPlan, dtype: torch.dtype) -> torch.Tensor:
-    """dw[t,k] = sum over the partial sums (num_partials, R) of row slot_row(t,k): -> (T, K) in ``dtype``."""
-    out = torch.empty((plan.tokens, plan.top_k), dtype=dtype, device=partial.device)
+def gather(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """Xs[r] = X[token of row r]: (T, H) -> (R, H), sorted by expert."""
+    hidden = x.shape[1]
+    out = x.new_empty(plan.rows, hidden)
     if out.numel() == 0:
         return out
-    block_s = 256
-    weight_grad_kernel[(triton.cdiv(plan.rows, block_s),)](
-        partial,
-        plan.slot_row,
-        plan.expert_start[plan.experts :],
-        out,
-        plan.rows,
-        partial.shape[0],
-        BLOCK_S=block_s,
-        num_warps=4,
+    block_h = min(triton.next_power_of_2(hidden), 1024)
+    gather_kernel[(plan.rows, triton.cdiv(hidden, block_h))](
+        x, plan.row_slot, out, hidden, TOP_K=plan.top_k, BLOCK_H=block_h, num_warps=max(1, block_h // 256)
     )
     return out

@@ -1,4 +1,4 @@
-"""Steps 2 and 6: out = rows @ w[expert], for rows that are already sorted by expert."""
+"""Steps 2, 4 and 6: out = rows @ w[expert], for rows that are already sorted by expert."""
 
 import torch
 import triton
@@ -71,7 +71,7 @@ def _grouped_gemm(
     width = weight.shape[2] if w_is_kn else weight.shape[1]
     out = rows_in.new_empty(plan.rows, width)
     tma = tma_fits(rows_in, weight)
-    config = select_config(kernel_name, weight.device, rows_in.dtype, plan.group_size, tma)
+    config = select_config(kernel_name, weight.device, rows_in.dtype, plan.group_size, tma, inner)
     block = (config.block_k, config.block_n) if w_is_kn else (config.block_n, config.block_k)
     a = descriptor(rows_in, config.block_m, config.block_k) if tma else rows_in
     w = descriptor(weight, 1, *block) if tma else weight
@@ -97,6 +97,6 @@ def down(a: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: b
     return _grouped_gemm("down", a, weight, plan, persistent, w_is_kn=False)
 
 
-def dgrad(dz: torch.Tensor, gate_up: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
-    """dXr = dZ W1[e]: dz (R, 2I), gate_up (E, 2I, H) -> (R, H)."""
-    return _grouped_gemm("dgrad", dz, gate_up, plan, persistent, w_is_kn=True)
+def dgrad(rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
+    """rows @ weight[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, 2I) and W1 (E, 2I, H)."""
+    return _grouped_gemm("dgrad", rows, weight, plan, persistent, w_is_kn=True)

@@ -35,9 +35,7 @@ def gathered_tokens(row_slot_ptr, rows, row_mask, TOP_K: tl.constexpr):
 
 
 @triton.jit
-def load_weight_nk(
-    w, expert, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr
-):
+def load_weight_nk(w, expert, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr):
     """Block [BLOCK_N, BLOCK_K] at (n0, k0) of w[expert], stored (E, N, K); zero outside."""
     if USE_TMA:
         block = w.load([expert, n0, k0]).reshape(BLOCK_N, BLOCK_K)
@@ -51,9 +49,7 @@ def load_weight_nk(
 
 
 @triton.jit
-def load_weight_kn(
-    w, expert, k0, n0, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr
-):
+def load_weight_kn(w, expert, k0, n0, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr):
     """Block [BLOCK_K, BLOCK_N] at (k0, n0) of w[expert], stored (E, K, N); zero outside."""
     return load_weight_nk(w, expert, k0, n0, K, N, BLOCK_K, BLOCK_N, USE_TMA)
 
@@ -82,15 +78,7 @@ def load_rows(
 
 @triton.jit
 def store_tile(base, rows, row_mask, col0, width, values, BLOCK_N: tl.constexpr, col_limit):
-    """Store values [rows, BLOCK_N] at column col0 of a (., width) tensor where column - col0 stays under col_limit."""
+    """Store values [rows, BLOCK_N] at column col0 of a (., width) tensor; only the first col_limit columns."""
     n = tl.arange(0, BLOCK_N)
     pointers = base + rows.to(tl.int64)[:, None] * width + (col0 + n)[None, :]
     tl.store(pointers, values.to(base.dtype.element_ty), mask=row_mask[:, None] & (n < col_limit)[None, :])
-
-
-@triton.jit
-def split_columns(block):
-    """Left and right half of a block [M, N]."""
-    M: tl.constexpr = block.shape[0]
-    N: tl.constexpr = block.shape[1]
-    return block.reshape(M, 2, N // 2).permute(0, 2, 1).split()

@@ -69,7 +69,7 @@ def up_kernel(
 def up(
     x: torch.Tensor, gate_up: torch.Tensor, plan: RoutingPlan, activation: str, persistent: bool, save_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (T, H), gate_up (E, 2I, H) -> Z (R, 2I), or empty unless save_z, and A (R, I). Dropped rows stay unwritten."""
+    """x (T, H), gate_up (E, 2I, H) -> Z (R, 2I), or empty unless save_z, and A (R, I)."""
     _, two_i, hidden = gate_up.shape
     intermediate = two_i // 2
     z = x.new_empty(plan.rows, two_i) if save_z else x.new_empty(0)
