@@ -210,9 +210,7 @@ def test_unsupported_gpu_fails_before_loading(plugin: Any, monkeypatch: pytest.M
 
 def test_model_outside_the_allow_list(plugin: Any) -> None:
     cfg = axolotl_config(**ON, moe_kernel_models=["mixtral", "olmoe"], model_config_type="qwen2_moe")
-    with pytest.raises(
-        ValueError, match="lists mixtral, olmoe, but nobody/nothing has model_type 'qwen2_moe'"
-    ):
+    with pytest.raises(ValueError, match="lists mixtral, olmoe, but nobody/nothing has model_type 'qwen2_moe'"):
         plugin.pre_model_load(cfg)
 
 

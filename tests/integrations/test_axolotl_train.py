@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def train(folder: Path, name: str, config: dict[str, Any]) -> Training:
         "dataset_prepared_path": str(folder / "prepared"),
     }
     (run_folder / "config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
-    environment = os.environ | OFFLINE | {"WANDB_DIR": str(run_folder), "HF_HOME": str(folder / "hf")}
+    environment = os.environ | OFFLINE | {"WANDB_DIR": str(run_folder), "HF_HOME": str(run_folder / "hf")}
     # Set by the tests for kernels under the interpreter; a user has it unset.
     environment.pop("TRITON_INTERPRET", None)
     axolotl = [sys.executable, "-m", "axolotl.cli.main"]
@@ -108,12 +110,15 @@ def tiny(name: str, family: str) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pair(family: str, folder: Path) -> None:
     shape = FAMILIES[family].sizes["tiny"]
-    baseline = train(folder, f"{family}-baseline", tiny(FAMILIES[family].baseline, family))
-    assert baseline.returncode == 0, baseline.log[-4000:]
-    # A size other than the file's, to see that the key reaches the kernels.
-    config = tiny(FAMILIES[family].optimized, family) | {"moe_group_size": 64}
-    optimized = train(folder, f"{family}-optimized", config)
-    assert optimized.returncode == 0, optimized.log[-4000:]
+    configs = {
+        f"{family}-baseline": tiny(FAMILIES[family].baseline, family),
+        # A size other than the file's, to see that the key reaches the kernels.
+        f"{family}-optimized": tiny(FAMILIES[family].optimized, family) | {"moe_group_size": 64},
+    }
+    with ThreadPoolExecutor() as pool:
+        baseline, optimized = pool.map(partial(train, folder), configs.keys(), configs.values())
+    for training in (baseline, optimized):
+        assert training.returncode == 0, training.log[-4000:]
 
     assert (baseline.project, optimized.project) == ("moe-baseline", "moe-kernels")
     assert len(baseline.losses) == len(optimized.losses) == STEPS
@@ -132,7 +137,7 @@ def test_pair(family: str, folder: Path) -> None:
 
     # The same arithmetic in float32 in another order of summation.
     differences = [abs(a - b) for a, b in zip(baseline.losses, optimized.losses, strict=True)]
-    assert max(differences) < 1e-3, differences
+    assert max(differences) < 1e-4, differences
     assert differences[0] < 1e-5, differences
 
 
@@ -195,12 +200,8 @@ def test_wheel_adds_one_package_to_axolotl(tmp_path: Path) -> None:
     assert not names & {"axolotl/__init__.py", "axolotl/integrations/__init__.py"}
     assert {"moe_kernels/py.typed", "moe_kernels/moe.py"} <= names
 
-    code = (
-        "import axolotl.integrations.moe_kernels as m, axolotl.train; print(m.MoeOptimizedPlugin, m.__file__)"
-    )
+    code = "import axolotl.integrations.moe_kernels as m, axolotl.train; print(m.MoeOptimizedPlugin, m.__file__)"
     environment = os.environ | OFFLINE | {"PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "installed" / plugin) in done.stdout

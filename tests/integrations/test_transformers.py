@@ -151,9 +151,7 @@ def test_equals_eager(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("group_size", [64, 256, "auto"])
 @pytest.mark.parametrize("persistent", [True, False])
-def test_settings_reach_the_op(
-    group_size: int | str, persistent: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_reach_the_op(group_size: int | str, persistent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict] = []
     real = moe_kernels.fused_experts
     monkeypatch.setattr(mk, "fused_experts", lambda *a, **k: seen.append(k) or real(*a, **k))
@@ -413,9 +411,12 @@ def test_replaced_experts_class_raises() -> None:
         mk.check_model(model)
 
 
-def test_model_on_another_implementation_raises() -> None:
-    with pytest.raises(mk.UnsupportedExperts, match=r"runs experts_implementation='eager'.*register\(\)"):
-        mk.check_model(make_model("mixtral"))
+@pytest.mark.parametrize("other", ["eager", "grouped_mm"])
+def test_model_on_another_implementation_raises(other: str) -> None:
+    model = make_model("mixtral")
+    model.set_experts_implementation(other)
+    with pytest.raises(mk.UnsupportedExperts, match=rf"runs experts_implementation='{other}'.*register\(\)"):
+        mk.check_model(model)
 
 
 def test_changed_number_of_experts_raises() -> None:
@@ -439,9 +440,7 @@ def test_local_experts_of_expert_parallelism() -> None:
 
 def test_quantised_weights_raise() -> None:
     experts = experts_module("mixtral")
-    experts.gate_up_proj = nn.Parameter(
-        experts.gate_up_proj.detach().to(torch.float8_e4m3fn), requires_grad=False
-    )
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(mk.UnsupportedExperts, match="float8_e4m3fn"):
         experts(*experts_inputs(experts_module("mixtral")))
 
