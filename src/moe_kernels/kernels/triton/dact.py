@@ -1,9 +1,9 @@
 """Step 4: backward of the gate, elementwise over the sorted rows.
 
-A is recomputed from Z instead of saved, and the routing weight's gradient <dA0, A> = <dO[t], Y> needs no Y. One pass
 A is recomputed from Z instead of saved, and the routing weight's gradient <dA0, A> = <dO[t], Y> needs no Y. One
 pass reads dA0 and Z and writes dZ and wA; wA takes the memory of dA0. A GEMM with this as its epilogue was slower:
 the loads and stores of the epilogue did not overlap its math.
+"""
 
 import torch
 import triton
