@@ -18,7 +18,8 @@ def verdicts(analysis: Analysis) -> dict[str, str]:
 def test_every_claim_confirmed() -> None:
     analysis = Analysis(comparison())
     assert set(verdicts(analysis).values()) == {CONFIRMED}, analysis.claims
-    assert analysis.sound and not analysis.unconfirmed
+    assert analysis.sound
+    assert not analysis.unconfirmed
 
 
 def test_nothing_is_hidden_where_nothing_is_better() -> None:
@@ -34,7 +35,8 @@ def test_nothing_is_hidden_where_nothing_is_better() -> None:
     assert found.pop("The same loss curve") == CONFIRMED
     assert set(found.values()) == {NOT_CONFIRMED}, found
     # A slow kernel is a finding, not a failure of the comparison.
-    assert analysis.sound and len(analysis.unconfirmed) == 6
+    assert analysis.sound
+    assert len(analysis.unconfirmed) == 6
 
 
 def test_a_cpu_judges_the_loss_alone() -> None:
@@ -60,7 +62,8 @@ def test_a_loss_that_drifts_beyond_the_noise_is_named() -> None:
         comparison(runs=[run("baseline-1", 187.0), run("optimized-1", 150.0, calls=10, losses=drifting)])
     )
     assert analysis.loss.verdict == NOT_CONFIRMED
-    assert "on average, more than" in analysis.loss.words and "at worst, more than" in analysis.loss.words
+    assert "on average, more than" in analysis.loss.words
+    assert "at worst, more than" in analysis.loss.words
     assert not analysis.sound
 
 
@@ -71,7 +74,8 @@ def test_noise_of_the_baseline_widens_the_tolerance() -> None:
     noisy = run("baseline-2", 187.0, losses=losses(-0.1))
     loss = Analysis(comparison(runs=[*pair, noisy])).loss
     assert loss.verdict == CONFIRMED
-    assert loss.tolerance == pytest.approx(0.3) and loss.noise_mean == pytest.approx(0.1)
+    assert loss.tolerance == pytest.approx(0.3)
+    assert loss.noise_mean == pytest.approx(0.1)
 
 
 def test_the_first_step_is_judged_more_tightly() -> None:
@@ -132,10 +136,12 @@ def test_a_failed_and_a_missing_run() -> None:
     analysis = Analysis(
         comparison(runs=[run("baseline-1", 187.0), failed], planned=["baseline-1", "optimized-1", "baseline-2"])
     )
-    assert analysis.loss.verdict == NOT_JUDGED and "no finished optimised run" in analysis.loss.words
+    assert analysis.loss.verdict == NOT_JUDGED
+    assert "no finished optimised run" in analysis.loss.words
     assert [result.run_id for result in analysis.failed] == ["optimized-1"]
     assert analysis.missing == ["baseline-2"]
-    assert not analysis.sound and analysis.speedup is None
+    assert not analysis.sound
+    assert analysis.speedup is None
     assert Analysis(comparison(runs=[])).loss.verdict == NOT_JUDGED
 
 

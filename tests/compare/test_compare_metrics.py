@@ -46,7 +46,8 @@ def test_a_cpu_run_has_no_gpu_numbers() -> None:
 def test_a_run_that_logged_nothing_gives_no_numbers() -> None:
     metrics = run_metrics(run("baseline-1", 187.0, losses=[], status="failed"), WARMUP)
     assert metrics.steps == metrics.timed_steps == 0
-    assert metrics.step_ms == [] and metrics.tokens_per_step is None
+    assert metrics.step_ms == []
+    assert metrics.tokens_per_step is None
 
 
 @pytest.mark.parametrize(("calls", "expected"), [(10, 10 * STEPS), (0, 0)])

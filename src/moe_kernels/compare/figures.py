@@ -42,6 +42,11 @@ class Plot:
     alt: str
 
 
+def plain(value: float) -> str:
+    """Three digits, and never an exponent for a large number."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def plots(analysis: Analysis) -> list[Plot]:
     """Every plot that this comparison has the numbers for."""
     makers = (_loss, _loss_difference, _step_times, _experts, _shares, _memory, _utilisation)
@@ -110,7 +115,6 @@ def _experts(analysis: Analysis) -> Plot | None:
         _bars(
             axes,
             [(name, float(row[key]["median"]), LAYER_COLOURS.get(name, COLOURS[EAGER])) for name, row in rows],
-            "{:.3g}",
         )
         axes.set_title(f"{title}, ms", fontsize=9, color=INK)
     both[1].set_yticklabels([])
@@ -149,7 +153,8 @@ def _shares(analysis: Analysis) -> Plot | None:
     axes.set_xlabel("milliseconds a step")
     _legend_above(axes)
     values = ", ".join(
-        f"{name} {found.experts_ms:.3g} of {found.step_ms:.4g} ms ({found.fraction:.0%})" for name, found in rows
+        f"{name} {plain(found.experts_ms)} of {plain(found.step_ms)} ms ({found.fraction:.0%})"
+        for name, found in rows
     )
     return _plot(analysis, figure, "What the experts take of a step", f"Experts' part of a training step: {values}.")
 
@@ -161,19 +166,16 @@ def _memory(analysis: Analysis) -> Plot | None:
         (name, row.get("saved_mb"), LAYER_COLOURS.get(name, COLOURS[EAGER])) for name, row in analysis.layer.items()
     ]
     layer = [(name, float(mb), colour) for name, mb, colour in saved if mb]
-    groups = [(rows, title, form) for rows, title, form in (
-        (training, "training, peak, GiB", "{:.1f}"),
-        (layer, "one layer, saved for backward, MiB", "{:.3g}"),
-    ) if rows]  # fmt: skip
+    named = ((training, "training, peak, GiB"), (layer, "one layer, saved for backward, MiB"))
+    groups = [(rows, title) for rows, title in named if rows]
     if not groups:
         return None
-    figure, parts = _axes(0.9 + 0.36 * max(len(rows) for rows, _, _ in groups), columns=len(groups))
-    for axes, (rows, title, form) in zip(parts if len(groups) > 1 else [parts], groups, strict=True):
-        _bars(axes, rows, form)
+    figure, parts = _axes(0.9 + 0.36 * max(len(rows) for rows, _ in groups), columns=len(groups))
+    for axes, (rows, title) in zip(parts if len(groups) > 1 else [parts], groups, strict=True):
+        _bars(axes, rows)
         axes.set_title(title, fontsize=9, color=INK)
     values = "; ".join(
-        f"{title}: " + ", ".join(f"{name} {form.format(value)}" for name, value, _ in rows)
-        for rows, title, form in groups
+        f"{title}: " + ", ".join(f"{name} {plain(value)}" for name, value, _ in rows) for rows, title in groups
     )
     return _plot(analysis, figure, "Memory", f"{values}.")
 
@@ -211,7 +213,7 @@ def _utilisation(analysis: Analysis) -> Plot | None:
     return _plot(analysis, figure, "GPU utilisation", f"{values_said}.")
 
 
-def _bars(axes: Axes, rows: Sequence[tuple[str, float, str]], form: str) -> None:
+def _bars(axes: Axes, rows: Sequence[tuple[str, float, str]]) -> None:
     names = [name for name, _, _ in rows]
     values = [value for _, value, _ in rows]
     axes.barh(names, values, color=[colour for _, _, colour in rows], height=0.62)
@@ -221,7 +223,7 @@ def _bars(axes: Axes, rows: Sequence[tuple[str, float, str]], form: str) -> None
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     for y, value in enumerate(values):
-        axes.text(value + max(values) * 0.02, y, form.format(value), va="center", fontsize=9, color=INK)
+        axes.text(value + max(values) * 0.02, y, plain(value), va="center", fontsize=9, color=INK)
 
 
 def _line(run: RunMetrics) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from moe_kernels.bench.timing import Spread
 from moe_kernels.compare.comparison import Analysis, Comparison
-from moe_kernels.compare.figures import plots
+from moe_kernels.compare.figures import plain, plots
 from moe_kernels.compare.judge import CONFIRMED, NOT_CONFIRMED
 from moe_kernels.compare.metrics import OURS, SideMetrics
 from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED, dump_yaml
@@ -276,32 +276,32 @@ def training_table(analysis: Analysis) -> Table:
 def layer_table(analysis: Analysis) -> Table:
     """One expert layer, each implementation on the same tensors in one process."""
     names = list(analysis.layer)
-    forms: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
-        ("forward, ms", lambda row: _at(row, "forward_ms"), "{:.3g}"),
-        ("forward + backward, ms", lambda row: _at(row, "forward_backward_ms"), "{:.3g}"),
+    forms: list[tuple[str, Callable[[dict[str, Any]], Any], Callable[[Any], str]]] = [
+        ("forward, ms", lambda row: _at(row, "forward_ms"), plain),
+        ("forward + backward, ms", lambda row: _at(row, "forward_backward_ms"), plain),
         (
             "forward + backward, GPU time alone, ms",
             lambda row: _at(row, "forward_backward_queued_ms"),
-            "{:.3g}",
+            plain,
         ),
-        ("forward + backward, host time, ms", lambda row: _at(row, "forward_backward_host_ms"), "{:.3g}"),
-        ("forward, TFLOP/s", lambda row: row.get("forward_tflops"), "{:.4g}"),
-        ("forward + backward, TFLOP/s", lambda row: row.get("forward_backward_tflops"), "{:.4g}"),
-        ("of the dense GEMMs' speed", lambda row: row.get("dense_fraction"), "{:.0%}"),
-        ("kernel launches, forward", lambda row: row.get("launches_forward"), "{}"),
-        ("kernel launches, forward + backward", lambda row: row.get("launches_forward_backward"), "{}"),
-        ("saved for backward, MiB", lambda row: row.get("saved_mb"), "{:.4g}"),
-        ("peak, MiB", lambda row: row.get("peak_mb"), "{:.4g}"),
+        ("forward + backward, host time, ms", lambda row: _at(row, "forward_backward_host_ms"), plain),
+        ("forward, TFLOP/s", lambda row: row.get("forward_tflops"), plain),
+        ("forward + backward, TFLOP/s", lambda row: row.get("forward_backward_tflops"), plain),
+        ("of the dense GEMMs' speed", lambda row: row.get("dense_fraction"), "{:.0%}".format),
+        ("kernel launches, forward", lambda row: row.get("launches_forward"), str),
+        ("kernel launches, forward + backward", lambda row: row.get("launches_forward_backward"), str),
+        ("saved for backward, MiB", lambda row: row.get("saved_mb"), plain),
+        ("peak, MiB", lambda row: row.get("peak_mb"), plain),
         (
             "largest relative error of output and gradients",
             lambda row: max(row.get("rel_error", {}).values(), default=None),
-            "{:.1e}",
+            "{:.1e}".format,
         ),
     ]
     rows = [
         (
             label,
-            *(NONE if (value := get(analysis.layer[name])) is None else form.format(value) for name in names),
+            *(NONE if (value := get(analysis.layer[name])) is None else form(value) for name in names),
         )
         for label, get, form in forms
         if any(get(analysis.layer[name]) is not None for name in names)
@@ -452,7 +452,7 @@ def _median(spread: Spread | None) -> float | None:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+    return f"{plain(value)} ms"
 
 
 def _percent(value: float) -> str:

@@ -1,0 +1,127 @@
+"""The command: exit codes, reports and messages, with a fake trainer in Axolotl's place."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import builders
+import pytest
+import yaml
+from test_compare_runner import BASE, FAKE
+from typer.testing import CliRunner, Result
+
+from moe_kernels.cli.app import app
+from moe_kernels.compare import command
+from moe_kernels.compare.runner import Machine
+
+
+@pytest.fixture(autouse=True)
+def _no_axolotl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "Machine", partial(Machine, trainer=FAKE))
+    monkeypatch.setattr(command, "versions", lambda: {"torch": "2"})
+    monkeypatch.setattr(command, "visible_gpu", lambda: None)
+    monkeypatch.setattr(command, "measure_experts", lambda *_: builders.experts())
+
+
+def compare(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["compare", *arguments])
+
+
+def pair(fake: str = "train", **changes: Any) -> tuple[str, ...]:
+    Path("a.yml").write_text(yaml.safe_dump({**BASE, **changes}))
+    optimized = {**BASE, "moe_kernels": True, "wandb_project": "moe-kernels", "fake": fake, **changes}
+    Path("b.yml").write_text(yaml.safe_dump(optimized))
+    return "a.yml", "b.yml", "--warmup-steps", "2", "--out", "out"
+
+
+def test_a_pair_is_trained_and_reported() -> None:
+    result = compare(*pair())
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a-vs-b.json", "report.html", "report.md"]
+    data = json.loads(Path("out/a-vs-b.json").read_text())
+    assert data["judged"]["sound"] is True
+    assert data["judged"]["sides"]["baseline"]["runs"] == 2
+    assert "says nothing about speed" in " ".join(result.output.split())
+
+
+def test_a_second_call_trains_nothing_again_unless_fresh() -> None:
+    compare(*pair())
+    logs = sorted(Path("artifacts").rglob("train.log"))
+    assert len(logs) == 3
+    before = [log.stat().st_mtime_ns for log in logs]
+    assert compare(*pair()).exit_code == 0
+    assert [log.stat().st_mtime_ns for log in logs] == before
+    assert compare(*pair(), "--fresh").exit_code == 0
+    assert all(new.stat().st_mtime_ns > old for new, old in zip(logs, before, strict=True))
+
+
+def test_a_failed_training_is_named_the_others_report_and_the_exit_code_is_1() -> None:
+    result = compare(*pair("fail"))
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert "optimized-1 failed: RuntimeError: the fake GPU melted" in said
+    assert "The whole log: artifacts/runs/compare/a-vs-b-own/optimized-1/train.log" in said
+    page = Path("out/report.html").read_text()
+    assert "the fake GPU melted" in page
+    assert json.loads(Path("out/a-vs-b.json").read_text())["judged"]["sides"]["baseline"]["step_ms"] is not None
+
+
+def test_an_optimised_run_without_a_dispatch_fails() -> None:
+    result = compare(*pair("no-dispatch"))
+    assert result.exit_code == 1
+    assert "optimized-1 did not use the kernels" in " ".join(result.output.split())
+
+
+def test_strict_fails_on_a_claim_that_does_not_hold(tmp_path: Path) -> None:
+    slow = builders.comparison()
+    slow.experts["measurements"][2] = builders.layer_row("moe_kernels", 2.9, 7.0, 12, 481.0)
+    command.save(slow, tmp_path / "in" / "mixtral.json")
+    assert compare("--report-only", "in", "--out", "out").exit_code == 0
+    assert compare("--report-only", "in", "--out", "out", "--strict").exit_code == 1
+
+
+def test_reports_of_several_calls_are_merged() -> None:
+    for name in ("mixtral", "qwen2-moe"):
+        command.save(builders.comparison(name=name), Path(name) / f"{name}.json")
+    result = compare("--report-only", "mixtral", "qwen2-moe/qwen2-moe.json", "--out", "merged")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in Path("merged").iterdir()) == [
+        "mixtral.json",
+        "qwen2-moe.json",
+        "report.html",
+        "report.md",
+    ]
+    page = Path("merged/report.html").read_text()
+    assert 'id="mixtral"' in page
+    assert 'id="qwen2-moe"' in page
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing() -> None:
+    result = compare(*pair(), "--dry-run")
+    assert result.exit_code == 0
+    assert "+moe_kernels: true" in result.output
+    assert "baseline-2" in result.output
+    assert not Path("artifacts").exists()
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("llama",), 2, "There is nothing called llama to compare"),
+        (("a.yml", "nothing.yml"), 2, "There is no file"),
+        (("mixtral", "--size", "7b"), 2, "--size is auto, 1b or tiny"),
+        (("mixtral", "--size", "1b"), 3, "need an NVIDIA GPU"),
+        (("mixtral", "--wandb", "on"), 2, "--wandb is offline or online"),
+        (("mixtral", "--steps", "5", "--dry-run"), 2, "leave nothing to time"),
+        (("--report-only", "nowhere"), 2, "There is no report JSON at nowhere"),
+    ],
+)
+def test_wrong_usage_says_what_and_the_cure(arguments: tuple[str, ...], code: int, message: str) -> None:
+    result = compare(*arguments)
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.output.split())

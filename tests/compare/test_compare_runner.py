@@ -1,0 +1,265 @@
+"""Trainings as subprocesses, with a fake trainer in Axolotl's place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_kernels.cli.errors import MissingDependency, UsageError
+from moe_kernels.compare.environment import SOURCES
+from moe_kernels.compare.plan import Options, Plan, find_config, load_yaml, plan_family, plan_files
+from moe_kernels.compare.runner import (
+    LogReader,
+    Machine,
+    Progress,
+    RunResult,
+    environment,
+    finished_result,
+    last_error,
+    run_training,
+)
+from moe_kernels.shapes import FAMILIES
+
+FAKE = (sys.executable, str(Path(__file__).parent / "fake_trainer.py"))
+BASE: dict[str, Any] = {
+    "base_model": "model",
+    "micro_batch_size": 2,
+    "sequence_len": 256,
+    "max_steps": 6,
+    "bf16": False,
+    "wandb_project": "moe-baseline",
+    "wandb_name": "one",
+    "output_dir": "somewhere",
+}
+
+
+@pytest.fixture(autouse=True)
+def _inside_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "/kept")
+
+
+def make_plan(fake: str = "train", options: Options | None = None) -> Plan:
+    Path("a.yml").write_text(yaml.safe_dump(BASE))
+    Path("b.yml").write_text(
+        yaml.safe_dump({**BASE, "moe_kernels": True, "wandb_project": "moe-kernels", "fake": fake})
+    )
+    return plan_files(Path("a.yml"), Path("b.yml"), options or Options(warmup_steps=2))
+
+
+def machine(**changes: Any) -> Machine:
+    return Machine(**{"device": None, "versions": {"torch": "2", SOURCES: "s"}, "trainer": FAKE, **changes})
+
+
+def train(plan: Plan, index: int = 1, shown: list[Progress] | None = None, **changes: Any) -> RunResult:
+    def show(progress: Progress) -> None:
+        if shown is not None:
+            shown.append(replace(progress))
+
+    return run_training(plan.runs[index], machine(**changes), show)
+
+
+def test_a_finished_training() -> None:
+    plan, shown = make_plan(), []
+    result = train(plan, shown=shown)
+    assert (result.status, result.error, result.exit_code) == ("finished", "", 0)
+    assert [row["train/loss"] for row in result.rows] == [7.0 - 0.1 * step for step in range(1, 7)]
+    assert (result.wandb["project"], result.wandb["complete"]) == ("moe-kernels", "yes")
+    assert result.plugin_line.startswith("moe_kernels: backend=torch (no GPU), 2 expert calls")
+    assert result.trainer_started_at is not None
+    assert shown[-1].step == 6
+    assert shown[-1].loss == "6.4"
+    assert result.command[0] == "python"
+    folder = plan.runs[1].folder
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "derived.yml",
+        "output",
+        "result.json",
+        "train.log",
+        "wandb",
+    ]
+    assert list(folder.rglob("*.safetensors")) == []
+
+
+def test_weights_are_kept_on_request() -> None:
+    plan = make_plan()
+    train(plan, keep_weights=True)
+    assert len(list(plan.runs[1].folder.rglob("*.safetensors"))) == 1
+
+
+def test_a_failing_trainer_leaves_its_log_and_the_reason() -> None:
+    plan = make_plan("fail")
+    result = train(plan)
+    assert (result.status, result.exit_code) == ("failed", 3)
+    assert result.error == "RuntimeError: the fake GPU melted"
+    assert "the fake GPU melted" in Path(result.log).read_text()
+    assert result.tail[-1] == "RuntimeError: the fake GPU melted"
+    assert not (plan.runs[1].folder / "result.json").exists()
+    assert finished_result(plan.runs[1], machine()) is None
+
+
+def test_a_trainer_that_logs_too_few_steps_has_not_finished() -> None:
+    result = train(make_plan("short"))
+    assert result.status == "failed"
+    assert result.error.startswith("W&B holds 2 of 6 steps")
+
+
+def test_the_time_limit_ends_the_trainer() -> None:
+    plan = make_plan("hang")
+    result = train(plan, timeout_s=3.0)
+    assert result.exit_code is None
+    assert "time limit of 3 s" in result.error
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((plan.runs[1].folder / "pid").read_text()), 0)
+
+
+def test_ctrl_c_ends_the_trainer_and_keeps_finished_runs() -> None:
+    plan = make_plan("hang")
+    train(plan, index=0)
+
+    def interrupt(progress: Progress) -> None:
+        if (plan.runs[1].folder / "pid").is_file():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(plan.runs[1], machine(), interrupt)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((plan.runs[1].folder / "pid").read_text()), 0)
+    assert finished_result(plan.runs[0], machine()) is not None
+
+
+def test_a_finished_run_is_served_from_its_folder_until_something_changes() -> None:
+    plan = make_plan()
+    before = train(plan)
+    assert finished_result(plan.runs[1], machine()) == before
+    # Another kernel, another torch, another setting: run again.
+    assert finished_result(plan.runs[1], machine(versions={"torch": "2", SOURCES: "new"})) is None
+    assert finished_result(plan.runs[1], machine(versions={"torch": "3", SOURCES: "s"})) is None
+    longer = make_plan(options=Options(warmup_steps=2, steps=7))
+    assert finished_result(longer.runs[1], machine()) is None
+
+
+def test_a_changed_kernel_leaves_the_baseline_alone() -> None:
+    plan = make_plan()
+    train(plan, index=0)
+    assert finished_result(plan.runs[0], machine(versions={"torch": "2", SOURCES: "new"})) is not None
+
+
+def test_the_environment_is_offline_and_keeps_the_callers_path() -> None:
+    run = make_plan().runs[0]
+    env = environment(run, machine(device="1"))
+    assert env["PYTHONPATH"] == "/kept"
+    assert (env["HF_HUB_OFFLINE"], env["WANDB_MODE"], env["AXOLOTL_DO_NOT_TRACK"]) == ("1", "offline", "1")
+    assert env["CUDA_VISIBLE_DEVICES"] == "1"
+    assert Path(env["WANDB_DIR"]) == run.folder.resolve()
+    assert environment(run, machine(wandb="online"))["WANDB_MODE"] == "online"
+
+
+def test_the_derived_file_changes_what_is_shown_and_nothing_else() -> None:
+    plan = make_plan(options=Options(warmup_steps=2, steps=9, with_eager=True))
+    ids = [run.run_id for run in plan.runs]
+    assert ids == ["baseline-1", "optimized-1", "baseline-2", "eager-1"]
+    first, second, _, eager = plan.runs
+    assert first.overrides == {"output_dir": str(first.folder / "output"), "wandb_mode": "offline", "max_steps": 9}
+    assert first.config == {**BASE, **first.overrides}
+    assert eager.overrides["experts_implementation"] == "eager"
+    assert [run.uses_kernels for run in plan.runs] == [False, True, False, False]
+    assert {line for line in plan.yaml_diff.splitlines() if line[0] in "+-" and line[1] not in "+-"} == {
+        "+fake: train",
+        "+moe_kernels: true",
+        "-wandb_project: moe-baseline",
+        "+wandb_project: moe-kernels",
+    }
+    assert second.source == Path("b.yml")
+
+
+def test_repeats_are_interleaved() -> None:
+    plan = make_plan(options=Options(warmup_steps=2, repeats=2))
+    assert [run.run_id for run in plan.runs] == ["baseline-1", "optimized-1", "baseline-2", "optimized-2"]
+    assert len(make_plan(options=Options(warmup_steps=2, noise=False)).runs) == 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_a_plan(name: str) -> None:
+    plan = plan_family(name, Options())
+    shape = FAMILIES[name].sizes["1b"]
+    assert plan.layer == shape.layer(16384)
+    assert plan.moe_layers == shape.moe_layers
+    assert plan.runs[1].uses_kernels
+    assert not plan.runs[0].uses_kernels
+
+
+def test_wrong_files_are_named() -> None:
+    with pytest.raises(UsageError, match=r"There is no file nothing\.yml"):
+        load_yaml(Path("nothing.yml"))
+    Path("bad.yml").write_text("a: [")
+    with pytest.raises(UsageError, match=r"bad\.yml is not valid YAML"):
+        load_yaml(Path("bad.yml"))
+    Path("list.yml").write_text("- a")
+    with pytest.raises(UsageError, match=r"list\.yml holds no settings"):
+        load_yaml(Path("list.yml"))
+    with pytest.raises(MissingDependency, match="run this in a clone"):
+        find_config("no-such.yml")
+    with pytest.raises(UsageError, match="leave nothing to time after 10 warm-up steps"):
+        make_plan(options=Options(warmup_steps=10))
+    Path("c.yml").write_text(yaml.safe_dump({key: value for key, value in BASE.items() if key != "max_steps"}))
+    with pytest.raises(UsageError, match="sets no max_steps"):
+        plan_files(Path("c.yml"), Path("c.yml"), Options())
+
+
+def test_the_log_is_followed_in_pieces() -> None:
+    reader = LogReader()
+    text = "\x1b[32m[INFO] Starting trainer...\x1b[0m\n 5%|#| 1/20\r 5%|#| 1/20  {'loss': '7.6', 'grad_norm': '1'}\nx"
+    for letter in text:
+        reader.feed(letter)
+    assert reader.trainer_started_at is not None
+    assert (reader.progress.step, reader.progress.loss, reader.progress.phase) == (1, "7.6", "training")
+    reader.feed("{'train_loss': '7.1'}\n{'loss': 'nan'}\n")
+    assert (reader.progress.step, reader.progress.loss) == (2, "nan")
+
+
+@pytest.mark.parametrize(
+    ("tail", "expected"),
+    [
+        (["Traceback", "ValueError: no", "wandb: syncing"], "ValueError: no"),
+        (
+            ["torch.OutOfMemoryError: CUDA out of memory. Tried", "x"],
+            "torch.OutOfMemoryError: CUDA out of memory. Tried",
+        ),
+        (["all is well"], ""),
+    ],
+)
+def test_the_last_line_that_says_why(tail: list[str], expected: str) -> None:
+    assert last_error(tail) == expected
+
+
+def test_a_terminated_command_leaves_no_trainer_behind(tmp_path: Path) -> None:
+    plan = make_plan("hang")
+    pid = plan.runs[1].folder / "pid"
+    script = f"""
+        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from functools import partial
+        from moe_kernels.compare import command
+        command.Machine = partial(command.Machine, trainer={FAKE!r})
+        command.compare(targets=["a.yml", "b.yml"], warmup_steps=2, out=None)
+    """
+    env = {**os.environ, "PYTHONPATH": ""}
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=env, stdout=subprocess.DEVNULL)
+    for _ in range(600):
+        if pid.is_file() and pid.read_text():
+            break
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    child.wait(30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
