@@ -151,6 +151,15 @@ def test_an_implementation_that_is_wrong_is_not_compared() -> None:
     found = {claim.title: claim for claim in Analysis(comparison(experts=broken)).claims}
     claim = found["Expert forward at least 2x as fast as eager"]
     assert (claim.verdict, claim.evidence) == (NOT_JUDGED, "moe_kernels: dx is off by 0.3")
+    analysis = Analysis(comparison(experts=broken))
+    assert analysis.faults == ["moe-kernels' expert layer is wrong here: dx is off by 0.3"]
+    assert not analysis.sound
+
+
+def test_a_layer_that_could_not_be_measured_is_a_fault() -> None:
+    analysis = Analysis(comparison(experts={"error": "out of memory", "measurements": []}))
+    assert analysis.faults == ["the expert layer was not measured: out of memory"]
+    assert not analysis.sound
 
 
 def test_smoothing_is_a_running_mean() -> None:

@@ -142,8 +142,19 @@ class Analysis:
 
     @property
     def sound(self) -> bool:
-        """All planned trainings finished, each used the kernels it should, and the losses agree."""
-        return not (self.failed or self.missing or self.fault) and self.loss.verdict != NOT_CONFIRMED
+        """All planned trainings finished with the kernels they should use, and losses and layer are right."""
+        return not (self.failed or self.missing or self.faults) and self.loss.verdict != NOT_CONFIRMED
+
+    @property
+    def faults(self) -> list[str]:
+        """What makes the numbers wrong or incomplete, beyond a training that failed."""
+        ours = self.layer.get(OURS, {"ok": True})
+        error = self.comparison.experts.get("error")
+        return [
+            *([self.fault] if self.fault else []),
+            *([f"the expert layer was not measured: {error}"] if error else []),
+            *([] if ours["ok"] else [f"moe-kernels' expert layer is wrong here: {ours['note']}"]),
+        ]
 
     @property
     def unconfirmed(self) -> list[Claim]:

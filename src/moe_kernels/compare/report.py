@@ -135,12 +135,9 @@ def problems(analysis: Analysis) -> list[str]:
     name = analysis.comparison.name
     found = [f"{name} {run.run_id} failed: {run.error} (log: {run.log})" for run in analysis.failed]
     found += [f"{name} {run_id} was not run" for run_id in analysis.missing]
-    if analysis.fault:
-        found.append(f"{name}: {analysis.fault}")
+    found += [f"{name}: {fault}" for fault in analysis.faults]
     if analysis.loss.verdict == NOT_CONFIRMED:
         found.append(f"{name}: the losses do not agree: {analysis.loss.words}")
-    if analysis.comparison.experts.get("error"):
-        found.append(f"{name}: the expert layer was not measured: {analysis.comparison.experts['error']}")
     return found
 
 
