@@ -1,0 +1,80 @@
+"""The pages name what exists: files, functions with their arguments, run files, YAML keys, commands."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe_kernels import torch_backend, triton_backend
+from moe_kernels.cli.app import COMMANDS
+from moe_kernels.shapes import FAMILIES, LAYERS
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "src" / "moe_kernels"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page):
+    for name in re.findall(r"`([\w/]+\.py)`", page.read_text()):
+        assert any(place.joinpath(name).is_file() for place in (ROOT, ROOT / "src", SOURCES)), name
+    for name in re.findall(r"configs/moe/([\w.-]+\.yml)", page.read_text()):
+        assert (ROOT / "configs" / "moe" / name).is_file(), name
+    for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_code_blocks_exist(page):
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+        for name, arguments in re.findall(r"^(?:moe-kernels) (\S+)(.*)$", block, re.MULTILINE):
+            assert name in COMMANDS
+            for shape in re.findall(r"--shapes (\S+)", arguments):
+                assert {*shape.split(",")} <= {*LAYERS, "all", "small"}
+        for target in re.findall(r"^make (\S+)", block, re.MULTILINE):
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_the_site_lists_every_page():
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    listed = set(re.findall(r"[\w-]+\.md", str(navigation)))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_backend_page_has_every_step_with_its_arguments():
+    text = (ROOT / "docs" / "add-a-backend.md").read_text()
+    listed = dict(re.findall(r"^\| `(\w+)\(([^)]*)\)`", text, re.MULTILINE))
+    public = {
+        name for name, value in vars(torch_backend).items()
+        if inspect.isfunction(value) and value.__module__ == torch_backend.__name__ and not name.startswith("_")
+    }  # fmt: skip
+    assert set(listed) == public
+    for name, arguments in listed.items():
+        for backend in (torch_backend, triton_backend):
+            assert list(inspect.signature(getattr(backend, name)).parameters) == arguments.split(", "), name
+
+
+def test_how_it_works_follows_the_steps_in_order():
+    text = (ROOT / "docs" / "how-it-works.md").read_text()
+    forward, backward = text.split("| step | file | our row |")
+    source = (SOURCES / "moe.py").read_text()
+    for table, function in ((forward, "experts_forward"), (backward, "experts_backward")):
+        body = source[source.index(f"def {function}(") :].partition("\n\n\n")[0]
+        called = set(re.findall(r"steps\.(\w+)\(", body))
+        named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| ([^|]*) \|", table, re.MULTILINE))))
+        assert called <= named, called - named
+
+
+def test_the_axolotl_page_has_the_nine_run_files():
+    text = (ROOT / "docs" / "axolotl.md").read_text()
+    for family in FAMILIES.values():
+        assert all(f"`{name}`" in text for name in (family.baseline, family.optimized, family.test))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/knobs.md"])
+def test_the_knobs_are_the_plugins_keys(page):
+    args = pytest.importorskip("axolotl.integrations.moe_kernels.args")
+    keys = set(args.MoeKernelsArgs.model_fields)
+    assert {key for key in keys if f"| `{key}` |" in (ROOT / page).read_text()} == keys
