@@ -62,7 +62,6 @@ test-newest: $(NEWEST_READY)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
 docs: $(READY)

@@ -25,9 +25,7 @@ DEFAULT_SHAPES = "mixtral-1b,qwen2-moe-1b,deepseek-v3-1b"
 ROUTINGS = ("balanced", "mild", "hot")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 CPU_SHAPE = LayerShape("cpu-demo", 64, 64, 48, 8, 2)
-CPU_WARNING = (
-    "No NVIDIA GPU here: one small layer on the CPU shows that the benchmark works, nothing about speed."
-)
+CPU_WARNING = "No NVIDIA GPU here: one small layer on the CPU shows that the benchmark works, nothing about speed."
 
 
 def bench(
@@ -38,18 +36,14 @@ def bench(
         str,
         typer.Option(help="Comma-separated: eager, grouped_mm, batched_mm, moe_kernels."),
     ] = "eager,grouped_mm,moe_kernels",
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per call instead of each layer's own.")
-    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per call instead of each layer's own.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     routing: Annotated[str, typer.Option(help="How uneven the router is: balanced, mild or hot.")] = "mild",
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,
     group_sizes: Annotated[
         str, typer.Option(help="Values of moe_group_size to measure: 64, 128, 256, auto.")
     ] = "128",
-    persistent: Annotated[
-        str, typer.Option(help="Knob values of moe_kernels: true, false or both.")
-    ] = "true",
+    persistent: Annotated[str, typer.Option(help="Knob values of moe_kernels: true, false or both.")] = "true",
     device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the random tensors.")] = 0,
     json_file: Annotated[
@@ -152,9 +146,7 @@ def _device(wanted: str) -> str:
 
     _one_of("device", wanted, ("auto", "cuda", "cpu"))
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise MissingDependency(
-            "torch sees no NVIDIA GPU. Cure: see `moe-kernels doctor`, or use --device cpu"
-        )
+        raise MissingDependency("torch sees no NVIDIA GPU. Cure: see `moe-kernels doctor`, or use --device cpu")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return wanted

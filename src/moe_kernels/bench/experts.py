@@ -127,9 +127,7 @@ def measure(
     """
     unknown = sorted(set(implementations) - {*STOCK, OURS})
     if unknown:
-        raise ValueError(
-            f"unknown implementation {', '.join(unknown)}: choose from {', '.join((*STOCK, OURS))}"
-        )
+        raise ValueError(f"unknown implementation {', '.join(unknown)}: choose from {', '.join((*STOCK, OURS))}")
     device = torch.device(device)
     progress(f"{shape.name}: making tensors")
     layer = make_layer(shape, routing, device, dtype, seed)
@@ -161,9 +159,7 @@ def measure(
     results = []
     for row in runners:
         if row in faults:
-            results.append(
-                _measurement(layer, row, ok=False, note=faults[row], rel_error=errors.get(row, {}))
-            )
+            results.append(_measurement(layer, row, ok=False, note=faults[row], rel_error=errors.get(row, {})))
             continue
         progress(f"{shape.name}: launches and memory of {row}")
         results.append(_measurement(layer, row, rel_error=errors[row], **_counts(layer, runners[row]),

@@ -62,9 +62,7 @@ def scores_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.startswith("mixtral") else dtype
 
 
-def make_layer(
-    shape: LayerShape, routing: str, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> Layer:
+def make_layer(shape: LayerShape, routing: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Layer:
     """Random tensors for ``shape``, equal for equal arguments on one device."""
     generator = torch.Generator(device=device).manual_seed(seed)
 

@@ -66,9 +66,7 @@ class Clock:
         if self.cuda:
             self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
 
-    def compare(
-        self, calls: dict[str, Call], repeats: int, cleanup: Call, progress: Call
-    ) -> dict[str, Times]:
+    def compare(self, calls: dict[str, Call], repeats: int, cleanup: Call, progress: Call) -> dict[str, Times]:
         """Time every call ``repeats`` times, round-robin, starting each round with another call.
 
         ``cleanup`` runs after each call, outside the measured time; ``progress`` after each round.

@@ -85,19 +85,13 @@ def _gpu() -> Finding:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        detail = (
-            f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {memory:.0f} GiB, driver {driver_version()}"
-        )
+        detail = f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {memory:.0f} GiB, driver {driver_version()}"
         return Finding("GPU", OK, detail)
     driver = driver_version()
     if driver is None:
-        return Finding(
-            "GPU", NOTE, "no NVIDIA driver found", "on a CPU everything runs small, slowly and correctly"
-        )
+        return Finding("GPU", NOTE, "no NVIDIA driver found", "on a CPU everything runs small, slowly and correctly")
     if torch.version.cuda is None:
-        return Finding(
-            "GPU", NOTE, f"driver {driver}, but torch is a CPU build", "pip install a CUDA build of torch"
-        )
+        return Finding("GPU", NOTE, f"driver {driver}, but torch is a CPU build", "pip install a CUDA build of torch")
     cure = f"update the driver to one for CUDA {torch.version.cuda}, or unset CUDA_VISIBLE_DEVICES"
     return Finding("GPU", NOTE, f"driver {driver} is there, but torch {torch.__version__} sees no GPU", cure)
 
@@ -120,11 +114,7 @@ def _backends() -> list[Finding]:
 
     from moe_kernels import backends
 
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     findings = []
     for family in FAMILIES.values():
         size = family.sizes["1b"]
@@ -138,9 +128,7 @@ def _backends() -> list[Finding]:
             intermediate=size.intermediate,
         )
         what = f"experts of {family.name}"
-        refusals = [
-            f"{name} does not: {reason}" for name, reason in backends.explain(problem) if reason is not None
-        ]
+        refusals = [f"{name} does not: {reason}" for name, reason in backends.explain(problem) if reason is not None]
         try:
             chosen, reason = backends.select(problem)
         except backends.UnsupportedProblem as error:
@@ -182,9 +170,7 @@ def _axolotl() -> list[Finding]:
 def _report() -> Finding:
     missing = [module for module in REPORT_MODULES if importlib.util.find_spec(module) is None]
     if missing:
-        return Finding(
-            "compare's report", NOTE, f"missing {', '.join(missing)}", "pip install 'moe-kernels[report]'"
-        )
+        return Finding("compare's report", NOTE, f"missing {', '.join(missing)}", "pip install 'moe-kernels[report]'")
     return Finding("compare's report", OK, "its packages are installed")
 
 

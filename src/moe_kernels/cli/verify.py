@@ -103,9 +103,7 @@ def verify_shape(
         inputs = make_inputs(replace(case, routing=routing), device)
         expected, plain = truth(inputs), eager(inputs)
         for verdict in verdicts:
-            progress(
-                f"{shape.name}, {routing}, group_size={verdict.group_size}, persistent={verdict.persistent}"
-            )
+            progress(f"{shape.name}, {routing}, group_size={verdict.group_size}, persistent={verdict.persistent}")
             problem = backends.Problem.of(
                 inputs.gate_up, shape.top_k, group_size=verdict.group_size, persistent=verdict.persistent
             )
