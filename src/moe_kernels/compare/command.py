@@ -110,7 +110,7 @@ def compare(
         wandb=wandb,
     )
     plans = make_plans(names, options)
-    folder = out or REPORT_FOLDER / ("all" if len(plans) > 1 else f"{plans[0].name}-{plans[0].size}")
+    folder = out or REPORT_FOLDER / ("all" if len(plans) > 1 else plans[0].name)
     for plan in plans:
         _show_plan(plan, console)
     if dry_run:
