@@ -57,7 +57,7 @@ def candidates(kernel: str, group: int) -> list[GemmConfig]:
             (128, 128, 64, 4, 3),
             (64, 256, 64, 4, 3),
         ]
-        return [G(*t, programs_per_sm=p) for t in tiles for p in ((1, 2) if t[3] == 4 else (1,))]
+        return [G(*t) for t in tiles]
     if group == 256:
         two = [(n // 2, k, w, s) for n, k, w, s in two if w == 8]
     out = []
@@ -90,8 +90,8 @@ def problem(shape: LayerShape, group: int) -> dict[str, Callable[[bool], torch.T
         "down": lambda p: steps.down(a, down, plan, p),
         "dgrad": lambda p: steps.dgrad(dz, gate_up, plan, p),
         "dgrad (dA0)": lambda p: steps.dgrad(dout_rows, down, plan, p),
-        "wgrad": lambda p: steps.wgrad(dz, x_rows, plan, p),
-        "wgrad (dW2)": lambda p: steps.wgrad(dout_rows, wa, plan, p),
+        "wgrad": lambda _: steps.wgrad(dz, x_rows, plan),
+        "wgrad (dW2)": lambda _: steps.wgrad(dout_rows, wa, plan),
     }
 
 
@@ -101,7 +101,7 @@ def runs(group: int) -> list[tuple[str, GemmConfig, bool]]:
         (kernel, config, persistent)
         for kernel in CALLS
         for config in candidates(kernel.split()[0], group)
-        for persistent in ((True, False) if config.programs_per_sm == 1 and not config.flatten else (True,))
+        for persistent in ((True, False) if config.programs_per_sm == 1 else (True,))
     ]
 
 

@@ -195,12 +195,12 @@ def experts_backward(
     da = steps.dgrad(dout_rows, down, plan, persistent)
     dz, wa, dw = steps.dact(da, z, topk_weights, plan, activation)
     if need_down:
-        ddown = steps.wgrad(dout_rows, wa, plan, persistent)
+        ddown = steps.wgrad(dout_rows, wa, plan)
     del dout_rows, da, wa  # their memory serves dXr and the gathered X
     if need_x:
         dx = steps.combine_grad(steps.dgrad(dz, gate_up, plan, persistent), plan)
     if need_gate_up:
-        dgate_up = steps.wgrad(dz, steps.gather(x, plan), plan, persistent)
+        dgate_up = steps.wgrad(dz, steps.gather(x, plan), plan)
     return dx, dw if need_weights else x.new_empty(0), dgate_up, ddown
 
 

@@ -127,7 +127,7 @@ def dact(
     return dz.to(da.dtype), (w * a).to(da.dtype), dw
 
 
-def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
+def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     """Steps 5 and 8: dW[e] = left[rows of e]^T right[rows of e]: (R, M), (R, N) -> (E, M, N)."""
     dw = left.new_zeros(plan.experts, left.shape[1], right.shape[1])
     for expert, rows in _experts(plan):

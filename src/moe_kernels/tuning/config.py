@@ -7,23 +7,12 @@ holds the measurements they come from.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from moe_kernels.backends import device_capability
-
-# Shared memory that one program may use, in bytes, by compute capability (CUDA programming guide, table of limits).
-SHARED_MEMORY = {
-    (8, 0): 163 * 1024,
-    (8, 6): 99 * 1024,
-    (8, 9): 99 * 1024,
-    (9, 0): 227 * 1024,
-    (10, 0): 227 * 1024,
-}
-_DEFAULT_SHARED_MEMORY = 99 * 1024
 
 
 @dataclass(frozen=True)
@@ -34,7 +23,7 @@ class GemmConfig:
         block_m, block_n, block_k: tile sizes; for row-tiled kernels block_m is the group size.
         num_warps, num_stages: Triton's launch options.
         group_m: row tiles that walk all columns together, for L2 reuse of the weights.
-        flatten: fuse the persistent loop and the K loop, so that loads of the next tile start early.
+        flatten: fuse the loop over tiles and the K loop, so that loads of the next tile start early.
         programs_per_sm: size of the persistent grid, in programs per multiprocessor.
     """
 
@@ -50,21 +39,19 @@ class GemmConfig:
 
 ROW_TILED = ("up", "down", "dgrad")
 KERNELS = (*ROW_TILED, "wgrad")
-# Below this many columns of the inner dimension a tile's K loop is too short to hide its start, so the next tile's
-# loads are started early ("flatten"), which costs longer loops 10%.
-SHORT_INNER = 1024
 
+# Measured on an H200 with torch 2.11 and triton 3.6, 2026-11-23: benchmarks/results/h200-tiles.json.
 _HOPPER = {
-    ("up", 64): GemmConfig(64, 128, 64, 4, 3),
+    ("up", 64): GemmConfig(64, 128, 64, 8, 4),
     ("up", 128): GemmConfig(128, 128, 64, 8, 3),
     ("up", 256): GemmConfig(256, 64, 64, 8, 3),
-    ("down", 64): GemmConfig(64, 256, 64, 4, 3),
-    ("down", 128): GemmConfig(128, 256, 64, 8, 3),
-    ("down", 256): GemmConfig(256, 128, 64, 8, 3),
-    ("dgrad", 64): GemmConfig(64, 256, 64, 4, 3),
-    ("dgrad", 128): GemmConfig(128, 256, 64, 8, 3),
-    ("dgrad", 256): GemmConfig(256, 128, 64, 8, 3),
-    ("wgrad", None): GemmConfig(128, 256, 64, 8, 3),
+    ("down", 64): GemmConfig(64, 256, 64, 8, 4, flatten=True),
+    ("down", 128): GemmConfig(128, 256, 64, 8, 4, flatten=True),
+    ("down", 256): GemmConfig(256, 128, 64, 8, 4, flatten=True),
+    ("dgrad", 64): GemmConfig(64, 256, 64, 8, 4),
+    ("dgrad", 128): GemmConfig(128, 256, 64, 8, 4, flatten=True),
+    ("dgrad", 256): GemmConfig(256, 128, 64, 8, 3, flatten=True),
+    ("wgrad", None): GemmConfig(128, 128, 64, 4, 3),
 }
 # Pointer loads: Ampere and Ada, and everywhere matrices whose rows are not multiples of 16 bytes.
 _POINTER = {
@@ -111,20 +98,16 @@ def use_config(kernel: str, config: GemmConfig) -> Iterator[None]:
 
 
 def select_config(
-    kernel: str, device: torch.device, dtype: torch.dtype, group_size: int | None, tma: bool, inner: int | None = None
+    kernel: str, device: torch.device, dtype: torch.dtype, group_size: int | None, tma: bool
 ) -> GemmConfig:
-    """The tile that ``kernel`` uses.
+    """The tile that ``kernel``, one of :data:`KERNELS`, uses.
 
     Args:
-        kernel: one of :data:`KERNELS`.
+        kernel: name of the kernel.
         device, dtype: of the weights.
         group_size: rows per tile; None for wgrad.
         tma: loads by tensor-memory copies.
-        inner: columns of the inner dimension, where the choice depends on it.
     """
     if kernel in _overrides:
         return _overrides[kernel]
-    config = table(device_capability(device), dtype, tma)[kernel, group_size]
-    if tma and inner is not None and inner < SHORT_INNER:
-        config = dataclasses.replace(config, flatten=True)
-    return config
+    return table(device_capability(device), dtype, tma)[kernel, group_size]

@@ -2,7 +2,8 @@
 
 One program owns a tile of one expert's gradient and walks that expert's rows, so nothing is accumulated across
 programs. Experts without rows get exact zeros. Whole blocks of rows need no row mask; the last, partial block is a
-second step with masks, so that rows of the next expert (or its NaNs) never enter.
+second step with masks, so that rows of the next expert (or its NaNs) never enter. The grid has one program per tile
+whatever ``persistent`` says: two small programs share a multiprocessor, and one stores while the other multiplies.
 """
 
 import torch
@@ -66,7 +67,7 @@ def wgrad_kernel(
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(cols_m < M)[:, None] & (cols_n < N)[None, :])
 
 
-def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
+def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     """left (R, M) and right (R, N), sorted by expert -> (E, M, N)."""
     m, n = left.shape[1], right.shape[1]
     out = left.new_empty(plan.experts, m, n)
@@ -76,7 +77,7 @@ def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, persistent
         wgrad_kernel,
         config,
         plan.experts * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
-        persistent,
+        False,
         (
             descriptor(left, config.block_k, config.block_m) if tma else left,
             descriptor(right, config.block_k, config.block_n) if tma else right,
