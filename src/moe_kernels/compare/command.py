@@ -112,7 +112,7 @@ def compare(
     plans = make_plans(names, options)
     folder = out or REPORT_FOLDER / ("all" if len(plans) > 1 else plans[0].name)
     for plan in plans:
-        _show_plan(plan, console)
+        _show_plan(plan, dry_run, console)
     if dry_run:
         return
     machine = Machine(
@@ -179,6 +179,12 @@ def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Com
     with Display(*columns, console=console) as display:
         for run in plan.runs:
             comparison.runs.append(_run(plan, run, machine, fresh, display))
+            if not console.is_terminal:
+                # Nobody sees the live display in a log file.
+                result = comparison.runs[-1]
+                console.print(
+                    f"{plan.name} {run.run_id}: {result.status}, {result.ended_at - result.started_at:.0f} s"
+                )
         task = display.add_task(f"{plan.name} expert layer", total=1, note="starting")
         comparison.experts = measure_experts(plan, machine, fresh, lambda line: display.update(task, note=line[:60]))
         display.update(task, completed=1, note=comparison.experts["error"] or "measured")
@@ -226,10 +232,12 @@ def _finish(comparisons: list[Comparison], folder: Path, strict: bool, console: 
     return 0 if sound and not (strict and contradicted) else CHECK_FAILED
 
 
-def _show_plan(plan: Plan, console: Console) -> None:
+def _show_plan(plan: Plan, details: bool, console: Console) -> None:
     console.print(f"[bold]{plan.name}[/bold] ({plan.size}), {plan.warmup_steps} warm-up steps, in this order:")
     for run in plan.runs:
         console.print(f"  {run.run_id}: {run.source}, {run.steps} steps", soft_wrap=True)
+    if not details:
+        return
     console.print("  what differs between the two files:")
     console.print(_indented(plan.yaml_diff), markup=False, soft_wrap=True)
     console.print("  what is changed in both for this comparison:")

@@ -267,6 +267,9 @@ def training_table(analysis: Analysis) -> Table:
             continue
         cells = [NONE if value is None else form(value) for value in values]
         rows.append((name, *cells, _change(values[0], values[1]) if change else ""))
+    notes = {run.role: run.samples.note for run in analysis.comparison.runs if run.samples.note}
+    if analysis.on_gpu and notes:
+        rows.append(("note of the GPU sampling", *(notes.get(role, NONE) for role in roles), ""))
     return Table("Training", ("", *(COLUMNS[role] for role in roles), "change"), tuple(rows))
 
 
