@@ -214,7 +214,11 @@ def test_wrong_files_are_named() -> None:
         make_plan(options=Options(warmup_steps=10))
     Path("c.yml").write_text(yaml.safe_dump({key: value for key, value in BASE.items() if key != "max_steps"}))
     with pytest.raises(UsageError, match="sets no max_steps"):
-        plan_files(Path("c.yml"), Path("c.yml"), Options())
+        plan_files(Path("c.yml"), Path("b.yml"), Options())
+    with pytest.raises(UsageError, match=r"b\.yml already trains with moe-kernels"):
+        plan_files(Path("b.yml"), Path("a.yml"), Options())
+    with pytest.raises(UsageError, match=r"a\.yml does not use moe-kernels"):
+        plan_files(Path("a.yml"), Path("a.yml"), Options())
 
 
 def test_the_log_is_followed_in_pieces() -> None:

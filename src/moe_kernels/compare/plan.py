@@ -101,7 +101,17 @@ def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] |
 
 
 def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
-    """The comparison of two YAML files of the user's own."""
+    """The comparison of two YAML files of the user's own.
+
+    Raises:
+        UsageError: the first uses our kernels already, or the second does not.
+    """
+    if _uses_kernels(load_yaml(baseline)):
+        raise UsageError(f"{baseline} already trains with moe-kernels. Name the run file without it first.")
+    if not _uses_kernels(load_yaml(optimized)):
+        raise UsageError(
+            f"{optimized} does not use moe-kernels. Add moe_kernels: true and the plugin, as in {CONFIG_FOLDER}."
+        )
     name = f"{baseline.stem}-vs-{optimized.stem}"
     return _plan(name, (baseline, optimized), options, {}, None, "own", None)
 
@@ -172,7 +182,7 @@ def _plan(
             overrides["experts_implementation"] = "eager"
         overrides = {key: value for key, value in overrides.items() if configs[role].get(key) != value}
         config = {**configs[role], **overrides}
-        runs.append(RunSpec(run_id, role, sources[role], overrides, config, folder, bool(config.get("moe_kernels"))))
+        runs.append(RunSpec(run_id, role, sources[role], overrides, config, folder, _uses_kernels(config)))
     for run in runs:
         _check_steps(run, options.warmup_steps)
     return Plan(
@@ -195,6 +205,10 @@ def tokens_per_micro_batch(config: Config) -> int:
 def calls_per_step(config: Config) -> int:
     """Micro-batches in one optimizer step."""
     return int(config.get("gradient_accumulation_steps") or 1)
+
+
+def _uses_kernels(config: Config) -> bool:
+    return bool(config.get("moe_kernels")) or config.get("experts_implementation") == "moe_kernels"
 
 
 def _order(options: Options) -> list[tuple[str, int]]:
