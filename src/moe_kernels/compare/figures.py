@@ -166,7 +166,7 @@ def _memory(analysis: Analysis) -> Plot | None:
         (name, row.get("saved_mb"), LAYER_COLOURS.get(name, COLOURS[EAGER])) for name, row in analysis.layer.items()
     ]
     layer = [(name, float(mb), colour) for name, mb, colour in saved if mb]
-    named = ((training, "training, peak, GiB"), (layer, "one layer, saved for backward, MiB"))
+    named = ((training, "training, peak, GiB"), (layer, "saved by a layer, MiB"))
     groups = [(rows, title) for rows, title in named if rows]
     if not groups:
         return None

@@ -199,7 +199,8 @@ def summary_table(analyses: Sequence[Analysis]) -> Table:
     """One column a comparison: baseline, then moe-kernels."""
     names = tuple(analysis.comparison.name for analysis in analyses)
     columns = [_summary(analysis) for analysis in analyses]
-    return Table("Summary", ("", *names), tuple((what, *(column[what] for column in columns)) for what in columns[0]))
+    rows = [(what, *(column[what] for column in columns)) for what in columns[0]]
+    return Table("Summary", ("", *names), tuple(row for row in rows if set(row[1:]) != {NONE}))
 
 
 def _summary(analysis: Analysis) -> dict[str, str]:
@@ -208,8 +209,11 @@ def _summary(analysis: Analysis) -> dict[str, str]:
     shares = [found.fraction if (found := analysis.shares.get(role)) else None for role in (BASELINE, OPTIMIZED)]
     utilisation = _utilisation(before, after)
     limit = analysis.shares[BASELINE].limit if BASELINE in analysis.shares else None
+    eager = _median(analysis.sides[EAGER].step_ms) if EAGER in analysis.sides else None
+    ours = _median(after.step_ms) if analysis.speedup else None
     return {
         "training step, faster by": _times(analysis.speedup),
+        "training step, against eager": _times(eager / ours if eager and ours else None),
         "training step": _arrow(_median(before.step_ms), _median(after.step_ms), _ms),
         "tokens/s": _arrow(_median(before.tokens_per_s), _median(after.tokens_per_s), "{:,.0f}".format),
         "most that any expert kernel could bring": _times(limit),
@@ -270,7 +274,7 @@ def training_table(analysis: Analysis) -> Table:
     notes = {run.role: run.samples.note for run in analysis.comparison.runs if run.samples.note}
     if analysis.on_gpu and notes:
         rows.append(("note of the GPU sampling", *(notes.get(role, NONE) for role in roles), ""))
-    return Table("Training", ("", *(COLUMNS[role] for role in roles), "change"), tuple(rows))
+    return Table("Training", ("", *(COLUMNS[role] for role in roles), "against baseline"), tuple(rows))
 
 
 def layer_table(analysis: Analysis) -> Table:
