@@ -135,10 +135,11 @@ def test_pair(family: str, folder: Path) -> None:
     ) in optimized.log
     assert optimized.log.count("dispatched in step") == 1
 
-    # The same arithmetic in float32 in another order of summation.
+    # The same float32 arithmetic in another order of summation: within two units in the last place of a loss
+    # near 8 at first. Scaling the experts' output by 0.98 moves these losses by 1e-4.
     differences = [abs(a - b) for a, b in zip(baseline.losses, optimized.losses, strict=True)]
-    assert max(differences) < 1e-4, differences
-    assert differences[0] < 1e-5, differences
+    assert differences[0] < 2e-6, differences
+    assert max(differences) < 2e-5, differences
 
 
 def test_the_saved_model_names_no_kernels(folder: Path) -> None:
