@@ -35,6 +35,28 @@ def test_a_truncated_file_keeps_what_came_before(tmp_path: Path, cut: int) -> No
     assert len(run.history) < len(ROWS)
 
 
+def test_no_cut_gives_half_a_row(tmp_path: Path) -> None:
+    whole = run_file("p", "n", ROWS[:3])
+    path = tmp_path / "run-abc123.wandb"
+    for cut in range(len(whole) - 150, len(whole)):
+        path.write_bytes(whole[:cut])
+        found = read_run(path).history
+        assert found == ROWS[: len(found)], cut
+
+
+@pytest.mark.parametrize("left", range(10))
+def test_the_end_of_a_block_is_skipped_where_no_fragment_fits(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "run-abc123.wandb"
+    # The first row is as long as it takes for its record to end `left` bytes before the end of the block.
+    length = 32768 - left - len(run_file("p", "n", [{"a": "x" * 20000}])) + 20000
+    rows = [{"a": "x" * length}, {"a": 1.0}]
+    assert len(run_file("p", "n", rows[:1])) == 32768 - left
+    path.write_bytes(run_file("p", "n", rows))
+    run = read_run(path)
+    assert run.history == rows
+    assert not run.truncated
+
+
 def test_a_tail_of_zeros_is_a_truncation(tmp_path: Path) -> None:
     path = tmp_path / "run-abc123.wandb"
     path.write_bytes(run_file("p", "n", ROWS[:3]) + bytes(100))
