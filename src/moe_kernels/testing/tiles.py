@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 from unittest import mock
 
-from moe_kernels.tuning.config import GemmConfig
+from moe_kernels.tuning.config import KERNELS, GemmConfig, use_config
 
 SMALL = GemmConfig(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2, group_m=2)
 
 
 @contextmanager
 def use_small_tiles(config: GemmConfig = SMALL) -> Iterator[None]:
-    """Inside the block every group size is ``config.block_m`` and every kernel uses ``config``."""
-
-    def select(*_: Any) -> GemmConfig:
-        return config
-
+    """Inside the block every group size is ``config.block_m`` and every GEMM uses ``config``."""
     with ExitStack() as stack:
-        for name in ("up", "dact", "grouped_gemm", "wgrad"):
-            module = importlib.import_module(f"moe_kernels.kernels.triton.{name}")
-            stack.enter_context(mock.patch.object(module, "select_config", select))
+        for kernel in KERNELS:
+            stack.enter_context(use_config(kernel, config))
         stack.enter_context(mock.patch("moe_kernels.moe.resolve_group_size", lambda *_: config.block_m))
         stack.enter_context(mock.patch("moe_kernels.routing._MIN_GROUP_SIZE", config.block_m))
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ class CompileCase:
         options: num_warps and num_stages.
         uses_dot: the kernel must contain matrix instructions.
         uses_tma: the kernel must contain tensor-memory loads.
+        divisible: integer arguments are multiples of 16, which the launcher tells the compiler.
     """
 
     name: str
@@ -48,6 +50,7 @@ class CompileCase:
     options: dict[str, int]
     uses_dot: bool = True
     uses_tma: bool = False
+    divisible: bool = True
 
 
 def _gemm_case(
@@ -72,8 +75,12 @@ def gemm_case(
     tma: bool,
     name: str | None = None,
     aligned: bool = True,
+    divisible: bool = True,
 ) -> CompileCase:
-    """One of ``tuning.config.KERNELS`` with ``config``; ``aligned``: sizes are multiples of the tile."""
+    """One of ``tuning.config.KERNELS`` with ``config``.
+
+    ``aligned``: sizes are multiples of the tile; ``divisible``: they are multiples of 16 at least.
+    """
     t = _TYPES[dtype]
     pointer = f"*{t}"
     m, n, k = config.block_m, config.block_n, config.block_k
@@ -100,21 +107,21 @@ def gemm_case(
         constants = common | {"EVEN_M": aligned, "EVEN_N": aligned}
         case = _gemm_case("", wgrad_kernel, types, constants, config, tma)
     label = name or f"{kernel}-m{m}n{n}k{k}w{config.num_warps}s{config.num_stages}"
-    suffix = f"{t}-{'tma' if tma else 'pointer'}{'' if aligned else '-odd'}"
-    return CompileCase(f"{label}-{suffix}", case.fn, case.types, case.constants, case.options, uses_tma=case.uses_tma)
+    sizes = "" if aligned else "-ragged" if divisible else "-odd"
+    suffix = f"{t}-{'tma' if tma else 'pointer'}{sizes}"
+    return dataclasses.replace(case, name=f"{label}-{suffix}", divisible=divisible)
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     """All shipped configurations for a GPU of ``capability``."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         # 16-bit tensors load by TMA where the GPU has it; rows that are not multiples of 16 bytes never do.
-        paths = [(False, False)]
-        if capability >= (9, 0) and dtype != torch.float32:
-            paths += [(True, True), (True, False)]
-        for tma, aligned in paths:
-            for (kernel, group), config in table(capability, dtype, tma).items():
-                label = kernel if group is None else f"{kernel}-g{group}"
-                yield gemm_case(kernel, config, dtype, tma, label, aligned)
+        tma_too = capability >= (9, 0) and dtype != torch.float32
+        for tma in (False, True) if tma_too else (False,):
+            for aligned, divisible in ((True, True), (False, True), (False, False)):
+                for (kernel, group), config in table(capability, dtype, tma).items():
+                    label = kernel if group is None else f"{kernel}-g{group}"
+                    yield gemm_case(kernel, config, dtype, tma, label, aligned, divisible)
     yield from _small_cases()
 
 

@@ -1,0 +1,94 @@
+"""Every kernel in every shipped configuration, compiled for GPUs that are not here.
+
+The compiler needs kernels that were not imported for the interpreter, so these tests run in a process of their own:
+in the ordinary run one test starts it, ``MOE_KERNELS_AOT=1 pytest tests/aot`` is that process.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+import triton.language as tl
+
+from moe_kernels.testing import aot
+
+AOT = os.environ.get("MOE_KERNELS_AOT") == "1"
+ARCHS = (80, 90, 100)
+
+if not AOT:
+
+    @pytest.mark.slow
+    def test_all_configurations_compile_in_a_process_of_their_own():
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"MOE_KERNELS_AOT": "1"}
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__],
+            env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Simple:
+    name: str
+    fn: object
+    types: dict
+    constants: dict
+    options: dict
+    divisible: bool = True
+
+
+@triton.jit
+def _dot_kernel(a, b, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    grid = at[:, None] * N + at[None, :]
+    tl.store(out + grid, tl.dot(tl.load(a + grid), tl.load(b + grid)))
+
+
+def simple(size, warps):
+    types = {"a": "*bf16", "b": "*bf16", "out": "*fp32"}
+    return Simple(f"dot{size}", _dot_kernel, types, {"N": size}, {"num_warps": warps, "num_stages": 1})
+
+
+if AOT:
+    from moe_kernels.kernels.triton.catalog import compile_cases
+
+    # float16 and bfloat16 differ in the name of one instruction: one group size of float16 stands for all.
+    CASES = [
+        pytest.param(arch, case, id=f"sm{arch}-{case.name}")
+        for arch in ARCHS
+        for case in compile_cases(divmod(arch, 10))
+        if "-fp16-" not in case.name or "-g128-fp16" in case.name
+    ]
+
+    @pytest.mark.parametrize(("arch", "case"), CASES)
+    def test_compiles_within_the_machine(arch, case):
+        resources = aot.compile_case(case, arch)
+        problems = resources.problems(arch)
+        # Sizes that are not multiples of 16 run, exactly, on tiles that were chosen for the others.
+        if not case.divisible:
+            problems = [p for p in problems if not p.startswith("spills")]
+        assert not problems, f"{case.name} on sm_{arch}: {problems}"
+        if case.uses_dot and "fp32" not in case.name:
+            matrix = aot.MATRIX_INSTRUCTION[arch]
+            assert resources.opcodes.get(matrix, 0) > 0, f"no {matrix}: {sorted(resources.opcodes)}"
+        assert (resources.opcodes.get(aot.TMA_LOAD, 0) > 0) == case.uses_tma
+
+    def test_names_are_unique():
+        names = [param.id for param in CASES]
+        assert len(names) == len(set(names))
+
+    @pytest.mark.parametrize("arch", ARCHS)
+    def test_the_matrix_instruction_is_seen(arch):
+        resources = aot.compile_case(simple(64, 4), arch)
+        assert resources.opcodes[aot.MATRIX_INSTRUCTION[arch]] > 0
+        assert resources.problems(arch) == []
+
+    def test_spills_are_seen():
+        resources = aot.compile_case(simple(128, 1), 80)
+        assert resources.stack > 0
+        assert resources.spills > 0
+        assert "spills" in resources.problems(80)[0]
