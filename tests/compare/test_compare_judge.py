@@ -145,6 +145,14 @@ def test_a_failed_and_a_missing_run() -> None:
     assert Analysis(comparison(runs=[])).loss.verdict == NOT_JUDGED
 
 
+def test_a_failed_run_beside_a_good_pair_is_a_failure_all_the_same() -> None:
+    failed = run("eager-1", 300.0, losses=[], status="failed", error="out of memory")
+    analysis = Analysis(comparison(runs=[*comparison().runs, failed]))
+    assert analysis.loss.verdict == CONFIRMED
+    assert analysis.speedup is not None
+    assert not analysis.sound
+
+
 def test_an_implementation_that_is_wrong_is_not_compared() -> None:
     broken = experts()
     broken["measurements"][2] = {"implementation": "moe_kernels", "ok": False, "note": "dx is off by 0.3"}
