@@ -28,9 +28,7 @@ class UnsupportedExperts(ValueError):
     @classmethod
     def of(cls, module: Any, reason: str, name: str = "") -> UnsupportedExperts:
         where = f"{name} ({type(module).__name__})" if name else type(module).__name__
-        return cls(
-            f"{where}: {reason} Train it with experts_implementation: grouped_mm and without moe_kernels."
-        )
+        return cls(f"{where}: {reason} Train it with experts_implementation: grouped_mm and without moe_kernels.")
 
 
 def why_not_module(module: Any) -> str | None:
