@@ -21,7 +21,7 @@ from rich.progress import Progress as Display
 
 from moe_kernels.cli.errors import CHECK_FAILED, CommandError, MissingDependency, UsageError
 from moe_kernels.compare.comparison import Analysis, Comparison, load, save
-from moe_kernels.compare.environment import cpu_name, versions
+from moe_kernels.compare.environment import cpu_name, versions, with_commit
 from moe_kernels.compare.experts_bench import measure_experts
 from moe_kernels.compare.gpu import describe, visible_gpu
 from moe_kernels.compare.plan import Options, Plan, RunSpec, dump_yaml, plan_family, plan_files
@@ -91,6 +91,7 @@ def compare(
         comparisons = [found for target in names for found in load(Path(target))]
         folder = out or REPORT_FOLDER / "-".join(dict.fromkeys(found.name for found in comparisons))
         for comparison in comparisons:
+            comparison.versions = with_commit(comparison.versions)
             save(comparison, folder / f"{comparison.name}.json")
         raise typer.Exit(_finish(comparisons, folder, strict, console))
     if wandb not in ("offline", "online"):

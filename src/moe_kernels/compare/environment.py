@@ -11,6 +11,7 @@ from moe_kernels.bench.environment import commit, installed_version
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "axolotl", "wandb", "numpy")
 COMMIT, SOURCES = "moe-kernels commit", "moe-kernels sources"
+NO_COMMIT = "not a git checkout"
 # What decides how an expert layer runs. The tools around it (this one too) do not.
 KERNEL_SOURCES = ("*.py", "kernels", "ops", "tuning", "integrations")
 
@@ -21,9 +22,17 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: installed_version(package) or "not installed" for package in PACKAGES},
         "moe-kernels": moe_kernels.__version__,
-        COMMIT: commit() or "not a git checkout",
+        COMMIT: commit() or NO_COMMIT,
         SOURCES: source_hash(),
     }
+
+
+def with_commit(measured: dict[str, str]) -> dict[str, str]:
+    """Versions measured outside a git checkout, with this checkout's commit where the sources are the very same."""
+    here = commit()
+    if measured.get(COMMIT) != NO_COMMIT or measured.get(SOURCES) != source_hash() or here is None:
+        return measured
+    return {**measured, COMMIT: f"{here} (by the hash of the sources)"}
 
 
 def source_hash() -> str:

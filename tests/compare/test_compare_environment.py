@@ -1,0 +1,47 @@
+"""What a measurement is stamped with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import moe_kernels
+from moe_kernels.compare import environment
+from moe_kernels.compare.environment import COMMIT, NO_COMMIT, SOURCES, source_hash, versions, with_commit
+
+
+def test_versions_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
+    found = versions()
+    assert found["no-such-package"] == "not installed"
+    assert found["torch"] != "not installed"
+    assert found[SOURCES] == source_hash()
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("moe.py", True), ("kernels/triton/new.py", True), ("tuning/new.json", True), ("compare/new.py", False)],
+)
+def test_the_hash_is_of_the_kernels_not_of_the_tools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, counts: bool
+) -> None:
+    package = tmp_path / "moe_kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(moe_kernels, "__file__", str(package / "__init__.py"))
+    before = source_hash()
+    file = package / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("1")
+    assert (source_hash() != before) is counts
+
+
+def test_a_commit_is_filled_in_only_for_the_same_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "commit", lambda: "abc")
+    same = {COMMIT: NO_COMMIT, SOURCES: source_hash()}
+    assert with_commit(same)[COMMIT] == "abc (by the hash of the sources)"
+    other = {COMMIT: NO_COMMIT, SOURCES: "different"}
+    assert with_commit(other) == other
+    known = {COMMIT: "def", SOURCES: source_hash()}
+    assert with_commit(known) == known
