@@ -72,7 +72,14 @@ def _loss_difference(analysis: Analysis) -> Plot | None:
         return None
     figure, axes = _axes(2.9)
     steps = range(1, len(loss.differences) + 1)
-    axes.axhspan(-loss.largest_tolerance, loss.largest_tolerance, color=INK, alpha=0.07, lw=0, label="tolerance")
+    axes.axhspan(
+        -loss.largest_tolerance,
+        loss.largest_tolerance,
+        color=INK,
+        alpha=0.07,
+        lw=0,
+        label=f"tolerance ±{plain(loss.largest_tolerance)}",
+    )
     axes.axhline(0, color=INK, lw=0.6, alpha=0.5)
     if loss.noise:
         axes.plot(steps, smooth(loss.noise), color=COLOURS[BASELINE], ls="--", lw=1.4, label="baseline again")
