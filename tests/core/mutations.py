@@ -1,0 +1,87 @@
+"""Would the tests notice a bug? Plants bugs in the kernels, one at a time, in a copy, and runs the quick kernel tests.
+
+Run by hand: ``python tests/core/mutations.py`` (about a minute a core per four mutants). Exit code 1 if one survives,
+or if a planted text is not in the source any more.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+KERNELS = "src/moe_kernels/kernels/triton"
+TESTS = ["tests/core/test_kernels.py", "tests/core/test_sanitized.py"]
+QUICK = "not shipped_tiles and not billion and not scheduling and not sanitisers"
+
+# what the bug is, file, text, replacement
+MUTANTS = [
+    ("row mask lets one row too many in", "tile.py", "return expert, row0, rows, rows < row_end", "return expert, row0, rows, rows <= row_end"),
+    ("tile takes the wrong expert's end", "tile.py", "expert_start_ptr + expert + 1)", "expert_start_ptr + expert)"),
+    ("column mask off by one", "tile.py", "(n < col_limit)[None, :])", "(n <= col_limit)[None, :])"),
+    ("K tail of the weights is not masked", "tile.py", "mask=(n < N)[:, None] & (k < K)[None, :], other=0.0", "mask=(n < N)[:, None] & (k < K + 1)[None, :], other=0.0"),
+    ("missing other= in the row loads", "tile.py", "block = tl.load(pointers, mask=(k < K)[None, :], other=0.0)", "block = tl.load(pointers, mask=(k < K)[None, :])"),
+    ("wrong gathered token", "tile.py", "(slot // TOP_K).to(tl.int64)", "(slot // TOP_K * 0 + slot % TOP_K).to(tl.int64)"),
+    ("expert offset in 32 bits", "tile.py", "base = w + expert.to(tl.int64) * N * K", "base = w + expert * N * K"),
+    ("gate and up swapped in the epilogue", "up.py", "gate_value(gate, ACTIVATION) * up", "gate_value(up, ACTIVATION) * gate"),
+    ("up columns read from the gate half", "up.py", "expert, I + n0, k0,", "expert, n0, k0,"),
+    ("last K block lost", "up.py", "for k0 in tl.range(0, H, BLOCK_K)", "for k0 in tl.range(0, H - BLOCK_K + 1, BLOCK_K)"),
+    ("combine forgets the routing weight", "combine.py", "total += weight * values", "total += values"),
+    ("combine adds dropped slots", "combine.py", "mask=col_mask & kept, other=0.0", "mask=col_mask, other=0.0"),
+    ("combine loses the last slot", "combine.py", "tl.static_range(TOP_K)", "tl.static_range(TOP_K - 1)"),
+    ("sign of the activation's derivative", "dact.py", "(da * up * derivative)", "(-da * up * derivative)"),
+    ("derivative without its second term", "../../activation.py", "return value, s + value * (1.0 - s)", "return value, s"),
+    ("dZ without the routing weight", "dact.py", "        da *= weight\n", ""),
+    ("wA without the routing weight", "dact.py", "(weight * a).to(", "(a).to("),
+    ("dw of dropped slots not written", "dact.py", "dw.to(dw_ptr.dtype.element_ty), mask=rows < R)", "dw.to(dw_ptr.dtype.element_ty), mask=routed)"),
+    ("wgrad takes a row of the next expert", "wgrad.py", "rows < end, m0, M, BLOCK_M, EVEN_M, True)", "rows <= end, m0, M, BLOCK_M, EVEN_M, True)"),
+    ("wgrad loses the partial block", "wgrad.py", "if whole_end < end:", "if whole_end > end:"),
+    ("wgrad skips experts without rows", "wgrad.py", "mask=(cols_m < M)[:, None] & (cols_n < N)[None, :])", "mask=(end > start) & (cols_m < M)[:, None] & (cols_n < N)[None, :])"),
+    ("plan is not stable", "plan.py", "rank = tl.cumsum(one_hot, axis=0) - 1 + next_row[None, :]", "rank = tl.sum(one_hot, axis=0)[None, :] - tl.cumsum(one_hot, axis=0) + next_row[None, :]"),
+    ("plan counts negative ids", "plan.py", "valid = (ids >= 0) & (ids < E)", "valid = ids < E"),
+    ("one tile too few", "plan.py", "(total + GROUP_SIZE - 1) // GROUP_SIZE", "(total + GROUP_SIZE - 2) // GROUP_SIZE"),
+    ("last tile of a group walked twice", "tile.py", "size_m = tl.minimum(num_m - first_m, GROUP_M)", "size_m = GROUP_M"),
+]  # fmt: skip
+
+
+def survives(folder: Path, file: str, text: str, replacement: str) -> str | None:
+    """None if a test fails on the mutant, else what went wrong."""
+    path = (folder / KERNELS / file).resolve()
+    source = path.read_text()
+    if text not in source:
+        return "the text to replace is gone: update the mutant"
+    path.write_text(source.replace(text, replacement))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder / "src")}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", QUICK, *TESTS]
+    try:
+        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        path.write_text(source)
+    # 1 is a failed test; a negative code is a crash of the interpreter, which no run would overlook either.
+    return None if result.returncode == 1 or result.returncode < 0 else f"survived (pytest exit code {result.returncode})"
+
+
+def main() -> int:
+    """Run every mutant; print one line each."""
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("src", "tests", "pyproject.toml"):
+            source = ROOT / part
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / part)
+        for title, file, text, replacement in MUTANTS:
+            problem = survives(folder, file, text, replacement)
+            survivors += problem is not None
+            print(f"{'ALIVE' if problem else 'dead '}  {title}{': ' + problem if problem else ''}", flush=True)
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
