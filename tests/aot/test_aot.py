@@ -4,7 +4,6 @@ The compiler needs kernels that were not imported for the interpreter, so these 
 in the ordinary run one test starts it, ``MOE_KERNELS_AOT=1 pytest tests/aot`` is that process.
 """
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -31,16 +30,6 @@ if not AOT:
         assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
-@dataclasses.dataclass(frozen=True)
-class Simple:
-    name: str
-    fn: object
-    types: dict
-    constants: dict
-    options: dict
-    divisible: bool = True
-
-
 @triton.jit
 def _dot_kernel(a, b, out, N: tl.constexpr):
     at = tl.arange(0, N)
@@ -48,13 +37,13 @@ def _dot_kernel(a, b, out, N: tl.constexpr):
     tl.store(out + grid, tl.dot(tl.load(a + grid), tl.load(b + grid)))
 
 
-def simple(size, warps):
-    types = {"a": "*bf16", "b": "*bf16", "out": "*fp32"}
-    return Simple(f"dot{size}", _dot_kernel, types, {"N": size}, {"num_warps": warps, "num_stages": 1})
-
-
 if AOT:
-    from moe_kernels.kernels.triton.catalog import compile_cases
+    from moe_kernels.kernels.triton.catalog import CompileCase, compile_cases
+
+    def simple(size, warps):
+        types = {"a": "*bf16", "b": "*bf16", "out": "*fp32"}
+        options = {"num_warps": warps, "num_stages": 1}
+        return CompileCase(f"dot{size}", _dot_kernel, types, {"N": size}, options)
 
     # float16 and bfloat16 differ in the name of one instruction: one group size of float16 stands for all.
     CASES = [

@@ -65,7 +65,9 @@ def test_sizes_fp32(experts, device, c):
 @pytest.mark.parametrize("persistent", [True, False])
 @pytest.mark.parametrize("group_size", [64, 128, 256, "auto"])
 def test_settings_change_nothing(experts, device, group_size, persistent):
-    c = case(tokens=70, top_k=2, experts=3, hidden=32, intermediate=24, dtype=torch.bfloat16, routing="one_hot_expert")
+    c = case(
+        tokens=70, top_k=2, experts=3, hidden=32, intermediate=24, dtype=torch.bfloat16, routing="one_hot_expert"
+    )
     judge(experts, c, device, group_size=group_size, persistent=persistent)
 
 
@@ -88,7 +90,9 @@ def test_no_tokens(experts, device):
 
 
 def test_float64_gradcheck_on_torch_backend():
-    c = case(tokens=6, hidden=6, intermediate=4, dtype=torch.float64, weights_dtype=torch.float64, routing="sentinels")
+    c = case(
+        tokens=6, hidden=6, intermediate=4, dtype=torch.float64, weights_dtype=torch.float64, routing="sentinels"
+    )
     inputs = make_inputs(c)
     leaves = [getattr(inputs, n).clone().requires_grad_() for n in DIFFERENTIABLE]
 

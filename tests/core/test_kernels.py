@@ -49,7 +49,15 @@ def test_plan_of_hostile_routings(steps, device, name):
 @pytest.mark.parametrize("steps", BACKENDS, ids=lambda b: b.NAME)
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "group_size"),
-    [(0, 2, 4, 64), (1, 1, 1, 64), (130, 1, 1, 64), (129, 2, 3, 128), (300, 2, 2, 256), (200, 8, 64, 64), (9, 3, 257, 64)],
+    [
+        (0, 2, 4, 64),
+        (1, 1, 1, 64),
+        (130, 1, 1, 64),
+        (129, 2, 3, 128),
+        (300, 2, 2, 256),
+        (200, 8, 64, 64),
+        (9, 3, 257, 64),
+    ],
 )
 def test_plan_of_sizes(steps, device, tokens, top_k, experts, group_size):
     ids, _ = make_routing("zipf", tokens, top_k, experts)
@@ -68,7 +76,9 @@ def test_plan_of_several_blocks_a_program(device, monkeypatch, dtype):
 CASES = {
     "aligned": Case(tokens=19, top_k=2, experts=3, hidden=48, intermediate=32, dtype=BF16, routing="one_hot_expert"),
     "ragged": Case(tokens=19, top_k=2, experts=3, hidden=40, intermediate=24, dtype=BF16, routing="sentinels"),
-    "odd": Case(tokens=13, top_k=3, experts=4, hidden=37, intermediate=21, dtype=BF16, routing="empty_first_middle_last"),
+    "odd": Case(
+        tokens=13, top_k=3, experts=4, hidden=37, intermediate=21, dtype=BF16, routing="empty_first_middle_last"
+    ),
 }
 
 

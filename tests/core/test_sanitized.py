@@ -13,6 +13,7 @@ from moe_kernels import torch_backend
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.testing import interpreter
 from moe_kernels.testing.problems import Case, check, make_inputs, run
+from moe_kernels.tuning.config import GemmConfig, use_config
 
 triton_backend = pytest.importorskip("moe_kernels.triton_backend")
 launch = pytest.importorskip("moe_kernels.kernels.triton.launch")
@@ -23,7 +24,7 @@ experts = functools.partial(moe_kernels.fused_experts, backend="triton")
 CASES = {
     "aligned": Case(tokens=17, top_k=2, experts=3, hidden=48, intermediate=32, dtype=BF16, routing="one_hot_expert"),
     "ragged": Case(tokens=17, top_k=2, experts=4, hidden=40, intermediate=24, dtype=BF16, routing="sentinels"),
-    "odd": Case(tokens=11, top_k=3, experts=5, hidden=37, intermediate=21, dtype=BF16, routing="empty_first_middle_last"),
+    "odd": Case(tokens=11, top_k=3, experts=5, hidden=37, intermediate=21, dtype=BF16, routing="one_token_each"),
     "float32": Case(tokens=11, top_k=2, experts=3, hidden=35, intermediate=19, routing="zipf"),
 }  # fmt: skip
 
@@ -93,8 +94,21 @@ def span(*shape, dtype=BF16):
     return t
 
 
+@pytest.fixture(params=["tma", "pointer"])
+def large_tiles(request, monkeypatch):
+    """Few programs, and both ways to load: only pointer loads compute offsets themselves."""
+    if request.param == "pointer":
+        for module in ("up", "grouped_gemm"):
+            monkeypatch.setattr(f"moe_kernels.kernels.triton.{module}.tma_fits", lambda *_: False)
+    with use_config("up", LARGE), use_config("down", LARGE), use_config("dgrad", LARGE):
+        yield
+
+
+LARGE = GemmConfig(block_m=64, block_n=256, block_k=256, num_warps=4, num_stages=2)
+
+
 @pytest.mark.plain_memory
-def test_expert_weights_beyond_two_billion_elements():
+def test_expert_weights_beyond_two_billion_elements(large_tiles):
     e, i, h = 520, 1024, 2048
     weight, x = span(e, 2 * i, h), torch.ones(5, h, dtype=BF16)
     weight[-1] = 2.0**-11
@@ -107,7 +121,7 @@ def test_expert_weights_beyond_two_billion_elements():
 
 
 @pytest.mark.plain_memory
-def test_rows_beyond_two_billion_elements():
+def test_rows_beyond_two_billion_elements(large_tiles):
     i, h = 1040, 16
     rows = 2**20 + 64
     plan = last_tile_plan(rows, expert=1, experts_=2)

@@ -1,1 +1,1 @@
-"""What the project's own tests stand on, importable by users: truth, tolerances, hostile routings, the interpreter layer."""
+"""What the project's own tests stand on, importable by users: truth, tolerances, routings, interpreter, compiler."""

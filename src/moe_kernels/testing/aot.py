@@ -16,11 +16,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+if TYPE_CHECKING:
+    from moe_kernels.kernels.triton.catalog import CompileCase
 
 #: Dynamic shared memory one program may use, in bytes, by architecture (CUDA programming guide, table of limits).
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -29,17 +32,6 @@ MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC
 TMA_LOAD = "UTMALDG"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
-
-
-class Case(Protocol):
-    """What to compile: see :class:`moe_kernels.kernels.triton.catalog.CompileCase`."""
-
-    name: str
-    fn: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, int]
-    divisible: bool
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ def _run(tool: str, *args: str) -> str:
     return subprocess.run([str(_TOOLS / tool), *args], capture_output=True, text=True, check=True).stdout
 
 
-def _attributes(case: Case) -> dict[tuple[int, ...], list[list[Any]]]:
+def _attributes(case: CompileCase) -> dict[tuple[int, ...], list[list[Any]]]:
     """What the launcher would tell the compiler: pointers, and divisible sizes, are multiples of 16."""
     plain = set(getattr(case.fn, "do_not_specialize", None) or ())
     names = list(inspect.signature(case.fn.fn).parameters)
@@ -89,7 +81,7 @@ def _attributes(case: Case) -> dict[tuple[int, ...], list[list[Any]]]:
     }
 
 
-def compile_case(case: Case, arch: int) -> Resources:
+def compile_case(case: CompileCase, arch: int) -> Resources:
     """Compile ``case`` for sm_<arch> and read the cubin.
 
     Args:
@@ -124,7 +116,7 @@ def compile_case(case: Case, arch: int) -> Resources:
     )
 
 
-def compile_all(arch: int) -> Iterator[tuple[Case, Resources]]:
+def compile_all(arch: int) -> Iterator[tuple[CompileCase, Resources]]:
     """Every shipped configuration for sm_<arch>."""
     from moe_kernels.kernels.triton.catalog import compile_cases
 
@@ -134,13 +126,13 @@ def compile_all(arch: int) -> Iterator[tuple[Case, Resources]]:
 
 def main() -> None:
     """Print the table for the architectures given as arguments (default 90)."""
-    print(f"{'kernel':44} {'sm':>4} {'regs':>5} {'stack':>6} {'spills':>6} {'shared':>8} {'matrix':>7} {'tma':>4} {'s':>5}")
+    print(f"{'kernel':44}   sm  regs  stack spills   shared  matrix  tma     s")
     for arch in [int(a) for a in sys.argv[1:]] or [90]:
         for case, r in compile_all(arch):
             matrix = sum(r.opcodes.get(op, 0) for op in set(MATRIX_INSTRUCTION.values()))
-            tma = r.opcodes.get(TMA_LOAD, 0)
-            line = f"{case.name:44} {arch:4} {r.registers:5} {r.stack:6} {r.spills:6} {r.shared:8} {matrix:7} {tma:4} "
-            print(line + f"{r.seconds:5.1f}  {'; '.join(r.problems(arch))}", flush=True)
+            numbers = f"{arch:4} {r.registers:5} {r.stack:6} {r.spills:6} {r.shared:8} {matrix:7}"
+            numbers += f" {r.opcodes.get(TMA_LOAD, 0):4} {r.seconds:5.1f}"
+            print(f"{case.name:44} {numbers}  {'; '.join(r.problems(arch))}", flush=True)
 
 
 if __name__ == "__main__":

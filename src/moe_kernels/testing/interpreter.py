@@ -71,7 +71,9 @@ def _cast(self: Any, source: Any, target: Any) -> TensorHandle:
         return TensorHandle(_convert(source.data, s, t), t)
     if tl.bfloat16 in (s, t):  # to or from integers
         data = _widen(source) if s == tl.bfloat16 else source.data.astype(np.float32)
-        return TensorHandle(_convert(data, tl.float32, t) if t == tl.bfloat16 else data.astype(interp._get_np_dtype(t)), t)
+        return TensorHandle(
+            _convert(data, tl.float32, t) if t == tl.bfloat16 else data.astype(interp._get_np_dtype(t)), t
+        )
     return _stock["cast_impl"](self, source, target)
 
 
@@ -217,12 +219,14 @@ def _span_of(pointers: TensorHandle, addresses: np.ndarray) -> _Span | None:
 def _memcheck(pointers: TensorHandle, addresses: np.ndarray, size: int, kind: str) -> None:
     span = _span_of(pointers, addresses)
     if span is None:
-        raise Finding(f"{kind} through a pointer that belongs to no argument, program {interp.interpreter_builder.grid_idx}")
+        raise Finding(
+            f"{kind} through a pointer that belongs to no argument, program {interp.interpreter_builder.grid_idx}"
+        )
     outside = (addresses < span.low) | (addresses + size > span.high)
     if outside.any():
         raise Finding(
-            f"out-of-bounds {kind}: {int(outside.sum())} lanes, first {int(addresses[outside][0]) - span.low:+d} bytes "
-            f"from the start of {span.name!r} ({span.high - span.low} bytes), "
+            f"out-of-bounds {kind}: {int(outside.sum())} lanes, first {int(addresses[outside][0]) - span.low:+d} "
+            f"bytes from the start of {span.name!r} ({span.high - span.low} bytes), "
             f"program {interp.interpreter_builder.grid_idx}"
         )
 
@@ -237,7 +241,9 @@ def _race_on_load(builder: Any, span: _Span, at: np.ndarray) -> None:
     program = _program(builder)
     other = (writer[at] != -1) & (writer[at] != program)
     if other.any():
-        raise Finding(f"race: program {program} loads {span.name!r}+{at[other][0]}, which program {writer[at[other][0]]} stored")
+        raise Finding(
+            f"race: program {program} loads {span.name!r}+{at[other][0]}, which program {writer[at[other][0]]} stored"
+        )
     seen = reader[at]
     reader[at] = np.where((seen == -1) | (seen == program), program, _MANY_READERS)
 
@@ -248,11 +254,16 @@ def _race_on_store(builder: Any, span: _Span, at: np.ndarray, values: np.ndarray
     for what, last in (("stored", writer), ("loaded", reader)):
         other = (last[at] != -1) & (last[at] != program)
         if other.any():
-            raise Finding(f"race: program {program} stores {span.name!r}+{at[other][0]}, which program {last[at[other][0]]} {what}")
+            raise Finding(
+                f"race: program {program} stores {span.name!r}+{at[other][0]}, "
+                f"which program {last[at[other][0]]} {what}"
+            )
     order = np.argsort(at, kind="stable")
     twice = np.flatnonzero(np.diff(at[order]) == 0)
     if twice.size and (values[order[twice]] != values[order[twice + 1]]).any():
-        raise Finding(f"race: two lanes of program {program} store different values to {span.name!r}+{at[order[twice[0]]]}")
+        raise Finding(
+            f"race: two lanes of program {program} store different values to {span.name!r}+{at[order[twice[0]]]}"
+        )
     writer[at] = program
 
 
@@ -321,7 +332,14 @@ _stock_implicit_convert = interp._implicit_cvt
 _stock_descriptor_pointers = interp.TensorDescHandle.materialize_pointers
 _stock: dict[str, Callable[..., Any]] = {
     name: getattr(InterpreterBuilder, name)
-    for name in ("cast_impl", "binary_op", "unary_op", "create_masked_load", "create_masked_store", "create_atomic_rmw")
+    for name in (
+        "cast_impl",
+        "binary_op",
+        "unary_op",
+        "create_masked_load",
+        "create_masked_store",
+        "create_atomic_rmw",
+    )
 }
 _POINTER_METHODS = ("create_addptr", "create_splat", "create_broadcast", "create_expand_dims", "create_reshape",
                     "create_trans", "create_select", "create_bitcast")  # fmt: skip

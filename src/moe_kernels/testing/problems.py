@@ -1,7 +1,8 @@
-"""One expert-layer problem with its truth: build it, run any implementation on it, judge every output and gradient."""
+"""One expert-layer problem with its truth: build it, run an implementation, judge every output and gradient."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -87,13 +88,13 @@ def run(
 
 def truth(inputs: Inputs, activation: str = "silu") -> dict[str, Tensor]:
     """Output and every gradient in float64, from the rounded inputs."""
-    results = run(lambda *a: reference_experts(*a, activation=activation), inputs.to(torch.float64))
+    results = run(functools.partial(reference_experts, activation=activation), inputs.to(torch.float64))
     return {name: value for name, value in results.items() if value is not None}
 
 
 def eager(inputs: Inputs, activation: str = "silu") -> dict[str, Tensor]:
     """Output and every gradient by plain PyTorch in the inputs' own dtype: the yardstick of accuracy."""
-    results = run(lambda *a: reference_experts(*a, activation=activation), inputs)
+    results = run(functools.partial(reference_experts, activation=activation), inputs)
     return {name: value for name, value in results.items() if value is not None}
 
 

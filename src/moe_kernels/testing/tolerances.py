@@ -123,7 +123,7 @@ def assert_close_to_truth(
         if truth.numel():
             at = torch.zeros_like(truth_fp64)
             at[finite] = (ours - truth).abs()
-            index = tuple(i.item() for i in torch.unravel_index(at.argmax(), at.shape))
+            index = tuple(int(i) for i in torch.unravel_index(at.argmax(), at.shape))
             place = f"; worst at {index}: {actual[index].item():.6g}, truth {truth_fp64[index].item():.6g}"
         raise AssertionError(f"{name} ({dtype}): " + ", ".join(complaints) + place)
     return Closeness(
