@@ -69,7 +69,7 @@ def fused_experts(
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or topk_weights.requires_grad or gate_up.requires_grad or down.requires_grad
     )
-    args = (
+    args: tuple[Any, ...] = (
         x.to(dtype).contiguous(),
         topk_ids.contiguous(),
         topk_weights.contiguous(),
@@ -79,13 +79,14 @@ def fused_experts(
         AUTO_GROUP_SIZE if group_size == "auto" else group_size,
         persistent,
         backend,
+        needs_grad,
     )
     if torch.compiler.is_compiling():
-        out = torch.ops.moe_kernels.experts_forward(*args, needs_grad)[0]
+        out = torch.ops.moe_kernels.experts_forward(*args)[0]
     elif needs_grad:
         out = _Experts.apply(*args)
     else:
-        out = _forward_steps(*args, False)[0]
+        out = _forward_steps(*args)[0]
     return out.to(x.dtype)
 
 
@@ -227,20 +228,20 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], z: torch.Tensor, packed_plan: torch.Tensor) -> None:
-    x, _, topk_weights, gate_up, down, *ctx.settings = inputs[:9]
+    x, _, topk_weights, gate_up, down, *ctx.settings, _save_z = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, topk_weights, gate_up, down, z, packed_plan)
 
 
 def _grads(ctx: Any, dout: torch.Tensor | None, steps: Any) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of the first nine inputs; ``steps`` is the backward, as a function or as an op."""
+    """Gradients of the inputs; ``steps`` is the backward, as a function or as an op."""
     if dout is None:
-        return (None,) * 9
+        return (None,) * 10
     x_needed, _, *rest = ctx.needs_input_grad[:5]
     needs = [x_needed, *rest]
     grads = steps(dout, *ctx.saved_tensors, *ctx.settings, needs)
     dx, dw, dgate_up, ddown = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return dx, None, dw, dgate_up, ddown, None, None, None, None
+    return dx, None, dw, dgate_up, ddown, None, None, None, None, None
 
 
 class _Experts(torch.autograd.Function):
@@ -248,7 +249,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        out, z, packed_plan = _forward_steps(*inputs, True)
+        out, z, packed_plan = _forward_steps(*inputs)
         _save(ctx, inputs, z, packed_plan)
         return out
 
@@ -264,7 +265,7 @@ experts_forward.register_fake(_forward_fake)
 experts_backward = torch.library.custom_op("moe_kernels::experts_backward", _backward_steps, mutates_args=())
 experts_backward.register_fake(_backward_fake)
 experts_forward.register_autograd(
-    lambda ctx, dout, *_: (*_grads(ctx, dout, torch.ops.moe_kernels.experts_backward), None),
+    lambda ctx, dout, *_: _grads(ctx, dout, torch.ops.moe_kernels.experts_backward),
     setup_context=lambda ctx, inputs, output: _save(ctx, inputs, *output[1:]),
 )
 

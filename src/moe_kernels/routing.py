@@ -91,7 +91,8 @@ class RoutingPlan:
         for n in _field_sizes(tokens * top_k, experts):
             fields.append(packed[offset : offset + n])
             offset += _aligned(n)
-        return cls(packed, *fields, top_k=top_k, group_size=group_size)
+        row_slot, slot_row, expert_start, tile_expert, tile_row, tile_count = fields
+        return cls(packed, row_slot, slot_row, expert_start, tile_expert, tile_row, tile_count, top_k, group_size)
 
     @classmethod
     def empty(cls, tokens: int, top_k: int, experts: int, group_size: int, device: torch.device) -> RoutingPlan:

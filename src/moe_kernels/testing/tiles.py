@@ -8,7 +8,7 @@ from unittest import mock
 
 from moe_kernels.tuning.config import KERNELS, GemmConfig, use_config
 
-SMALL = GemmConfig(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2, group_m=2)
+SMALL = GemmConfig(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=2, group_m=2)
 
 
 @contextmanager

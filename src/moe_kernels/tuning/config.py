@@ -53,7 +53,7 @@ _HOPPER = {
     ("dgrad", 256): GemmConfig(256, 128, 64, 8, 3, flatten=True),
     ("wgrad", None): GemmConfig(128, 128, 64, 4, 3),
 }
-# Pointer loads: Ampere and Ada, and everywhere matrices whose rows are not multiples of 16 bytes.
+# Pointer loads: Ampere and Ada, and everywhere sizes that are not multiples of 16.
 _POINTER = {
     ("up", 64): GemmConfig(64, 64, 32, 4, 3),
     ("up", 128): GemmConfig(128, 64, 32, 8, 3),

@@ -12,7 +12,7 @@ import torch
 from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
-from moe_kernels.kernels.triton.plan import count_kernel, place_kernel
+from moe_kernels.kernels.triton.plan import count_kernel, place_kernel, plan_blocks
 from moe_kernels.kernels.triton.up import up_kernel
 from moe_kernels.kernels.triton.wgrad import wgrad_kernel
 from moe_kernels.tuning.config import GemmConfig, table
@@ -115,27 +115,28 @@ def gemm_case(
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     """All shipped configurations for a GPU of ``capability``."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        # 16-bit tensors load by TMA where the GPU has it; rows that are not multiples of 16 bytes never do.
-        tma_too = capability >= (9, 0) and dtype != torch.float32
-        for tma in (False, True) if tma_too else (False,):
-            for aligned, divisible in ((True, True), (False, True), (False, False)):
-                for (kernel, group), config in table(capability, dtype, tma).items():
-                    label = kernel if group is None else f"{kernel}-g{group}"
-                    yield gemm_case(kernel, config, dtype, tma, label, aligned, divisible)
+        # 16-bit tensors load by TMA where the GPU has it and their sizes are multiples of 16.
+        sizes = [(False, (True, True)), (False, (False, True)), (False, (False, False))]
+        if capability >= (9, 0) and dtype != torch.float32:
+            sizes = [(True, (True, True)), (True, (False, True)), (False, (False, False))]
+        for tma, (aligned, divisible) in sizes:
+            for (kernel, group), config in table(capability, dtype, tma).items():
+                label = kernel if group is None else f"{kernel}-g{group}"
+                yield gemm_case(kernel, config, dtype, tma, label, aligned, divisible)
     yield from _small_cases()
 
 
 def _small_cases() -> Iterator[CompileCase]:
     for experts in (8, 128, 256):
-        block_e = max(16, experts)
-        constants = {"E": experts, "BLOCK_E": block_e, "BLOCK_S": max(16, 4096 // block_e)}
+        constants, num_warps = plan_blocks(experts)
+        options = {"num_warps": num_warps, "num_stages": 3}
         ints = {"R": "i32", "blocks_per_chunk": "i32"}
         yield CompileCase(
             f"count-e{experts}",
             count_kernel,
             {"ids_ptr": "*i64", "counts_ptr": "*i32"} | ints,
             constants,
-            {"num_warps": 4, "num_stages": 3},
+            options,
             uses_dot=False,
         )
         yield CompileCase(
@@ -145,8 +146,8 @@ def _small_cases() -> Iterator[CompileCase]:
             | dict.fromkeys(_PLAN, "*i32")
             | ints
             | {"num_chunks": "i32", "max_tiles": "i32"},
-            constants | {"GROUP_SIZE": 128, "BLOCK_C": 4096 // block_e, "BLOCK_T": 16},
-            {"num_warps": 4, "num_stages": 3},
+            constants | {"GROUP_SIZE": 128, "BLOCK_C": 4096 // constants["BLOCK_E"], "BLOCK_T": 16},
+            options,
             uses_dot=False,
         )
     for weighted in (False, True):

@@ -70,7 +70,7 @@ def _grouped_gemm(
     inner = rows_in.shape[1]
     width = weight.shape[2] if w_is_kn else weight.shape[1]
     out = rows_in.new_empty(plan.rows, width)
-    tma = tma_fits(rows_in, weight)
+    tma = tma_fits(rows_in, weight, out)
     config = select_config(kernel_name, weight.device, rows_in.dtype, plan.group_size, tma)
     block = (config.block_k, config.block_n) if w_is_kn else (config.block_n, config.block_k)
     a = descriptor(rows_in, config.block_m, config.block_k) if tma else rows_in

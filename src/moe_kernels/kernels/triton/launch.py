@@ -31,16 +31,17 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def tma_fits(*tensors: torch.Tensor) -> bool:
-    """True if all tensors can be loaded by tensor-memory copies: Hopper or later, 16-bit, 16-byte aligned rows.
+    """True if a GEMM over these row-major operands loads by tensor-memory copies.
 
-    float32 stays on pointer loads: its exact products run on the ordinary cores, which such copies cannot feed.
+    Hopper or later, 16-bit, rows of a multiple of 16 elements, aligned bases. Other sizes would store element by
+    element, for which the large tiles of this path have no registers left. float32 stays on pointer loads: its exact
+    products run on the ordinary cores, which such copies cannot feed.
     """
     capability = device_capability(tensors[0].device)
     if capability is not None and capability < (9, 0):
         return False
     return all(
-        t.element_size() == 2 and t.numel() > 0 and t.stride(-2) * 2 % 16 == 0 and t.data_ptr() % 16 == 0
-        for t in tensors
+        t.element_size() == 2 and t.numel() > 0 and t.shape[-1] % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors
     )
 
 

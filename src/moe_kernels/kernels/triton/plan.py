@@ -114,26 +114,23 @@ def place_kernel(
         next_dropped += tl.sum(dropped, axis=0)
 
 
+def plan_blocks(experts: int) -> tuple[dict[str, int], int]:
+    """(block sizes that both kernels take, warps): about 4096 one-hot elements a block of slots."""
+    block_e = max(16, triton.next_power_of_2(experts))
+    return {"E": experts, "BLOCK_E": block_e, "BLOCK_S": max(16, 4096 // block_e)}, 4 if block_e < 256 else 8
+
+
 def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int) -> RoutingPlan:
     """Fill a plan from topk_ids (T, K) int32 or int64, contiguous."""
     tokens, top_k = topk_ids.shape
     plan = RoutingPlan.empty(tokens, top_k, experts, group_size, topk_ids.device)
-    block_e = max(16, triton.next_power_of_2(experts))
-    block_s = max(16, 4096 // block_e)
-    blocks = triton.cdiv(plan.rows, block_s)
-    blocks_per_chunk = triton.cdiv(blocks, _MAX_CHUNKS)
-    num_chunks = max(1, triton.cdiv(blocks, max(1, blocks_per_chunk)))
+    blocks, num_warps = plan_blocks(experts)
+    block_e = blocks["BLOCK_E"]
+    num_blocks = triton.cdiv(plan.rows, blocks["BLOCK_S"])
+    blocks_per_chunk = triton.cdiv(num_blocks, _MAX_CHUNKS)
+    num_chunks = max(1, triton.cdiv(num_blocks, max(1, blocks_per_chunk)))
     counts = torch.empty((num_chunks, block_e), dtype=torch.int32, device=topk_ids.device)
-    count_kernel[(num_chunks,)](
-        topk_ids,
-        counts,
-        plan.rows,
-        blocks_per_chunk,
-        E=experts,
-        BLOCK_E=block_e,
-        BLOCK_S=block_s,
-        num_warps=4,
-    )
+    count_kernel[(num_chunks,)](topk_ids, counts, plan.rows, blocks_per_chunk, **blocks, num_warps=num_warps)
     place_kernel[(num_chunks,)](
         topk_ids,
         counts,
@@ -147,12 +144,10 @@ def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int) -> RoutingP
         blocks_per_chunk,
         num_chunks,
         plan.max_tiles,
-        E=experts,
+        **blocks,
         GROUP_SIZE=group_size,
-        BLOCK_E=block_e,
-        BLOCK_S=block_s,
         BLOCK_C=max(1, 4096 // block_e),
         BLOCK_T=16,
-        num_warps=4,
+        num_warps=num_warps,
     )
     return plan

@@ -74,7 +74,7 @@ def up(
     intermediate = two_i // 2
     z = x.new_empty(plan.rows, two_i) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, intermediate)
-    tma = tma_fits(gate_up)
+    tma = tma_fits(gate_up, x, a)
     config = select_config("up", gate_up.device, x.dtype, plan.group_size, tma)
     w = descriptor(gate_up, 1, config.block_n, config.block_k) if tma else gate_up
     launch_tiles(
