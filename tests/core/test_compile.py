@@ -7,7 +7,7 @@ import moe_kernels
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.testing.problems import Case, make_inputs
 
-SMALL = Case(tokens=7, top_k=2, experts=3, hidden=24, intermediate=16, dtype=torch.bfloat16)
+SMALL = Case(tokens=7, top_k=2, experts=3, hidden=32, intermediate=16, dtype=torch.bfloat16)
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -74,8 +74,8 @@ def test_plan_of_several_blocks_a_program(device, monkeypatch, dtype):
 
 # ---------------------------------------------------------------------------------------------- the GEMM steps
 CASES = {
-    "aligned": Case(tokens=19, top_k=2, experts=3, hidden=48, intermediate=32, dtype=BF16, routing="one_hot_expert"),
-    "ragged": Case(tokens=19, top_k=2, experts=3, hidden=40, intermediate=24, dtype=BF16, routing="sentinels"),
+    "aligned": Case(tokens=19, top_k=2, experts=3, hidden=64, intermediate=32, dtype=BF16, routing="one_hot_expert"),
+    "ragged": Case(tokens=19, top_k=2, experts=3, hidden=80, intermediate=48, dtype=BF16, routing="sentinels"),
     "odd": Case(
         tokens=13, top_k=3, experts=4, hidden=37, intermediate=21, dtype=BF16, routing="empty_first_middle_last"
     ),

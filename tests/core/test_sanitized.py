@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="needs Triton'
 BF16 = torch.bfloat16
 experts = functools.partial(moe_kernels.fused_experts, backend="triton")
 CASES = {
-    "aligned": Case(tokens=17, top_k=2, experts=3, hidden=48, intermediate=32, dtype=BF16, routing="one_hot_expert"),
-    "ragged": Case(tokens=17, top_k=2, experts=4, hidden=40, intermediate=24, dtype=BF16, routing="sentinels"),
+    "aligned": Case(tokens=17, top_k=2, experts=3, hidden=64, intermediate=32, dtype=BF16, routing="one_hot_expert"),
+    "ragged": Case(tokens=17, top_k=2, experts=4, hidden=80, intermediate=48, dtype=BF16, routing="sentinels"),
     "odd": Case(tokens=11, top_k=3, experts=5, hidden=37, intermediate=21, dtype=BF16, routing="one_token_each"),
     "float32": Case(tokens=11, top_k=2, experts=3, hidden=35, intermediate=19, routing="zipf"),
 }  # fmt: skip
