@@ -1,10 +1,10 @@
-"""Write the results between the markers of README.md from the JSON files in benchmarks/results/.
+"""Write the results between the markers of README.md and docs/knobs.md from the JSON files in benchmarks/results/.
 
     python benchmarks/make_readme_table.py            rewrite the tables
     python benchmarks/make_readme_table.py --check    exit with 1 if they are out of date
 
-Reads what `moe-kernels compare` and `moe-kernels bench --json` write. Only results from a GPU appear: those from a
-CPU say nothing about speed. Every number in the tables is from a file that the table names.
+README.md shows what `moe-kernels compare` wrote, docs/knobs.md what `moe-kernels bench --json` wrote. Only results
+from a GPU appear: those from a CPU say nothing about speed. Every number is from a file that the table names.
 """
 
 from __future__ import annotations
@@ -12,39 +12,52 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NOTHING = "No result from a GPU is committed yet."
 
 COMPARE_COLUMNS = ("pair", "experts run on", "step ms (p20-p80)", "tokens/s", "peak GiB", "experts' share",
                    "loss curves", "file")  # fmt: skip
-BENCH_COLUMNS = ("layer", "implementation", "forward ms", "forward + backward ms", "of it GPU ms", "of dense",
-                 "launches", "saved MiB", "peak MiB", "error", "file")  # fmt: skip
+LAYER_COLUMNS = ("layer", "implementation", "forward ms", "forward + backward ms", "of it GPU ms", "of dense",
+                 "launches", "saved MiB", "peak MiB", "error")  # fmt: skip
+
+Results = list[tuple[str, dict[str, Any]]]
 
 
-def load_results(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+def load_results(folder: Path) -> Results:
     """(path below ``folder``, content) of every JSON file, sorted by path."""
     files = sorted(folder.rglob("*.json"))
     return [(file.relative_to(folder).as_posix(), json.loads(file.read_text())) for file in files]
 
 
-def render(results: list[tuple[str, dict[str, Any]]]) -> str:
-    """The Markdown between the markers."""
+def trainings(results: Results) -> str:
+    """Tables of the compared trainings and of their expert layers."""
     compares = [(name, data) for name, data in results if _is_compare(data) and data["gpu"]]
-    benches = [(name, data) for name, data in results if data.get("kind") == "bench" and data["environment"]["gpu"]]
+    if not compares:
+        return NOTHING
+    pairs = [row for name, data in compares for row in _compare_rows(name, data)]
+    layers = [row for _, data in compares for row in _layer_rows(data["experts"]["measurements"])]
+    caption = "**One expert layer** of each, measured in the same call (same files), all gradients computed."
+    return "\n\n".join([
+        _compare_caption(compares[-1][1]), _table(COMPARE_COLUMNS, pairs),
+        f"{caption} {LEGEND}", _table(LAYER_COLUMNS, layers),
+    ])  # fmt: skip
+
+
+def layers(results: Results) -> str:
+    """Tables of the benchmarks of one layer, one for each file."""
     parts = []
-    if compares:
-        rows = [row for name, data in compares for row in _compare_rows(name, data)]
-        parts += [_compare_caption(compares[-1][1]), _table(COMPARE_COLUMNS, rows)]
-    if benches:
-        rows = [row for name, data in benches for row in _bench_rows(name, data)]
-        parts += [_bench_caption(benches[-1][1]), _table(BENCH_COLUMNS, rows)]
+    for name, data in results:
+        if data.get("kind") == "bench" and data["environment"]["gpu"]:
+            parts += [_bench_caption(name, data["environment"]), _table(LAYER_COLUMNS, _layer_rows(data["results"]))]
     return "\n\n".join(parts) or NOTHING
+
+
+DOCUMENTS: dict[str, Callable[[Results], str]] = {"README.md": trainings, "docs/knobs.md": layers}
 
 
 def _is_compare(data: dict[str, Any]) -> bool:
@@ -72,25 +85,31 @@ def _compare_rows(name: str, data: dict[str, Any]) -> list[list[str]]:
             f"{step['median']:.1f} ({step['p20']:.1f}-{step['p80']:.1f})" if step else "failed",
             f"{side['tokens_per_s']['median']:,.0f}" if side["tokens_per_s"] else "",
             _number(side["peak_allocated_gib"], ".1f"),
-            f"{100 * share['experts_ms'] / share['step_ms']:.0f}%" if share else "",
+            # The eager loop's time alone and inside a step differ too much to divide one by the other.
+            f"{100 * share['experts_ms'] / share['step_ms']:.0f}%" if share and role != "eager" else "",
             judged["loss"]["verdict"] if role == "optimized" else "",
             f"`{name}`",
         ])  # fmt: skip
     return rows
 
 
-def _bench_caption(data: dict[str, Any]) -> str:
-    machine = data["environment"]
+LEGEND = (
+    "dense: the same GEMMs through torch.mm, the ceiling. launches: forward / forward and backward. Error: the "
+    "largest relative L2 error of output and gradients against float32."
+)
+
+
+def _bench_caption(name: str, machine: dict[str, Any]) -> str:
     return (
-        f"**One expert layer**, every gradient computed, {machine['gpu']}, torch {machine['torch']}, triton "
-        f"{machine['triton']}, transformers {machine['transformers']}, {machine['date'][:10]}. dense: the same GEMMs "
-        "through torch.mm, the ceiling. Error: the largest relative L2 error of output and gradients against float32."
+        f"`benchmarks/results/{name}`: {machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}, "
+        f"transformers {machine['transformers']}, {machine['date'][:10]}; g is the group size, p=1 persistent. "
+        f"{LEGEND}"
     )
 
 
-def _bench_rows(name: str, data: dict[str, Any]) -> list[list[str]]:
+def _layer_rows(measurements: list[dict[str, Any]]) -> list[list[str]]:
     rows = []
-    for result in data["results"]:
+    for result in measurements:
         both = result["forward_backward_ms"]
         launches = result["launches_forward_backward"]
         rows.append([
@@ -104,7 +123,6 @@ def _bench_rows(name: str, data: dict[str, Any]) -> list[list[str]]:
             _number(result["saved_mb"], ".0f"),
             _number(result["peak_mb"], ".0f"),
             _number(max(result["rel_error"].values(), default=None), ".1e"),
-            f"`{name}`",
         ])  # fmt: skip
     return rows
 
@@ -118,30 +136,33 @@ def _table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])
 
 
-def updated(readme: str, results: Path) -> str:
-    """The README with its tables rewritten."""
-    before, _, rest = readme.partition(BEGIN)
+def updated(text: str, tables: str) -> str:
+    """``text`` with what stands between its markers replaced by ``tables``."""
+    before, _, rest = text.partition(BEGIN)
     _, marker, after = rest.partition(END)
     if not marker:
-        raise SystemExit(f"README.md needs the markers {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n{render(load_results(results))}\n{END}{after}"
+        raise SystemExit(f"the markers {BEGIN} and {END} are missing, or not in this order")
+    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
 def main() -> int:
-    """Rewrite the README, or with ``--check`` say whether it is up to date."""
+    """Rewrite the documents, or with ``--check`` say which are out of date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if out of date")
-    parser.add_argument("--readme", type=Path, default=README)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository")
     args = parser.parse_args()
-    old = args.readme.read_text()
-    new = updated(old, args.results)
-    if args.check:
-        if old != new:
-            print("README.md is out of date. Cure: python benchmarks/make_readme_table.py", file=sys.stderr)
-        return int(old != new)
-    args.readme.write_text(new)
-    return 0
+    results = load_results(args.root / "benchmarks" / "results")
+    stale = 0
+    for name, tables in DOCUMENTS.items():
+        document = args.root / name
+        old = document.read_text()
+        new = updated(old, tables(results))
+        if args.check and old != new:
+            print(f"{name} is out of date. Cure: python benchmarks/make_readme_table.py", file=sys.stderr)
+            stale = 1
+        elif old != new:
+            document.write_text(new)
+    return stale
 
 
 if __name__ == "__main__":

@@ -29,6 +29,14 @@ def bench_json(gpu):
     return {"schema": 1, "kind": "bench", "environment": machine, "results": [row.to_json() for row in rows]}
 
 
+def layer_row():
+    nothing = dict.fromkeys(("forward_backward_queued_ms", "dense_fraction", "launches_forward_backward"))
+    return nothing | {
+        "shape": "mixtral-1b", "tokens": 64, "implementation": "moe_kernels", "forward_ms": SPREAD, "note": "",
+        "forward_backward_ms": SPREAD, "launches_forward": None, "saved_mb": 1.0, "peak_mb": 2.0, "rel_error": {},
+    }  # fmt: skip
+
+
 def compare_json(gpu):
     side = {"step_ms": SPREAD, "tokens_per_s": {"median": 163840.0}, "peak_allocated_gib": 28.4}
     return {
@@ -40,6 +48,7 @@ def compare_json(gpu):
             "shares": {"baseline": {"experts_ms": 41.0, "step_ms": 100.0}},
             "loss": {"verdict": "confirmed"},
         },
+        "experts": {"measurements": [layer_row()]},
     }  # fmt: skip
 
 
@@ -48,33 +57,41 @@ def test_readme_is_in_sync():
 
 
 def test_tables_show_gpu_results_and_name_their_files():
-    text = tables.render([("a.json", compare_json("GPU X")), ("b.json", bench_json("GPU X"))])
+    results = [("a.json", compare_json("GPU X")), ("b.json", bench_json("GPU X"))]
+    text = tables.trainings(results)
     assert "| mixtral, baseline | grouped_mm | 100.0 (99.0-101.0) | 163,840 | 28.4 | 41% |  | `a.json` |" in text
     assert "| mixtral, optimized | moe_kernels | failed |" in text
-    assert "| tiny, T=16 | moe_kernels |" in text
-    assert "`b.json`" in text
-    widths = {line.count("|") for line in text.splitlines() if line.startswith("| mixtral")}
+    assert "| mixtral-1b, T=64 | moe_kernels | 100.04 | 100.04 |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| mixtral, ")}
     assert widths == {len(tables.COMPARE_COLUMNS) + 1}
+    text = tables.layers(results)
+    assert "| tiny, T=16 | moe_kernels |" in text
+    assert "`benchmarks/results/b.json`" in text
 
 
 def test_cpu_results_are_left_out():
-    assert tables.render([("a.json", compare_json(None)), ("b.json", bench_json(None))]) == tables.NOTHING
+    results = [("a.json", compare_json(None)), ("b.json", bench_json(None))]
+    assert tables.trainings(results) == tables.layers(results) == tables.NOTHING
 
 
 def test_rewrites_between_the_markers_and_notices_a_stale_table(tmp_path):
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    results.mkdir()
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
-    command = [sys.executable, str(SCRIPT), "--readme", str(readme), "--results", str(results)]
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    for name in tables.DOCUMENTS:
+        (tmp_path / name).write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    command = [sys.executable, str(SCRIPT), "--root", str(tmp_path)]
     assert subprocess.run([*command, "--check"], capture_output=True, timeout=60).returncode == 1
     subprocess.run(command, check=True, timeout=60)
-    assert readme.read_text() == f"before\n{tables.BEGIN}\n{tables.NOTHING}\n{tables.END}\nafter\n"
+    readme = (tmp_path / "README.md").read_text()
+    assert readme == f"before\n{tables.BEGIN}\n{tables.NOTHING}\n{tables.END}\nafter\n"
+    assert subprocess.run([*command, "--check"], timeout=60).returncode == 0
     (results / "new.json").write_text(json.dumps(compare_json("GPU X")))
     stale = subprocess.run([*command, "--check"], capture_output=True, text=True, timeout=60)
     assert stale.returncode == 1
-    assert "Cure:" in stale.stderr
+    assert "README.md is out of date. Cure:" in stale.stderr
 
 
 def test_missing_markers_are_named():
     with pytest.raises(SystemExit, match="markers"):
-        tables.updated("no markers here", Path("nowhere"))
+        tables.updated("no markers here", "")
