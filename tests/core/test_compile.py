@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 
-import moe_kernels
+import moe_kernels.moe
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.testing.problems import Case, make_inputs
 
