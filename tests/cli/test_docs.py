@@ -60,7 +60,7 @@ def test_how_it_works_follows_the_steps_in_order():
     text = (ROOT / "docs" / "how-it-works.md").read_text()
     forward, backward = text.split("| step | file | our row |")
     source = (SOURCES / "moe.py").read_text()
-    for table, function in ((forward, "experts_forward"), (backward, "experts_backward")):
+    for table, function in ((forward, "_forward_steps"), (backward, "_backward_steps")):
         body = source[source.index(f"def {function}(") :].partition("\n\n\n")[0]
         called = set(re.findall(r"steps\.(\w+)\(", body))
         named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| ([^|]*) \|", table, re.MULTILINE))))
