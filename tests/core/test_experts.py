@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moe_kernels
+from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.testing.problems import DIFFERENTIABLE, Case, check, eager, make_inputs, run, truth
 from moe_kernels.testing.routings import ROUTINGS
 
@@ -30,6 +31,20 @@ def test_hostile_routings(experts, device, routing):
 @pytest.mark.parametrize("routing", ["random", "sentinels", "all_to_last", "duplicated_ids"])
 def test_dtypes(experts, device, routing, dtype):
     judge(experts, case(routing=routing, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(experts, device, activation, dtype):
+    inputs = make_inputs(case(routing="sentinels", dtype=dtype), device)
+    check(functools.partial(experts, activation=activation), inputs, activation, activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_derivative_is_autograds(activation):
+    z = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(ACTIVATIONS[activation].value(z).sum(), z)
+    torch.testing.assert_close(ACTIVATIONS[activation].derivative(z.detach()), expected, rtol=1e-12, atol=1e-13)
 
 
 SIZES = [

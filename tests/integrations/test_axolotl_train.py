@@ -167,12 +167,12 @@ def test_missing_model_fails(folder: Path) -> None:
 
 
 def test_unsupported_activation_fails(folder: Path) -> None:
-    source, gelu = folder / "artifacts" / "models" / "mixtral-tiny", folder / "gelu"
-    shutil.copytree(source, gelu)
-    config = json.loads((gelu / "config.json").read_text())
-    (gelu / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
-    log = failing(folder, "gelu", base_model=str(gelu))
-    assert "model.layers.0.mlp.experts (MixtralExperts): its activation GELUActivation is none of silu" in log
+    source, mish = folder / "artifacts" / "models" / "mixtral-tiny", folder / "mish"
+    shutil.copytree(source, mish)
+    config = json.loads((mish / "config.json").read_text())
+    (mish / "config.json").write_text(json.dumps(config | {"hidden_act": "mish"}))
+    log = failing(folder, "mish", base_model=str(mish))
+    assert "model.layers.0.mlp.experts (MixtralExperts): its activation MishActivation is none of gelu" in log
     assert "experts_implementation: grouped_mm" in log
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import moe_kernels
 from moe_kernels import backends
+from moe_kernels.activation import ACTIVATIONS
 
 transformers = pytest.importorskip("transformers")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")
@@ -147,6 +148,17 @@ def test_equals_eager(name: str, dtype: torch.dtype) -> None:
     assert mk.check_model(model) == moe_layers
     assert_same(expected, run(model, ids), dtype)
     assert backends.dispatch_counts() == {"torch": moe_layers}
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_activations_equal_eager(activation: str) -> None:
+    model, ids = make_model("mixtral"), tokens()
+    for _, experts in mk.experts_modules(model):
+        experts.act_fn = transformers.activations.ACT2FN[activation]
+    expected = run(model, ids)
+    model.set_experts_implementation("moe_kernels")
+    assert mk.check_model(model) == 2
+    assert_same(expected, run(model, ids), torch.float32)
 
 
 @pytest.mark.parametrize("group_size", [64, 256, "auto"])
@@ -338,9 +350,9 @@ def clamped_experts() -> nn.Module:
     return experts
 
 
-def gelu_experts() -> nn.Module:
+def mish_experts() -> nn.Module:
     experts = experts_module("mixtral")
-    experts.act_fn = nn.GELU()
+    experts.act_fn = nn.Mish()
     return experts
 
 
@@ -362,7 +374,7 @@ def normed_experts() -> nn.Module:
         (gpt_oss_experts, "transposed"),
         (nemotron_experts, "no gate"),
         (clamped_experts, "gate of its own"),
-        (gelu_experts, "activation GELU is none of silu"),
+        (mish_experts, "activation Mish is none of gelu, gelu_pytorch_tanh, relu, silu"),
         (patched_silu_experts, "act_fn was changed"),
         (normed_experts, "normalises the output"),
     ],

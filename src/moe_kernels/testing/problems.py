@@ -98,13 +98,15 @@ def eager(inputs: Inputs, activation: str = "silu") -> dict[str, Tensor]:
     return {name: value for name, value in results.items() if value is not None}
 
 
-def check(implementation: Experts, inputs: Inputs, label: str = "") -> dict[str, Closeness]:
+def check(
+    implementation: Experts, inputs: Inputs, label: str = "", activation: str = "silu"
+) -> dict[str, Closeness]:
     """Judge the output and every gradient of ``implementation``. Returns what was measured, by tensor name.
 
     Raises:
         AssertionError: naming the tensor and the limit it broke.
     """
-    expected, plain, actual = truth(inputs), eager(inputs), run(implementation, inputs)
+    expected, plain, actual = truth(inputs, activation), eager(inputs, activation), run(implementation, inputs)
     measured = {}
     for name, value in actual.items():
         assert value is not None, f"{label} {name}: no gradient"

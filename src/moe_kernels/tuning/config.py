@@ -68,7 +68,10 @@ _POINTER = {
 }
 # float32 in IEEE precision runs on the ordinary cores: small tiles, on every GPU.
 _FLOAT32 = {key: GemmConfig(key[1] or 64, 32, 32, 4 if (key[1] or 64) == 64 else 8, 2) for key in _HOPPER}
-_BLACKWELL = _HOPPER | {("up", 256): GemmConfig(256, 64, 32, 8, 3)}
+_BLACKWELL = _HOPPER | {
+    ("up", 64): GemmConfig(64, 128, 32, 8, 4),
+    ("up", 256): GemmConfig(256, 64, 32, 8, 3),
+}
 
 
 def table(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
@@ -76,6 +78,7 @@ def gemm_case(
     name: str | None = None,
     aligned: bool = True,
     divisible: bool = True,
+    activation: str = "silu",
 ) -> CompileCase:
     """One of ``tuning.config.KERNELS`` with ``config``.
 
@@ -94,7 +97,7 @@ def gemm_case(
     common = {"PRECISION": "ieee", "USE_TMA": tma}
     if kernel == "up":
         types = {"x_ptr": pointer, "w": weight(n, k), "z_ptr": pointer, "a_ptr": pointer}
-        constants = common | {"TOP_K": 8, "ACTIVATION": "silu", "EVEN_K": aligned, "SAVE_Z": True}
+        constants = common | {"TOP_K": 8, "ACTIVATION": activation, "EVEN_K": aligned, "SAVE_Z": True}
         case = _gemm_case("", up_kernel, types, constants, config, tma)
     elif kernel in ("down", "dgrad"):
         kn = kernel == "dgrad"
@@ -123,6 +126,13 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
             for (kernel, group), config in table(capability, dtype, tma).items():
                 label = kernel if group is None else f"{kernel}-g{group}"
                 yield gemm_case(kernel, config, dtype, tma, label, aligned, divisible)
+    tma = capability >= (9, 0)
+    for activation in ACTIVATIONS:
+        if activation != "silu":
+            for (kernel, group), config in table(capability, torch.bfloat16, tma).items():
+                if kernel == "up":
+                    label = f"up-g{group}-{activation}"
+                    yield gemm_case(kernel, config, torch.bfloat16, tma, label, activation=activation)
     yield from _small_cases()
 
 
@@ -182,12 +192,12 @@ def _small_cases() -> Iterator[CompileCase]:
         "dz_ptr": "*bf16",
         "dw_ptr": "*fp32",
     }
-    for block_r, block_i in ((1, 1024), (4, 256)):
+    for activation, (block_r, block_i) in itertools.product(ACTIVATIONS, ((1, 1024), (4, 256))):
         yield CompileCase(
-            f"dact-i{block_i}",
+            f"dact-i{block_i}-{activation}",
             dact_kernel,
             pointers | {"row_slot_ptr": "*i32", "routed_ptr": "*i32", "R": "i32", "I": "i32"},
-            {"ACTIVATION": "silu", "BLOCK_R": block_r, "BLOCK_I": block_i},
+            {"ACTIVATION": activation, "BLOCK_R": block_r, "BLOCK_I": block_i},
             small,
             uses_dot=False,
         )
