@@ -21,6 +21,7 @@ import torch
 import triton
 
 from moe_kernels import triton_backend as steps
+from moe_kernels.bench.environment import environment
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tuning.config import GemmConfig, use_config
 
@@ -28,44 +29,42 @@ G = GemmConfig
 CALLS = ("up", "down", "dgrad", "dgrad (dA0)", "wgrad", "wgrad (dW2)")
 
 
+# Columns, inner block, warps, stages: candidates of the row-tiled kernels, whose block_m is the group size.
+UP_TILES = [(128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4), (64, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 4)]
+ROW_TILES = [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 8, 4), (128, 64, 4, 4), (128, 128, 8, 3), (128, 64, 4, 3)]
+WGRAD_TILES = [
+    G(128, 256, 64, 8, 3),
+    G(256, 128, 64, 8, 3),
+    G(128, 256, 64, 8, 4),
+    G(256, 128, 64, 8, 4),
+    G(128, 256, 32, 8, 4),
+    G(128, 128, 64, 8, 4),
+    G(128, 128, 64, 4, 4),
+    G(128, 128, 64, 4, 3),
+    G(64, 256, 64, 4, 3),
+]
+
+
 def candidates(kernel: str, group: int) -> list[GemmConfig]:
-    """Configurations worth trying; the row-tiled kernels keep block_m = group."""
-    if kernel == "up":
-        two = [
-            (128, 64, 8, 3),
-            (128, 64, 8, 4),
-            (128, 32, 8, 4),
-            (64, 64, 8, 4),
-            (64, 64, 4, 3),
-            (64, 64, 4, 4),
-        ]
-    else:
-        two = [
-            (256, 64, 8, 3),
-            (256, 64, 8, 4),
-            (128, 64, 8, 4),
-            (128, 64, 4, 4),
-            (128, 128, 8, 3),
-            (128, 64, 4, 3),
-        ]
-    if kernel.startswith("wgrad"):
-        tiles = [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 4)]
-        tiles += [
-            (128, 256, 32, 8, 4),
-            (128, 128, 64, 8, 4),
-            (128, 128, 64, 4, 4),
-            (128, 128, 64, 4, 3),
-            (64, 256, 64, 4, 3),
-        ]
-        return [G(*t) for t in tiles]
+    """Configurations worth trying."""
+    if kernel == "wgrad":
+        return WGRAD_TILES
+    tiles = UP_TILES if kernel == "up" else ROW_TILES
     if group == 256:
-        two = [(n // 2, k, w, s) for n, k, w, s in two if w == 8]
-    out = []
-    for n, k, warps, stages in two:
-        for per_sm in (1, 2) if warps == 4 else (1,):
-            for flatten in (False, True) if kernel in ("down", "dgrad") else (False,):
-                out.append(G(group, n, k, warps, stages, flatten=flatten, programs_per_sm=per_sm))
-    return out
+        tiles = [(n // 2, k, warps, stages) for n, k, warps, stages in tiles if warps == 8]
+    return [
+        G(group, n, k, warps, stages, flatten=flatten, programs_per_sm=per_sm)
+        for n, k, warps, stages in tiles
+        for per_sm in ((1, 2) if warps == 4 else (1,))
+        for flatten in ((False,) if kernel == "up" else (False, True))
+    ]
+
+
+def walks(kernel: str, config: GemmConfig) -> tuple[bool, ...]:
+    """Values of ``persistent`` that make a difference: wgrad never is, and programs_per_sm only counts if it is."""
+    if kernel == "wgrad":
+        return (False,)
+    return (True, False) if config.programs_per_sm == 1 else (True,)
 
 
 def problem(shape: LayerShape, group: int) -> dict[str, Callable[[bool], torch.Tensor]]:
@@ -101,7 +100,7 @@ def runs(group: int) -> list[tuple[str, GemmConfig, bool]]:
         (kernel, config, persistent)
         for kernel in CALLS
         for config in candidates(kernel.split()[0], group)
-        for persistent in ((True, False) if config.programs_per_sm == 1 else (True,))
+        for persistent in walks(kernel.split()[0], config)
     ]
 
 
@@ -145,9 +144,8 @@ def main() -> None:
         rows += timed
         print_best(name, group, timed)
         torch.cuda.empty_cache()
-    result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     with open(args.out, "w") as file:
-        json.dump(result | {"command": " ".join(sys.argv), "rows": rows}, file)
+        json.dump({"kind": "tiles", "environment": environment(), "rows": rows}, file)
 
 
 def time_shape(name: str, group: int) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from moe_kernels.compare import runner
 from moe_kernels.shapes import FAMILIES
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
@@ -27,15 +28,7 @@ pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 5
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "AXOLOTL_DO_NOT_TRACK": "1",
-    "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "WANDB_MODE": "offline",
-}
+OFFLINE = runner.OFFLINE | {"WANDB_MODE": "offline"}
 
 
 @dataclass

@@ -13,7 +13,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "axolotl", "wandb",
 COMMIT, SOURCES = "moe-kernels commit", "moe-kernels sources"
 NO_COMMIT = "not a git checkout"
 # What decides how an expert layer runs. The tools around it (this one too) do not.
-KERNEL_SOURCES = ("*.py", "kernels", "ops", "tuning", "integrations")
+KERNEL_SOURCES = ("*.py", "kernels", "tuning", "integrations")
 
 
 def versions() -> dict[str, str]:

@@ -57,13 +57,19 @@ def gather_kernel(
     tl.store(out_ptr + row * H + cols, values, mask=cols < H)
 
 
+def _column_blocks(hidden: int) -> tuple[int, int, int]:
+    """(BLOCK_H, number of blocks, warps) of a row ``hidden`` wide: eight elements a thread."""
+    block_h = min(triton.next_power_of_2(hidden), 1024)
+    return block_h, triton.cdiv(hidden, block_h), max(1, block_h // 256)
+
+
 def _launch(rows: torch.Tensor, weights: torch.Tensor | None, plan: RoutingPlan) -> torch.Tensor:
     out = rows.new_empty(plan.tokens, rows.shape[1])
     if out.numel() == 0:
         return out
     hidden = rows.shape[1]
-    block_h = min(triton.next_power_of_2(hidden), 1024)
-    combine_kernel[(plan.tokens, triton.cdiv(hidden, block_h))](
+    block_h, blocks, warps = _column_blocks(hidden)
+    combine_kernel[(plan.tokens, blocks)](
         rows,
         rows if weights is None else weights,
         plan.slot_row,
@@ -73,7 +79,7 @@ def _launch(rows: torch.Tensor, weights: torch.Tensor | None, plan: RoutingPlan)
         TOP_K=plan.top_k,
         WEIGHTED=weights is not None,
         BLOCK_H=block_h,
-        num_warps=max(1, block_h // 256),
+        num_warps=warps,
     )
     return out
 
@@ -94,8 +100,8 @@ def gather(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     out = x.new_empty(plan.rows, hidden)
     if out.numel() == 0:
         return out
-    block_h = min(triton.next_power_of_2(hidden), 1024)
-    gather_kernel[(plan.rows, triton.cdiv(hidden, block_h))](
-        x, plan.row_slot, out, hidden, TOP_K=plan.top_k, BLOCK_H=block_h, num_warps=max(1, block_h // 256)
+    block_h, blocks, warps = _column_blocks(hidden)
+    gather_kernel[(plan.rows, blocks)](
+        x, plan.row_slot, out, hidden, TOP_K=plan.top_k, BLOCK_H=block_h, num_warps=warps
     )
     return out
