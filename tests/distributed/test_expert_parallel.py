@@ -1,0 +1,65 @@
+"""transformers' own expert parallelism over two ranks, with our experts as the local kernel.
+
+The file passes on transformers 5.16.1 and on the newest release. Before 5.19 the engine leaves each rank with its own
+part of the router's gradient, whatever runs the experts: there, ours are held against theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moe_kernels.shapes import FAMILIES
+
+distributed = pytest.importorskip("transformers.distributed", reason="needs moe-kernels[transformers]")
+pytestmark = pytest.mark.slow
+each_family = pytest.mark.parametrize("family", FAMILIES)
+ALL_TO_ALL = "ep_size" in {field.name for field in dataclasses.fields(distributed.DistributedConfig)}
+LAYOUTS = ("shared batch", "own batch") if ALL_TO_ALL else ("shared batch",)
+
+
+@pytest.fixture(scope="module")
+def ranks(torchrun: Callable[..., Any]) -> Any:
+    return [rank["expert_parallel"] for rank in torchrun("expert_parallel")]
+
+
+def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert actual.keys() == expected.keys()
+    return max(float((actual[n] - g).norm() / g.norm().clamp_min(1e-30)) for n, g in expected.items())
+
+
+@each_family
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_local_kernel_agrees_with_transformers_own(layout: str, family: str, ranks: Any) -> None:
+    experts = FAMILIES[family].sizes["tiny"].experts
+    for rank in ranks:
+        baseline, ours = (rank[family, layout, experts] for experts in ("grouped_mm", "moe_kernels"))
+        assert ours["losses"] == pytest.approx(baseline["losses"], rel=1e-3 if not ALL_TO_ALL else 1e-5)
+        assert distance(ours["grads"], baseline["grads"]) < 1e-4
+        assert ours["calls"]["torch"] > 0
+        assert not baseline["calls"]
+        assert {shape[0] for shape in ours["held"]} == {experts // 2}
+
+
+@each_family
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.skipif(not ALL_TO_ALL, reason="this transformers gives each rank a part of the router's gradient")
+def test_training_is_that_of_the_whole_model(layout: str, family: str, ranks: Any) -> None:
+    for rank in ranks:
+        whole, ours = rank[family, "whole"], rank[family, layout, "moe_kernels"]
+        assert ours["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+        assert distance(ours["grads"], whole["grads"]) < 1e-4
+
+
+@each_family
+def test_a_rank_whose_experts_get_no_token(family: str, ranks: Any) -> None:
+    starved = [rank[family, "starved"] for rank in ranks]
+    assert all(torch.isfinite(torch.tensor(rank["losses"])).all() for rank in starved)
+    # Equal scores send every token to the experts of one rank; torch decides which.
+    idle, busy = sorted(rank["nonzero"] for rank in starved)
+    assert not any(idle)
+    assert all(busy)

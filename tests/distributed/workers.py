@@ -1,0 +1,239 @@
+"""What the ranks of tests/distributed run: ``torchrun workers.py FOLDER SCENARIO...`` writes ``FOLDER/rank<r>.pt``.
+
+Every scenario trains the tiny model of each family on ranks that talk gloo, and the same model whole, in this
+process and on transformers' own experts; the test compares what both report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+
+import moe_kernels.integrations.transformers as mk
+from moe_kernels import backends
+from moe_kernels.prepare.models import model_config
+from moe_kernels.shapes import FAMILIES
+from moe_kernels.testing.allocations import poisoned_allocations
+
+STEPS = 4
+BASELINE, OURS = "grouped_mm", "moe_kernels"
+Batch = torch.Tensor
+
+
+def build(family: str, experts: str) -> Any:
+    """The tiny model, on every rank with the same weights; large enough that a wrong expert shows in the loss."""
+    config = model_config(family, "tiny")
+    config.vocab_size = 128
+    torch.manual_seed(11)
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation=experts)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.15) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+    if experts == OURS:
+        mk.check_model(model)
+    return model
+
+
+def batches(steps: int = STEPS) -> list[Batch]:
+    """(rank, sequence, token) ids of each step."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(128, (dist.get_world_size(), 2, 12), generator=generator) for _ in range(steps)]
+
+
+def loss_of(model: Any, ids: Batch) -> torch.Tensor:
+    return model(input_ids=ids, labels=ids).loss
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Whole gradients by the parameter's name in the plain model; every rank must call this."""
+    grads = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {n: (g.full_tensor() if isinstance(g, DTensor) else g).detach().clone() for n, g in grads.items()}
+
+
+def train(
+    model: Any,
+    data: list[Batch],
+    optimizer: torch.optim.Optimizer | None = None,
+    own: Callable[[Batch], Batch] | None = None,
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The loss of each step, averaged over ranks, and the whole gradients of the first one.
+
+    ``own`` picks what this rank sees of a step's batch; None: all of it.
+    """
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses: list[float] = []
+    grads: dict[str, torch.Tensor] = {}
+    for ids in data:
+        optimizer.zero_grad()
+        loss = loss_of(model, own(ids) if own else ids.flatten(0, 1))
+        loss.backward()
+        grads = grads or gradients(model)
+        optimizer.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(float(mean) / dist.get_world_size())
+    return losses, grads
+
+
+def own_half(ids: Batch) -> Batch:
+    return ids[dist.get_rank()]
+
+
+def shard(model: Any, **options: Any) -> Any:
+    """FSDP2 as accelerate applies it for TRANSFORMER_BASED_WRAP: each decoder layer, then the rest."""
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def summary(result: tuple[list[float], dict[str, torch.Tensor]]) -> dict[str, Any]:
+    return {"losses": result[0], "grads": result[1], "calls": backends.dispatch_counts()}
+
+
+def data_parallel(folder: Path) -> dict[str, Any]:
+    """FSDP2, its bf16 policy, save and resume, and DDP, each against the whole model on one process."""
+    results: dict[str, Any] = {}
+    for family in FAMILIES:
+        data = batches()
+        results[family, "whole"] = summary(train(build(family, BASELINE), data))
+
+        backends.reset_dispatch_counts()
+        sharded = shard(build(family, OURS))
+        optimizer = torch.optim.AdamW(sharded.parameters(), lr=3e-3)
+        before, grads = train(sharded, data[:2], optimizer, own_half)
+        save(folder / f"{family}-checkpoint", sharded, optimizer)
+        after, later_grads = train(sharded, data[2:], optimizer, own_half)
+        results[family, "fsdp2"] = summary((before + after, grads))
+        results[family, "not interrupted"] = summary((after, later_grads))
+
+        resumed = shard(build(family, OURS))
+        with torch.no_grad():
+            for parameter in resumed.parameters():
+                parameter.zero_()  # what is not in the checkpoint cannot come back
+        optimizer = torch.optim.AdamW(resumed.parameters(), lr=3e-3)
+        load(folder / f"{family}-checkpoint", resumed, optimizer)
+        results[family, "resumed"] = summary(train(resumed, data[2:], optimizer, own_half))
+
+        wrapped = torch.nn.parallel.DistributedDataParallel(build(family, OURS))
+        results[family, "ddp"] = summary(train(wrapped, data, own=own_half))
+
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for experts in (BASELINE, OURS):
+            mixed = shard(build(family, experts), mp_policy=policy)
+            results[family, "bf16", experts] = summary(train(mixed, data, own=own_half))
+    return results
+
+
+def save(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+
+
+def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+
+
+def no_tokens(folder: Path) -> dict[str, Any]:
+    """Rank 1 gets no token: it must still take part in every collective, and add nothing.
+
+    One sparse block, not a model: transformers' attention cannot reshape an empty batch.
+    """
+    results: dict[str, Any] = {}
+    for family in FAMILIES:
+        for name, experts in (("whole", BASELINE), ("fsdp2", OURS)):
+            model = build(family, experts)
+            block = model.model.layers[-1].mlp
+            if experts == OURS:
+                fully_shard(block)
+            x = torch.randn(1, 24, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
+            x = (x if name == "whole" or dist.get_rank() == 0 else x[:, :0]).requires_grad_()
+            block(x).square().sum().backward()
+            results[family, name] = {"dx": x.grad, "grads": gradients(block)}
+    return results
+
+
+def expert_parallel(folder: Path) -> dict[str, Any]:
+    """transformers' own expert parallelism with our experts and with its own, in each layout this version has."""
+    results: dict[str, Any] = {}
+    data = batches()
+    for family in FAMILIES:
+        path = folder / family
+        whole = build(family, BASELINE)
+        if dist.get_rank() == 0:
+            whole.save_pretrained(path)
+        dist.barrier()
+        results[family, "whole"] = summary(train(whole, data))
+        for layout, config, own in layouts():
+            for experts in (BASELINE, OURS):
+                backends.reset_dispatch_counts()
+                model = from_pretrained(path, experts, config)
+                held = {tuple(e.gate_up_proj.to_local().shape) for _, e in mk.experts_modules(model)}
+                results[family, layout, experts] = summary(train(model, data, own=own)) | {"held": held}
+        results[family, "starved"] = starved(path)
+    return results
+
+
+def layouts() -> list[tuple[str, dict[str, Any], Callable[[Batch], Batch] | None]]:
+    """(name, DistributedConfig, what a rank sees of a batch) of the two ways to put experts on two ranks."""
+    if "ep_size" not in {field.name for field in dataclasses.fields(DistributedConfig)}:
+        return [("shared batch", {"tp_size": 2, "tp_plan": "auto", "enable_expert_parallel": True}, None)]
+    return [
+        ("shared batch", {"tp_size": 2, "ep_size": 2}, None),
+        ("own batch", {"fsdp_size": 2, "ep_size": 2}, own_half),
+    ]
+
+
+def from_pretrained(path: Path, experts: str, config: dict[str, Any]) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, experts_implementation=experts, distributed_config=DistributedConfig(**config), dtype=torch.float32
+    )
+    if experts == OURS:
+        mk.check_model(model)
+    return model
+
+
+def starved(path: Path) -> dict[str, Any]:
+    """A router that sends every token to the experts of rank 0: gradients of rank 1's experts, per layer."""
+    _, config, own = layouts()[-1]
+    model = from_pretrained(path, OURS, config)
+    local = [e.gate_up_proj for _, e in mk.experts_modules(model)]
+    for module in model.modules():
+        if hasattr(module, "gate") and hasattr(module, "experts"):
+            with torch.no_grad():
+                for parameter in module.gate.parameters():
+                    parameter.zero_()  # equal scores: the top k are the first experts
+    losses, _ = train(model, batches(1), own=own)
+    return {"losses": losses, "nonzero": [int(torch.count_nonzero(p.grad.to_local())) for p in local]}
+
+
+SCENARIOS = {scenario.__name__: scenario for scenario in (data_parallel, no_tokens, expert_parallel)}
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    mk.register(backend="torch")
+    folder = Path(sys.argv[1])
+    with poisoned_allocations():
+        results = {name: SCENARIOS[name](folder) for name in sys.argv[2:]}
+    torch.save(results, folder / f"rank{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
