@@ -1,6 +1,6 @@
 """Which backend runs an expert layer, why, and proof that it ran.
 
-A backend is a module with ``why_not(problem)`` and the nine steps called by :mod:`moe_kernels.moe`. Nothing falls
+A backend is a module with ``why_not(problem)`` and the steps called by :mod:`moe_kernels.moe`. Nothing falls
 back in silence: :func:`select` returns the reason for its choice, and every expert call is counted.
 """
 
@@ -35,7 +35,8 @@ class Problem:
         capability: CUDA compute capability such as (9, 0); None off CUDA.
         dtype: compute dtype, that of the expert weights.
         experts, top_k, hidden, intermediate: E, K, H, I.
-        activation, group_size, persistent: see :class:`moe_kernels.settings.ExpertsSettings`.
+        activation: its name.
+        group_size, persistent: see :class:`moe_kernels.settings.ExpertsSettings`.
     """
 
     device_type: str
@@ -52,22 +53,22 @@ class Problem:
     @classmethod
     def of(
         cls,
-        gate_up: torch.Tensor,
+        down: torch.Tensor,
         top_k: int,
         activation: str = "silu",
         group_size: GroupSize = 128,
         persistent: bool = True,
     ) -> Problem:
-        """The problem posed by weights ``gate_up`` (E, 2I, H) and K experts per token."""
-        experts, two_i, hidden = gate_up.shape
+        """The problem posed by weights ``down`` (E, H, I) and K experts per token."""
+        experts, hidden, intermediate = down.shape
         return cls(
-            gate_up.device.type,
-            device_capability(gate_up.device),
-            gate_up.dtype,
+            down.device.type,
+            device_capability(down.device),
+            down.dtype,
             experts,
             top_k,
             hidden,
-            two_i // 2,
+            intermediate,
             activation,
             group_size,
             persistent,

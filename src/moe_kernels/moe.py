@@ -11,71 +11,112 @@ Forward                                                Backward, given dO (T, H)
                                                         7. combine_grad  dX[t] = sum_k dXr[slot_row(t,k)]
                                                         8. gather, wgrad dW1[e] = dZ[rows of e]^T X[t]
 
+Biases are added in steps 1 and 2; their gradients are sums over each expert's rows, and dw gains <dO, b2[e]>.
+A low-rank pair (LoRA) adds ``left[e] right[e]`` to a weight without forming it: every GEMM with that weight gets r
+more columns of its inner dimension, and both factors' gradients are GEMMs of width r.
+
 Saved for backward: X, Z, the plan and w (and the weights themselves). Y, A and gathered X are not saved, because
-dw = <dO W2, A> does not need Y (SonicMoE, arXiv 2512.14080). All saved shapes depend on (T, K, E, H, I) alone.
+dw = <dO W2, A> does not need Y (SonicMoE, arXiv 2512.14080). All saved shapes depend on (T, K, E, H, I) alone. The
+backward writes dZ over Z, unless the graph is kept for another backward.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_kernels import backends
+from moe_kernels.activation import Activation, Gate
 from moe_kernels.routing import AUTO_GROUP_SIZE, RoutingPlan, plan_elements, resolve_group_size
 from moe_kernels.settings import GroupSize, check_settings
 
+LowRankPair = tuple[Tensor, Tensor]
+
 
 def fused_experts(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
     *,
-    activation: str = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str | Activation = "silu",
+    interleaved: bool = False,
+    reduce: bool = True,
+    gate_up_lora: LowRankPair | None = None,
+    down_lora: LowRankPair | None = None,
+    recompute: bool = False,
     group_size: GroupSize = 128,
     persistent: bool = True,
     backend: str = "auto",
-) -> torch.Tensor:
-    """``out[t] = sum_k w[t,k] * W2[e] (act(W1_gate[e] x[t]) * (W1_up[e] x[t]))`` with ``e = topk_ids[t,k]``.
+) -> Tensor:
+    """``out[t] = sum_k w[t,k] * (W2[e] f(W1[e] x[t] + b1[e]) + b2[e])`` with ``e = topk_ids[t,k]``.
 
-    Differentiable in x, topk_weights, gate_up and down; works under autocast, ``torch.compile(fullgraph=True)``,
-    activation checkpointing and no_grad. Deterministic: equal inputs give bitwise equal outputs and gradients.
+    ``f(gate, up) = act(gate) * up`` for most models; ``f(z) = act(z)`` for experts without a gate.
+    Differentiable in every floating tensor; works under autocast, ``torch.compile(fullgraph=True)``, activation
+    checkpointing and no_grad. Deterministic: equal inputs give bitwise equal outputs and gradients.
 
     Args:
         x: (T, H) tokens; float32, bfloat16, float16 (float64 on the torch backend). Cast to the weights' dtype.
         topk_ids: (T, K) int64 or int32. Ids outside [0, E) are dropped: exact zeros, no work.
-        topk_weights: (T, K) routing weights in any of those dtypes; used in float32.
-        gate_up: (E, 2I, H) contiguous, rows ``[gate; up]``, the layout of transformers' ``gate_up_proj``.
-        down: (E, H, I) contiguous, the layout of transformers' ``down_proj``.
-        activation: key of :data:`moe_kernels.activation.ACTIVATIONS`.
+        topk_weights: (T, K) routing weights in any of those dtypes, used in float32; None with ``reduce=False``.
+        gate_up: (E, 2I, H), rows ``[gate; up]``, or (E, I, H) for experts without a gate. Every expert's matrix is
+            contiguous, by rows as transformers stores it or by columns: pass weights stored (E, H, 2I) as
+            ``weight.mT``. They are read in place, and the gradient has their memory order.
+        down: (E, H, I), stored by rows or by columns too.
+        gate_up_bias: (E, 2I) or (E, I).
+        down_bias: (E, H).
+        activation: key of :data:`moe_kernels.activation.ACTIVATIONS`, or an ``Activation`` with parameters.
+        interleaved: rows of gate_up (and of its bias) are ``[g0, u0, g1, u1, ...]`` instead of ``[gate; up]``.
+        reduce: False returns the output of each expert, unweighted and not summed.
+        gate_up_lora: (left (E, 2I, r), right (E, r, H)): adds ``left[e] @ right[e]`` to gate_up, never formed.
+        down_lora: (left (E, H, r), right (E, r, I)).
+        recompute: save X but not Z, and compute Z again in the backward: less memory, one more up projection.
         group_size: rows per tile, 64, 128, 256 or "auto".
         persistent: one program per multiprocessor walks all tiles, instead of one program per tile.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        (T, H) in ``x.dtype``.
+        (T, H) in ``x.dtype``; (T, K, H) with ``reduce=False``, zeros in dropped slots.
 
     Raises:
         ValueError: shapes, dtypes or layouts do not fit together, or a setting is invalid.
         UnsupportedProblem: the backend cannot run it; the message names the cure.
     """
-    check_settings(activation, group_size, persistent, backend)
-    _check_inputs(x, topk_ids, topk_weights, gate_up, down)
+    chosen = Activation.of(activation)
+    check_settings(group_size, persistent, backend)
+    _check_inputs(x, topk_ids, topk_weights, gate_up, down, reduce)
+    _check_experts(gate_up, down, gate_up_bias, down_bias, chosen, interleaved)
+    _check_low_rank("gate_up", gate_up, gate_up_lora)
+    _check_low_rank("down", down, down_lora)
     dtype = gate_up.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad or topk_weights.requires_grad or gate_up.requires_grad or down.requires_grad
-    )
-    args: tuple[Any, ...] = (
+    if topk_weights is None:
+        topk_weights = torch.ones(topk_ids.shape, dtype=torch.float32, device=x.device)
+    tensors: tuple[Tensor | None, ...] = (
         x.to(dtype).contiguous(),
         topk_ids.contiguous(),
         topk_weights.contiguous(),
         gate_up.to(dtype),
         down.to(dtype),
-        activation,
+        *(None if bias is None else bias.to(dtype).contiguous() for bias in (gate_up_bias, down_bias)),
+        *_padded(gate_up_lora, dtype),
+        *_padded(down_lora, dtype),
+    )
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    args: tuple[Any, ...] = (
+        *tensors,
+        chosen.name,
+        list(chosen.parameters),
+        interleaved,
+        reduce,
+        recompute,
         AUTO_GROUP_SIZE if group_size == "auto" else group_size,
         persistent,
         backend,
@@ -87,28 +128,40 @@ def fused_experts(
         out = _Experts.apply(*args)
     else:
         out = _forward_steps(*args)[0]
-    return out.to(x.dtype)
+    return (out if reduce else out.view(*topk_ids.shape, -1)).to(x.dtype)
+
+
+def _padded(pair: LowRankPair | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The low-rank pair in ``dtype``, its rank padded with zeros to a power of two of at least 16 (a tile's)."""
+    if pair is None:
+        return None, None
+    left, right = pair
+    missing = max(16, 1 << (left.shape[2] - 1).bit_length()) - left.shape[2]
+    left = torch.nn.functional.pad(left.to(dtype), (0, missing))
+    right = torch.nn.functional.pad(right.to(dtype), (0, 0, 0, missing))
+    return left.contiguous(), right.contiguous()
 
 
 def _check_inputs(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, gate_up: Tensor, down: Tensor, reduce: bool
 ) -> None:
-    if x.dim() != 2 or gate_up.dim() != 3 or down.dim() != 3 or gate_up.shape[1] % 2:
+    if x.dim() != 2 or gate_up.dim() != 3 or down.dim() != 3:
         raise ValueError(
-            "fused_experts wants x (T, H), gate_up (E, 2I, H), down (E, H, I); "
+            "fused_experts wants x (T, H), gate_up (E, 2I, H) or (E, I, H), down (E, H, I); "
             f"got {tuple(x.shape)}, {tuple(gate_up.shape)}, {tuple(down.shape)}"
         )
-    experts, two_i, hidden = gate_up.shape
-    if x.shape[1] != hidden or tuple(down.shape) != (experts, hidden, two_i // 2):
+    experts, rows, hidden = gate_up.shape
+    intermediate = down.shape[2]
+    if x.shape[1] != hidden or down.shape[:2] != (experts, hidden) or rows not in (intermediate, 2 * intermediate):
         raise ValueError(
             f"sizes disagree: x {tuple(x.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)}; "
-            "want (T, H), (E, 2I, H), (E, H, I)"
+            "want (T, H), (E, 2I, H) or (E, I, H), (E, H, I)"
         )
-    if topk_ids.dim() != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:
+    if reduce != (topk_weights is not None):
+        raise ValueError("topk_weights belong to the sum: pass them with reduce=True, and None with reduce=False")
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0]:
+        raise ValueError(f"topk_ids {tuple(topk_ids.shape)} must be (T, K) with T={x.shape[0]}")
+    if topk_weights is not None and topk_ids.shape != topk_weights.shape:
         raise ValueError(
             f"topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)} must both be "
             f"(T, K) with T={x.shape[0]}"
@@ -118,133 +171,251 @@ def _check_inputs(
     if gate_up.dtype != down.dtype:
         raise ValueError(f"gate_up is {gate_up.dtype} but down is {down.dtype}: cast one of them")
     for name, tensor in (("x", x), ("topk_weights", topk_weights), ("gate_up", gate_up)):
-        if not tensor.is_floating_point():
+        if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating dtype, not {tensor.dtype}")
+
+
+def _check_experts(
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: Activation,
+    interleaved: bool,
+) -> None:
     for name, tensor in (("gate_up", gate_up), ("down", down)):
-        if not tensor.is_contiguous():
+        if not (tensor.is_contiguous() or tensor.mT.is_contiguous()):
             raise ValueError(
-                f"{name} must be contiguous in transformers' layout, got strides {tuple(tensor.stride())}: "
-                "store it contiguous once, before training"
+                f"each expert's matrix of {name} must be contiguous, by rows or by columns, got strides "
+                f"{tuple(tensor.stride())}: store it contiguous once, before training"
             )
+    for name, bias, wanted in (
+        ("gate_up_bias", gate_up_bias, gate_up.shape[:2]),
+        ("down_bias", down_bias, down.shape[:2]),
+    ):
+        if bias is not None and bias.shape != wanted:
+            raise ValueError(f"{name} is {tuple(bias.shape)}, want {tuple(wanted)}")
+    if gate_up.shape[1] == down.shape[2] and (interleaved or activation.parameters):
+        raise ValueError(
+            f"experts without a gate (gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)}) take "
+            f"interleaved=False and a plain activation, not {activation.name!r}"
+        )
+
+
+def _check_low_rank(name: str, weight: Tensor, pair: LowRankPair | None) -> None:
+    if pair is None:
+        return
+    (experts, rows, cols), (left, right) = weight.shape, pair
+    rank = left.shape[-1]
+    if left.shape != (experts, rows, rank) or right.shape != (experts, rank, cols) or not 1 <= rank <= 128:
+        raise ValueError(
+            f"{name}_lora is {tuple(left.shape)}, {tuple(right.shape)}; want ({experts}, {rows}, r), "
+            f"({experts}, r, {cols}) with r from 1 to 128"
+        )
 
 
 def _forward_steps(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gate_up_left: Tensor | None,
+    gate_up_right: Tensor | None,
+    down_left: Tensor | None,
+    down_right: Tensor | None,
     activation: str,
+    parameters: list[float],
+    interleaved: bool,
+    reduce: bool,
+    recompute: bool,
     group_size: int,
     persistent: bool,
     backend: str,
-    save_z: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Steps 0 to 3: out (T, H), Z (R, 2I) or empty, and the packed plan."""
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Steps 0 to 3: out (T, H) or (R, H), Z (R, 2I) or empty, X right^T (R, r) or empty, and the packed plan."""
     (tokens, top_k), experts = topk_ids.shape, gate_up.shape[0]
     group_size = resolve_group_size(group_size, tokens * top_k, experts)
-    steps = _steps(gate_up, top_k, activation, group_size, persistent, backend)
+    steps = _steps(down, top_k, activation, group_size, persistent, backend)
     backends.count_dispatch(steps.NAME)
+    gate = _gate(gate_up, down, activation, parameters, interleaved)
 
     plan = steps.make_plan(topk_ids, experts, group_size)
-    z, a = steps.up(x, gate_up, plan, activation, persistent, save_z)
-    y = steps.down(a, down, plan, persistent)
-    out = steps.combine(y, topk_weights, plan)
-    return out, z, plan.packed
+    x_low, a_low = x.new_empty(0), None
+    if gate_up_right is not None:
+        x_low = steps.up_low(x, gate_up_right, plan, persistent)
+    save_z = needs_grad and not recompute
+    z, a = steps.up(x, gate_up, plan, gate, persistent, save_z, gate_up_bias, _pair(x_low, gate_up_left))
+    if down_right is not None:
+        a_low = steps.down(a, down_right, plan, persistent)
+    y = steps.down(a, down, plan, persistent, down_bias, _pair(a_low, down_left))
+    del a
+    out = steps.combine(y, *_summed(topk_weights, plan, reduce))
+    return out, z, x_low, plan.packed
+
+
+def _gate(gate_up: Tensor, down: Tensor, activation: str, parameters: list[float], interleaved: bool) -> Gate:
+    return Gate(Activation(activation, tuple(parameters)), gate_up.shape[1] != down.shape[2], interleaved)
+
+
+def _pair(low: Tensor | None, factor: Tensor | None) -> LowRankPair | None:
+    return None if low is None or factor is None else (low, factor)
+
+
+def _summed(topk_weights: Tensor, plan: RoutingPlan, reduce: bool) -> tuple[Tensor, RoutingPlan]:
+    """Routing weights and plan of the output side: without the sum every slot is a token of its own, K = 1."""
+    return (topk_weights, plan) if reduce else (topk_weights.view(-1, 1), dataclasses.replace(plan, top_k=1))
 
 
 def _forward_fake(
-    x: torch.Tensor, topk_ids: torch.Tensor, _: torch.Tensor, gate_up: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    save_z = rest[-1]
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gate_up_right, reduce, recompute, needs_grad = rest[4], rest[10], rest[11], rest[-1]
     rows = topk_ids.shape[0] * topk_ids.shape[1]
-    z = x.new_empty(rows, gate_up.shape[1]) if save_z else x.new_empty(0)
+    out = torch.empty_like(x) if reduce else x.new_empty(rows, x.shape[1])
+    z = x.new_empty(rows, gate_up.shape[1]) if needs_grad and not recompute else x.new_empty(0)
+    x_low = x.new_empty(0) if gate_up_right is None else x.new_empty(rows, gate_up_right.shape[1])
     plan = topk_ids.new_empty(plan_elements(rows, gate_up.shape[0]), dtype=torch.int32)
-    return torch.empty_like(x), z, plan
+    return out, z, x_low, plan
 
 
 def _backward_steps(
-    dout: torch.Tensor,
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    z: torch.Tensor,
-    packed_plan: torch.Tensor,
+    dout: Tensor,
+    x: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gate_up_left: Tensor | None,
+    gate_up_right: Tensor | None,
+    down_left: Tensor | None,
+    down_right: Tensor | None,
+    z: Tensor,
+    x_low: Tensor,
+    packed_plan: Tensor,
     activation: str,
+    parameters: list[float],
+    interleaved: bool,
+    reduce: bool,
+    recompute: bool,
     group_size: int,
     persistent: bool,
     backend: str,
     needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Steps 4 to 8: (dx, dtopk_weights, dgate_up, ddown); those not in ``needs`` are empty and cost nothing."""
-    need_x, need_weights, need_gate_up, need_down = needs
+    overwrite_z: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Steps 4 to 8: gradients of the ten floating inputs; those not in ``needs`` are empty and cost nothing."""
     (tokens, top_k), experts = topk_weights.shape, gate_up.shape[0]
     group_size = resolve_group_size(group_size, tokens * top_k, experts)
-    steps = _steps(gate_up, top_k, activation, group_size, persistent, backend)
+    steps = _steps(down, top_k, activation, group_size, persistent, backend)
     plan = RoutingPlan.from_packed(packed_plan, tokens, top_k, experts, group_size)
-    dout = dout.contiguous()
+    gate = _gate(gate_up, down, activation, parameters, interleaved)
+    need = dict(zip(_DIFFERENTIABLE, needs, strict=True))
+    grads = {name: x.new_empty(0) for name in _DIFFERENTIABLE}
 
-    dx, dgate_up, ddown = (x.new_empty(0) for _ in range(3))
-    dout_rows = steps.gather(dout, plan)
-    da = steps.dgrad(dout_rows, down, plan, persistent)
-    dz, wa, dw = steps.dact(da, z, topk_weights, plan, activation)
-    if need_down:
-        ddown = steps.wgrad(dout_rows, wa, plan)
+    if recompute:
+        z, _ = steps.up(x, gate_up, plan, gate, persistent, True, gate_up_bias, _pair(x_low, gate_up_left))
+    dout_rows = steps.gather(dout.contiguous(), _summed(topk_weights, plan, reduce)[1])
+    dout_low = None if down_left is None else steps.dgrad(dout_rows, down_left, plan, persistent)
+    da = steps.dgrad(dout_rows, down, plan, persistent, _pair(dout_low, down_right))
+    dz, wa, dw = steps.dact(da, z, topk_weights, plan, gate, overwrite_z or recompute, dout_rows, down_bias)
+    if need["topk_weights"]:
+        grads["topk_weights"] = dw
+    if need["down"]:
+        grads["down"] = _weight_grad(steps, down, dout_rows, wa, plan)
+    if need["down_bias"]:
+        grads["down_bias"] = steps.expert_sum(dout_rows, plan, topk_weights)
+    if need["down_left"]:
+        grads["down_left"] = steps.wgrad(dout_rows, steps.down(wa, down_right, plan, persistent), plan)
+    if need["down_right"]:
+        grads["down_right"] = steps.wgrad(dout_low, wa, plan)
     del dout_rows, da, wa  # their memory serves dXr and the gathered X
-    if need_x:
-        dx = steps.combine_grad(steps.dgrad(dz, gate_up, plan, persistent), plan)
-    if need_gate_up:
-        dgate_up = steps.wgrad(dz, steps.gather(x, plan), plan)
-    return dx, dw if need_weights else x.new_empty(0), dgate_up, ddown
+
+    dz_low = None if gate_up_left is None else steps.dgrad(dz, gate_up_left, plan, persistent)
+    if need["x"]:
+        dxr = steps.dgrad(dz, gate_up, plan, persistent, _pair(dz_low, gate_up_right))
+        grads["x"] = steps.combine_grad(dxr, plan)
+        del dxr
+    if need["gate_up_bias"]:
+        grads["gate_up_bias"] = steps.expert_sum(dz, plan)
+    if need["gate_up_left"]:
+        grads["gate_up_left"] = steps.wgrad(dz, x_low, plan)
+    if need["gate_up"] or need["gate_up_right"]:
+        x_rows = steps.gather(x, plan)
+        if need["gate_up"]:
+            grads["gate_up"] = _weight_grad(steps, gate_up, dz, x_rows, plan)
+        if need["gate_up_right"]:
+            grads["gate_up_right"] = steps.wgrad(dz_low, x_rows, plan)
+    dx, d_weights, *others = (grads[name] for name in _DIFFERENTIABLE)
+    return (dx, d_weights, *others)  # type: ignore[return-value]
 
 
-def _backward_fake(
-    _: torch.Tensor,
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    needs = rest[-1]
+# The floating inputs, in the order of the arguments.
+_DIFFERENTIABLE = (
+    "x",
+    "topk_weights",
+    "gate_up",
+    "down",
+    "gate_up_bias",
+    "down_bias",
+    "gate_up_left",
+    "gate_up_right",
+    "down_left",
+    "down_right",
+)
 
-    def like(tensor: torch.Tensor, needed: bool) -> torch.Tensor:
-        return torch.empty_like(tensor) if needed else x.new_empty(0)
 
-    return like(x, needs[0]), like(topk_weights, needs[1]), like(gate_up, needs[2]), like(down, needs[3])
+def _weight_grad(steps: Any, weight: Tensor, left: Tensor, right: Tensor, plan: RoutingPlan) -> Tensor:
+    """left[rows of e]^T right[rows of e], in the memory order of ``weight``."""
+    if weight.is_contiguous():
+        return steps.wgrad(left, right, plan)
+    return steps.wgrad(right, left, plan).mT
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], z: torch.Tensor, packed_plan: torch.Tensor) -> None:
-    x, _, topk_weights, gate_up, down, *ctx.settings, _save_z = inputs
+def _backward_fake(dout: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    inputs, needs = rest[:10], rest[-2]
+    return tuple(
+        torch.empty_like(tensor) if needed else dout.new_empty(0) for tensor, needed in zip(inputs, needs, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], z: Tensor, x_low: Tensor, packed_plan: Tensor) -> None:
+    x, _, *tensors = inputs[:11]
+    *ctx.settings, _needs_grad = inputs[11:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, topk_weights, gate_up, down, z, packed_plan)
+    ctx.save_for_backward(x, *tensors, z, x_low, packed_plan)
 
 
-def _grads(ctx: Any, dout: torch.Tensor | None, steps: Any) -> tuple[torch.Tensor | None, ...]:
+def _grads(ctx: Any, dout: Tensor | None, steps: Any, overwrite_z: bool) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs; ``steps`` is the backward, as a function or as an op."""
     if dout is None:
-        return (None,) * 10
-    x_needed, _, *rest = ctx.needs_input_grad[:5]
+        return (None,) * 20
+    x_needed, _, *rest = ctx.needs_input_grad[:11]
     needs = [x_needed, *rest]
-    grads = steps(dout, *ctx.saved_tensors, *ctx.settings, needs)
-    dx, dw, dgate_up, ddown = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return dx, None, dw, dgate_up, ddown, None, None, None, None, None
+    grads = steps(dout, *ctx.saved_tensors, *ctx.settings, needs, overwrite_z)
+    dx, *others = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    return (dx, None, *others, *(None,) * 9)
 
 
 class _Experts(torch.autograd.Function):
     """The eager path: a custom op costs some tenths of a millisecond more host time a call (torch 2.11)."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        out, z, packed_plan = _forward_steps(*inputs)
-        _save(ctx, inputs, z, packed_plan)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out, z, x_low, packed_plan = _forward_steps(*inputs)
+        _save(ctx, inputs, z, x_low, packed_plan)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return _grads(ctx, dout, _backward_steps)
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Z dies with the graph. torch's own donated buffers ask the same question in the same way.
+        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        return _grads(ctx, dout, _backward_steps, not keep_graph)
 
 
 # The compiled path: the same steps as two ops that torch.compile need not look into.
@@ -253,14 +424,14 @@ experts_forward.register_fake(_forward_fake)
 experts_backward = torch.library.custom_op("moe_kernels::experts_backward", _backward_steps, mutates_args=())
 experts_backward.register_fake(_backward_fake)
 experts_forward.register_autograd(
-    lambda ctx, dout, *_: _grads(ctx, dout, torch.ops.moe_kernels.experts_backward),
+    lambda ctx, dout, *_: _grads(ctx, dout, torch.ops.moe_kernels.experts_backward, False),
     setup_context=lambda ctx, inputs, output: _save(ctx, inputs, *output[1:]),
 )
 
 
 def _steps(
-    gate_up: torch.Tensor, top_k: int, activation: str, group_size: int, persistent: bool, backend: str
+    down: Tensor, top_k: int, activation: str, group_size: int, persistent: bool, backend: str
 ) -> Any:
-    """The module that implements the nine steps for this problem."""
-    problem = backends.Problem.of(gate_up, top_k, activation, group_size, persistent)
+    """The module that implements the steps for this problem."""
+    problem = backends.Problem.of(down, top_k, activation, group_size, persistent)
     return backends.load(backends.select(problem, backend)[0])

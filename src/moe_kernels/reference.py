@@ -8,35 +8,46 @@ from __future__ import annotations
 
 import torch
 
-from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.activation import Activation, Gate
+
+LowRankPair = tuple[torch.Tensor, torch.Tensor]
 
 
 def reference_experts(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
+    topk_weights: torch.Tensor | None,
     gate_up: torch.Tensor,
     down: torch.Tensor,
-    activation: str = "silu",
+    activation: str | Activation = "silu",
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    interleaved: bool = False,
+    reduce: bool = True,
+    gate_up_lora: LowRankPair | None = None,
+    down_lora: LowRankPair | None = None,
 ) -> torch.Tensor:
-    """``out[t] = sum_k w[t,k] * W2[e] (act(W1g[e] x[t]) * (W1u[e] x[t]))`` with ``e = topk_ids[t,k]``.
+    """``out[t] = sum_k w[t,k] * (W2[e] f(W1[e] x[t] + b1[e]) + b2[e])`` with ``e = topk_ids[t,k]``.
 
-    Args:
-        x: (T, H) tokens.
-        topk_ids: (T, K) integer expert ids; ids outside [0, E) are dropped.
-        topk_weights: (T, K) routing weights.
-        gate_up: (E, 2I, H), rows ``[gate; up]``.
-        down: (E, H, I).
-        activation: key of :data:`moe_kernels.activation.ACTIVATIONS`.
-
-    Returns:
-        (T, H) in ``x.dtype``, differentiable in x, topk_weights, gate_up and down.
+    Arguments and result are those of :func:`moe_kernels.moe.fused_experts`; differentiable in every tensor.
     """
-    act = ACTIVATIONS[activation].value
-    out = torch.zeros_like(x)
+    if gate_up_lora is not None:
+        gate_up = gate_up + gate_up_lora[0] @ gate_up_lora[1]
+    if down_lora is not None:
+        down = down + down_lora[0] @ down_lora[1]
+    gate = Gate(Activation.of(activation), gated=gate_up.shape[1] != down.shape[2], interleaved=interleaved)
+    (tokens, hidden), top_k = x.shape, topk_ids.shape[1]
+    out = x.new_zeros(tokens, hidden) if reduce else x.new_zeros(tokens * top_k, hidden)
     for expert in range(gate_up.shape[0]):
         token, slot = torch.where(topk_ids == expert)
-        gate, up = (x[token] @ gate_up[expert].T).chunk(2, dim=-1)
-        y = (act(gate) * up) @ down[expert].T
-        out = out.index_add(0, token, (y * topk_weights[token, slot, None]).to(out.dtype))
-    return out
+        z = x[token] @ gate_up[expert].T
+        if gate_up_bias is not None:
+            z = z + gate_up_bias[expert]
+        y = gate.value(z) @ down[expert].T
+        if down_bias is not None:
+            y = y + down_bias[expert]
+        if topk_weights is not None:
+            y = (y * topk_weights[token, slot, None]).to(out.dtype)
+        out = out.index_add(0, token if reduce else token * top_k + slot, y)
+    return out if reduce else out.view(tokens, top_k, hidden)

@@ -10,15 +10,8 @@ GROUP_SIZES: tuple[GroupSize, ...] = (64, 128, 256, "auto")
 BACKEND_NAMES: tuple[str, ...] = ("auto", "triton", "torch")
 
 
-def check_settings(activation: str, group_size: GroupSize, persistent: bool, backend: str) -> None:
+def check_settings(group_size: GroupSize, persistent: bool, backend: str) -> None:
     """Raise ValueError naming the valid values if a setting is not one of them."""
-    from moe_kernels.activation import ACTIVATIONS
-
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation={activation!r} is not supported; valid: {', '.join(sorted(ACTIVATIONS))}. "
-            "Train this model with experts_implementation='grouped_mm' instead."
-        )
     if isinstance(group_size, bool) or group_size not in GROUP_SIZES:
         raise ValueError(f"group_size={group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
     if not isinstance(persistent, bool):
@@ -32,17 +25,15 @@ class ExpertsSettings:
     """How expert layers run. Every field changes what runs; none changes the result beyond rounding.
 
     Attributes:
-        activation: key of :data:`moe_kernels.activation.ACTIVATIONS`.
         group_size: rows per tile of the grouped GEMMs. Each tile of that many sorted rows belongs to one
             expert. ``"auto"`` picks from the mean number of rows per expert.
         persistent: one program per multiprocessor walks all tiles, instead of one program per tile.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
     """
 
-    activation: str = "silu"
     group_size: GroupSize = 128
     persistent: bool = True
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        check_settings(self.activation, self.group_size, self.persistent, self.backend)
+        check_settings(self.group_size, self.persistent, self.backend)

@@ -1,4 +1,4 @@
-"""The plain-torch backend: the same nine steps as the Triton backend, one loop over experts each.
+"""The plain-torch backend: the same steps as the Triton backend, one loop over experts each.
 
 Runs on any device and in any floating dtype, float64 included. It reads the routing on the host, so on a GPU it
 synchronises: it exists for the CPU, for debugging and as a second opinion, not for speed.
@@ -11,9 +11,11 @@ from collections.abc import Iterator
 
 import torch
 
-from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.activation import Gate
 from moe_kernels.backends import Problem
 from moe_kernels.routing import RoutingPlan
+
+LowRank = tuple[torch.Tensor, torch.Tensor]
 
 NAME = "torch"
 
@@ -59,26 +61,59 @@ def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int) -> RoutingP
     return plan
 
 
+def _project(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutingPlan,
+    bias: torch.Tensor | None = None,
+    low_rank: LowRank | None = None,
+) -> torch.Tensor:
+    """rows (R, K) @ weight[e] (E, K, N) + bias[e] (E, N) + low (R, r) @ factor[e] (E, r, N) -> (R, N)."""
+    out = rows.new_zeros(plan.rows, weight.shape[2])
+    for expert, block in _experts(plan):
+        total = rows[block] @ weight[expert]
+        if low_rank is not None:
+            low, factor = low_rank
+            total = total + low[block] @ factor[expert]
+        out[block] = total if bias is None else total + bias[expert]
+    return out
+
+
 def up(
-    x: torch.Tensor, gate_up: torch.Tensor, plan: RoutingPlan, activation: str, persistent: bool, save_z: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutingPlan,
+    gate: Gate,
+    persistent: bool,
+    save_z: bool,
+    bias: torch.Tensor | None = None,
+    low_rank: LowRank | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step 1: Z = X[row_token] W1[e]^T (R, 2I) and A = act(Z_gate) * Z_up (R, I)."""
-    intermediate = gate_up.shape[1] // 2
-    z = x.new_zeros(plan.rows, 2 * intermediate)
-    row_token = _row_token(plan)
-    for expert, rows in _experts(plan):
-        z[rows] = x[row_token[rows]] @ gate_up[expert].T
-    gate, linear = z.to(_accumulator(x.dtype)).chunk(2, dim=-1)
-    a = (ACTIVATIONS[activation].value(gate) * linear).to(x.dtype)
+    """Step 1: Z = X[row_token] W1[e]^T + b1[e] (R, 2I) and A = f(Z) (R, I)."""
+    z = _project(gather(x, plan), weight.mT, plan, bias, _transposed(low_rank))
+    a = gate.value(z.to(_accumulator(x.dtype))).to(x.dtype)
     return (z if save_z else z.new_empty(0)), a
 
 
-def down(a: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
-    """Step 2: Y = A W2[e]^T (R, H)."""
-    y = a.new_zeros(plan.rows, weight.shape[1])
-    for expert, rows in _experts(plan):
-        y[rows] = a[rows] @ weight[expert].T
-    return y
+def _transposed(low_rank: LowRank | None) -> LowRank | None:
+    return None if low_rank is None else (low_rank[0], low_rank[1].mT)
+
+
+def up_low(x: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
+    """X[row_token] right[e]^T: x (T, H), right (E, r, H) -> (R, r)."""
+    return _project(gather(x, plan), right.mT, plan)
+
+
+def down(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutingPlan,
+    persistent: bool,
+    bias: torch.Tensor | None = None,
+    low_rank: LowRank | None = None,
+) -> torch.Tensor:
+    """Step 2: Y = A W2[e]^T + b2[e] (R, H)."""
+    return _project(a, weight.mT, plan, bias, _transposed(low_rank))
 
 
 def combine(y: torch.Tensor, topk_weights: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
@@ -101,30 +136,38 @@ def gather(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     return x[_row_token(plan)]
 
 
-def dgrad(rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
+def dgrad(
+    rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: bool, low_rank: LowRank | None = None
+) -> torch.Tensor:
     """rows @ weight[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, 2I) and W1 (E, 2I, H)."""
-    out = rows.new_zeros(plan.rows, weight.shape[2])
-    for expert, block in _experts(plan):
-        out[block] = rows[block] @ weight[expert]
-    return out
+    return _project(rows, weight, plan, None, low_rank)
 
 
 def dact(
-    da: torch.Tensor, z: torch.Tensor, topk_weights: torch.Tensor, plan: RoutingPlan, activation: str
+    da: torch.Tensor,
+    z: torch.Tensor,
+    topk_weights: torch.Tensor,
+    plan: RoutingPlan,
+    gate: Gate,
+    overwrite_z: bool = False,
+    dout_rows: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Step 4: from dA0 (R, I) and Z (R, 2I): dZ (R, 2I), wA = w * A (R, I) and dw = <dA0, A> (T, K)."""
+    """Step 4: from dA0 (R, I) and Z (R, 2I): dZ (R, 2I), wA = w * A (R, I) and dw = <dO, Y> (T, K)."""
     acc = _accumulator(da.dtype)
     slots = plan.row_slot.long()
     kept = torch.arange(plan.rows, device=da.device) < plan.expert_start[-1]
     w = topk_weights.reshape(-1)[slots].to(acc).unsqueeze(1)
-    da_acc = da.to(acc)
-    gate, linear = z.to(acc).chunk(2, dim=-1)
-    value, derivative = ACTIVATIONS[activation].value(gate), ACTIVATIONS[activation].derivative(gate)
-    a = value * linear
-    dz = torch.cat([w * da_acc * linear * derivative, w * da_acc * value], dim=-1)
+    da_acc, z_acc = da.to(acc), z.to(acc)
+    a = gate.value(z_acc)
+    dz = gate.join(*(w * da_acc * partial for partial in gate.partials(z_acc))).to(da.dtype)
+    dots = (da_acc * a).sum(-1)
+    if dout_rows is not None and down_bias is not None:
+        for expert, rows in _experts(plan):
+            dots[rows] += dout_rows[rows].to(acc) @ down_bias[expert].to(acc)
     dw = torch.empty_like(topk_weights)
-    dw.view(-1)[slots] = torch.where(kept, (da_acc * a).sum(-1), 0.0).to(dw.dtype)
-    return dz.to(da.dtype), (w * a).to(da.dtype), dw
+    dw.view(-1)[slots] = torch.where(kept, dots, 0.0).to(dw.dtype)
+    return (z.copy_(dz) if overwrite_z else dz), (w * a).to(da.dtype), dw
 
 
 def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
@@ -139,3 +182,15 @@ def combine_grad(dxr: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     """Step 7: dX[t] = sum_k dXr[slot_row(t,k)] (T, H)."""
     ones = torch.ones(plan.tokens, plan.top_k, dtype=_accumulator(dxr.dtype), device=dxr.device)
     return combine(dxr, ones, plan)
+
+
+def expert_sum(rows: torch.Tensor, plan: RoutingPlan, topk_weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Bias gradients, sum over the rows of e of w * rows: (R, N) -> (E, N); w = 1 without topk_weights (T, K)."""
+    acc = _accumulator(rows.dtype)
+    out = rows.new_zeros(plan.experts, rows.shape[1])
+    for expert, block in _experts(plan):
+        total = rows[block].to(acc)
+        if topk_weights is not None:
+            total = total * topk_weights.reshape(-1)[plan.row_slot[block].long(), None].to(acc)
+        out[expert] = total.sum(0).to(out.dtype)
+    return out

@@ -1,4 +1,4 @@
-"""The Triton backend: the nine steps as kernels for sm_80 and later.
+"""The Triton backend: the steps as kernels for sm_80 and later.
 
 Hopper and later load weights and sorted rows by tensor-memory copies (TMA); sm_80 to sm_89, and tensors whose rows
 are not multiples of 16 elements, by pointer loads. The math is the same.
@@ -11,10 +11,11 @@ import torch
 from moe_kernels.backends import Problem
 from moe_kernels.kernels.triton.combine import combine, combine_grad, gather
 from moe_kernels.kernels.triton.dact import dact
+from moe_kernels.kernels.triton.expert_sum import expert_sum
 from moe_kernels.kernels.triton.grouped_gemm import dgrad, down
 from moe_kernels.kernels.triton.launch import interpreting
 from moe_kernels.kernels.triton.plan import make_plan
-from moe_kernels.kernels.triton.up import up
+from moe_kernels.kernels.triton.up import up, up_low
 from moe_kernels.kernels.triton.wgrad import wgrad
 
 NAME = "triton"
@@ -26,9 +27,11 @@ __all__ = [
     "dact",
     "dgrad",
     "down",
+    "expert_sum",
     "gather",
     "make_plan",
     "up",
+    "up_low",
     "wgrad",
     "why_not",
 ]

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import moe_kernels
 from moe_kernels import backends
 from moe_kernels.routing import plan_elements
-from moe_kernels.testing.problems import DIFFERENTIABLE, Case, eager, make_inputs, run, truth
+from moe_kernels.testing.problems import DIFFERENTIABLE, Case, call, eager, make_inputs, run, truth
 from moe_kernels.testing.tolerances import assert_close_to_truth
 
 SMALL = Case(tokens=9, top_k=2, experts=3, hidden=32, intermediate=16, dtype=torch.bfloat16)
@@ -185,7 +185,7 @@ def test_the_backend_of_the_forward_runs_the_backward(experts, backend, device, 
 
 def test_auto_takes_torch_on_cpu_and_says_why():
     inputs = make_inputs(SMALL)
-    name, why = backends.select(backends.Problem.of(inputs.gate_up, SMALL.top_k), "auto")
+    name, why = backends.select(backends.Problem.of(inputs.down, SMALL.top_k), "auto")
     assert name == "torch"
     assert "NVIDIA GPU" in why
 
@@ -194,14 +194,24 @@ BAD = {
     "x of three dimensions": (lambda a: {"x": a.x[None]}, "wants x"),
     "hidden sizes": (lambda a: {"x": a.x[:, :-8].contiguous()}, "sizes disagree"),
     "number of experts": (lambda a: {"down": a.down[:-1].contiguous()}, "sizes disagree"),
-    "odd gate_up": (lambda a: {"gate_up": a.gate_up[:, :-1].contiguous()}, "wants x"),
-    "tokens": (lambda a: {"topk_ids": a.topk_ids[:-1]}, r"must both be \(T, K\)"),
+    "odd gate_up": (lambda a: {"gate_up": a.gate_up[:, :-1].contiguous()}, "sizes disagree"),
+    "tokens": (lambda a: {"topk_ids": a.topk_ids[:-1]}, r"must be \(T, K\)"),
     "top_k": (lambda a: {"topk_weights": a.topk_weights[:, :-1]}, r"must both be \(T, K\)"),
     "ids of float": (lambda a: {"topk_ids": a.topk_ids.float()}, "int64 or int32"),
     "integer x": (lambda a: {"x": a.x.long()}, "must be a floating dtype"),
     "integer routing weights": (lambda a: {"topk_weights": a.topk_weights.long()}, "must be a floating dtype"),
     "weights of two dtypes": (lambda a: {"down": a.down.float()}, "cast one of them"),
-    "transposed weights": (lambda a: {"down": a.down.mT.contiguous().mT}, "must be contiguous"),
+    "weights with gaps": (lambda a: {"down": a.down.repeat(1, 1, 2)[..., ::2]}, "must be contiguous"),
+    "weights without a sum": (lambda a: {"options": {"reduce": False}}, "None with reduce=False"),
+    "bias of another size": (lambda a: {"extras": {"gate_up_bias": a.gate_up[:, 1:, 0]}}, "gate_up_bias is"),
+    "rank of the factors": (
+        lambda a: {"extras": {"down_left": a.down[..., :4], "down_right": a.down[:, :3]}},
+        "down_lora is",
+    ),
+    "interleaved without a gate": (
+        lambda a: {"gate_up": a.gate_up[:, : a.down.shape[2]].contiguous(), "options": {"interleaved": True}},
+        "without a gate",
+    ),
 }
 
 
@@ -211,7 +221,7 @@ def test_bad_inputs_are_named(experts, device, what):
     inputs = make_inputs(SMALL, device)
     a = type(inputs)(**{**inputs.__dict__, **change(inputs)})
     with pytest.raises(ValueError, match=message):
-        experts(a.x, a.topk_ids, a.topk_weights, a.gate_up, a.down)
+        call(experts, a)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +231,7 @@ def test_bad_inputs_are_named(experts, device, what):
         ({"group_size": True}, "64, 128, 256, auto"),
         ({"persistent": "yes"}, "true or false"),
         ({"activation": "tanh"}, "silu"),
+        ({"activation": "clamped_glu"}, r"takes the parameters \(alpha, limit\)"),
         ({"backend": "cuda"}, "auto, triton, torch"),
     ],
     ids=str,

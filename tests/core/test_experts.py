@@ -1,12 +1,13 @@
 """The op against float64 and plain PyTorch: output and every gradient, on every backend."""
 
+import dataclasses
 import functools
 
 import pytest
 import torch
 
 import moe_kernels
-from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.activation import ACTIVATIONS, PLAIN, Activation
 from moe_kernels.testing.problems import DIFFERENTIABLE, Case, check, eager, make_inputs, run, truth
 from moe_kernels.testing.routings import ROUTINGS
 
@@ -33,18 +34,96 @@ def test_dtypes(experts, device, routing, dtype):
     judge(experts, case(routing=routing, dtype=dtype), device)
 
 
+# Clamps and caps that the unit-variance data crosses often.
+CHOICES = [
+    *PLAIN,
+    Activation("clamped_glu", (1.702, 0.7)),
+    Activation("clamped_silu", (0.5,)),
+    Activation("softcapped_silu", (0.8, 1.5)),
+]
+
+
+def test_every_activation_is_tried():
+    assert {Activation.of(choice).name for choice in CHOICES} == set(ACTIVATIONS)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", CHOICES, ids=lambda a: Activation.of(a).name)
 def test_activations(experts, device, activation, dtype):
-    inputs = make_inputs(case(routing="sentinels", dtype=dtype), device)
-    check(functools.partial(experts, activation=activation), inputs, activation, activation)
+    judge(experts, case(routing="sentinels", dtype=dtype, activation=activation), device)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_derivative_is_autograds(activation):
-    z = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(ACTIVATIONS[activation].value(z).sum(), z)
-    torch.testing.assert_close(ACTIVATIONS[activation].derivative(z.detach()), expected, rtol=1e-12, atol=1e-13)
+@pytest.mark.parametrize("activation", CHOICES, ids=lambda a: Activation.of(a).name)
+def test_the_partials_are_autograds(activation):
+    chosen = Activation.of(activation)
+    gate = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
+    up = torch.linspace(-5, 6, 1001, dtype=torch.float64).flip(0).requires_grad_()
+    rule = ACTIVATIONS[chosen.name]
+    expected = torch.autograd.grad(rule.value(gate, up, *chosen.parameters).sum(), (gate, up))
+    actual = rule.partials(gate.detach(), up.detach(), *chosen.parameters)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+LAYOUTS = [
+    case(routing="sentinels", transposed=True),
+    case(routing="sentinels", interleaved=True),
+    case(routing="sentinels", bias=True),
+    case(routing="sentinels", gated=False, activation="relu2"),
+    case(routing="sentinels", gated=False, bias=True, transposed=True, activation="gelu"),
+    case(routing="sentinels", reduce=False),
+    # gpt-oss, and its neighbour with gate and up apart
+    case(routing="zipf", transposed=True, interleaved=True, bias=True, activation=Activation("clamped_glu", (1.702, 0.7))),
+    case(routing="zipf", transposed=True, bias=True, activation=Activation("clamped_glu", (1.702, 0.7))),
+    case(routing="empty_first_middle_last", tokens=23, hidden=72, intermediate=40, interleaved=True, bias=True),
+    case(routing="empty_first_middle_last", tokens=23, hidden=37, intermediate=21, transposed=True, bias=True),
+    case(routing="sentinels", lora_rank=4),
+    case(routing="zipf", tokens=23, lora_rank=16, transposed=True, interleaved=True, bias=True),
+    case(routing="zipf", lora_rank=5, gated=False, hidden=40, intermediate=24),
+    case(routing="one_hot_expert", lora_rank=20, reduce=False, bias=True),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("c", LAYOUTS, ids=str)
+def test_layouts(experts, device, c, dtype):
+    judge(experts, dataclasses.replace(c, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("c", [LAYOUTS[6], LAYOUTS[11]], ids=str)
+def test_layouts_in_small_tiles(experts, device, c, small_tiles):
+    judge(experts, dataclasses.replace(c, tokens=37, dtype=torch.bfloat16), device)
+
+
+def test_gradients_keep_the_memory_order_of_the_weights(experts, device):
+    inputs = make_inputs(case(transposed=True), device)
+    stored = [w.mT.clone().requires_grad_() for w in (inputs.gate_up, inputs.down)]
+    experts(inputs.x, inputs.topk_ids, inputs.topk_weights, *(w.mT for w in stored)).sum().backward()
+    assert all(w.grad.is_contiguous() for w in stored)
+
+
+def test_frozen_weights_cost_no_gradient(experts, device):
+    inputs = make_inputs(case(lora_rank=8), device)
+    wanted = tuple(inputs.extras)
+    results = run(experts, inputs, wanted)
+    expected = run(experts, inputs)
+    assert all(results[f"d{name}"] is None for name in ("x", "topk_weights", "gate_up", "down"))
+    assert all(torch.equal(results[f"d{name}"], expected[f"d{name}"]) for name in wanted)
+
+
+def test_recompute_changes_no_bit(experts, device):
+    inputs = make_inputs(case(routing="zipf", lora_rank=8, bias=True), device)
+    expected, actual = run(experts, inputs), run(functools.partial(experts, recompute=True), inputs)
+    assert all(torch.equal(value, expected[name]) for name, value in actual.items())
+
+
+def test_a_kept_graph_can_be_walked_again(experts, device):
+    """The backward writes dZ over Z, but not while the graph is kept."""
+    inputs = make_inputs(case(), device)
+    x = inputs.x.clone().requires_grad_()
+    out = experts(x, inputs.topk_ids, inputs.topk_weights, inputs.gate_up, inputs.down)
+    (first,) = torch.autograd.grad(out, x, inputs.grad, retain_graph=True)
+    (second,) = torch.autograd.grad(out, x, inputs.grad)
+    assert torch.equal(first, second)
 
 
 SIZES = [

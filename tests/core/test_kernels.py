@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_kernels import torch_backend
+from moe_kernels.activation import Activation, Gate
 from moe_kernels.testing.problems import Case, make_inputs
 from moe_kernels.testing.routings import ROUTINGS, make_routing
 from moe_kernels.testing.tolerances import assert_close_to_truth
@@ -14,6 +15,7 @@ from moe_kernels.testing.tolerances import assert_close_to_truth
 triton_backend = pytest.importorskip("moe_kernels.triton_backend")
 
 BF16 = torch.bfloat16
+SILU = Gate(Activation("silu"))
 
 
 # ---------------------------------------------------------------------------------------------------- the plan
@@ -98,11 +100,11 @@ def prepare(case, device):
     wide = inputs.to(torch.float64)
     plan = torch_backend.make_plan(inputs.topk_ids, case.experts, 16)
     t = {}
-    t["z"], t["a"] = torch_backend.up(wide.x, wide.gate_up, plan, "silu", True, True)
+    t["z"], t["a"] = torch_backend.up(wide.x, wide.gate_up, plan, SILU, True, True)
     t["y"] = torch_backend.down(t["a"], wide.down, plan, True)
     t["dout"] = torch_backend.gather(wide.grad, plan)
     t["da"] = torch_backend.dgrad(t["dout"], wide.down, plan, True)
-    t["dz"], t["wa"], _ = torch_backend.dact(t["da"], t["z"], wide.topk_weights, plan, "silu")
+    t["dz"], t["wa"], _ = torch_backend.dact(t["da"], t["z"], wide.topk_weights, plan, SILU)
     rounded = {name: value.to(case.dtype) for name, value in t.items()}
     return Steps(case, inputs, plan, slice(0, int(plan.expert_start[-1])), rounded)
 
@@ -124,15 +126,15 @@ def both(s, step, *args, triton_args=None, **kwargs):
 
 @pytest.mark.parametrize("persistent", [True, False])
 def test_up(s, persistent):
-    ours, truth, eager = both(s, "up", s.inputs.x, s.inputs.gate_up, s.plan, "silu", persistent, True)
+    ours, truth, eager = both(s, "up", s.inputs.x, s.inputs.gate_up, s.plan, SILU, persistent, True)
     r = s.routed
     assert_close_to_truth(ours[0][r], truth[0][r], eager[0][r], "z", min_exact_share=0.9)
     assert_close_to_truth(ours[1][r], truth[1][r], eager[1][r], "a", min_exact_share=0.9)
 
 
 def test_up_without_saving_z(s):
-    z, a = triton_backend.up(s.inputs.x, s.inputs.gate_up, s.plan, "silu", True, False)
-    _, expected = triton_backend.up(s.inputs.x, s.inputs.gate_up, s.plan, "silu", True, True)
+    z, a = triton_backend.up(s.inputs.x, s.inputs.gate_up, s.plan, SILU, True, False)
+    _, expected = triton_backend.up(s.inputs.x, s.inputs.gate_up, s.plan, SILU, True, True)
     assert z.numel() == 0
     assert torch.equal(a[s.routed], expected[s.routed])
 
@@ -163,7 +165,7 @@ def test_dact(s, weights_dtype):
     for t in spoiled:
         t[s.routed.stop :] = float("nan")
     ours, truth, eager = both(
-        s, "dact", da, z, weights, s.plan, "silu", triton_args=(*spoiled, weights, s.plan, "silu")
+        s, "dact", da, z, weights, s.plan, SILU, triton_args=(*spoiled, weights, s.plan, SILU)
     )
     for name, a, b, c in zip(("dz", "wa"), ours, truth, eager, strict=False):
         assert_close_to_truth(a[s.routed], b[s.routed], c[s.routed], name, min_exact_share=0.9)

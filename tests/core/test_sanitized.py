@@ -10,6 +10,7 @@ from triton.runtime.errors import InterpreterError
 
 import moe_kernels
 from moe_kernels import torch_backend
+from moe_kernels.activation import Activation, Gate
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.testing import interpreter
 from moe_kernels.testing.problems import Case, check, make_inputs, run
@@ -20,6 +21,7 @@ launch = pytest.importorskip("moe_kernels.kernels.triton.launch")
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="needs Triton's interpreter: TRITON_INTERPRET=1")
 
 BF16 = torch.bfloat16
+SILU = Gate(Activation("silu"))
 experts = functools.partial(moe_kernels.fused_experts, backend="triton")
 CASES = {
     "aligned": Case(tokens=17, top_k=2, experts=3, hidden=64, intermediate=32, dtype=BF16, routing="one_hot_expert"),
@@ -114,7 +116,7 @@ def test_expert_weights_beyond_two_billion_elements(large_tiles):
     weight[-1] = 2.0**-11
     plan = torch_backend.make_plan(torch.full((5, 1), e - 1), e, 64)
     with interpreter.sanitize(races=False), interpreter.overflow_asserts():
-        z, _ = triton_backend.up(x, weight, plan, "silu", True, True)
+        z, _ = triton_backend.up(x, weight, plan, SILU, True, True)
         dxr = triton_backend.dgrad(torch.ones_like(z), weight, plan, True)
     assert torch.equal(z, torch.ones_like(z))
     assert torch.equal(dxr, torch.ones_like(dxr))
@@ -127,7 +129,7 @@ def test_rows_beyond_two_billion_elements(large_tiles):
     plan = last_tile_plan(rows, expert=1, experts_=2)
     gate_up = torch.ones(2, 2 * i, h, dtype=BF16)
     with interpreter.sanitize(races=False), interpreter.overflow_asserts():
-        z, _ = triton_backend.up(torch.ones(rows, h, dtype=BF16), gate_up, plan, "silu", True, True)
+        z, _ = triton_backend.up(torch.ones(rows, h, dtype=BF16), gate_up, plan, SILU, True, True)
         assert z.numel() > 2**31
         assert torch.equal(z[-5:], torch.full((5, 2 * i), 16.0, dtype=BF16))
         dxr = triton_backend.dgrad(z, gate_up, plan, True)

@@ -105,7 +105,7 @@ def verify_shape(
         for verdict in verdicts:
             progress(f"{shape.name}, {routing}, group_size={verdict.group_size}, persistent={verdict.persistent}")
             problem = backends.Problem.of(
-                inputs.gate_up, shape.top_k, group_size=verdict.group_size, persistent=verdict.persistent
+                inputs.down, shape.top_k, group_size=verdict.group_size, persistent=verdict.persistent
             )
             try:
                 verdict.backend, _ = backends.select(problem, backend)

@@ -1,25 +1,27 @@
-"""Which experts modules of transformers these kernels compute exactly, and why not the others."""
+"""What an experts module of transformers computes, in the terms of ``fused_experts``, or why it is refused."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.activations import ACT2FN
-from transformers.integrations.moe import _default_apply_gate
 
-from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.activation import ACTIVATIONS, PLAIN, Activation, Gate
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_ACTIVATIONS = {torch.nn.SiLU: "silu"} | {type(ACT2FN[name]): name for name in ACTIVATIONS if name in ACT2FN}
-# Attributes that transformers' decorator sets (5.16.1 not yet the last), and the value that is refused.
-_REFUSED = {
-    "has_gate": (False, "its experts have no gate (up_proj instead of gate_up_proj)."),
-    "is_transposed": (True, "its weights are stored transposed, (E, H, 2I)."),
-    "is_concatenated": (False, "its gate and up rows are interleaved."),
-    "has_bias": (True, "its experts have biases."),
-    "has_post_expert_norm": (True, "it normalises the output of each expert."),
+# Attributes that transformers' decorator sets (5.16.1 not yet the last), and their default.
+_LAYOUT = {
+    "has_gate": True,
+    "is_concatenated": True,
+    "is_transposed": False,
+    "has_bias": False,
+    "has_post_expert_norm": False,
 }
+# Attributes of the decorated classes that their _apply_gate reads.
+_LIMITS = ("limit", "swiglu_limit", "alpha", "swiglu_alpha")
 
 
 class UnsupportedExperts(ValueError):
@@ -31,37 +33,139 @@ class UnsupportedExperts(ValueError):
         return cls(f"{where}: {reason} Train it with experts_implementation: grouped_mm and without moe_kernels.")
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How to call ``fused_experts`` for one module.
+
+    Attributes:
+        gate: activation with its parameters, whether there is a gate, whether gate and up are interleaved.
+        transposed: weights are stored (E, H, 2I) and (E, I, H).
+        biased: there are gate_up_proj_bias and down_proj_bias.
+        post_norm: each expert's output is normalised before it is weighted.
+        source: what the module looked like when this was found out; see :func:`source`.
+    """
+
+    gate: Gate
+    transposed: bool
+    biased: bool
+    post_norm: bool
+    source: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        weights = [
+            "up" if not self.gate.gated else "interleaved gate_up" if self.gate.interleaved else "gate_up",
+            *(word for word in ("transposed", "biased") if getattr(self, word)),
+            *(["post-expert norm"] if self.post_norm else []),
+        ]
+        parameters = ", ".join(ACTIVATIONS[self.gate.activation.name].parameters)
+        return f"{', '.join(weights)} | {self.gate.activation.name}" + (f"({parameters})" if parameters else "")
+
+
+def recipe_of(module: Any, name: str = "") -> Recipe:
+    """The recipe of ``module``, called ``name`` in errors: found by a numeric probe, again only after a change.
+
+    Raises:
+        UnsupportedExperts: no activation of these kernels reproduces what the module computes.
+    """
+    known = getattr(module, "_moe_kernels_recipe", None)
+    now = source(module)
+    if known is not None and known.source == now:
+        return known
+    if torch.compiler.is_compiling():
+        raise UnsupportedExperts(
+            f"{type(module).__name__} was not looked at yet: call check_model(model) before torch.compile."
+        )
+    gated, concatenated, transposed, biased, post_norm = now[: len(_LAYOUT)]
+    theirs = module._apply_gate if gated else module.act_fn
+    device = module.down_proj.device
+    activation = _find_activation(
+        theirs, gated, not concatenated, _numbers(module), torch.device("cpu") if device.type == "meta" else device
+    )
+    if activation is None:
+        shown = type(module.act_fn).__name__ if hasattr(module, "act_fn") else "_apply_gate"
+        have = ACTIVATIONS if gated else PLAIN
+        reason = f"its activation {shown} computes none of {', '.join(sorted(have))}."
+        raise UnsupportedExperts.of(module, reason, name)
+    gate = Gate(activation, gated=gated, interleaved=gated and not concatenated)
+    module._moe_kernels_recipe = Recipe(gate, transposed, biased, post_norm, now)
+    return module._moe_kernels_recipe
+
+
+def source(module: Any) -> tuple[Any, ...]:
+    """What decides the recipe; cheap enough to compare at every call, and torch.compile traces it."""
+    return (
+        *(getattr(module, name, default) for name, default in _LAYOUT.items()),
+        *(getattr(module, name, None) for name in _LIMITS),
+        getattr(module, "act_fn", None),
+        type(module)._apply_gate,
+    )
+
+
 def why_not_module(module: Any) -> str | None:
-    """None if these kernels compute what ``module``, an experts module, computes; else the reason."""
-    reason = structure_problem(module)
-    if reason:
-        return reason
-    # The type may lie (a patched forward): compare values, far past any clamp.
-    activation, device = activation_of(module), module.down_proj.device
-    gate = torch.linspace(-60, 60, 241, device="cpu" if device.type == "meta" else device)
-    up = gate.flip(0) + 0.25
-    with torch.no_grad():
-        theirs = module._apply_gate(torch.cat([gate, up])[None])[0]
-    if not torch.allclose(ACTIVATIONS[activation].value(gate) * up, theirs, rtol=1e-4, atol=1e-4):
-        return f"its gate does not compute {activation}(gate) * up: act_fn was changed."
+    """None if these kernels compute what ``module``, an experts module, computes; else reason and cure."""
+    try:
+        recipe_of(module)
+    except UnsupportedExperts as error:
+        return str(error)
     return None
 
 
-def structure_problem(module: Any) -> str | None:
-    """What the attributes of an experts module say against it; cheap, and torch.compile traces it."""
-    for attribute, (refused, reason) in _REFUSED.items():
-        if getattr(module, attribute, not refused) == refused:
-            return reason
-    if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
-        return "it has a gate of its own (_apply_gate: a clamp or a scale)."
-    if type(module.act_fn) not in _ACTIVATIONS:
-        return f"its activation {type(module.act_fn).__name__} is none of {', '.join(sorted(ACTIVATIONS))}."
+def _find_activation(
+    theirs: Callable[[torch.Tensor], torch.Tensor],
+    gated: bool,
+    interleaved: bool,
+    numbers: list[float],
+    device: torch.device,
+) -> Activation | None:
+    """The first activation, with parameters from ``numbers``, of equal value and gradient on the probe."""
+    points = _probe_points(numbers).to(device)
+    shape = Gate(Activation("silu"), gated, interleaved)
+    gate, up = torch.cartesian_prod(points, points + 0.0078).unbind(-1) if gated else (points, points)
+    z = shape.join(gate, up)[None]
+    expected = _value_and_gradient(theirs, z)
+    # Rounding of float32 where a value or slope vanishes, relative to what is multiplied.
+    slack = 1e-6 * (1 + gate.abs()) * (1 + up.abs())
+    slacks = (slack, shape.join(slack, slack))
+    for name, rule in ACTIVATIONS.items():
+        if not gated and rule.parameters:
+            continue
+        for parameters in itertools.product(numbers, repeat=len(rule.parameters)):
+            candidate = Activation(name, parameters)
+            ours = _value_and_gradient(Gate(candidate, gated, interleaved).value, z)
+            if all(
+                ((a - b).abs() <= 1e-4 * b.abs() + c).all() for a, b, c in zip(ours, expected, slacks, strict=True)
+            ):
+                return candidate
     return None
 
 
-def activation_of(module: Any) -> str:
-    """Key of :data:`moe_kernels.activation.ACTIVATIONS` for a module without a structure problem."""
-    return _ACTIVATIONS[type(module.act_fn)]
+def _value_and_gradient(
+    function: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False), torch.enable_grad():
+        z = z.clone().requires_grad_()
+        value = function(z)
+        return value.detach(), torch.autograd.grad(value.sum(), z)[0]
+
+
+def _probe_points(numbers: list[float]) -> torch.Tensor:
+    """Both sides of zero and of every number the module holds, and far past any clamp."""
+    near = torch.linspace(-8.0, 8.0, 65) + 0.0123
+    far = torch.tensor([12.0, 23.0, 60.0, 150.0, 700.0])
+    limits = torch.tensor([n * by for n in numbers if 0 < n < 1e3 for by in (0.45, 0.95, 1.05, 2.1)])
+    return torch.cat([near, far, -far, limits, -limits])
+
+
+def _numbers(module: Any) -> list[float]:
+    """Every number among the attributes of ``module`` and its sub-modules (act_fn), each once."""
+    return list(dict.fromkeys(_numbers_of(module)))
+
+
+def _numbers_of(module: Any) -> Iterator[float]:
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+                yield float(value)
 
 
 def plain_weight(module: Any, weight: Any) -> torch.Tensor:

@@ -1,65 +1,115 @@
-"""Step 4: backward of the gate, elementwise over the sorted rows.
+"""Step 4: backward of the activation, elementwise over the sorted rows.
 
-A is recomputed from Z instead of saved, and the routing weight's gradient <dA0, A> = <dO[t], Y> needs no Y. One
-pass reads dA0 and Z and writes dZ and wA; wA takes the memory of dA0. A GEMM with this as its epilogue was slower:
-the loads and stores of the epilogue did not overlap its math.
+A is recomputed from Z instead of saved, and the routing weight's gradient <dA0, A> = <dO[t], Y> needs no Y (with a
+bias b2, Y is A W2^T + b2 and the gradient gains <dO[t], b2[e]>). One pass reads dA0 and Z and writes dZ and wA; wA
+takes the memory of dA0, and dZ that of Z if nobody needs Z again. A GEMM with this as its epilogue was slower: the
+loads and stores of the epilogue did not overlap its math.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.activation import gate_value_and_derivative
+from moe_kernels.activation import Gate, value_and_partials
 from moe_kernels.routing import RoutingPlan
 
 
 @triton.jit
 def dact_kernel(
     da_ptr,  # (R, I): dA0 in, wA out
-    z_ptr,  # (R, 2I)
+    z_ptr,  # (R, Z), Z = 2I with a gate, I without
     topk_weights_ptr,  # (T * K,)
-    dz_ptr,  # (R, 2I)
+    dz_ptr,  # (R, Z), may be z_ptr
     dw_ptr,  # (T * K,)
     row_slot_ptr,  # (R,)
-    routed_ptr,  # expert_start[E]: rows at or after it belong to dropped slots
+    expert_start_ptr,  # (E + 1,): rows at or after expert_start[E] belong to dropped slots
+    dout_rows_ptr,  # (R, H), or any pointer unless HAS_BIAS
+    down_bias_ptr,  # (E, H), or any pointer unless HAS_BIAS
     R,
     I,
+    E,
+    H,
     ACTIVATION: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     slot = tl.load(row_slot_ptr + rows, mask=rows < R, other=0)
-    routed = rows < tl.load(routed_ptr)
+    routed = rows < tl.load(expert_start_ptr + E)
     weight = tl.load(topk_weights_ptr + slot, mask=routed, other=0.0).to(tl.float32)[:, None]
     dw = tl.zeros((BLOCK_R,), tl.float32)
     a_rows = rows.to(tl.int64)[:, None] * I
     for i0 in range(0, I, BLOCK_I):
         cols = (i0 + tl.arange(0, BLOCK_I))[None, :]
         mask = routed[:, None] & (cols < I)
-        gate_offsets = 2 * a_rows + cols
         da = tl.load(da_ptr + a_rows + cols, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(z_ptr + gate_offsets, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(z_ptr + gate_offsets + I, mask=mask, other=0.0).to(tl.float32)
-        value, derivative = gate_value_and_derivative(gate, ACTIVATION)
-        a = value * up
-        dw += tl.sum(da * a, axis=1)
+        z_offsets = (2 if GATED else 1) * a_rows + cols
+        pair_cols = (2 * i0 + tl.arange(0, 2 * BLOCK_I))[None, :]
+        pair_offsets = 2 * a_rows + pair_cols
+        pair_mask = routed[:, None] & (pair_cols < 2 * I)
+        if INTERLEAVED:
+            pairs = tl.load(z_ptr + pair_offsets, mask=pair_mask, other=0.0).to(tl.float32)
+            gate, up = tl.split(tl.reshape(pairs, (BLOCK_R, BLOCK_I, 2)))
+        elif GATED:
+            gate = tl.load(z_ptr + z_offsets, mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(z_ptr + z_offsets + I, mask=mask, other=0.0).to(tl.float32)
+        else:
+            gate = tl.load(z_ptr + z_offsets, mask=mask, other=0.0).to(tl.float32)
+            up = 1.0
+        a, d_gate, d_up = value_and_partials(gate, up, ACTIVATION, P0, P1)
+        dw += tl.sum(tl.where(mask, da * a, 0.0), axis=1)
         da *= weight
         tl.store(da_ptr + a_rows + cols, (weight * a).to(da_ptr.dtype.element_ty), mask=mask)
-        tl.store(dz_ptr + gate_offsets, (da * up * derivative).to(dz_ptr.dtype.element_ty), mask=mask)
-        tl.store(dz_ptr + gate_offsets + I, (da * value).to(dz_ptr.dtype.element_ty), mask=mask)
+        d_gate = (da * d_gate).to(dz_ptr.dtype.element_ty)
+        if INTERLEAVED:
+            d_up = (da * d_up).to(dz_ptr.dtype.element_ty)
+            d_pairs = tl.reshape(tl.join(d_gate, d_up), (BLOCK_R, 2 * BLOCK_I))
+            tl.store(dz_ptr + pair_offsets, d_pairs, mask=pair_mask)
+        else:
+            tl.store(dz_ptr + z_offsets, d_gate, mask=mask)
+            if GATED:
+                tl.store(dz_ptr + z_offsets + I, (da * d_up).to(dz_ptr.dtype.element_ty), mask=mask)
+    if HAS_BIAS:
+        # The expert of a row is the number of experts that end at or before it.
+        e = tl.arange(0, BLOCK_E)
+        ends = tl.load(expert_start_ptr + 1 + e, mask=e < E, other=2147483647)
+        expert = tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), axis=1)
+        for h0 in range(0, H, BLOCK_I):
+            cols = (h0 + tl.arange(0, BLOCK_I))[None, :]
+            mask = routed[:, None] & (cols < H)
+            dout = tl.load(dout_rows_ptr + rows.to(tl.int64)[:, None] * H + cols, mask=mask, other=0.0)
+            bias = tl.load(down_bias_ptr + expert.to(tl.int64)[:, None] * H + cols, mask=mask, other=0.0)
+            dw += tl.sum(dout.to(tl.float32) * bias.to(tl.float32), axis=1)
     tl.store(dw_ptr + slot, dw.to(dw_ptr.dtype.element_ty), mask=rows < R)
 
 
 def dact(
-    da: torch.Tensor, z: torch.Tensor, topk_weights: torch.Tensor, plan: RoutingPlan, activation: str
+    da: torch.Tensor,
+    z: torch.Tensor,
+    topk_weights: torch.Tensor,
+    plan: RoutingPlan,
+    gate: Gate,
+    overwrite_z: bool = False,
+    dout_rows: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """da (R, I) = dA0, z (R, 2I), topk_weights (T, K) -> dZ (R, 2I), wA (R, I) in the memory of ``da``, dw (T, K)."""
-    dz, dw = torch.empty_like(z), torch.empty_like(topk_weights)
+    """da (R, I) = dA0, z (R, Z), topk_weights (T, K) -> dZ (R, Z), wA (R, I), dw (T, K).
+
+    wA is in the memory of ``da``, dZ in that of ``z`` if overwrite_z. dout_rows (R, H) and down_bias (E, H) give dw
+    the bias's share.
+    """
+    dz, dw = z if overwrite_z else torch.empty_like(z), torch.empty_like(topk_weights)
     if plan.rows == 0:
         return dz, da, dw
     intermediate = da.shape[1]
     block_i = min(triton.next_power_of_2(intermediate), 1024)
+    has_bias = dout_rows is not None and down_bias is not None
     block_r = max(1, 1024 // block_i)
     dact_kernel[(triton.cdiv(plan.rows, block_r),)](
         da,
@@ -68,12 +118,18 @@ def dact(
         dz,
         dw,
         plan.row_slot,
-        plan.expert_start[plan.experts :],
+        plan.expert_start,
+        dout_rows if has_bias else da,
+        down_bias if has_bias else da,
         plan.rows,
         intermediate,
-        ACTIVATION=activation,
+        plan.experts,
+        dout_rows.shape[1] if dout_rows is not None else 0,
+        **gate.constants(),
+        HAS_BIAS=has_bias,
         BLOCK_R=block_r,
         BLOCK_I=block_i,
+        BLOCK_E=triton.next_power_of_2(plan.experts),
         num_warps=4,
     )
     return dz, da, dw

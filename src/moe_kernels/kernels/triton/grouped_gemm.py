@@ -4,11 +4,20 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.kernels.triton.launch import descriptor, dot_precision, launch_tiles, tma_fits
+from moe_kernels.kernels.triton.launch import (
+    descriptor,
+    dot_precision,
+    fit_columns,
+    launch_tiles,
+    low_rank_arguments,
+    stored,
+    tma_fits,
+)
 from moe_kernels.kernels.triton.tile import (
+    add_bias,
+    add_low_rank,
     load_rows,
-    load_weight_kn,
-    load_weight_nk,
+    load_weight,
     row_tile,
     store_tile,
     swizzled_tile,
@@ -16,11 +25,16 @@ from moe_kernels.kernels.triton.tile import (
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tuning.config import select_config
 
+LowRank = tuple[torch.Tensor, torch.Tensor]
+
 
 @triton.jit
 def grouped_gemm_kernel(
     rows_in,  # (R, K): tensor or descriptor
     w,  # (E, N, K), or (E, K, N) if W_IS_KN: tensor or descriptor
+    bias_ptr,  # (E, N), or any pointer unless HAS_BIAS
+    low_ptr,  # (R, RANK), or any pointer if RANK is 0
+    factor_ptr,  # (E, N, RANK), or (E, RANK, N) if LOW_IS_KN
     out_ptr,  # (R, N)
     expert_start_ptr,
     tile_expert_ptr,
@@ -29,6 +43,9 @@ def grouped_gemm_kernel(
     K,
     N,
     W_IS_KN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    LOW_IS_KN: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -50,12 +67,14 @@ def grouped_gemm_kernel(
                 a = rows_in.load([row0, k0])
             else:
                 a = load_rows(rows_in, rows.to(tl.int64), row_mask, k0, K, BLOCK_K, EVEN_K, True)
-            if W_IS_KN:
-                b = load_weight_kn(w, expert, k0, n0, K, N, BLOCK_K, BLOCK_N, USE_TMA)
-                total = tl.dot(a, b, total, input_precision=PRECISION)
-            else:
-                b = load_weight_nk(w, expert, n0, k0, N, K, BLOCK_N, BLOCK_K, USE_TMA)
-                total = tl.dot(a, b.T, total, input_precision=PRECISION)
+            b = load_weight(w, expert, n0, k0, N, K, BLOCK_N, BLOCK_K, W_IS_KN, USE_TMA)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        if RANK > 0:
+            total = add_low_rank(
+                total, low_ptr, factor_ptr, expert, rows, row_mask, n0, N, RANK, LOW_IS_KN, BLOCK_N, PRECISION
+            )
+        if HAS_BIAS:
+            total = add_bias(total, bias_ptr, expert, n0, N, BLOCK_N)
         store_tile(out_ptr, rows, row_mask, n0, N, total, BLOCK_N, N - n0)
 
 
@@ -65,25 +84,35 @@ def _grouped_gemm(
     weight: torch.Tensor,
     plan: RoutingPlan,
     persistent: bool,
-    w_is_kn: bool,
+    bias: torch.Tensor | None,
+    low_rank: LowRank | None,
 ) -> torch.Tensor:
-    inner = rows_in.shape[1]
-    width = weight.shape[2] if w_is_kn else weight.shape[1]
+    transposed = kernel_name == "dgrad"  # multiply by the weight itself instead of by its transpose
+    inner, width = rows_in.shape[1], weight.shape[2 if transposed else 1]
+    matrix, by_columns = stored(weight)
+    w_is_kn = by_columns != transposed
     out = rows_in.new_empty(plan.rows, width)
-    tma = tma_fits(rows_in, weight, out)
-    config = select_config(kernel_name, weight.device, rows_in.dtype, plan.group_size, tma)
+    tma = tma_fits(rows_in, matrix, out)
+    config = fit_columns(select_config(kernel_name, weight.device, rows_in.dtype, plan.group_size, tma), width)
     block = (config.block_k, config.block_n) if w_is_kn else (config.block_n, config.block_k)
-    a = descriptor(rows_in, config.block_m, config.block_k) if tma else rows_in
-    w = descriptor(weight, 1, *block) if tma else weight
+    low, factor, rank = low_rank_arguments(low_rank, out)
     launch_tiles(
         grouped_gemm_kernel,
         config,
         plan,
         width,
         persistent,
-        (a, w, out, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
+        (
+            descriptor(rows_in, config.block_m, config.block_k) if tma else rows_in,
+            descriptor(matrix, 1, *block) if tma else matrix,
+            *(out if bias is None else bias, low, factor, out),
+            *(plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
+        ),
         (inner, width),
         W_IS_KN=w_is_kn,
+        HAS_BIAS=bias is not None,
+        RANK=rank,
+        LOW_IS_KN=transposed,
         USE_TMA=tma,
         EVEN_K=inner % config.block_k == 0,
         PRECISION=dot_precision(rows_in.dtype),
@@ -92,11 +121,23 @@ def _grouped_gemm(
     return out
 
 
-def down(a: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
-    """Y = A W2[e]^T: a (R, I), weight (E, H, I) -> (R, H)."""
-    return _grouped_gemm("down", a, weight, plan, persistent, w_is_kn=False)
+def down(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutingPlan,
+    persistent: bool,
+    bias: torch.Tensor | None = None,
+    low_rank: LowRank | None = None,
+) -> torch.Tensor:
+    """Y = A W2[e]^T + b2[e]: a (R, I), weight (E, H, I), bias (E, H), low_rank (R, r), (E, H, r) -> (R, H)."""
+    return _grouped_gemm("down", a, weight, plan, persistent, bias, low_rank)
 
 
-def dgrad(rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
-    """rows @ weight[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, 2I) and W1 (E, 2I, H)."""
-    return _grouped_gemm("dgrad", rows, weight, plan, persistent, w_is_kn=True)
+def dgrad(
+    rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: bool, low_rank: LowRank | None = None
+) -> torch.Tensor:
+    """rows @ weight[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, 2I) and W1 (E, 2I, H).
+
+    low_rank (R, r), (E, r, width of the result) adds the low-rank part of the weight.
+    """
+    return _grouped_gemm("dgrad", rows, weight, plan, persistent, None, low_rank)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from typing import Any
 
 import torch
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.backends import device_capability
@@ -48,6 +50,27 @@ def tma_fits(*tensors: torch.Tensor) -> bool:
 def descriptor(tensor: torch.Tensor, *block: int) -> TensorDescriptor:
     """Descriptor that loads blocks of ``block`` elements of a contiguous tensor, zero outside it."""
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+
+
+def stored(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """(weight as it lies in memory, whether that is transposed): the op takes matrices stored by columns too."""
+    return (weight, False) if weight.is_contiguous() else (weight.mT, True)
+
+
+def low_rank_arguments(
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None, unused: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(low, factor, RANK) of a kernel; without a low-rank part any pointers and RANK 0."""
+    if low_rank is None:
+        return unused, unused, 0
+    return *low_rank, low_rank[0].shape[1]
+
+
+def fit_columns(config: GemmConfig, width: int) -> GemmConfig:
+    """``config`` with columns for a narrow output (the r columns of a low-rank factor) instead of its own."""
+    if width > config.block_n // 2:
+        return config
+    return dataclasses.replace(config, block_n=max(16, triton.next_power_of_2(width)))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -35,23 +35,62 @@ def gathered_tokens(row_slot_ptr, rows, row_mask, TOP_K: tl.constexpr):
 
 
 @triton.jit
-def load_weight_nk(w, expert, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr):
-    """Block [BLOCK_N, BLOCK_K] at (n0, k0) of w[expert], stored (E, N, K); zero outside."""
-    if USE_TMA:
-        block = w.load([expert, n0, k0]).reshape(BLOCK_N, BLOCK_K)
+def load_weight(
+    w, expert, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_IS_KN: tl.constexpr, USE_TMA: tl.constexpr
+):
+    """Block [BLOCK_K, BLOCK_N] at (k0, n0) of w[expert], stored (E, N, K), or (E, K, N) if W_IS_KN; zero outside."""
+    if W_IS_KN:
+        block = _load_matrix(w, expert, k0, n0, K, N, BLOCK_K, BLOCK_N, USE_TMA)
     else:
-        n = n0 + tl.arange(0, BLOCK_N)
-        k = k0 + tl.arange(0, BLOCK_K)
-        base = w + expert.to(tl.int64) * N * K
-        offsets = n.to(tl.int64)[:, None] * K + k[None, :]
-        block = tl.load(base + offsets, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+        block = _load_matrix(w, expert, n0, k0, N, K, BLOCK_N, BLOCK_K, USE_TMA).T
     return block
 
 
 @triton.jit
-def load_weight_kn(w, expert, k0, n0, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr):
-    """Block [BLOCK_K, BLOCK_N] at (k0, n0) of w[expert], stored (E, K, N); zero outside."""
-    return load_weight_nk(w, expert, k0, n0, K, N, BLOCK_K, BLOCK_N, USE_TMA)
+def _load_matrix(
+    w, expert, row0, col0, ROWS, COLS, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, USE_TMA: tl.constexpr
+):
+    """Block [BLOCK_R, BLOCK_C] at (row0, col0) of the matrix w[expert], stored (E, ROWS, COLS); zero outside."""
+    if USE_TMA:
+        block = w.load([expert, row0, col0]).reshape(BLOCK_R, BLOCK_C)
+    else:
+        r = row0 + tl.arange(0, BLOCK_R)
+        c = col0 + tl.arange(0, BLOCK_C)
+        base = w + expert.to(tl.int64) * ROWS * COLS
+        offsets = r.to(tl.int64)[:, None] * COLS + c[None, :]
+        block = tl.load(base + offsets, mask=(r < ROWS)[:, None] & (c < COLS)[None, :], other=0.0)
+    return block
+
+
+@triton.jit
+def add_low_rank(
+    total,
+    low_ptr,  # (R, RANK)
+    factor_ptr,  # (E, N, RANK), or (E, RANK, N) if IS_KN
+    expert,
+    rows,
+    row_mask,
+    n0,
+    N,
+    RANK: tl.constexpr,
+    IS_KN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total [rows, BLOCK_N] + low[rows] @ factor[expert] at column n0: the low-rank part of a weight."""
+    r = tl.arange(0, RANK)
+    low_rows = rows.to(tl.int64)[:, None] * RANK
+    low = tl.load(low_ptr + low_rows + r[None, :], mask=row_mask[:, None], other=0.0)
+    factor = load_weight(factor_ptr, expert, n0, 0, N, RANK, BLOCK_N, RANK, IS_KN, False)
+    return tl.dot(low, factor, total, input_precision=PRECISION)
+
+
+@triton.jit
+def add_bias(total, bias_ptr, expert, n0, N, BLOCK_N: tl.constexpr):
+    """total [rows, BLOCK_N] + bias (E, N)[expert] at column n0."""
+    n = n0 + tl.arange(0, BLOCK_N)
+    bias = tl.load(bias_ptr + expert.to(tl.int64) * N + n, mask=n < N, other=0.0)
+    return total + bias.to(tl.float32)[None, :]
 
 
 @triton.jit

@@ -1,18 +1,29 @@
-"""Step 1: gathered up projection with the gate's activation in the epilogue.
+"""Step 1: gathered up projection with the activation in the epilogue.
 
-Gate and up columns of one block live in one program (two accumulators), so A never re-reads Z.
+Gate and up columns of one block live in one program, so A never re-reads Z: two accumulators where gate and up rows
+are apart, one of double width where they are interleaved, one where there is no gate.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.activation import gate_value
-from moe_kernels.kernels.triton.launch import descriptor, dot_precision, launch_tiles, tma_fits
+from moe_kernels.activation import Gate, value
+from moe_kernels.kernels.triton.launch import (
+    descriptor,
+    dot_precision,
+    fit_columns,
+    launch_tiles,
+    low_rank_arguments,
+    stored,
+    tma_fits,
+)
 from moe_kernels.kernels.triton.tile import (
+    add_bias,
+    add_low_rank,
     gathered_tokens,
     load_rows,
-    load_weight_nk,
+    load_weight,
     row_tile,
     store_tile,
     swizzled_tile,
@@ -20,12 +31,17 @@ from moe_kernels.kernels.triton.tile import (
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tuning.config import select_config
 
+LowRank = tuple[torch.Tensor, torch.Tensor]
+
 
 @triton.jit
 def up_kernel(
     x_ptr,  # (T, H)
-    w,  # (E, 2I, H): tensor or descriptor
-    z_ptr,  # (R, 2I); not written unless SAVE_Z
+    w,  # (E, Z, H), or (E, H, Z) if W_IS_KN, with Z = 2I or I: tensor or descriptor
+    bias_ptr,  # (E, Z), or any pointer unless HAS_BIAS
+    low_ptr,  # (R, RANK), or any pointer if RANK is 0
+    left_ptr,  # (E, Z, RANK)
+    z_ptr,  # (R, Z); not written unless SAVE_Z
     a_ptr,  # (R, I)
     row_slot_ptr,
     expert_start_ptr,
@@ -36,12 +52,19 @@ def up_kernel(
     I,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    W_IS_KN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
     SAVE_Z: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of A
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
@@ -52,44 +75,122 @@ def up_kernel(
         expert, _, rows, row_mask = row_tile(m, tile_expert_ptr, tile_row_ptr, expert_start_ptr, BLOCK_M)
         _, token = gathered_tokens(row_slot_ptr, rows, row_mask, TOP_K)
         n0 = n * BLOCK_N
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in tl.range(0, H, BLOCK_K):
-            x = load_rows(x_ptr, token, row_mask, k0, H, BLOCK_K, EVEN_K, False)
-            w_gate = load_weight_nk(w, expert, n0, k0, 2 * I, H, BLOCK_N, BLOCK_K, USE_TMA)
-            w_up = load_weight_nk(w, expert, I + n0, k0, 2 * I, H, BLOCK_N, BLOCK_K, USE_TMA)
-            gate = tl.dot(x, w_gate.T, gate, input_precision=PRECISION)
-            up = tl.dot(x, w_up.T, up, input_precision=PRECISION)
-        if SAVE_Z:
-            store_tile(z_ptr, rows, row_mask, n0, 2 * I, gate, BLOCK_N, I - n0)
-            store_tile(z_ptr, rows, row_mask, I + n0, 2 * I, up, BLOCK_N, I - n0)
-        store_tile(a_ptr, rows, row_mask, n0, I, gate_value(gate, ACTIVATION) * up, BLOCK_N, I - n0)
+        if GATED and not INTERLEAVED:
+            gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for k0 in tl.range(0, H, BLOCK_K):
+                x = load_rows(x_ptr, token, row_mask, k0, H, BLOCK_K, EVEN_K, False)
+                w_gate = load_weight(w, expert, n0, k0, 2 * I, H, BLOCK_N, BLOCK_K, W_IS_KN, USE_TMA)
+                w_up = load_weight(w, expert, I + n0, k0, 2 * I, H, BLOCK_N, BLOCK_K, W_IS_KN, USE_TMA)
+                gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
+                up = tl.dot(x, w_up, up, input_precision=PRECISION)
+            if RANK > 0:
+                gate = add_low_rank(
+                    gate, low_ptr, left_ptr, expert, rows, row_mask, n0, 2 * I, RANK, False, BLOCK_N, PRECISION
+                )
+                up = add_low_rank(
+                    up, low_ptr, left_ptr, expert, rows, row_mask, I + n0, 2 * I, RANK, False, BLOCK_N, PRECISION
+                )
+            if HAS_BIAS:
+                gate = add_bias(gate, bias_ptr, expert, n0, 2 * I, BLOCK_N)
+                up = add_bias(up, bias_ptr, expert, I + n0, 2 * I, BLOCK_N)
+            if SAVE_Z:
+                store_tile(z_ptr, rows, row_mask, n0, 2 * I, gate, BLOCK_N, I - n0)
+                store_tile(z_ptr, rows, row_mask, I + n0, 2 * I, up, BLOCK_N, I - n0)
+            a = value(gate, up, ACTIVATION, P0, P1)
+        else:
+            PER_COLUMN: tl.constexpr = 2 if INTERLEAVED else 1  # columns of Z for one column of A
+            BLOCK_Z: tl.constexpr = PER_COLUMN * BLOCK_N
+            z0 = PER_COLUMN * n0
+            z = tl.zeros((BLOCK_M, BLOCK_Z), tl.float32)
+            for k0 in tl.range(0, H, BLOCK_K):
+                x = load_rows(x_ptr, token, row_mask, k0, H, BLOCK_K, EVEN_K, False)
+                block = load_weight(w, expert, z0, k0, PER_COLUMN * I, H, BLOCK_Z, BLOCK_K, W_IS_KN, USE_TMA)
+                z = tl.dot(x, block, z, input_precision=PRECISION)
+            if RANK > 0:
+                z = add_low_rank(
+                    z, low_ptr, left_ptr, expert, rows, row_mask, z0, PER_COLUMN * I, RANK, False, BLOCK_Z, PRECISION
+                )
+            if HAS_BIAS:
+                z = add_bias(z, bias_ptr, expert, z0, PER_COLUMN * I, BLOCK_Z)
+            if SAVE_Z:
+                store_tile(z_ptr, rows, row_mask, z0, PER_COLUMN * I, z, BLOCK_Z, PER_COLUMN * I - z0)
+            if INTERLEAVED:
+                gate, up = tl.split(tl.reshape(z, (BLOCK_M, BLOCK_N, 2)))
+                a = value(gate, up, ACTIVATION, P0, P1)
+            else:
+                a = value(z, 1.0, ACTIVATION, P0, P1)
+        store_tile(a_ptr, rows, row_mask, n0, I, a, BLOCK_N, I - n0)
 
 
 def up(
-    x: torch.Tensor, gate_up: torch.Tensor, plan: RoutingPlan, activation: str, persistent: bool, save_z: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutingPlan,
+    gate: Gate,
+    persistent: bool,
+    save_z: bool,
+    bias: torch.Tensor | None = None,
+    low_rank: LowRank | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (T, H), gate_up (E, 2I, H) -> Z (R, 2I), or empty unless save_z, and A (R, I)."""
-    _, two_i, hidden = gate_up.shape
-    intermediate = two_i // 2
-    z = x.new_empty(plan.rows, two_i) if save_z else x.new_empty(0)
-    a = x.new_empty(plan.rows, intermediate)
-    tma = tma_fits(gate_up, x, a)
-    config = select_config("up", gate_up.device, x.dtype, plan.group_size, tma)
-    w = descriptor(gate_up, 1, config.block_n, config.block_k) if tma else gate_up
+    """x (T, H), weight (E, Z, H), bias (E, Z), low_rank (R, r), (E, Z, r) -> Z (R, Z), or empty unless save_z, A (R, I).
+
+    Z = 2I columns with a gate, I without.
+    """
+    z = x.new_empty(plan.rows, weight.shape[1]) if save_z else x.new_empty(0)
+    a = x.new_empty(plan.rows, weight.shape[1] // (2 if gate.gated else 1))
+    _launch(x, weight, plan, persistent, gate.constants(), z, a, bias, low_rank)
+    return z, a
+
+
+def up_low(x: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
+    """X[token] right[e]^T: x (T, H), right (E, r, H) -> (R, r), the inner half of a low-rank product."""
+    low = x.new_empty(plan.rows, right.shape[1])
+    identity = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "INTERLEAVED": False}
+    _launch(x, right, plan, persistent, identity, x.new_empty(0), low, None, None)
+    return low
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutingPlan,
+    persistent: bool,
+    gate: dict[str, object],
+    z: torch.Tensor,
+    a: torch.Tensor,
+    bias: torch.Tensor | None,
+    low_rank: LowRank | None,
+) -> None:
+    hidden, width = x.shape[1], a.shape[1]
+    matrix, w_is_kn = stored(weight)
+    tma = tma_fits(matrix, x, a)
+    # Without a gate it is a plain GEMM, whose best tile is that of step 2.
+    kernel_name = "up" if gate["GATED"] else "down"
+    config = fit_columns(select_config(kernel_name, weight.device, x.dtype, plan.group_size, tma), width)
+    columns = config.block_n * (2 if gate["INTERLEAVED"] else 1)
+    block = (config.block_k, columns) if w_is_kn else (columns, config.block_k)
+    low, left, rank = low_rank_arguments(low_rank, a)
     launch_tiles(
         up_kernel,
         config,
         plan,
-        intermediate,
+        width,
         persistent,
-        (x, w, z, a, plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
-        (hidden, intermediate),
+        (
+            x,
+            descriptor(matrix, 1, *block) if tma else matrix,
+            *(a if bias is None else bias, low, left, z, a),
+            *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
+        ),
+        (hidden, width),
         TOP_K=plan.top_k,
-        ACTIVATION=activation,
-        SAVE_Z=save_z,
+        **gate,
+        W_IS_KN=w_is_kn,
+        HAS_BIAS=bias is not None,
+        RANK=rank,
+        SAVE_Z=z.numel() > 0,
         USE_TMA=tma,
         EVEN_K=hidden % config.block_k == 0,
         PRECISION=dot_precision(x.dtype),
     )
-    return z, a

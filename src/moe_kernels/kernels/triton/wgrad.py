@@ -6,11 +6,13 @@ second step with masks, so that rows of the next expert (or its NaNs) never ente
 whatever ``persistent`` says: two small programs share a multiprocessor, and one stores while the other multiplies.
 """
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.kernels.triton.launch import descriptor, dot_precision, launch_grid, tma_fits
+from moe_kernels.kernels.triton.launch import descriptor, dot_precision, fit_columns, launch_grid, tma_fits
 from moe_kernels.kernels.triton.tile import load_rows, swizzled_tile
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tuning.config import select_config
@@ -72,7 +74,9 @@ def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.T
     m, n = left.shape[1], right.shape[1]
     out = left.new_empty(plan.experts, m, n)
     tma = tma_fits(left, right)
-    config = select_config("wgrad", left.device, left.dtype, None, tma)
+    config = fit_columns(select_config("wgrad", left.device, left.dtype, None, tma), n)
+    if m <= 64 < config.block_m:  # a low-rank factor; the matrix unit takes 64 rows at a time
+        config = dataclasses.replace(config, block_m=64)
     launch_grid(
         wgrad_kernel,
         config,
