@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from moe_kernels.compare import runner
-from moe_kernels.shapes import FAMILIES
+from moe_kernels.router_load import FILE_NAME, RouterHistory, read_history
+from moe_kernels.shapes import FAMILIES, ModelShape
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
     pytest.skip("axolotl is not installed: pip install 'moe-kernels[axolotl]'", allow_module_level=True)
@@ -106,7 +107,8 @@ def test_pair(family: str, folder: Path) -> None:
     configs = {
         f"{family}-baseline": tiny(FAMILIES[family].baseline, family),
         # A size other than the file's, to see that the key reaches the kernels.
-        f"{family}-optimized": tiny(FAMILIES[family].optimized, family) | {"moe_group_size": 64},
+        f"{family}-optimized": tiny(FAMILIES[family].optimized, family)
+        | {"moe_group_size": 64, "moe_router_telemetry": "layers"},
     }
     with ThreadPoolExecutor() as pool:
         baseline, optimized = pool.map(partial(train, folder), configs.keys(), configs.values())
@@ -121,6 +123,7 @@ def test_pair(family: str, folder: Path) -> None:
     calls = float(shape.moe_layers)
     assert [row["train/moe/expert_calls"] for row in optimized.rows] == [calls] * STEPS
     assert not any("train/moe/expert_calls" in row for row in baseline.rows)
+    check_router(optimized, read_history(folder / "runs" / f"{family}-optimized" / "out" / FILE_NAME), shape)
     assert "moe_kernels:" not in baseline.log
     assert (
         f"), {shape.moe_layers} expert calls dispatched in step 1, group_size=64, persistent=True, "
@@ -133,6 +136,24 @@ def test_pair(family: str, folder: Path) -> None:
     differences = [abs(a - b) for a, b in zip(baseline.losses, optimized.losses, strict=True)]
     assert differences[0] < 2e-6, differences
     assert max(differences) < 2e-5, differences
+
+
+def check_router(training: Training, history: RouterHistory, shape: ModelShape) -> None:
+    """The file accounts for every token of the training, and the trainer's log says the same."""
+    assert history.steps == [*range(1, STEPS + 1)]
+    assert history.experts == [shape.experts] * shape.moe_layers
+    for index, row in enumerate(training.rows):
+        loads = [history.load(index, layer) for layer in range(shape.moe_layers)]
+        assert {load.rows for load in loads} == {2 * 256 * shape.top_k}, "micro_batch_size x sequence_len x K"
+        assert {sum(load.tokens) for load in loads} == {2 * 256 * shape.top_k}
+        assert row["train/moe/dropped_share"] == 0.0
+        assert row["train/moe/dead_experts"] == sum(load.dead for load in loads)
+        assert row["train/moe/load_imbalance"] == pytest.approx(max(load.imbalance for load in loads), abs=1e-4)
+        assert row["train/moe/load_entropy"] == pytest.approx(min(load.entropy for load in loads), abs=1e-4)
+        for number, load in enumerate(loads):
+            assert row[f"train/moe/layer_{number:02d}/load_imbalance"] == pytest.approx(load.imbalance, abs=1e-4)
+    idle = "the load-balancing loss is not part of the training" in training.log
+    assert idle == (shape.name != "deepseek-v3-tiny"), "DeepSeek-V3 has no such loss"
 
 
 def test_the_saved_model_names_no_kernels(folder: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, StrictBool, StrictStr, model_validator
 
-OWN_KEYS = ("moe_kernels", "moe_group_size", "moe_persistent_kernel", "moe_kernel_models")
+OWN_KEYS = ("moe_kernels", "moe_group_size", "moe_persistent_kernel", "moe_kernel_models", "moe_router_telemetry")
+# Those that say how the kernels run: without the kernels they mean nothing.
+KNOBS = ("moe_group_size", "moe_persistent_kernel", "moe_kernel_models")
 # Keys of Axolotl's KernelsPlugin that share the prefix.
 FOREIGN_KEYS = ("moe_grouped_backend", "moe_dequant_chunk_size", "moe_bnb_fast")
 # Each of these makes something else run the experts, so these kernels would be bypassed.
@@ -52,6 +54,13 @@ class MoeKernelsArgs(BaseModel):
             "mixtral); any other model fails before training. Default: all whose experts are supported."
         },
     )
+    moe_router_telemetry: StrictBool | Literal["layers"] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Log how evenly the routers load the experts, and write the load of every expert to "
+            "moe_router.jsonl in output_dir; 'layers' logs each layer too. Works without moe_kernels. Default: false."
+        },
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -73,7 +82,7 @@ class MoeKernelsArgs(BaseModel):
                     "experts_implementation: moe_kernels needs moe_kernels: true. Set it, or remove "
                     "experts_implementation to train with transformers' own experts."
                 )
-            lonely = [key for key in OWN_KEYS[1:] if data.get(key) is not None]
+            lonely = [key for key in KNOBS if data.get(key) is not None]
             if switch is None and lonely:
                 raise ValueError(
                     f"{', '.join(lonely)} without moe_kernels does nothing: add moe_kernels: true (or false "

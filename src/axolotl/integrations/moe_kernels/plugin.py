@@ -14,6 +14,7 @@ from axolotl.utils.logging import get_logger
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
 
+    from moe_kernels.integrations.router_counter import RouterCounter
     from moe_kernels.settings import ExpertsSettings
 
 LOG = get_logger(__name__)
@@ -23,6 +24,7 @@ class MoeOptimizedPlugin(BasePlugin):
     """Runs the routed experts on moe-kernels when the config says ``moe_kernels: true``."""
 
     expert_layers = 0
+    router_counter: RouterCounter | None = None
 
     def get_input_args(self) -> str:
         return "axolotl.integrations.moe_kernels.args.MoeKernelsArgs"
@@ -58,6 +60,18 @@ class MoeOptimizedPlugin(BasePlugin):
 
     def post_model_load(self, cfg: DictDefault, model: Any) -> None:
         """Raise UnsupportedExperts, before training, if not every expert layer would be served."""
+        if cfg.moe_kernels or cfg.moe_router_telemetry:
+            from .telemetry import idle_balancing
+
+            idle = idle_balancing(model)
+            if idle:
+                LOG.warning(f"moe_kernels: {idle}")
+        # The first model is the one that trains; a reference model is loaded after it.
+        if cfg.moe_router_telemetry and self.router_counter is None:
+            from moe_kernels.integrations.router_counter import RouterCounter
+
+            self.router_counter = RouterCounter(model)
+            LOG.info(f"moe_kernels: router telemetry of {len(self.router_counter.layers)} expert layers")
         if not cfg.moe_kernels:
             return
         from moe_kernels.integrations.transformers import check_model
@@ -66,11 +80,18 @@ class MoeOptimizedPlugin(BasePlugin):
         LOG.info(f"moe_kernels: serves the {self.expert_layers} expert layers of {type(model).__name__}")
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
-        if not cfg.moe_kernels:
-            return []
-        from .callback import DispatchCallback
+        callbacks: list[Any] = []
+        if cfg.moe_kernels:
+            from .callback import DispatchCallback
 
-        return [DispatchCallback(trainer, _settings(cfg), self.expert_layers)]
+            callbacks.append(DispatchCallback(trainer, _settings(cfg), self.expert_layers))
+        if self.router_counter is not None:
+            from .telemetry import RouterCallback
+
+            each_layer = cfg.moe_router_telemetry == "layers"
+            callbacks.append(RouterCallback(trainer, self.router_counter, cfg.output_dir, each_layer))
+            self.router_counter = None
+        return callbacks
 
 
 def _settings(cfg: DictDefault) -> ExpertsSettings:
@@ -96,7 +117,6 @@ def _backend_here(cfg: DictDefault, settings: ExpertsSettings) -> tuple[str, str
         top_k=2,
         hidden=1024,
         intermediate=1024,
-        activation=settings.activation,
         group_size=settings.group_size,
         persistent=settings.persistent,
     )

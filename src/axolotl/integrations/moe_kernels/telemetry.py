@@ -1,0 +1,89 @@
+"""What the routers of a training do: into the trainer's log, and into a file of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+from transformers import TrainerCallback
+
+from moe_kernels import router_load
+from moe_kernels.integrations.router_counter import RouterCounter
+from moe_kernels.router_load import LayerLoad
+
+LOG = get_logger(__name__)
+
+
+class RouterCallback(TrainerCallback):
+    """Reads the counters each time the trainer logs, and at no other step: reading waits for the device."""
+
+    def __init__(self, trainer: Any, counter: RouterCounter, folder: str, each_layer: bool) -> None:
+        self.trainer = trainer
+        self.counter = counter
+        self.file: Path | None = Path(folder, router_load.FILE_NAME)
+        self.each_layer = each_layer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not hasattr(self.trainer, "store_metrics"):
+            LOG.warning(f"moe_kernels: this trainer keeps no metrics of callbacks: router telemetry is in {self.file}")
+        layers = self.counter.layers
+        head = router_load.head([layer.name for layer in layers], [layer.experts for layer in layers], state.global_step)
+        self._write(state, head, "a" if state.global_step else "w")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not control.should_log:
+            return
+        loads = self.counter.take()
+        if hasattr(self.trainer, "store_metrics"):
+            self.trainer.store_metrics(metrics(loads, self.each_layer), train_eval="train")
+        self._write(state, router_load.record(state.global_step, loads), "a")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.counter.close()
+
+    def _write(self, state: Any, line: str, mode: str) -> None:
+        if self.file is None or not state.is_world_process_zero:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open(mode, encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            # A full disk must not end a training for the sake of its statistics.
+            LOG.warning(f"moe_kernels: router telemetry is not written to {self.file} any more: {error}")
+            self.file = None
+
+
+def metrics(loads: list[LayerLoad], each_layer: bool) -> dict[str, float]:
+    """What goes into the trainer's log: the worst layer and the sums, and each layer if asked for."""
+    found = {
+        "moe/load_imbalance": max(load.imbalance for load in loads),
+        "moe/load_imbalance_mean": sum(load.imbalance for load in loads) / len(loads),
+        "moe/load_entropy": min(load.entropy for load in loads),
+        "moe/dead_experts": float(sum(load.dead for load in loads)),
+        "moe/dropped_share": sum(load.dropped_share for load in loads) / len(loads),
+    }
+    if each_layer:
+        for number, load in enumerate(loads):
+            found[f"moe/layer_{number:02d}/load_imbalance"] = load.imbalance
+            found[f"moe/layer_{number:02d}/load_entropy"] = load.entropy
+            found[f"moe/layer_{number:02d}/dead_experts"] = float(load.dead)
+            found[f"moe/layer_{number:02d}/dropped_share"] = load.dropped_share
+    return found
+
+
+def idle_balancing(model: torch.nn.Module) -> str | None:
+    """Why the load-balancing loss that the model's configuration names is not trained on; None where all is well."""
+    if not hasattr(model, "config"):
+        return None
+    config = model.config.get_text_config()
+    weight = getattr(config, "router_aux_loss_coef", None)
+    if not weight or getattr(config, "output_router_logits", True):
+        return None
+    return (
+        f"router_aux_loss_coef is {weight} but output_router_logits is false, so that the load-balancing loss is not "
+        "part of the training. Set overrides_of_model_config: {output_router_logits: true} to train on it, or "
+        "{router_aux_loss_coef: 0.0} to say that you do not."
+    )

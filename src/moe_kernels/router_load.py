@@ -1,0 +1,167 @@
+"""How a router spreads tokens over experts: the numbers of one layer, and the file of one training.
+
+The file holds JSON lines: a head for each start of the training, then one record each time the trainer logged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "moe_router.jsonl"
+SCHEMA = "moe-kernels router 1"
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """What one expert layer was given over some steps.
+
+    Attributes:
+        tokens: routed rows of each expert; a token counts once for each expert it was sent to.
+        rows: tokens x K, those without an expert too (ids outside ``[0, E)``).
+    """
+
+    tokens: tuple[int, ...]
+    rows: int
+
+    @property
+    def imbalance(self) -> float:
+        """Rows of the busiest expert over the mean: 1 is even, the number of experts is one for all."""
+        total = sum(self.tokens)
+        return max(self.tokens) * len(self.tokens) / total if total else 1.0
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of the distribution over that of an even one: 1 is even, 0 is one expert for all."""
+        total = sum(self.tokens)
+        if not total or len(self.tokens) == 1:
+            return 1.0
+        shares = [count / total for count in self.tokens if count]
+        return max(0.0, -sum(share * math.log(share) for share in shares) / math.log(len(self.tokens)))
+
+    @property
+    def dead(self) -> int:
+        """Experts that were given nothing."""
+        return sum(not count for count in self.tokens)
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the rows that went to no expert."""
+        return 1.0 - sum(self.tokens) / self.rows if self.rows else 0.0
+
+
+@dataclass
+class RouterHistory:
+    """The router of one training over time.
+
+    Attributes:
+        layers: names of the expert layers, in the order of the model.
+        experts: experts of each.
+        steps: the trainer's step at each record, rising.
+        tokens: for each record, for each layer, rows of each expert since the record before.
+        rows: for each record, for each layer, rows in all.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    experts: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    tokens: list[list[list[int]]] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)
+
+    def load(self, record: int, layer: int) -> LayerLoad:
+        """The numbers of one layer at one record."""
+        return LayerLoad(tuple(self.tokens[record][layer]), self.rows[record][layer])
+
+
+def head(layers: Sequence[str], experts: Sequence[int], from_step: int) -> str:
+    """What a training starts with; one that resumes writes it again, with the step it resumes from.
+
+    It begins a line of its own, even where a kill cut the line before it.
+    """
+    return "\n" + _line({"schema": SCHEMA, "from_step": from_step, "layers": [*layers], "experts": [*experts]})
+
+
+def record(step: int, loads: Iterable[LayerLoad]) -> str:
+    """The line of one log of the trainer."""
+    kept = list(loads)
+    return _line({"step": step, "tokens": [load.tokens for load in kept], "rows": [load.rows for load in kept]})
+
+
+def read_history(path: Path) -> RouterHistory:
+    """What a training wrote so far. The last line of a start may be cut off, by a kill or a full disk.
+
+    Raises:
+        ValueError: the file is no router history, is damaged, or holds records that do not fit its layers.
+    """
+    history = RouterHistory()
+    begun, cut = False, 0
+    for number, text in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            entry: Any = json.loads(text)
+        except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of thousands of digits
+            cut = cut or number
+            continue
+        if _is_head(entry):
+            _start(history, entry)
+            begun, cut = True, 0
+        elif cut or not begun or not _is_record(entry, history.experts):
+            raise ValueError(f"{path}, line {cut or number}: no line of a router history ({SCHEMA}).")
+        elif history.steps and entry["step"] <= history.steps[-1]:
+            raise ValueError(f"{path}, line {number}: step {entry['step']} comes after {history.steps[-1]}.")
+        else:
+            history.steps.append(entry["step"])
+            history.tokens.append(entry["tokens"])
+            history.rows.append(entry["rows"])
+    if not begun:
+        raise ValueError(f"{path} is not a router history ({SCHEMA}).")
+    return history
+
+
+def _start(history: RouterHistory, entry: dict[str, Any]) -> None:
+    """Take in a head: what was recorded after the step that a training resumes from is trained again."""
+    same = (history.layers, history.experts) == (entry["layers"], entry["experts"])
+    kept = sum(step <= entry["from_step"] for step in history.steps) if same else 0
+    history.layers, history.experts = entry["layers"], entry["experts"]
+    del history.steps[kept:], history.tokens[kept:], history.rows[kept:]
+
+
+def _is_head(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and entry.get("schema") == SCHEMA
+        and _count(entry.get("from_step"))
+        and isinstance(entry.get("layers"), list)
+        and all(isinstance(name, str) for name in entry["layers"])
+        and _counts(entry.get("experts"), len(entry["layers"]))
+        and all(entry["experts"])
+    )
+
+
+def _is_record(entry: Any, experts: Sequence[int]) -> bool:
+    return (
+        isinstance(entry, dict)
+        and _count(entry.get("step"))
+        and isinstance(entry.get("tokens"), list)
+        and len(entry["tokens"]) == len(experts)
+        and all(_counts(tokens, number) for tokens, number in zip(entry["tokens"], experts, strict=True))
+        and _counts(entry.get("rows"), len(experts))
+        and all(sum(tokens) <= rows for tokens, rows in zip(entry["tokens"], entry["rows"], strict=True))
+    )
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _counts(values: Any, length: int) -> bool:
+    return isinstance(values, list) and len(values) == length and all(_count(value) for value in values)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, separators=(",", ":")) + "\n"

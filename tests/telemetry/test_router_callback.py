@@ -1,0 +1,171 @@
+"""The callback of the plugin: what goes into the trainer's log and into the file, and what a training survives."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moe_kernels.router_load import FILE_NAME, LayerLoad, read_history
+
+if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
+    pytest.skip("axolotl is not installed: pip install 'moe-kernels[axolotl]'", allow_module_level=True)
+
+LOADS = [LayerLoad((6, 2), 8), LayerLoad((4, 0), 8)]
+
+
+class FakeCounter:
+    def __init__(self) -> None:
+        self.layers = [SimpleNamespace(name=name, experts=2) for name in ("one", "two")]
+        self.taken = 0
+
+    def take(self) -> list[LayerLoad]:
+        self.taken += 1
+        return LOADS
+
+    def close(self) -> None:
+        self.layers = []
+
+
+class FakeTrainer:
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def store_metrics(self, metrics: dict[str, float], train_eval: str) -> None:
+        assert train_eval == "train"
+        self.metrics.append(metrics)
+
+
+def train(folder: Path, steps: range, trainer: Any, *, each_layer: bool = False, rank_zero: bool = True) -> FakeCounter:
+    from axolotl.integrations.moe_kernels.telemetry import RouterCallback
+
+    counter = FakeCounter()
+    callback = RouterCallback(trainer, counter, str(folder), each_layer)  # type: ignore[arg-type]
+    state = SimpleNamespace(global_step=steps.start, is_world_process_zero=rank_zero)
+    callback.on_train_begin(None, state, None)
+    for step in steps:
+        state.global_step = step + 1
+        callback.on_step_end(None, state, SimpleNamespace(should_log=step % 2 == 1))
+    callback.on_train_end(None, state, None)
+    assert counter.layers == []
+    return counter
+
+
+def test_reads_only_when_the_trainer_logs(tmp_path: Path) -> None:
+    trainer = FakeTrainer()
+    counter = train(tmp_path / "out", range(4), trainer)
+    assert counter.taken == 2
+    assert trainer.metrics == [
+        {
+            "moe/load_imbalance": 2.0,
+            "moe/load_imbalance_mean": 1.75,
+            "moe/load_entropy": 0.0,
+            "moe/dead_experts": 1.0,
+            "moe/dropped_share": 0.25,
+        }
+    ] * 2
+    history = read_history(tmp_path / "out" / FILE_NAME)
+    assert (history.layers, history.experts, history.steps) == (["one", "two"], [2, 2], [2, 4])
+    assert [history.load(1, layer) for layer in range(2)] == LOADS
+
+
+def test_each_layer_on_request(tmp_path: Path) -> None:
+    trainer = FakeTrainer()
+    train(tmp_path, range(2), trainer, each_layer=True)
+    [found] = trainer.metrics
+    assert len(found) == 5 + 2 * 4
+    assert found["moe/layer_00/load_imbalance"] == 1.5
+    assert found["moe/layer_01/load_entropy"] == 0.0
+    assert found["moe/layer_01/dead_experts"] == 1.0
+    assert found["moe/layer_01/dropped_share"] == 0.5
+
+
+def test_a_new_training_replaces_the_file_and_a_resumed_one_goes_on(tmp_path: Path) -> None:
+    train(tmp_path, range(6), FakeTrainer())
+    train(tmp_path, range(4), FakeTrainer())
+    assert read_history(tmp_path / FILE_NAME).steps == [2, 4]
+    train(tmp_path, range(2, 6), FakeTrainer())
+    assert read_history(tmp_path / FILE_NAME).steps == [2, 4, 6]
+
+
+def test_one_process_writes(tmp_path: Path) -> None:
+    assert train(tmp_path, range(2), FakeTrainer(), rank_zero=False).taken == 1, "all processes take part in the sum"
+    assert not (tmp_path / FILE_NAME).exists()
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    logging.getLogger("axolotl").propagate = True
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def test_a_full_disk_ends_the_file_and_not_the_training(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / FILE_NAME).symlink_to(full)
+    trainer = FakeTrainer()
+    train(tmp_path, range(4), trainer)
+    assert len(trainer.metrics) == 2
+    assert log.text.count("is not written to") == 1
+
+
+def test_a_trainer_without_metrics_gets_the_file_and_is_told(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    train(tmp_path, range(2), SimpleNamespace())
+    assert read_history(tmp_path / FILE_NAME).steps == [2]
+    assert "keeps no metrics of callbacks" in log.text
+
+
+@pytest.mark.parametrize(
+    ("config", "warns"),
+    [
+        ({"router_aux_loss_coef": 0.001, "output_router_logits": False}, True),
+        ({"router_aux_loss_coef": 0.001, "output_router_logits": True}, False),
+        ({"router_aux_loss_coef": 0.0, "output_router_logits": False}, False),
+        ({"output_router_logits": False}, False),
+        ({"router_aux_loss_coef": 0.001}, False),
+    ],
+    ids=str,
+)
+def test_idle_balancing_loss(config: dict[str, Any], warns: bool) -> None:
+    from axolotl.integrations.moe_kernels.telemetry import idle_balancing
+
+    inner = SimpleNamespace(**config)
+    words = idle_balancing(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: inner)))  # type: ignore[arg-type]
+    assert bool(words) == warns
+    if words:
+        assert "overrides_of_model_config: {output_router_logits: true}" in words
+
+
+def test_the_key_hooks_the_model(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    from axolotl.integrations.moe_kernels import MoeOptimizedPlugin
+    from axolotl.utils.dict import DictDefault
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    model, plugin = MixtralForCausalLM(config).train(), MoeOptimizedPlugin()
+    # Without moe_kernels: true, for it counts whatever runs the experts.
+    cfg = DictDefault(moe_router_telemetry=True, output_dir=str(tmp_path))
+    plugin.post_model_load(cfg, model)
+    plugin.post_model_load(cfg, MixtralForCausalLM(config).eval())
+    assert "the load-balancing loss is not part of the training" in log.text
+    trainer = FakeTrainer()
+    [callback] = plugin.add_callbacks_post_trainer(cfg, trainer)
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    callback.on_train_begin(None, state, None)
+    model(input_ids=torch.arange(8)[None])
+    state.global_step = 1
+    callback.on_step_end(None, state, SimpleNamespace(should_log=True))
+    assert read_history(tmp_path / FILE_NAME).rows == [[16]]
+    assert trainer.metrics[0]["moe/dropped_share"] == 0.0
+    assert json.loads((tmp_path / FILE_NAME).read_text().splitlines()[1])["layers"] == ["model.layers.0.mlp.experts"]

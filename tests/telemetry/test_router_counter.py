@@ -1,0 +1,166 @@
+"""Counting the routing of a model: the numbers against a plain count, once for each token, without waiting."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from moe_kernels.integrations.router_counter import RouterCounter, _add, _everywhere, _Layer, _layer
+from moe_kernels.integrations.transformers import experts_modules
+from moe_kernels.router_load import LayerLoad
+
+E, K, LAYERS = 4, 2, 3
+
+
+@pytest.fixture
+def model(device: torch.device) -> Any:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=LAYERS, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=E, num_experts_per_tok=K, max_position_embeddings=64,
+    )  # fmt: skip
+    with torch.device(device):
+        return MixtralForCausalLM(config).train()
+
+
+def seen_ids(model: Any) -> list[list[torch.Tensor]]:
+    """What each router chose, noted by hooks of its own on the experts modules, all calls."""
+    noted: list[list[torch.Tensor]] = []
+    for _, module in experts_modules(model):
+        calls: list[torch.Tensor] = []
+        noted.append(calls)
+        module.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(args[1].detach().cpu()))
+    return noted
+
+
+def plain_count(calls: list[torch.Tensor]) -> tuple[int, ...]:
+    counted = Counter(int(one) for ids in calls for one in ids.flatten().tolist())
+    return tuple(counted[expert] for expert in range(E))
+
+
+def step(model: Any, tokens: int = 12) -> None:
+    ids = torch.randint(0, 64, (2, tokens), device=model.device)
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_counts_are_those_of_a_plain_count(model: Any) -> None:
+    counter, noted = RouterCounter(model), seen_ids(model)
+    step(model)
+    step(model, 7)
+    loads = counter.take()
+    assert [layer.name for layer in counter.layers] == [f"model.layers.{n}.mlp.experts" for n in range(LAYERS)]
+    for load, calls in zip(loads, noted, strict=True):
+        assert load == LayerLoad(plain_count(calls), 2 * (12 + 7) * K)
+    assert [load.rows for load in counter.take()] == [0] * LAYERS, "reading starts again"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_forward_is_not_counted_again(model: Any, reentrant: bool) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    counter, noted = RouterCounter(model), seen_ids(model)
+    step(model)
+    assert [len(calls) for calls in noted] == [2] * LAYERS, "the layers must have been recomputed"
+    assert counter.take() == [LayerLoad(plain_count(calls[:1]), 2 * 12 * K) for calls in noted]
+
+
+def test_evaluation_is_not_counted(model: Any) -> None:
+    counter = RouterCounter(model)
+    model.eval()
+    step(model)
+    assert [load.rows for load in counter.take()] == [0] * LAYERS
+
+
+def test_closed_counter_counts_nothing(model: Any) -> None:
+    counter = RouterCounter(model)
+    counter.close()
+    step(model)
+    assert [load.rows for load in counter.take()] == [0] * LAYERS
+
+
+def test_models_without_experts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Linear has no experts module .* moe_router_telemetry: false"):
+        RouterCounter(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 8, 60, 256, 4096])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_every_id_lands_in_its_own_counter(experts: int, dtype: torch.dtype, device: torch.device) -> None:
+    outside = [-1, -7, experts, experts + 1, 2**31 - 1, -(2**31)] + ([2**40, -(2**62)] if dtype == torch.int64 else [])
+    ids = torch.tensor([*range(experts), experts - 1, *outside], dtype=dtype, device=device)
+    layer = _Layer("", experts, experts)
+    _add(layer, ids)
+    _add(layer, ids[: experts + 1].expand(2, -1))
+    assert layer.counts is not None
+    assert layer.counts.tolist() == [3] * (experts - 1) + [6]
+    assert layer.rows == ids.numel() + 2 * (experts + 1)
+
+
+@pytest.mark.gpu
+def test_counting_waits_for_nothing() -> None:
+    layer = _Layer("", 8, 8)
+    ids = torch.randint(0, 8, (4096, 2), device="cuda")
+    _add(layer, ids)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _add(layer, ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_under_compile(model: Any) -> None:
+    counter, noted = RouterCounter(model), seen_ids(model)
+    compiled = torch.compile(model, backend="eager")
+    ids = torch.randint(0, 64, (2, 12), device=model.device)
+    compiled(input_ids=ids, labels=ids).loss.backward()
+    assert counter.take() == [LayerLoad(plain_count(calls), 2 * 12 * K) for calls in noted]
+
+
+def _counter_of_rank(rank: int) -> RouterCounter:
+    """Two experts a rank, parallel over two ranks, twice; beside a layer that every rank holds whole."""
+    counter = RouterCounter.__new__(RouterCounter)
+    counter.layers = [_Layer("parallel", 4, 2), _Layer("whole", 3, 3), _Layer("never called", 4, 2)]
+    local = torch.tensor([[0, 1], [0, 3], [0, 2]]) - 2 * (rank % 2)
+    _add(counter.layers[0], torch.where((local < 0) | (local > 1), 2, local))
+    _add(counter.layers[1], torch.full((1, 2), rank % 3))
+    return counter
+
+
+def test_ranks_are_added_up_and_local_ids_put_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = torch.zeros(4 + 3 + 4 + 3, dtype=torch.int64)
+    for rank in range(4):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        total += torch.cat([_everywhere(layer, total.device) for layer in _counter_of_rank(rank).layers])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda mine: mine.copy_(total))
+    loads = _counter_of_rank(3).take()
+    # Two replicas saw three tokens each; the four ranks of the whole layer one token each.
+    assert loads == [LayerLoad((6, 2, 2, 2), 12), LayerLoad((4, 2, 2), 8), LayerLoad((0,) * 4, 0)]
+    assert loads[0].dropped_share == 0.0
+
+
+def test_which_ids_a_module_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(n_routed_experts=8)
+    module = SimpleNamespace(num_experts=2, config=config)
+    assert _layer("alone", module) == _Layer("alone", 2, 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert _layer("transformers", module) == _Layer("transformers", 8, 2)
+    assert _layer("whole", SimpleNamespace(num_experts=8, config=config)) == _Layer("whole", 8, 8)
+    module.num_experts_global = 8
+    assert _layer("axolotl", module) == _Layer("axolotl", 8, 8)
+
+
+def test_numbers_of_a_layer() -> None:
+    even = LayerLoad((5, 5, 5, 5), 20)
+    assert (even.imbalance, even.entropy, even.dead, even.dropped_share) == (1.0, pytest.approx(1.0), 0, 0.0)
+    one = LayerLoad((0, 20, 0, 0), 40)
+    assert (one.imbalance, one.entropy, one.dead, one.dropped_share) == (4.0, 0.0, 3, 0.5)
+    half = LayerLoad((10, 10, 0, 0), 20)
+    assert (half.imbalance, half.entropy, half.dead) == (2.0, pytest.approx(0.5), 2)
+    nothing = LayerLoad((0, 0), 0)
+    assert (nothing.imbalance, nothing.entropy, nothing.dropped_share) == (1.0, 1.0, 0.0)
