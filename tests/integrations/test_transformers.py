@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import nn
 
 import moe_kernels
 from moe_kernels import backends
-from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.activation import PLAIN, Activation
 
 transformers = pytest.importorskip("transformers")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")
@@ -92,7 +93,36 @@ CONFIGS = {
         2,
     ),
 }
-FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v3")
+# Stored transposed and interleaved with biases and a clamp; without a gate.
+CONFIGS |= {
+    "gpt_oss": (
+        lambda: transformers.GptOssConfig(
+            **COMMON,
+            head_dim=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            layer_types=["full_attention"] * 2,
+        ),
+        2,
+    ),
+    "nemotron_h": (
+        lambda: transformers.NemotronHConfig(
+            **COMMON,
+            head_dim=16,
+            layers_block_type=["full_attention", "moe"],
+            moe_intermediate_size=24,
+            moe_shared_expert_intermediate_size=24,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+        ),
+        1,
+    ),
+}
+FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "nemotron_h")
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-10}}
 
 
@@ -150,7 +180,7 @@ def test_equals_eager(name: str, dtype: torch.dtype) -> None:
     assert backends.dispatch_counts() == {"torch": moe_layers}
 
 
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("activation", PLAIN)
 def test_activations_equal_eager(activation: str) -> None:
     model, ids = make_model("mixtral"), tokens()
     for _, experts in mk.experts_modules(model):
@@ -171,8 +201,9 @@ def test_settings_reach_the_op(group_size: int | str, persistent: bool, monkeypa
     model = make_model("mixtral")
     model.set_experts_implementation("moe_kernels")
     model(input_ids=tokens())
-    expected = {"activation": "silu", "group_size": group_size, "persistent": persistent, "backend": "torch"}
-    assert seen == [expected] * 2
+    expected = {"group_size": group_size, "persistent": persistent, "backend": "torch"}
+    layout = {"activation": Activation("silu"), "interleaved": False, "reduce": True}
+    assert seen == [layout | expected] * 2
 
 
 def test_register_refuses_bad_settings() -> None:
@@ -323,33 +354,6 @@ def test_compiles_to_one_graph() -> None:
 # What it cannot run, and the words for it
 
 
-def gpt_oss_experts() -> nn.Module:
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-
-    config = transformers.GptOssConfig(hidden_size=16, intermediate_size=24, num_local_experts=4)
-    return GptOssExperts(config)
-
-
-def nemotron_experts() -> nn.Module:
-    module = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
-    config = transformers.NemotronHConfig(hidden_size=16, moe_intermediate_size=24, n_routed_experts=4)
-    return module.NemotronHExperts(config)
-
-
-def clamped_experts() -> nn.Module:
-    module = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
-    experts_class = next(cls for key, cls in vars(module).items() if key.endswith("Experts"))
-    experts = experts_class.__new__(experts_class)
-    nn.Module.__init__(experts)
-    experts.has_gate, experts.has_bias, experts.is_transposed, experts.is_concatenated = (
-        True,
-        False,
-        False,
-        True,
-    )
-    return experts
-
-
 def mish_experts() -> nn.Module:
     experts = experts_module("mixtral")
     experts.act_fn = nn.Mish()
@@ -362,25 +366,66 @@ def patched_silu_experts() -> nn.Module:
     return experts
 
 
-def normed_experts() -> nn.Module:
+def hidden_clamp_experts() -> nn.Module:
+    """A clamp that no attribute names, farther out than any value of a fresh model."""
     experts = experts_module("mixtral")
-    experts.has_post_expert_norm = True
+    gate = experts._apply_gate
+    experts._apply_gate = lambda gate_up: gate(gate_up.clamp(max=300.0))
+    return experts
+
+
+def wrong_gradient_experts() -> nn.Module:
+    """The right value, but no gradient into the gate."""
+    experts = experts_module("mixtral")
+    experts.act_fn.forward = lambda z: nn.functional.silu(z.detach())
+    return experts
+
+
+def mislabelled_experts() -> nn.Module:
+    """The decorator says interleaved, the gate splits in halves."""
+    experts = experts_module("mixtral")
+    experts.is_concatenated = False
     return experts
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"),
+    ("make", "activation"),
     [
-        (gpt_oss_experts, "transposed"),
-        (nemotron_experts, "no gate"),
-        (clamped_experts, "gate of its own"),
-        (mish_experts, "activation Mish is none of gelu, gelu_pytorch_tanh, relu, silu"),
-        (patched_silu_experts, "act_fn was changed"),
-        (normed_experts, "normalises the output"),
+        (mish_experts, "Mish"),
+        (patched_silu_experts, "SiLUActivation"),
+        (hidden_clamp_experts, "SiLUActivation"),
+        (wrong_gradient_experts, "SiLUActivation"),
+        (mislabelled_experts, "SiLUActivation"),
     ],
 )
-def test_why_not_module(make, reason: str) -> None:
-    assert reason in mk.why_not_module(make())
+def test_why_not_module(make, activation: str) -> None:
+    reason = mk.why_not_module(make())
+    assert f"its activation {activation} computes none of clamped_glu, clamped_silu, gelu" in reason
+    assert "experts_implementation: grouped_mm" in reason
+
+
+def clamped_gate(self: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return nn.functional.silu(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
+
+
+@pytest.mark.parametrize("change", ["act_fn", "limit", "_apply_gate"])
+def test_a_change_after_the_check_is_noticed(change: str) -> None:
+    """The recipe is found once; what it was found from is compared at every call."""
+    experts = experts_module("mixtral")
+    inputs = experts_inputs(experts)
+    experts(*inputs)
+    if change == "act_fn":
+        experts.act_fn = nn.ReLU()
+    else:
+        experts.limit = 0.5
+        experts._apply_gate = types.MethodType(clamped_gate, experts)
+    if change == "limit":
+        experts(*inputs)
+        experts.limit = 0.25
+    ours = experts(*inputs)
+    experts.config._experts_implementation = "batched_mm"
+    torch.testing.assert_close(ours, experts(*inputs), **TOLERANCE[torch.float32])
 
 
 def test_served_module_has_no_objection() -> None:
@@ -388,21 +433,15 @@ def test_served_module_has_no_objection() -> None:
 
 
 def test_unsupported_model_raises_at_check_and_at_the_first_call() -> None:
-    config = transformers.GptOssConfig(
-        **(COMMON | {"hidden_size": 32}),
-        head_dim=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-    )
+    config = CONFIGS["mixtral"][0]()
+    config.hidden_act = "mish"
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="moe_kernels")
     with pytest.raises(
         mk.UnsupportedExperts,
-        match=r"model\.layers\.0\.mlp\.experts \(GptOssExperts\): its weights .*: grouped_mm",
+        match=r"model\.layers\.0\.mlp\.experts \(MixtralExperts\): its activation Mish.*: grouped_mm",
     ):
         mk.check_model(model)
-    with pytest.raises(mk.UnsupportedExperts, match="GptOssExperts"):
+    with pytest.raises(mk.UnsupportedExperts, match="MixtralExperts: its activation Mish"):
         model(input_ids=tokens())
 
 

@@ -22,13 +22,7 @@ from moe_kernels.settings import ExpertsSettings, GroupSize
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-    from moe_kernels.integrations.support import (
-        UnsupportedExperts,
-        activation_of,
-        plain_weight,
-        structure_problem,
-        why_not_module,
-    )
+    from moe_kernels.integrations.support import UnsupportedExperts, plain_weight, recipe_of, why_not_module
 except ImportError as error:
     raise ImportError(
         "moe_kernels.integrations.transformers needs transformers 5.16.1 or newer: "
@@ -58,28 +52,59 @@ def register(
     def experts_forward(
         self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        # Cheap, and every time: expert parallelism, PEFT and weight swaps change the module between calls.
-        reason = structure_problem(self)
-        if reason:
-            raise UnsupportedExperts.of(self, reason)
-        return fused_experts(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            # One read each: PEFT merges, quantised parametrisations dequantise, on every attribute access.
-            plain_weight(self, self.gate_up_proj),
-            plain_weight(self, self.down_proj),
-            activation=activation_of(self),
-            **settings,
-        )
+        return run_experts(self, hidden_states, top_k_index, top_k_weights, **settings)
 
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
     _registered[name] = experts_forward
 
 
+def run_experts(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, **settings: Any
+) -> torch.Tensor:
+    """What the eager forward of ``module`` computes, by :func:`moe_kernels.fused_experts`.
+
+    Args:
+        module: an experts module whose class transformers' ``use_experts_implementation`` decorates.
+        hidden_states: (T, H).
+        top_k_index: (T, K); ids outside [0, E) are dropped.
+        top_k_weights: (T, K).
+        settings: further arguments of ``fused_experts``, such as ``backend`` and ``gate_up_lora``.
+
+    Raises:
+        UnsupportedExperts: these kernels do not compute what the module computes, or not from such weights.
+    """
+    # Every time: expert parallelism, PEFT and weight swaps change the module between calls.
+    recipe = recipe_of(module)
+    up_name = "gate_up_proj" if recipe.gate.gated else "up_proj"
+    # One read each: PEFT merges, quantised parametrisations dequantise, on every attribute access.
+    gate_up, down = (plain_weight(module, getattr(module, name)) for name in (up_name, "down_proj"))
+    if recipe.transposed:
+        gate_up, down = gate_up.mT, down.mT
+    if recipe.biased:
+        settings["gate_up_bias"] = plain_weight(module, getattr(module, f"{up_name}_bias"))
+        settings["down_bias"] = plain_weight(module, module.down_proj_bias)
+    out = fused_experts(
+        hidden_states,
+        top_k_index,
+        None if recipe.post_norm else top_k_weights,
+        gate_up,
+        down,
+        activation=recipe.gate.activation,
+        interleaved=recipe.gate.interleaved,
+        reduce=not recipe.post_norm,
+        **settings,
+    )
+    if not recipe.post_norm:
+        return out
+    # The order of transformers' grouped_mm; a dropped slot stays zero whatever the norm makes of zeros.
+    kept = (top_k_index >= 0) & (top_k_index < module.num_experts)
+    weighted = module.post_expert_norm(out) * torch.where(kept, top_k_weights, 0.0).unsqueeze(-1)
+    return weighted.sum(dim=1).to(hidden_states.dtype)
+
+
 def experts_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """``(name, module)`` of every module that dispatches through transformers' experts interface."""
-    return [(name, module) for name, module in model.named_modules() if _dispatches(type(module))]
+    return [(name, module) for name, module in model.named_modules() if dispatches(type(module))]
 
 
 def check_model(model: torch.nn.Module) -> int:
@@ -107,13 +132,11 @@ def check_model(model: torch.nn.Module) -> int:
                 f"{name} ({type(module).__name__}) runs experts_implementation={implementation!r}, not "
                 "moe_kernels: call register() and load the model with experts_implementation='moe_kernels'."
             )
-        reason = why_not_module(module)
-        if reason:
-            raise UnsupportedExperts.of(module, reason, name)
+        recipe_of(module, name)
     return len(modules)
 
 
-def _dispatches(cls: type) -> bool:
+def dispatches(cls: type) -> bool:
     """Whether transformers' ``use_experts_implementation`` made ``cls.forward``, maybe wrapped again."""
     forward = getattr(cls, "forward", None)
     while forward is not None:
