@@ -57,8 +57,8 @@ test-compiled: $(READY)
 	MOE_KERNELS_AOT=1 $(BIN)/python -m pytest tests/aot
 
 test-newest: $(NEWEST_READY)
-	@echo "== the transformers integration against $(firstword $(NEWEST_TRANSFORMERS))"
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest tests/integrations/test_transformers.py
+	@echo "== the transformers integration and every experts class of $(firstword $(NEWEST_TRANSFORMERS))"
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest tests/integrations/test_transformers.py tests/distributed/test_transformers_engines.py
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -189,7 +189,7 @@ def expert_parallel(folder: Path) -> dict[str, Any]:
 
 def layouts() -> list[tuple[str, dict[str, Any], Callable[[Batch], Batch] | None]]:
     """(name, DistributedConfig, what a rank sees of a batch) of the two ways to put experts on two ranks."""
-    if "ep_size" not in {field.name for field in dataclasses.fields(DistributedConfig)}:
+    if not has_ep_size():
         return [("shared batch", {"tp_size": 2, "tp_plan": "auto", "enable_expert_parallel": True}, None)]
     return [
         ("shared batch", {"tp_size": 2, "ep_size": 2}, None),
@@ -197,9 +197,15 @@ def layouts() -> list[tuple[str, dict[str, Any], Callable[[Batch], Batch] | None
     ]
 
 
-def from_pretrained(path: Path, experts: str, config: dict[str, Any]) -> Any:
+def has_ep_size() -> bool:
+    """transformers 5.19 and later: tokens travel to the experts, and Trainer takes models that it sharded."""
+    return "ep_size" in {field.name for field in dataclasses.fields(DistributedConfig)}
+
+
+def from_pretrained(path: Path, experts: str, config: dict[str, Any] | None) -> Any:
+    sharded = {"distributed_config": DistributedConfig(**config)} if config else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, experts_implementation=experts, distributed_config=DistributedConfig(**config), dtype=torch.float32
+        path, experts_implementation=experts, dtype=torch.float32, **sharded
     )
     if experts == OURS:
         mk.check_model(model)
@@ -220,7 +226,49 @@ def starved(path: Path) -> dict[str, Any]:
     return {"losses": losses, "nonzero": [int(torch.count_nonzero(p.grad.to_local())) for p in local]}
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (data_parallel, no_tokens, expert_parallel)}
+def trainer(folder: Path) -> dict[str, Any]:
+    """transformers' Trainer: DDP, and where this version trains models that it sharded itself, FSDP2 and EP."""
+    layouts_here: dict[str, dict[str, Any] | None] = {"ddp": None}
+    if has_ep_size():
+        layouts_here |= {"fsdp2": {"fsdp_size": 2}, "ep": {"fsdp_size": 2, "ep_size": 2}}
+    data = [{"input_ids": row, "labels": row} for ids in batches() for row in ids.flatten(0, 1)]
+    results: dict[str, Any] = {}
+    for family in FAMILIES:
+        path = folder / f"{family}-trainer"
+        if dist.get_rank() == 0:
+            build(family, BASELINE).save_pretrained(path)
+        dist.barrier()
+        for layout, config in layouts_here.items():
+            for experts in (BASELINE, OURS):
+                backends.reset_dispatch_counts()
+                losses = trainer_losses(from_pretrained(path, experts, config), data, folder)
+                results[family, layout, experts] = {"losses": losses, "calls": backends.dispatch_counts()}
+    return results
+
+
+def trainer_losses(model: Any, data: list[Any], output: Path) -> list[float]:
+    """The logged losses of a run of STEPS steps, with activation checkpointing and gradient accumulation."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(output),
+        use_cpu=True,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=STEPS,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=1,
+    )
+    run = transformers.Trainer(model, arguments, train_dataset=data)
+    run.train()
+    return [float(row["loss"]) for row in run.state.log_history if "loss" in row]
+
+
+SCENARIOS = {scenario.__name__: scenario for scenario in (data_parallel, no_tokens, expert_parallel, trainer)}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""transformers' own expert parallelism over two ranks, with our experts as the local kernel.
+"""transformers' own engines over two ranks: expert parallelism with our experts as the local kernel, and Trainer.
 
 The file passes on transformers 5.16.1 and on the newest release. Before 5.19 the engine leaves each rank with its own
 part of the router's gradient, whatever runs the experts: there, ours are held against theirs.
@@ -24,7 +24,7 @@ LAYOUTS = ("shared batch", "own batch") if ALL_TO_ALL else ("shared batch",)
 
 @pytest.fixture(scope="module")
 def ranks(torchrun: Callable[..., Any]) -> Any:
-    return [rank["expert_parallel"] for rank in torchrun("expert_parallel")]
+    return torchrun("expert_parallel", "trainer")
 
 
 def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -37,7 +37,8 @@ def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 def test_local_kernel_agrees_with_transformers_own(layout: str, family: str, ranks: Any) -> None:
     experts = FAMILIES[family].sizes["tiny"].experts
     for rank in ranks:
-        baseline, ours = (rank[family, layout, experts] for experts in ("grouped_mm", "moe_kernels"))
+        results = rank["expert_parallel"]
+        baseline, ours = (results[family, layout, name] for name in ("grouped_mm", "moe_kernels"))
         assert ours["losses"] == pytest.approx(baseline["losses"], rel=1e-3 if not ALL_TO_ALL else 1e-5)
         assert distance(ours["grads"], baseline["grads"]) < 1e-4
         assert ours["calls"]["torch"] > 0
@@ -50,16 +51,31 @@ def test_local_kernel_agrees_with_transformers_own(layout: str, family: str, ran
 @pytest.mark.skipif(not ALL_TO_ALL, reason="this transformers gives each rank a part of the router's gradient")
 def test_training_is_that_of_the_whole_model(layout: str, family: str, ranks: Any) -> None:
     for rank in ranks:
-        whole, ours = rank[family, "whole"], rank[family, layout, "moe_kernels"]
+        results = rank["expert_parallel"]
+        whole, ours = results[family, "whole"], results[family, layout, "moe_kernels"]
         assert ours["losses"] == pytest.approx(whole["losses"], rel=1e-5)
         assert distance(ours["grads"], whole["grads"]) < 1e-4
 
 
 @each_family
 def test_a_rank_whose_experts_get_no_token(family: str, ranks: Any) -> None:
-    starved = [rank[family, "starved"] for rank in ranks]
+    starved = [rank["expert_parallel"][family, "starved"] for rank in ranks]
     assert all(torch.isfinite(torch.tensor(rank["losses"])).all() for rank in starved)
     # Equal scores send every token to the experts of one rank; torch decides which.
     idle, busy = sorted(rank["nonzero"] for rank in starved)
     assert not any(idle)
     assert all(busy)
+
+
+@each_family
+@pytest.mark.parametrize("engine", ("ddp", "fsdp2", "ep") if ALL_TO_ALL else ("ddp",))
+def test_trainer(engine: str, family: str, ranks: Any) -> None:
+    """Two micro-batches a step, activation checkpointing, every engine that this Trainer has on a CPU."""
+    size = FAMILIES[family].sizes["tiny"]
+    for rank in ranks:
+        results = rank["trainer"]
+        baseline, ours = (results[family, engine, name] for name in ("grouped_mm", "moe_kernels"))
+        assert ours["losses"] == pytest.approx(baseline["losses"], rel=1e-5)
+        assert ours["losses"] == pytest.approx(results[family, "ddp", "grouped_mm"]["losses"], rel=1e-5)
+        # Steps, micro-batches, and once more in the backward pass.
+        assert ours["calls"] == {"torch": len(ours["losses"]) * 2 * 2 * size.moe_layers}
