@@ -61,7 +61,8 @@ def route(
     Args:
         logits: (T, E) bf16, fp16 or fp32; E at most 512 in the Triton kernel. Computed with in float32.
         top_k: K.
-        scoring: "softmax" or "sigmoid". A sigmoid is rounded to the dtype of the logits, as torch's is.
+        scoring: "softmax" or "sigmoid". Sigmoids are rounded to the dtype of the weights before they are compared,
+            as a model's own are: under autocast a DeepSeek router compares scores in bfloat16.
         normalize: divide the weights by their sum over the K chosen.
         correction_bias: (E,), added to the sigmoid for the choice alone; no gradient.
         groups, top_groups: split the experts into ``groups`` equal groups and choose from the best ``top_groups``
@@ -96,7 +97,7 @@ def reference_route(
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     with torch.autocast(logits.device.type, enabled=False):
         if settings.sigmoid:
-            scores = logits.to(wide).sigmoid().to(logits.dtype).to(wide)
+            scores = logits.to(wide).sigmoid().to(settings.weights_dtype).to(wide)
             choice = scores.detach() if correction_bias is None else scores.detach() + correction_bias
         else:
             scores = logits.to(wide).softmax(-1)

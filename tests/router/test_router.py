@@ -1,4 +1,4 @@
-"""The fused router against transformers' own routers: their code in float64 is the truth, and as it is the yardstick."""
+"""The fused router against transformers' own: their code in float64 is the truth, as it is the yardstick."""
 
 import importlib
 import types
@@ -53,7 +53,9 @@ class Model:
         with torch.no_grad():
             gate.weight.copy_(torch.eye(self.experts))
             if self.bias is not None:
-                gate.e_score_correction_bias = self.bias.to(logits.device, torch.promote_types(logits.dtype, torch.float))
+                gate.e_score_correction_bias = self.bias.to(
+                    logits.device, torch.promote_types(logits.dtype, torch.float)
+                )
         if logits.dtype == torch.float64:
             monkeypatch.setattr(self.module, "torch", _Float64())
             monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -1,9 +1,9 @@
 """The router: logits to the top-k experts and their weights in one launch, and the gradient in another.
 
-Both kinds of router of :mod:`moe_kernels.router`. A program keeps whole rows of logits in registers, so the experts of
-a token are chosen by K reductions over one tile, and every other number (softmax, groups, normalisation) comes from
-the same tile. Choices are compared as integers that sort like the floats they stand for: among equals the lowest index
-wins, NaN is the largest as in torch.topk, and what is taken or excluded is below every float.
+Both kinds of router of :mod:`moe_kernels.router`. A program keeps whole rows of logits in registers, so the experts
+of a token are chosen by K reductions over one tile, and every other number (softmax, groups, normalisation) comes
+from the same tile. Choices are compared as integers that sort like the floats they stand for: among equals the lowest
+index wins, NaN is the largest as in torch.topk, and what is taken or excluded is below every float.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _sorted_value(key):
 
 @triton.jit
 def _sigmoid(logits, dtype: tl.constexpr):
-    """torch's sigmoid of float32 ``logits`` that came from ``dtype``, rounded to it as torch rounds its result."""
+    """torch's sigmoid of float32 ``logits``, rounded to ``dtype``."""
     return tl.math.div_rn(1.0, 1.0 + _math.exp(-logits)).to(dtype).to(tl.float32)
 
 
@@ -103,7 +103,7 @@ def route_kernel(
         offsets = token.to(tl.int64)[:, None] * E + expert[None, :]
         logits = tl.load(logits_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
         if SIGMOID:
-            value = _sigmoid(logits, logits_ptr.dtype.element_ty)
+            value = _sigmoid(logits, weights_ptr.dtype.element_ty)
             key = _sortable(value + bias[None, :])
         else:
             key = _sortable(logits)
@@ -162,7 +162,7 @@ def route_grad_kernel(
         grad = tl.where(hit, scale * dweight[:, None], grad)
         chosen = tl.where(hit, 1, chosen)
     if SIGMOID:
-        value = _sigmoid(logits, logits_ptr.dtype.element_ty)
+        value = _sigmoid(logits, dweights_ptr.dtype.element_ty)
         slope = value * (1.0 - value)
         if NORMALIZE:
             kept = tl.where(chosen == 1, value, 0.0)
