@@ -1,0 +1,261 @@
+"""The fused router inside real models of transformers, the model's own router as the truth, and what is refused."""
+
+import copy
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from moe_kernels import router
+
+transformers = pytest.importorskip("transformers")
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter  # noqa: E402
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter  # noqa: E402
+
+from moe_kernels.integrations.router import (  # noqa: E402
+    RouterForm,
+    UnsupportedRouter,
+    install_fused_router,
+    recognise,
+    router_modules,
+)
+
+COMMON = {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 96,
+          "intermediate_size": 32, "num_hidden_layers": 2, "num_experts_per_tok": 3}  # fmt: skip
+MODELS = {
+    "mixtral": lambda: transformers.MixtralConfig(**COMMON, num_local_experts=8, output_router_logits=True),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **COMMON, moe_intermediate_size=16, shared_expert_intermediate_size=24, num_experts=12,
+        output_router_logits=True,
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **COMMON, moe_intermediate_size=16, num_experts=16, head_dim=10, norm_topk_prob=True,
+        output_router_logits=True,
+    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **COMMON, moe_intermediate_size=16, n_routed_experts=24, n_group=4, topk_group=2, first_k_dense_replace=0,
+        q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+    ),
+}  # fmt: skip
+IDS = torch.randint(0, 96, (2, 19), generator=torch.Generator().manual_seed(3))
+
+
+def make_model(name):
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[name](), experts_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.25) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+        for _, module in router_modules(model):
+            if hasattr(module, "e_score_correction_bias"):
+                module.e_score_correction_bias.normal_(0.0, 0.1)
+    return model
+
+
+def run(model):
+    """(results that must agree, gradients)."""
+    model.zero_grad(set_to_none=True)
+    out = model(input_ids=IDS, labels=IDS)
+    out.loss.backward()
+    results = {"logits": out.logits, "loss": out.loss, "aux_loss": getattr(out, "aux_loss", None)}
+    for n, logits in enumerate(getattr(out, "router_logits", None) or ()):
+        results[f"router_logits {n}"] = logits
+    return results, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, monkeypatch):
+    monkeypatch.setattr(router, "_backend", lambda logits, _: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_trains_as_with_its_own_router(name, backend):
+    model = make_model(name)
+    expected, expected_grads = run(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    assert install_fused_router(model) == 2
+    actual, grads = run(model)
+    # Logits, loss, auxiliary loss, and the logits of both routers: DeepSeek-V3 has no auxiliary loss.
+    assert len(expected) == len(actual) == (3 if name == "deepseek_v3" else 5)
+    for key, value in expected.items():
+        if value is not None:
+            torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    assert sum(key.endswith("mlp.gate.weight") for key in grads) == 2
+    for key, grad in grads.items():
+        assert expected_grads[key].abs().max() > 0, key
+        assert (grad - expected_grads[key]).norm() < 1e-5 * expected_grads[key].norm(), key
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_changed_weight_and_a_changed_bias_are_seen():
+    model = make_model("deepseek_v3")
+    install_fused_router(model)
+    before = run(model)[0]["logits"]
+    gate = router_modules(model)[0][1]
+    with torch.no_grad():
+        gate.e_score_correction_bias.neg_()
+        expected = DeepseekV3TopkRouter.forward(gate, torch.ones(1, 40))
+    assert torch.equal(gate(torch.ones(1, 40))[2].sort().values, expected[2].sort().values)
+    assert not torch.equal(run(model)[0]["logits"], before)
+
+
+def test_installing_twice_and_copying():
+    model = make_model("mixtral")
+    assert install_fused_router(model) == install_fused_router(model) == 2
+    twin = copy.deepcopy(model)
+    gate = router_modules(twin)[0][1]
+    assert gate.forward.__self__ is gate
+    assert torch.equal(run(twin)[0]["logits"], run(model)[0]["logits"])
+
+
+def config(**changes):
+    settings = {"num_experts_per_tok": 3, "num_local_experts": 12, "num_experts": 12, "hidden_size": 32,
+                "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2, "norm_topk_prob": True}  # fmt: skip
+    return types.SimpleNamespace(**settings | changes)
+
+
+def holder(module):
+    model = nn.Module()
+    model.add_module("gate", module)
+    return model
+
+
+FORMS = [
+    ("mixtral", "MixtralTopKRouter", {}, RouterForm("softmax", True, False, True)),
+    ("qwen2_moe", "Qwen2MoeTopKRouter", {"norm_topk_prob": False}, RouterForm("softmax", False, False, False)),
+    ("qwen3_moe", "Qwen3MoeTopKRouter", {}, RouterForm("softmax", True, False, False)),
+    ("gpt_oss", "GptOssTopKRouter", {}, RouterForm("softmax", True, False, False)),
+    ("deepseek_v2", "DeepseekV2TopkRouter", {"topk_method": "greedy"}, RouterForm("softmax", False, True, True)),
+    ("deepseek_v3", "DeepseekV3TopkRouter", {}, RouterForm("sigmoid", True, True, False)),
+    ("glm4_moe", "Glm4MoeTopkRouter", {"norm_topk_prob": False}, RouterForm("sigmoid", False, True, False)),
+    ("step3p7", "Step3p7TopKRouter", {}, RouterForm("sigmoid", True, False, True)),
+]
+
+
+def build(family, name, changes):
+    module = __import__(f"transformers.models.{family}.modeling_{family}", fromlist=[name])
+    return getattr(module, name)(config(**changes))
+
+
+@pytest.mark.parametrize(("family", "name", "changes", "form"), FORMS, ids=[form[0] for form in FORMS])
+def test_routers_are_recognised_by_what_they_compute(family, name, changes, form):
+    assert recognise(build(family, name, changes)) == form
+
+
+@pytest.mark.parametrize("condition", ["bfloat16", "autocast"])
+@pytest.mark.parametrize(("family", "name", "changes", "form"), FORMS, ids=[form[0] for form in FORMS])
+def test_low_precision_is_the_models_own(family, name, changes, form, condition, backend):
+    """The same dtypes and choices where nothing ties; the weights rounded once instead of at every step."""
+    gate = build(family, name, {"hidden_size": 12, **changes})
+    x = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(n)) for n in range(20)]) / 8 - 0.7
+    with torch.no_grad():
+        gate.weight.copy_(torch.eye(12))
+        if form.scoring == "sigmoid":
+            gate.e_score_correction_bias.normal_(0.0, 0.1)  # the sums of evenly spaced scores would tie
+        if condition == "bfloat16":
+            gate.weight.data = gate.weight.data.bfloat16()
+            x = x.bfloat16()
+            if hasattr(gate, "bias"):
+                gate.bias.data = gate.bias.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=condition == "autocast"):
+        logits, weights, ids = type(gate).forward(gate, x)
+        install_fused_router(holder(gate))
+        ours = gate(x)
+    assert torch.equal(ours[0], logits)
+    assert (ours[0].dtype, ours[1].dtype) == (logits.dtype, weights.dtype)
+    order, our_order = ids.argsort(-1), ours[2].argsort(-1)
+    assert torch.equal(ids.gather(-1, order), ours[2].gather(-1, our_order))
+    rounding = 1e-6 if weights.dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(ours[1].gather(-1, our_order), weights.gather(-1, order), rtol=rounding, atol=0)
+
+
+def sabotaged(change):
+    class Router(MixtralTopKRouter):
+        def forward(self, hidden_states):
+            return change(*super().forward(hidden_states))
+
+    return Router(config())
+
+
+class Noisy(MixtralTopKRouter):
+    def forward(self, hidden_states):
+        if self.training:
+            hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(0.9, 1.1)
+        return super().forward(hidden_states)
+
+
+class Straight(MixtralTopKRouter):
+    """The right values, and no gradient through the weights."""
+
+    def forward(self, hidden_states):
+        logits, weights, ids = super().forward(hidden_states)
+        return logits, weights.detach() + 0 * logits.sum(), ids
+
+
+REFUSED = {
+    "another scale": sabotaged(lambda logits, weights, ids: (logits, weights * 1.001, ids)),
+    "another order of results": sabotaged(lambda logits, weights, ids: (ids, weights, logits)),
+    "two results": sabotaged(lambda logits, weights, ids: (weights, ids)),
+    "other logits": sabotaged(lambda logits, weights, ids: (logits * 2, weights, ids)),
+    "the smallest": sabotaged(
+        lambda logits, weights, ids: (logits, *functional.softmax(logits, -1).topk(3, largest=False))
+    ),
+    "noise in training": Noisy(config()),
+    "no gradient": Straight(config()),
+    "zero instead of excluded groups": build("axk2", "AXK2TopkRouter", {}),
+    "groups of a softmax": build("mistral4", "Mistral4TopkRouter", {}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_router_that_computes_something_else_is_refused(reason):
+    state = torch.get_rng_state()
+    with pytest.raises(UnsupportedRouter, match=r"^gate \(\w+\): on random data .* Set moe_fused_router: false"):
+        install_fused_router(holder(REFUSED[reason]))
+    assert torch.equal(torch.get_rng_state(), state), "a probe must not move the random state of a training"
+    assert "forward" not in vars(REFUSED[reason])
+
+
+def test_what_cannot_be_probed_is_refused():
+    with pytest.raises(UnsupportedRouter, match=r"its forward takes \(hidden_states, e_score_correction_bias\)"):
+        install_fused_router(holder(build("minimax_m2", "MiniMaxM2TopKRouter", {})))
+    patched = MixtralTopKRouter(config())
+    patched.forward = lambda hidden_states: MixtralTopKRouter.forward(patched, hidden_states)
+    with pytest.raises(UnsupportedRouter, match="already replaced by something else"):
+        install_fused_router(holder(patched))
+    sharded = MixtralTopKRouter(config())
+    sharded.weight = nn.Parameter(torch.empty(0))
+    with pytest.raises(UnsupportedRouter, match=r"its weight has shape \(0,\): it is sharded"):
+        install_fused_router(holder(sharded))
+    with pytest.raises(UnsupportedRouter, match="Linear has no router module"):
+        install_fused_router(nn.Linear(2, 2))
+
+
+def test_nothing_is_replaced_when_one_is_refused():
+    model = holder(MixtralTopKRouter(config()))
+    model.add_module("other", REFUSED["another scale"])
+    with pytest.raises(UnsupportedRouter, match=r"^other "):
+        install_fused_router(model)
+    assert "forward" not in vars(model.gate)
+
+
+def test_modules_of_one_kind_are_probed_once(monkeypatch):
+    from moe_kernels.integrations import router as integration
+
+    probed = []
+    real = integration.recognise
+    monkeypatch.setattr(integration, "recognise", lambda module: probed.append(module) or real(module))
+    model = nn.ModuleList([MixtralTopKRouter(config()) for _ in range(3)])
+    model.append(MixtralTopKRouter(config(num_experts_per_tok=2)))
+    assert install_fused_router(model) == 4
+    assert len(probed) == 2
+
+
+def test_a_model_without_data_is_probed_on_the_cpu():
+    with torch.device("meta"):
+        model = holder(MixtralTopKRouter(config()))
+    assert install_fused_router(model) == 1
