@@ -1,4 +1,4 @@
-"""transformers' own engines over two ranks: expert parallelism with our experts as the local kernel, and Trainer.
+"""transformers' own engines over two ranks: tensor and expert parallelism with our experts as the local kernel, Trainer.
 
 The file passes on transformers 5.16.1 and on the newest release. Before 5.19 the engine leaves each rank with its own
 part of the router's gradient, whatever runs the experts: there, ours are held against theirs.
@@ -19,7 +19,9 @@ distributed = pytest.importorskip("transformers.distributed", reason="needs moe-
 pytestmark = pytest.mark.slow
 each_family = pytest.mark.parametrize("family", FAMILIES)
 ALL_TO_ALL = "ep_size" in {field.name for field in dataclasses.fields(distributed.DistributedConfig)}
+# Expert parallelism: ranks see the same tokens, or each its own.
 LAYOUTS = ("shared batch", "own batch") if ALL_TO_ALL else ("shared batch",)
+TRAINS_RIGHT = ("tensor parallel", *(LAYOUTS if ALL_TO_ALL else ()))
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,7 @@ def test_local_kernel_agrees_with_transformers_own(layout: str, family: str, ran
 
 
 @each_family
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.skipif(not ALL_TO_ALL, reason="this transformers gives each rank a part of the router's gradient")
+@pytest.mark.parametrize("layout", TRAINS_RIGHT)
 def test_training_is_that_of_the_whole_model(layout: str, family: str, ranks: Any) -> None:
     for rank in ranks:
         results = rank["expert_parallel"]

@@ -56,6 +56,10 @@ def loss_of(model: Any, ids: Batch) -> torch.Tensor:
     return model(input_ids=ids, labels=ids).loss
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     """Whole gradients by the parameter's name in the plain model; every rank must call this."""
     grads = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -181,17 +185,21 @@ def expert_parallel(folder: Path) -> dict[str, Any]:
             for experts in (BASELINE, OURS):
                 backends.reset_dispatch_counts()
                 model = from_pretrained(path, experts, config)
-                held = {tuple(e.gate_up_proj.to_local().shape) for _, e in mk.experts_modules(model)}
+                held = {tuple(local(e.gate_up_proj).shape) for _, e in mk.experts_modules(model)}
                 results[family, layout, experts] = summary(train(model, data, own=own)) | {"held": held}
         results[family, "starved"] = starved(path)
     return results
 
 
 def layouts() -> list[tuple[str, dict[str, Any], Callable[[Batch], Batch] | None]]:
-    """(name, DistributedConfig, what a rank sees of a batch) of the two ways to put experts on two ranks."""
+    """(name, DistributedConfig, what a rank sees of a batch) of the ways to put experts on two ranks."""
+    # Every rank holds all experts, and half of each one's width.
+    tensor_parallel = ("tensor parallel", {"tp_size": 2, "tp_plan": "auto"}, None)
     if not has_ep_size():
-        return [("shared batch", {"tp_size": 2, "tp_plan": "auto", "enable_expert_parallel": True}, None)]
+        shared = {"tp_size": 2, "tp_plan": "auto", "enable_expert_parallel": True}
+        return [tensor_parallel, ("shared batch", shared, None)]
     return [
+        tensor_parallel,
         ("shared batch", {"tp_size": 2, "ep_size": 2}, None),
         ("own batch", {"fsdp_size": 2, "ep_size": 2}, own_half),
     ]
@@ -216,14 +224,14 @@ def starved(path: Path) -> dict[str, Any]:
     """A router that sends every token to the experts of rank 0: gradients of rank 1's experts, per layer."""
     _, config, own = layouts()[-1]
     model = from_pretrained(path, OURS, config)
-    local = [e.gate_up_proj for _, e in mk.experts_modules(model)]
+    gate_up = [e.gate_up_proj for _, e in mk.experts_modules(model)]
     for module in model.modules():
         if hasattr(module, "gate") and hasattr(module, "experts"):
             with torch.no_grad():
                 for parameter in module.gate.parameters():
                     parameter.zero_()  # equal scores: the top k are the first experts
     losses, _ = train(model, batches(1), own=own)
-    return {"losses": losses, "nonzero": [int(torch.count_nonzero(p.grad.to_local())) for p in local]}
+    return {"losses": losses, "nonzero": [int(torch.count_nonzero(local(p.grad))) for p in gate_up]}
 
 
 def trainer(folder: Path) -> dict[str, Any]:
