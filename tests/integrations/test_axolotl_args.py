@@ -41,6 +41,8 @@ def validate(**data: Any) -> Any:
         {"moe_kernels": False, "moe_group_size": 64, "experts_implementation": "grouped_mm"},
         ON | {"liger_rms_norm": True, "expert_parallel_size": 1, "quantize_moe_experts": False},
         {"moe_grouped_backend": "auto", "moe_dequant_chunk_size": 4, "moe_bnb_fast": True},
+        {"moe_fused_router": True},
+        ON | {"moe_fused_router": True},
     ],
     ids=str,
 )
@@ -59,6 +61,7 @@ def test_accepted(data: dict[str, Any]) -> None:
         (ON | {"moe_group_size": "128"}, ["moe_group_size", "64, 128, 256 or 'auto'"]),
         (ON | {"moe_group_size": True}, ["moe_group_size", "64, 128, 256 or 'auto'"]),
         (ON | {"moe_persistent_kernel": "on"}, ["moe_persistent_kernel", "valid boolean"]),
+        (ON | {"moe_fused_router": "yes"}, ["moe_fused_router", "valid boolean"]),
         (ON | {"moe_kernel_models": "mixtral"}, ["moe_kernel_models", "valid list"]),
         (ON | {"moe_kernel_models": []}, ["moe_kernel_models", "at least 1 item"]),
         (ON | {"moe_kernel_models": [7]}, ["moe_kernel_models", "valid string"]),
@@ -212,6 +215,26 @@ def test_model_outside_the_allow_list(plugin: Any) -> None:
     cfg = axolotl_config(**ON, moe_kernel_models=["mixtral", "olmoe"], model_config_type="qwen2_moe")
     with pytest.raises(ValueError, match="lists mixtral, olmoe, but nobody/nothing has model_type 'qwen2_moe'"):
         plugin.pre_model_load(cfg)
+
+
+def test_fused_router_is_installed_or_refused(plugin: Any, log: pytest.LogCaptureFixture) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from moe_kernels.integrations.router import UnsupportedRouter
+
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=8, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=2,
+        num_local_experts=4, vocab_size=32,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    plugin.post_model_load(axolotl_config(moe_fused_router=True), model)
+    assert "fused router in 2 layers of MixtralForCausalLM" in log.text
+    assert all("forward" in vars(layer.mlp.gate) for layer in model.model.layers)
+    plain = MixtralForCausalLM(config)
+    plugin.post_model_load(axolotl_config(moe_fused_router=False), plain)
+    assert not any("forward" in vars(layer.mlp.gate) for layer in plain.model.layers)
+    with pytest.raises(UnsupportedRouter, match="Set moe_fused_router: false"):
+        plugin.post_model_load(axolotl_config(moe_fused_router=True), torch.nn.Linear(1, 1))
 
 
 def test_model_without_experts(plugin: Any) -> None:

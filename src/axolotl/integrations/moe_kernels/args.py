@@ -9,7 +9,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, StrictBool, StrictStr, model_validator
 
-OWN_KEYS = ("moe_kernels", "moe_group_size", "moe_persistent_kernel", "moe_kernel_models", "moe_router_telemetry")
+OWN_KEYS = (
+    "moe_kernels",
+    "moe_group_size",
+    "moe_persistent_kernel",
+    "moe_kernel_models",
+    "moe_router_telemetry",
+    "moe_fused_router",
+)
 # Those that say how the kernels run: without the kernels they mean nothing.
 KNOBS = ("moe_group_size", "moe_persistent_kernel", "moe_kernel_models")
 # Keys of Axolotl's KernelsPlugin that share the prefix.
@@ -59,6 +66,14 @@ class MoeKernelsArgs(BaseModel):
         json_schema_extra={
             "description": "Log how evenly the routers load the experts, and write the load of every expert to "
             "moe_router.jsonl in output_dir; 'layers' logs each layer too. Works without moe_kernels. Default: false."
+        },
+    )
+    moe_fused_router: StrictBool | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Choose the experts in one kernel launch a layer instead of the model's own dozen; a "
+            "router that computes something else is refused when the model is loaded. Works without moe_kernels. "
+            "Default: false."
         },
     )
 

@@ -72,6 +72,10 @@ class MoeOptimizedPlugin(BasePlugin):
 
             self.router_counter = RouterCounter(model)
             LOG.info(f"moe_kernels: router telemetry of {len(self.router_counter.layers)} expert layers")
+        if cfg.moe_fused_router:
+            from moe_kernels.integrations.router import install_fused_router
+
+            LOG.info(f"moe_kernels: fused router in {install_fused_router(model)} layers of {type(model).__name__}")
         if not cfg.moe_kernels:
             return
         from moe_kernels.integrations.transformers import check_model
