@@ -2,8 +2,8 @@
 
     python benchmarks/telemetry_cost.py mixtral --steps 60 --json benchmarks/results/telemetry-mixtral.json
 
-Prints the median step of each and the difference in percent, with its spread. Prepares what is missing. Exit code 1 if
-the telemetry costs more than ``--limit`` percent of a step.
+Prints the median step of each and the difference in percent, with its spread. Prepares what is missing. Exit code 1
+if the telemetry costs more than ``--limit`` percent of a step.
 """
 
 from __future__ import annotations
@@ -67,7 +67,13 @@ def main() -> int:
         f"{quartiles[ON][0]:.2f} to {quartiles[ON][2]:.2f})"
     )
     if wanted.json:
-        report = {"family": wanted.family, "size": size, "step_ms": step_ms, "median_ms": medians, "cost_percent": cost}
+        report = {
+            "family": wanted.family,
+            "size": size,
+            "cost_percent": cost,
+            "median_ms": medians,
+            "step_ms": step_ms,
+        }
         write_json(wanted.json, report | {"versions": machine.versions, "device": device})
     return int(cost > wanted.limit)
 

@@ -76,6 +76,20 @@ class RouterHistory:
         """The numbers of one layer at one record."""
         return LayerLoad(tuple(self.tokens[record][layer]), self.rows[record][layer])
 
+    def sum(self, layer: int, first: int = 0, last: int | None = None) -> LayerLoad:
+        """The numbers of one layer over the records from ``first`` to before ``last``."""
+        counts = zip(*(self.tokens[index][layer] for index in range(len(self.steps))[first:last]), strict=True)
+        return LayerLoad(tuple(sum(column) for column in counts), sum(rows[layer] for rows in self.rows[first:last]))
+
+    def check(self) -> None:
+        """Raise ValueError where the parts do not fit each other."""
+        lines = [head(self.layers, self.experts, 0)] if self.layers else []
+        entries = zip(self.steps, self.tokens, self.rows, strict=False)
+        lines += [_line({"step": step, "tokens": tokens, "rows": rows}) for step, tokens, rows in entries]
+        whole = len(self.steps) == len(self.tokens) == len(self.rows) and (self.layers or not self.steps)
+        if not whole or (lines and _parsed("".join(lines).encode(), "the router's history") != self):
+            raise ValueError("the router's history does not fit its layers")
+
 
 def head(layers: Sequence[str], experts: Sequence[int], from_step: int) -> str:
     """What a training starts with; one that resumes writes it again, with the step it resumes from.
@@ -97,9 +111,28 @@ def read_history(path: Path) -> RouterHistory:
     Raises:
         ValueError: the file is no router history, is damaged, or holds records that do not fit its layers.
     """
+    return _parsed(path.read_bytes(), str(path))
+
+
+def thinned(history: RouterHistory, most: int) -> RouterHistory:
+    """At most ``most`` records, each the sum of as many neighbours as that takes."""
+    every = -(-len(history.steps) // most) if history.steps else 1
+    starts = range(0, len(history.steps), every)
+    layers = range(len(history.layers))
+    sums = [[history.sum(layer, start, start + every) for layer in layers] for start in starts]
+    return RouterHistory(
+        history.layers,
+        history.experts,
+        [history.steps[min(start + every, len(history.steps)) - 1] for start in starts],
+        [[[*load.tokens] for load in loads] for loads in sums],
+        [[load.rows for load in loads] for loads in sums],
+    )
+
+
+def _parsed(data: bytes, where: str) -> RouterHistory:
     history = RouterHistory()
     begun, cut = False, 0
-    for number, text in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, text in enumerate(data.split(b"\n"), start=1):
         if not text.strip():
             continue
         try:
@@ -111,15 +144,15 @@ def read_history(path: Path) -> RouterHistory:
             _start(history, entry)
             begun, cut = True, 0
         elif cut or not begun or not _is_record(entry, history.experts):
-            raise ValueError(f"{path}, line {cut or number}: no line of a router history ({SCHEMA}).")
+            raise ValueError(f"{where}, line {cut or number}: no line of a router history ({SCHEMA}).")
         elif history.steps and entry["step"] <= history.steps[-1]:
-            raise ValueError(f"{path}, line {number}: step {entry['step']} comes after {history.steps[-1]}.")
+            raise ValueError(f"{where}, line {number}: step {entry['step']} comes after {history.steps[-1]}.")
         else:
             history.steps.append(entry["step"])
             history.tokens.append(entry["tokens"])
             history.rows.append(entry["rows"])
     if not begun:
-        raise ValueError(f"{path} is not a router history ({SCHEMA}).")
+        raise ValueError(f"{where} is not a router history ({SCHEMA}).")
     return history
 
 

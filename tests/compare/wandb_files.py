@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import struct
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def frame(records: Iterable[bytes]) -> bytes:
                 continue
             part, record = record[: left - HEAD], record[left - HEAD :]
             kind = (1 if first else 4) if not record else (2 if first else 3)
-            data += struct.pack("<IHB", 0, len(part), kind) + part
+            data += struct.pack("<IHB", zlib.crc32(bytes([kind]) + part), len(part), kind) + part
             first = False
             if not record:
                 break

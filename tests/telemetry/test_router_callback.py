@@ -42,7 +42,9 @@ class FakeTrainer:
         self.metrics.append(metrics)
 
 
-def train(folder: Path, steps: range, trainer: Any, *, each_layer: bool = False, rank_zero: bool = True) -> FakeCounter:
+def train(
+    folder: Path, steps: range, trainer: Any, *, each_layer: bool = False, rank_zero: bool = True
+) -> FakeCounter:
     from axolotl.integrations.moe_kernels.telemetry import RouterCallback
 
     counter = FakeCounter()
@@ -61,15 +63,19 @@ def test_reads_only_when_the_trainer_logs(tmp_path: Path) -> None:
     trainer = FakeTrainer()
     counter = train(tmp_path / "out", range(4), trainer)
     assert counter.taken == 2
-    assert trainer.metrics == [
-        {
-            "moe/load_imbalance": 2.0,
-            "moe/load_imbalance_mean": 1.75,
-            "moe/load_entropy": 0.0,
-            "moe/dead_experts": 1.0,
-            "moe/dropped_share": 0.25,
-        }
-    ] * 2
+    assert (
+        trainer.metrics
+        == [
+            {
+                "moe/load_imbalance": 2.0,
+                "moe/load_imbalance_mean": 1.75,
+                "moe/load_entropy": 0.0,
+                "moe/dead_experts": 1.0,
+                "moe/dropped_share": 0.25,
+            }
+        ]
+        * 2
+    )
     history = read_history(tmp_path / "out" / FILE_NAME)
     assert (history.layers, history.experts, history.steps) == (["one", "two"], [2, 2], [2, 4])
     assert [history.load(1, layer) for layer in range(2)] == LOADS
@@ -145,9 +151,10 @@ def test_idle_balancing_loss(config: dict[str, Any], warns: bool) -> None:
 
 
 def test_the_key_hooks_the_model(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    from axolotl.integrations.moe_kernels import MoeOptimizedPlugin
     from axolotl.utils.dict import DictDefault
     from transformers import MixtralConfig, MixtralForCausalLM
+
+    from axolotl.integrations.moe_kernels import MoeOptimizedPlugin
 
     config = MixtralConfig(
         vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,

@@ -91,7 +91,8 @@ def test_models_without_experts_are_refused() -> None:
 @pytest.mark.parametrize("experts", [1, 2, 3, 8, 60, 256, 4096])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_every_id_lands_in_its_own_counter(experts: int, dtype: torch.dtype, device: torch.device) -> None:
-    outside = [-1, -7, experts, experts + 1, 2**31 - 1, -(2**31)] + ([2**40, -(2**62)] if dtype == torch.int64 else [])
+    outside = [-1, -7, experts, experts + 1, 2**31 - 1, -(2**31)]
+    outside += [2**40, -(2**62)] if dtype == torch.int64 else []
     ids = torch.tensor([*range(experts), experts - 1, *outside], dtype=dtype, device=device)
     layer = _Layer("", experts, experts)
     _add(layer, ids)

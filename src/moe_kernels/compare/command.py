@@ -55,6 +55,9 @@ def compare(
     with_eager: Annotated[
         bool, typer.Option("--with-eager", help="Also run the baseline with the eager loop over experts.")
     ] = False,
+    router: Annotated[
+        bool, typer.Option(help="Record the load of every expert in the runs with moe-kernels, for the heat map.")
+    ] = True,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is finished already.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the report.", show_default="artifacts/compare/NAME")
@@ -109,6 +112,7 @@ def compare(
         noise=noise,
         with_eager=with_eager,
         wandb=wandb,
+        router=router,
     )
     plans = make_plans(names, options)
     folder = out or REPORT_FOLDER / ("all" if len(plans) > 1 else plans[0].name)
@@ -154,7 +158,7 @@ def make_plans(names: list[str], options: Options) -> list[Plan]:
 
 def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Comparison:
     """Make what is missing, run every training that is not finished, measure the layer."""
-    _prepare(plan, console)
+    prepare_missing(plan, console)
     gpu = describe(machine.device)
     comparison = Comparison(
         name=plan.name,
@@ -209,7 +213,7 @@ def _run(plan: Plan, run: RunSpec, machine: Machine, fresh: bool, display: Displ
     return result
 
 
-def _prepare(plan: Plan, console: Console) -> None:
+def prepare_missing(plan: Plan, console: Console) -> None:
     """Make a missing model or data set, in a process of its own so that the GPU is free afterwards."""
     if plan.family is None:
         return
@@ -241,9 +245,11 @@ def _show_plan(plan: Plan, details: bool, console: Console) -> None:
         return
     console.print("  what differs between the two files:")
     console.print(_indented(plan.yaml_diff), markup=False, soft_wrap=True)
-    console.print("  what is changed in both for this comparison:")
-    shown = {key: value for key, value in plan.runs[0].overrides.items() if key != "output_dir"}
-    console.print(_indented(dump_yaml(shown) if shown else "nothing but output_dir"), markup=False, soft_wrap=True)
+    console.print("  what is changed in them for this comparison:")
+    for run in plan.runs[:2]:
+        shown = {key: value for key, value in run.overrides.items() if key != "output_dir"}
+        text = dump_yaml({run.role: shown} if shown else {run.role: "nothing but output_dir"})
+        console.print(_indented(text), markup=False, soft_wrap=True)
 
 
 def _indented(text: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_kernels.cli.errors import UsageError
+from moe_kernels.compare.decode import Misfit, decode
+from moe_kernels.compare.experts_bench import check_experts
+from moe_kernels.compare.gpu import Gpu
 from moe_kernels.compare.judge import (
     NOT_CONFIRMED,
     Claim,
@@ -27,7 +29,7 @@ from moe_kernels.compare.metrics import (
     side_metrics,
 )
 from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED
-from moe_kernels.compare.runner import FINISHED, RunResult, write_json
+from moe_kernels.compare.runner import FINISHED, RunResult, read_json, write_json
 
 SCHEMA = "moe-kernels compare 1"
 
@@ -60,6 +62,19 @@ class Comparison:
     runs: list[RunResult] = field(default_factory=list)
     experts: dict[str, Any] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raise Misfit where the parts do not belong together."""
+        if self.warmup_steps < 0:
+            raise Misfit(f"warmup_steps is {self.warmup_steps}")
+        if len(self.files) != 2:
+            raise Misfit(f"files should name two files and names {len(self.files)}")
+        if len({run.run_id for run in self.runs}) < len(self.runs):
+            raise Misfit("two runs have the same run_id")
+        for run in self.runs:
+            run.check()
+        self.gpu = self.gpu and asdict(decode(Gpu, self.gpu, "gpu"))
+        check_experts(self.experts)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values: the raw part, and under ``judged`` what :class:`Analysis` makes of it."""
         return {"schema": SCHEMA, **asdict(self), "judged": Analysis(self).to_json()}
@@ -79,18 +94,20 @@ def load(path: Path) -> list[Comparison]:
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise UsageError(f"There is no report JSON at {path}. Name a folder that `moe-kernels compare` wrote.")
-    found = []
-    for file in files:
-        try:
-            data = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{file} is not JSON: {error}") from error
-        if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
-            raise UsageError(f"{file} is not a report of this version of `moe-kernels compare` ({SCHEMA}).")
-        data.pop("judged")
-        data["runs"] = [RunResult.from_json(run) for run in data["runs"]]
-        found.append(Comparison(**data))
-    return found
+    return [_load(file) for file in files]
+
+
+def _load(file: Path) -> Comparison:
+    data = read_json(file)
+    if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+        raise UsageError(f"{file} is not a report of this version of `moe-kernels compare` ({SCHEMA}).")
+    data.pop("judged", None)
+    try:
+        comparison = decode(Comparison, data)
+        comparison.check()
+    except ValueError as error:
+        raise UsageError(f"{file} is damaged: {error}. Cure: run the comparison again.") from error
+    return comparison
 
 
 class Analysis:

@@ -6,21 +6,24 @@ a GPU with a process that holds memory, and a crash here must not take the repor
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from moe_kernels.bench.experts import Measurement
 from moe_kernels.cli.errors import UsageError
+from moe_kernels.compare.decode import Misfit, decode
 from moe_kernels.compare.environment import SOURCES
 from moe_kernels.compare.plan import OPTIMIZED, RUN_FOLDER, Plan, digest, tokens_per_micro_batch
-from moe_kernels.compare.runner import Machine, last_error, write_json
+from moe_kernels.compare.runner import Machine, last_error, read_json, write_json
 from moe_kernels.shapes import LayerShape
 
+READ_ALWAYS = ("implementation", "ok", "note", "dtype")
 GPU_REPEATS, CPU_REPEATS = 30, 20
 
 
@@ -49,8 +52,8 @@ def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[s
         digest(request, machine.versions[SOURCES], machine.versions["torch"]),
     )
     if stored.is_file() and not fresh:
-        answer: dict[str, Any] = json.loads(stored.read_text())
-        if answer["fingerprint"] == mark:
+        answer = _stored(stored)
+        if answer is not None and answer["fingerprint"] == mark:
             return answer
     stored.unlink(missing_ok=True)
     write_json(folder / "request.json", request)
@@ -74,13 +77,45 @@ def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[s
         reason = last_error(tail) or f"exit code {child.returncode}"
         return {"measurements": [], "error": reason, "tail": tail, "request": request}
     answer = {
-        **json.loads(stored.read_text()),
+        **read_json(stored),
         "fingerprint": mark,
         "request": request,
         "error": "",
     }
     write_json(stored, answer)
     return answer
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """The answer in a file; None where it is damaged or of another version."""
+    try:
+        answer = decode(dict[str, Any], read_json(path))
+        check_experts(answer)
+    except (Misfit, UsageError):
+        return None
+    return answer if "fingerprint" in answer else None
+
+
+def check_experts(experts: dict[str, Any]) -> None:
+    """Raise Misfit where this is no answer of :func:`measure_experts` (none at all is one)."""
+    hints = get_type_hints(Measurement)
+    rows = decode(list[dict[str, Any]], experts.get("measurements", []), "experts.measurements")
+    for index, row in enumerate(rows):
+        where = f"experts.measurements[{index}]"
+        if missing := [key for key in READ_ALWAYS if key not in row]:
+            raise Misfit(f"{where} lacks {missing[0]!r}")
+        # Keys of a newer or an older version are left alone: nothing reads them.
+        found = {key: decode(hints[key], row[key], f"{where}.{key}") for key in row.keys() & hints.keys()}
+        for times in (found.get("forward_ms"), found.get("forward_backward_ms")):
+            if times is not None and not 0 < times.median < math.inf:
+                raise Misfit(f"{where} took {times.median} ms")
+        for size in (found.get("saved_mb"), found.get("peak_mb")):
+            if size is not None and not 0 <= size < math.inf:
+                raise Misfit(f"{where} needs {size} MiB")
+    others = {"error": str, "default": str, "moe_layers": int | None, "layer": LayerShape | None}
+    for key, kind in others.items():
+        if key in experts:
+            decode(kind, experts[key], f"experts.{key}")
 
 
 def inspect_model(folder: str, name: str, tokens: int) -> tuple[LayerShape, int, str]:
@@ -130,4 +165,4 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    write_json(Path(sys.argv[2]), _answer(json.loads(Path(sys.argv[1]).read_text())))
+    write_json(Path(sys.argv[2]), _answer(read_json(Path(sys.argv[1]))))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moe_kernels.compare.judge import smooth
 from moe_kernels.compare.metrics import OURS, RunMetrics
 from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED
+from moe_kernels.router_load import LayerLoad, RouterHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,15 +33,19 @@ WORDS = {BASELINE: "baseline", OPTIMIZED: "moe-kernels", EAGER: "eager"}
 # Stands for the page's text colour; replaced by currentColor in the SVG.
 INK = "#010203"
 WIDTH = 5.4
+# The heat map's colours for experts with too little and too much, as RGB, and where its scale ends, in powers of two.
+STARVED, BUSY = (0.12, 0.47, 0.85), (0.91, 0.35, 0.05)
+LIMIT = 3.0
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot: its SVG, a title, and in words what it shows."""
+    """One plot: its SVG, a title, and in words what it shows; ``wide`` takes the place of two."""
 
     title: str
     svg: str
     alt: str
+    wide: bool = False
 
 
 def plain(value: float) -> str:
@@ -49,7 +55,8 @@ def plain(value: float) -> str:
 
 def plots(analysis: Analysis) -> list[Plot]:
     """Every plot that this comparison has the numbers for."""
-    makers = (_loss, _loss_difference, _step_times, _experts, _shares, _memory, _utilisation)
+    makers = [_loss, _loss_difference, _step_times, _experts, _shares, _memory, _utilisation]
+    makers += [_router_layers, _router_experts]
     return [plot for maker in makers if (plot := maker(analysis)) is not None]
 
 
@@ -220,6 +227,85 @@ def _utilisation(analysis: Analysis) -> Plot | None:
     return _plot(analysis, figure, "GPU utilisation", f"{values_said}.")
 
 
+def routed(analysis: Analysis) -> RouterHistory | None:
+    """The router of the first run that recorded it."""
+    return next((run.router for run in analysis.comparison.runs if run.router.steps and run.router.layers), None)
+
+
+def _router_layers(analysis: Analysis) -> Plot | None:
+    history = routed(analysis)
+    if history is None:
+        return None
+    figure, axes = _axes(2.9)
+    records = range(len(history.steps))
+    values = [[history.load(record, layer).imbalance for record in records] for layer in range(len(history.layers))]
+    for layer, line in enumerate(values):
+        # From the first layer to the last: faint to strong.
+        alpha = 0.3 + 0.7 * (layer + 1) / len(values)
+        axes.plot(history.steps, line, color=COLOURS[OPTIMIZED], alpha=alpha, lw=1.3)
+    axes.axhline(1, color=INK, lw=0.6, alpha=0.5)
+    axes.set(xlabel="step", ylabel="busiest expert over the mean")
+    axes.set_ylim(bottom=0)
+    worst = max(range(len(values)), key=lambda layer: values[layer][-1])
+    alt = (
+        f"Load of the busiest expert over the mean in each of {len(values)} layers, at each step; 1 is even. At the "
+        f"end the most uneven is {history.layers[worst]} with {values[worst][-1]:.2f}."
+    )
+    return _plot(analysis, figure, "Balance of each layer, first faint to last strong", alt)
+
+
+def _router_experts(analysis: Analysis) -> Plot | None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    history = routed(analysis)
+    if history is None:
+        return None
+    # Layers one above the other, an expert a row. Clear at the mean, so that the page shows through, dark or light.
+    scale = LinearSegmentedColormap.from_list("load", [(*STARVED, 1.0), (*STARVED, 0.0), (*BUSY, 0.0), (*BUSY, 1.0)])
+    shares: list[list[float]] = []
+    for layer, experts in enumerate(history.experts):
+        columns = [history.load(record, layer) for record in range(len(history.steps))]
+        for expert in range(experts):
+            shares.append([_log_share(load, expert) for load in columns])
+    rows = len(shares)
+    figure, axes = _axes(min(7.0, 1.3 + max(1.6, 0.012 * rows)), width=2 * WIDTH)
+    image = axes.imshow(
+        shares,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=scale,
+        vmin=-LIMIT,
+        vmax=LIMIT,
+        extent=(history.steps[0] - 0.5, history.steps[-1] + 0.5, rows, 0),
+    )
+    edges = [sum(history.experts[:layer]) for layer in range(len(history.layers) + 1)]
+    for edge in edges[1:-1]:
+        axes.axhline(edge, color=INK, lw=0.5, alpha=0.4)
+    every = -(-len(history.layers) // 12)
+    middles = [(edges[layer] + edges[layer + 1]) / 2 for layer in range(0, len(history.layers), every)]
+    axes.set_yticks(middles, [str(layer + 1) for layer in range(0, len(history.layers), every)])
+    axes.set(xlabel="step", ylabel="expert layer, one row an expert")
+    bar = figure.colorbar(image, ax=axes, ticks=[-LIMIT, -1, 0, 1, LIMIT], aspect=40, pad=0.01)
+    bar.ax.set_yticklabels(["≤ ⅛×", "½×", "mean", "2×", "≥ 8×"], fontsize=8.5, color=INK)
+    bar.outline.set(edgecolor=INK, alpha=0.4)
+    ends = [history.sum(layer, len(history.steps) - 1) for layer in range(len(history.layers))]
+    unused = sum(load.dead for load in ends)
+    alt = (
+        f"Heat map of the load of {rows} experts in {len(history.layers)} layers from step {history.steps[0]} to "
+        f"{history.steps[-1]}, over the mean of their layer. At the end {unused} experts are unused and the busiest "
+        f"has {max(load.imbalance for load in ends):.2f} times the mean."
+    )
+    return replace(_plot(analysis, figure, "Load of every expert over time", alt), wide=True)
+
+
+def _log_share(load: LayerLoad, expert: int) -> float:
+    """log2 of an expert's rows over the mean of its layer, within the scale of the heat map."""
+    total = sum(load.tokens)
+    if not load.tokens[expert]:
+        return -LIMIT if total else 0.0
+    return max(-LIMIT, min(LIMIT, math.log2(load.tokens[expert] * len(load.tokens) / total)))
+
+
 def _bars(axes: Axes, rows: Sequence[tuple[str, float, str]]) -> None:
     names = [name for name, _, _ in rows]
     values = [value for _, value, _ in rows]
@@ -255,11 +341,11 @@ def _label(run: RunMetrics) -> str:
     )
 
 
-def _axes(height: float, columns: int = 1) -> tuple[Figure, Any]:
+def _axes(height: float, columns: int = 1, width: float = WIDTH) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     parts = figure.subplots(1, columns)
     for axes in parts if columns > 1 else [parts]:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -296,6 +382,7 @@ def _plot(analysis: Analysis, figure: Figure, title: str, alt: str) -> Plot:
         figure.savefig(
             buffer,
             format="svg",
+            dpi=200,
             transparent=True,
             metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
         )

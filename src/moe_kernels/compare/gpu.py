@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from moe_kernels.compare.decode import Misfit
+
 INTERVAL_S = 0.1
 GIB = 1 << 30
 # Every how many samples the hardware counters (GPM) are read: they average over the time between two reads.
@@ -40,6 +42,15 @@ class Samples:
     tensor_active: list[float] = field(default_factory=list)
     dram_active: list[float] = field(default_factory=list)
     note: str = ""
+
+    def check(self) -> None:
+        """Raise Misfit where the lists of one group have different lengths."""
+        groups = (
+            (self.t, self.busy, self.memory, self.power),
+            (self.counters_t, self.sm_active, self.tensor_active, self.dram_active),
+        )
+        if any(len({len(series) for series in group}) > 1 for group in groups):
+            raise Misfit("the lists of GPU samples have different lengths")
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from moe_kernels.shapes import FAMILIES, LayerShape
 
 Config = dict[str, Any]
 
+PLUGIN = "axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin"
 CONFIG_FOLDER = Path("configs") / "moe"
 RUN_FOLDER = Path("artifacts") / "runs" / "compare"
-BASELINE, OPTIMIZED, EAGER = "baseline", "optimized", "eager"
+ROLES = BASELINE, OPTIMIZED, EAGER = "baseline", "optimized", "eager"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks of every comparison. ``steps`` None keeps the YAML file's own number."""
+    """What the command line asks of every comparison.
+
+    ``steps`` None keeps the YAML file's own number; ``router`` records the load of every expert in the runs that list
+    our plugin.
+    """
 
     size: str = "1b"
     steps: int | None = None
@@ -90,6 +95,7 @@ class Options:
     noise: bool = True
     with_eager: bool = False
     wandb: str = "offline"
+    router: bool = True
 
 
 def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] | None = None) -> Plan:
@@ -134,8 +140,8 @@ def load_yaml(path: Path) -> Config:
     if not path.is_file():
         raise UsageError(f"There is no file {path}. Name a family ({', '.join(FAMILIES)}), all, or two YAML files.")
     try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        config = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path} holds no settings: an Axolotl run file is a mapping of keys to values.")
@@ -178,6 +184,8 @@ def _plan(
         overrides = {**base_overrides, "output_dir": str(folder / "output"), "wandb_mode": options.wandb}
         if options.steps is not None:
             overrides["max_steps"] = options.steps
+        if options.router and PLUGIN in (configs[role].get("plugins") or []):
+            overrides["moe_router_telemetry"] = configs[role].get("moe_router_telemetry") or True
         if role == EAGER:
             overrides["experts_implementation"] = "eager"
         overrides = {key: value for key, value in overrides.items() if configs[role].get(key) != value}

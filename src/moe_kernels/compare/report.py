@@ -15,11 +15,11 @@ from rich.text import Text
 
 from moe_kernels.bench.timing import Spread
 from moe_kernels.compare.comparison import Analysis, Comparison
-from moe_kernels.compare.figures import plain, plots
+from moe_kernels.compare.figures import plain, plots, routed
 from moe_kernels.compare.judge import CONFIRMED, NOT_CONFIRMED
 from moe_kernels.compare.metrics import OURS, SideMetrics
 from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED, dump_yaml
-from moe_kernels.compare.runner import FINISHED
+from moe_kernels.compare.runner import FINISHED, write_text
 
 NONE = "–"
 CPU_BANNER = (
@@ -63,8 +63,8 @@ def write_report(analyses: Sequence[Analysis], folder: Path) -> Path:
     environment.filters["cell"] = _markdown_cell
     page = folder / "report.html"
     values = _values(analyses)
-    page.write_text(environment.get_template("report.html.j2").render(values, plots=plots))
-    (folder / "report.md").write_text(environment.get_template("report.md.j2").render(values))
+    write_text(page, environment.get_template("report.html.j2").render(values, plots=plots))
+    write_text(folder / "report.md", environment.get_template("report.md.j2").render(values))
     return page
 
 
@@ -118,6 +118,7 @@ def _values(analyses: Sequence[Analysis]) -> dict[str, Any]:
                 layer_table(analysis),
                 share_table(analysis),
                 loss_table(analysis),
+                router_table(analysis),
             )
             if table.rows
         ],
@@ -390,6 +391,25 @@ def loss_table(analysis: Analysis) -> Table:
     )
 
 
+def router_table(analysis: Analysis) -> Table:
+    """How evenly the router of each layer loaded its experts, at the start and at the end of the training."""
+    head = ("layer", "busiest expert over the mean: first, last tenth", "entropy", "experts unused")
+    history = routed(analysis)
+    if history is None:
+        return Table("Router", (), ())
+    tenth = max(1, len(history.steps) // 10)
+    rows = []
+    for index, name in enumerate(history.layers):
+        first, last = history.sum(index, 0, tenth), history.sum(index, len(history.steps) - tenth)
+        rows.append((
+            name,
+            f"{first.imbalance:.2f}× → {last.imbalance:.2f}×",
+            f"{first.entropy:.3f} → {last.entropy:.3f}",
+            f"{last.dead} of {history.experts[index]}",
+        ))  # fmt: skip
+    return Table("Load of the experts", head, tuple(rows))
+
+
 def runs_table(analysis: Analysis) -> Table:
     """Every training: what it was and where it is."""
     rows = []
@@ -424,9 +444,11 @@ def versions_table(analyses: Sequence[Analysis]) -> Table:
 
 
 def _overrides(analysis: Analysis) -> str:
-    """What every run of a comparison changes in the user's files, output folders aside."""
-    runs = analysis.comparison.runs
-    shown = {key: value for key, value in runs[0].overrides.items() if key != "output_dir"} if runs else {}
+    """What this comparison changes in the user's files, output folders aside, by role."""
+    changes: dict[str, dict[str, Any]] = {}
+    for run in analysis.comparison.runs:
+        changes.setdefault(run.role, {key: run.overrides[key] for key in run.overrides if key != "output_dir"})
+    shown = {role: keys for role, keys in changes.items() if keys}
     return dump_yaml(shown) if shown else ""
 
 

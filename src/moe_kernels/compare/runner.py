@@ -16,10 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_kernels.cli.errors import UsageError
+from moe_kernels.compare.decode import Misfit, decode
 from moe_kernels.compare.environment import COMMIT, SOURCES
 from moe_kernels.compare.gpu import Sampler, Samples
-from moe_kernels.compare.plan import RunSpec, digest, dump_yaml
-from moe_kernels.compare.wandb_reader import Row, find_run, read_run
+from moe_kernels.compare.plan import ROLES, RunSpec, digest, dump_yaml
+from moe_kernels.compare.wandb_reader import NotAWandbRun, Row, find_run, read_run
+from moe_kernels.router_load import FILE_NAME, RouterHistory, read_history, thinned
 
 TRAINER: tuple[str, ...] = (sys.executable, "-m", "axolotl.cli.main", "train")
 LAUNCHER: tuple[str, ...] = ("--launcher", "python")
@@ -37,8 +40,21 @@ ALLOCATOR = "expandable_segments:True"
 POLL_S = 0.1
 KILL_AFTER_S = 10.0
 TAIL_LINES = 40
+# Points in time of a router's history that a report keeps: more than a screen can show.
+ROUTER_RECORDS = 240
 
 FINISHED, FAILED = "finished", "failed"
+# What is read from the rows of the trainer's log, all of it numbers.
+LOGGED = {
+    "train/loss",
+    "train/grad_norm",
+    "train/tokens/trainable",
+    "train/tokens/train_per_sec_per_gpu",
+    "train/memory/max_allocated (GiB)",
+    "train/memory/max_active (GiB)",
+    "train/memory/device_reserved (GiB)",
+    "train/moe/expert_calls",
+}
 
 _STEP = re.compile(r"\{'loss': '?([-+.\w]+)'?")
 _TRAINER_STARTED = "Starting trainer"
@@ -66,6 +82,7 @@ class RunResult:
         plugin_line: what the plugin said about the first step; empty for stock kernels.
         error: the last meaningful line of a failed run, and ``tail`` the end of its log; else empty.
         fingerprint: hash of all that the run depended on.
+        router: load of every expert over time, from the plugin's telemetry; empty without it.
     """
 
     run_id: str
@@ -89,11 +106,25 @@ class RunResult:
     tail: list[str] = field(default_factory=list)
     fingerprint: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    router: RouterHistory = field(default_factory=RouterHistory)
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> RunResult:
-        """The inverse of ``dataclasses.asdict``."""
-        return cls(**{**data, "samples": Samples(**data["samples"])})
+    def check(self) -> None:
+        """Raise Misfit where the parts do not belong together."""
+        if self.role not in ROLES or self.status not in (FINISHED, FAILED):
+            raise Misfit(f"{self.run_id} has the role {self.role!r:.40} and the status {self.status!r:.40}")
+        self.samples.check()
+        self.router.check()
+        before = -math.inf
+        for index, row in enumerate(self.rows):
+            time_stamp = decode(float, row.get("_timestamp"), f"{self.run_id}: rows[{index}]._timestamp")
+            if not before < time_stamp < math.inf:
+                raise Misfit(f"{self.run_id}: rows[{index}]._timestamp does not rise")
+            before = time_stamp
+            for key in LOGGED & row.keys():
+                decode(float | None, row[key], f"{self.run_id}: rows[{index}].{key}")
+        for key in ("gradient_accumulation_steps", "micro_batch_size", "sequence_len"):
+            if self.config.get(key) is not None:
+                decode(int, self.config[key], f"{self.run_id}: config.{key}")
 
 
 @dataclass
@@ -171,7 +202,12 @@ def finished_result(run: RunSpec, machine: Machine) -> RunResult | None:
     path = run.folder / "result.json"
     if not path.is_file():
         return None
-    result = RunResult.from_json(json.loads(path.read_text()))
+    try:
+        result = decode(RunResult, read_json(path))
+        result.check()
+    except ValueError:
+        # Of another version, or damaged: the training runs again.
+        return None
     return result if result.fingerprint == fingerprint(run, machine) else None
 
 
@@ -236,9 +272,32 @@ def write_json(path: Path, data: object) -> None:
     JSON has no NaN: a number that is not finite becomes the string ``"nan"``, ``"inf"`` or ``"-inf"``, which
     ``float()`` reads back.
     """
+    write_text(path, json.dumps(_finite(data), separators=(",", ":"), allow_nan=False))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UsageError: the file cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, brackets without end
+        raise UsageError(f"{path} is not JSON: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in one move, so that a reader sees a whole file or none, or the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(_finite(data), separators=(",", ":"), allow_nan=False))
+    try:
+        part.write_text(text, encoding="utf-8")
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     part.replace(path)
 
 
@@ -291,18 +350,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 def _collect(run: RunSpec, result: RunResult, machine: Machine) -> None:
     """Fill in the W&B history, decide whether the run finished, and keep the log's end where it did not."""
-    found = find_run(run.folder)
-    if found is not None:
-        offline = read_run(found)
-        # The row that sums up the training carries no loss of a step.
-        result.rows = [row for row in offline.history if "train/loss" in row]
-        result.wandb = {
-            "project": offline.project,
-            "id": offline.run_id,
-            "name": offline.name,
-            "file": str(found),
-            "complete": "no, the file ends early" if offline.truncated else "yes",
-        }
+    problem = _read_wandb(run, result) or _read_router(run, result)
     tail = _tail(Path(result.log))
     if result.exit_code is None:
         result.error = f"stopped after the time limit of {machine.timeout_s:.0f} s (--timeout sets it)"
@@ -313,10 +361,50 @@ def _collect(run: RunSpec, result: RunResult, machine: Machine) -> None:
             f"W&B holds {len(result.rows)} of {run.steps} steps. "
             "Cure: the YAML file needs logging_steps: 1 and a wandb_project."
         )
+    elif problem:
+        result.error = problem
     else:
         result.status = FINISHED
         return
     result.tail = tail
+
+
+def _read_wandb(run: RunSpec, result: RunResult) -> str:
+    """Fill in the W&B history; what is wrong with it, or nothing."""
+    found = find_run(run.folder)
+    if found is None:
+        return ""
+    try:
+        offline = read_run(found)
+    except NotAWandbRun as error:
+        return str(error)
+    # The row that sums up the training carries no loss of a step.
+    result.rows = [row for row in offline.history if "train/loss" in row]
+    result.wandb = {
+        "project": offline.project,
+        "id": offline.run_id,
+        "name": offline.name,
+        "file": str(found),
+        "complete": "no, the file ends early" if offline.truncated else "yes",
+    }
+    try:
+        result.check()
+    except Misfit as error:
+        result.rows = []
+        return f"the W&B history is damaged: {error}"
+    return ""
+
+
+def _read_router(run: RunSpec, result: RunResult) -> str:
+    """Fill in what the telemetry wrote, if it was on; what is wrong with it, or nothing."""
+    path = Path(run.config["output_dir"], FILE_NAME)
+    if not path.is_file():
+        return ""
+    try:
+        result.router = thinned(read_history(path), ROUTER_RECORDS)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def _tail(log: Path) -> list[str]:

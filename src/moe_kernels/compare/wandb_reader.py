@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class WandbRun:
         run_id: W&B run id.
         name: display name.
         history: rows as logged, in order, full precision; keys as in W&B (``train/loss``, ``_timestamp``).
-        truncated: the file ends in the middle of a record, as after a kill; everything before it was read.
+        truncated: a record is cut off, as after a kill, or damaged; everything before it was read, nothing after.
     """
 
     path: Path
@@ -67,17 +68,19 @@ def read_run(path: Path) -> WandbRun:
         record = messages.Record()
         try:
             record.ParseFromString(raw)
-        except DecodeError:
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                run.project, run.run_id, run.name = record.run.project, record.run.run_id, record.run.display_name
+            elif kind == "history":
+                run.history.append(_row(record.history))
+        except (DecodeError, ValueError, RecursionError):  # no such message, or a value that is no JSON
             run.truncated = True
             break
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            run.project, run.run_id, run.name = record.run.project, record.run.run_id, record.run.display_name
-        elif kind == "history":
-            run.history.append(
-                {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            )
     return run
+
+
+def _row(history: Any) -> Row:
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in history.item}
 
 
 def find_run(folder: Path) -> Path | None:
@@ -89,7 +92,8 @@ def find_run(folder: Path) -> Path | None:
 def _records(data: bytes, run: WandbRun) -> Iterator[bytes]:
     if data[: len(MAGIC)] != MAGIC:
         raise NotAWandbRun(f"{run.path} is not an offline W&B run (it does not start with {MAGIC.decode()}).")
-    offset, chain = FILE_HEADER, b""
+    offset = FILE_HEADER
+    chain: bytes | None = None
     while offset < len(data):
         left = BLOCK - offset % BLOCK
         if left < FRAGMENT_HEAD.size:
@@ -98,16 +102,18 @@ def _records(data: bytes, run: WandbRun) -> Iterator[bytes]:
         if offset + FRAGMENT_HEAD.size > len(data):
             run.truncated = True
             return
-        _checksum, length, kind = FRAGMENT_HEAD.unpack_from(data, offset)
+        checksum, length, kind = FRAGMENT_HEAD.unpack_from(data, offset)
         offset += FRAGMENT_HEAD.size
         fragment = data[offset : offset + length]
         offset += length
-        if len(fragment) < length or kind not in (FULL, FIRST, MIDDLE, LAST):
-            # A file that was being written ends in a short fragment, or in zeros that were never filled in.
+        # A file that was being written ends in a short fragment, or in zeros that were never filled in.
+        whole = len(fragment) == length and zlib.crc32(bytes([kind]) + fragment) == checksum
+        begins = kind in (FULL, FIRST)
+        if not whole or kind not in (FULL, FIRST, MIDDLE, LAST) or begins != (chain is None):
             run.truncated = True
             return
-        chain = fragment if kind in (FULL, FIRST) else chain + fragment
+        chain = (chain or b"") + fragment
         if kind in (FULL, LAST):
             yield chain
-            chain = b""
-    run.truncated = run.truncated or bool(chain)
+            chain = None
+    run.truncated = run.truncated or chain is not None

@@ -27,10 +27,10 @@ class RouterCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not hasattr(self.trainer, "store_metrics"):
-            LOG.warning(f"moe_kernels: this trainer keeps no metrics of callbacks: router telemetry is in {self.file}")
+            LOG.warning(f"moe_kernels: this trainer keeps no metrics of callbacks; router telemetry: {self.file}")
         layers = self.counter.layers
-        head = router_load.head([layer.name for layer in layers], [layer.experts for layer in layers], state.global_step)
-        self._write(state, head, "a" if state.global_step else "w")
+        names, experts = [layer.name for layer in layers], [layer.experts for layer in layers]
+        self._write(state, router_load.head(names, experts, state.global_step), "a" if state.global_step else "w")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not control.should_log:
