@@ -176,7 +176,8 @@ def test_equals_eager(name: str, dtype: torch.dtype) -> None:
     model.set_experts_implementation("moe_kernels")
     moe_layers = CONFIGS[name][1]
     assert mk.check_model(model) == moe_layers
-    assert_same(expected, run(model, ids), dtype)
+    # Nemotron-H sums its experts in the dtype of the routing weights, float32 whatever the model's.
+    assert_same(expected, run(model, ids), torch.float32 if name == "nemotron_h" else dtype)
     assert backends.dispatch_counts() == {"torch": moe_layers}
 
 

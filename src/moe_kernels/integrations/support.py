@@ -142,7 +142,9 @@ def _find_activation(
 def _value_and_gradient(
     function: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.inference_mode(False), torch.enable_grad():
+    # Hooks of our own: a checkpoint around the first call must not count what the probe saves.
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), hooks:
         z = z.clone().requires_grad_()
         value = function(z)
         return value.detach(), torch.autograd.grad(value.sum(), z)[0]

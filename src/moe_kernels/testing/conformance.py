@@ -1,8 +1,5 @@
 """Every experts class of the installed transformers, built tiny and judged against its own eager forward.
 
-    python -m moe_kernels.testing.conformance            # on the GPU if there is one: one line per class
-    python -m moe_kernels.testing.conformance --write    # also this version's column of docs/support.md
-
 Nothing here names a model: the classes are those that carry transformers' ``use_experts_implementation``, their
 configs are the models' own, made small. What a class computes is what its eager forward computes in float64.
 """
@@ -11,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import importlib
 import inspect
 import itertools
@@ -202,7 +200,7 @@ def make_inputs(routing: str, dtype: torch.dtype, weights_dtype: torch.dtype, de
 
 
 def run(
-    experts: nn.Module, inputs: Inputs, implementation: str, dtype: torch.dtype | None = None
+    experts: Any, inputs: Inputs, implementation: str, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """Output and every gradient of a copy of ``experts`` under ``implementation``, in another dtype if given."""
     experts = copy.deepcopy(experts)
@@ -243,9 +241,13 @@ def check(
     for name, value in actual.items():
         label = f"{type(experts).__name__} {routing} {name}"
         assert truth[name].count_nonzero(), f"{label}: the truth is zero everywhere, nothing would be compared"
-        own = max(eager[name], batched[name], key=lambda t, n=name: (t.double() - truth[n]).norm().item())
+        own = max((eager[name], batched[name]), key=functools.partial(_distance, truth[name]))
         measured[name] = assert_close_to_truth(value, truth[name], own, label, compute_dtype=dtype)
     return measured
+
+
+def _distance(truth: Tensor, other: Tensor) -> float:
+    return (other.double() - truth.double()).norm().item()
 
 
 def check_all(experts: nn.Module, device: str | torch.device = "cpu", implementation: str = "moe_kernels") -> None:
