@@ -306,7 +306,7 @@ def _backward_steps(
     persistent: bool,
     backend: str,
     needs: list[bool],
-    overwrite_z: bool = False,
+    overwrite_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Steps 4 to 8: gradients of the ten floating inputs; those not in ``needs`` are empty and cost nothing."""
     (tokens, top_k), experts = topk_weights.shape, gate_up.shape[0]
@@ -377,10 +377,8 @@ def _weight_grad(steps: Any, weight: Tensor, left: Tensor, right: Tensor, plan: 
 
 
 def _backward_fake(dout: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    inputs, needs = rest[:10], rest[-2]
-    return tuple(
-        torch.empty_like(tensor) if needed else dout.new_empty(0) for tensor, needed in zip(inputs, needs, strict=True)
-    )
+    pairs = zip(rest[:10], rest[-2], strict=True)
+    return tuple(torch.empty_like(tensor) if needed else dout.new_empty(0) for tensor, needed in pairs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], z: Tensor, x_low: Tensor, packed_plan: Tensor) -> None:
@@ -429,9 +427,7 @@ experts_forward.register_autograd(
 )
 
 
-def _steps(
-    down: Tensor, top_k: int, activation: str, group_size: int, persistent: bool, backend: str
-) -> Any:
+def _steps(down: Tensor, top_k: int, activation: str, group_size: int, persistent: bool, backend: str) -> Any:
     """The module that implements the steps for this problem."""
     problem = backends.Problem.of(down, top_k, activation, group_size, persistent)
     return backends.load(backends.select(problem, backend)[0])

@@ -57,8 +57,9 @@ if AOT:
     def test_compiles_within_the_machine(arch, case):
         resources = aot.compile_case(case, arch)
         problems = resources.problems(arch)
-        # Sizes that are not multiples of 16 run, exactly, on tiles that were chosen for the others.
-        if not case.divisible:
+        # Sizes that are not multiples of 16 run, exactly, on tiles that were chosen for the others. The catalog says
+        # what is accepted of experts other than the plain ones.
+        if not case.divisible or resources.spills <= case.spills:
             problems = [p for p in problems if not p.startswith("spills")]
         assert not problems, f"{case.name} on sm_{arch}: {problems}"
         if case.uses_dot and "fp32" not in case.name:

@@ -35,9 +35,10 @@ def test_dtypes(experts, device, routing, dtype):
 
 
 # Clamps and caps that the unit-variance data crosses often.
+CLAMPED = Activation("clamped_glu", (1.702, 0.7))
 CHOICES = [
     *PLAIN,
-    Activation("clamped_glu", (1.702, 0.7)),
+    CLAMPED,
     Activation("clamped_silu", (0.5,)),
     Activation("softcapped_silu", (0.8, 1.5)),
 ]
@@ -72,8 +73,8 @@ LAYOUTS = [
     case(routing="sentinels", gated=False, bias=True, transposed=True, activation="gelu"),
     case(routing="sentinels", reduce=False),
     # gpt-oss, and its neighbour with gate and up apart
-    case(routing="zipf", transposed=True, interleaved=True, bias=True, activation=Activation("clamped_glu", (1.702, 0.7))),
-    case(routing="zipf", transposed=True, bias=True, activation=Activation("clamped_glu", (1.702, 0.7))),
+    case(routing="zipf", transposed=True, interleaved=True, bias=True, activation=CLAMPED),
+    case(routing="zipf", transposed=True, bias=True, activation=CLAMPED),
     case(routing="empty_first_middle_last", tokens=23, hidden=72, intermediate=40, interleaved=True, bias=True),
     case(routing="empty_first_middle_last", tokens=23, hidden=37, intermediate=21, transposed=True, bias=True),
     case(routing="sentinels", lora_rank=4),

@@ -164,9 +164,7 @@ def test_dact(s, weights_dtype):
     spoiled = [t.clone() for t in (da, z)]
     for t in spoiled:
         t[s.routed.stop :] = float("nan")
-    ours, truth, eager = both(
-        s, "dact", da, z, weights, s.plan, SILU, triton_args=(*spoiled, weights, s.plan, SILU)
-    )
+    ours, truth, eager = both(s, "dact", da, z, weights, s.plan, SILU, triton_args=(*spoiled, weights, s.plan, SILU))
     for name, a, b, c in zip(("dz", "wa"), ours, truth, eager, strict=False):
         assert_close_to_truth(a[s.routed], b[s.routed], c[s.routed], name, min_exact_share=0.9)
     assert_close_to_truth(ours[2], truth[2], eager[2], "dw")

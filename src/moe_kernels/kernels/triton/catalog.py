@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from moe_kernels.activation import ACTIVATIONS
+from moe_kernels.activation import ACTIVATIONS, Activation, Gate
 from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
+from moe_kernels.kernels.triton.expert_sum import expert_sum_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
+from moe_kernels.kernels.triton.launch import fit_columns
 from moe_kernels.kernels.triton.plan import count_kernel, place_kernel, plan_blocks
 from moe_kernels.kernels.triton.up import up_kernel
 from moe_kernels.kernels.triton.wgrad import wgrad_kernel
@@ -30,6 +32,11 @@ _PLAN = (
 )
 
 
+_SILU = Activation("silu")
+# Parameters are compile-time constants; any value stands for all.
+EVERY_ACTIVATION = tuple(Activation(name, (1.7, 7.0)[: len(rule.parameters)]) for name, rule in ACTIVATIONS.items())
+
+
 @dataclass(frozen=True)
 class CompileCase:
     """One kernel to compile.
@@ -43,6 +50,8 @@ class CompileCase:
         uses_dot: the kernel must contain matrix instructions.
         uses_tma: the kernel must contain tensor-memory loads.
         divisible: integer arguments are multiples of 16, which the launcher tells the compiler.
+        spills: LDL and STL instructions that are accepted. Clamps, biases and low-rank parts sit in an epilogue that
+            has no register left, once per tile and outside the loop over K; plain experts must not spill.
     """
 
     name: str
@@ -53,6 +62,7 @@ class CompileCase:
     uses_dot: bool = True
     uses_tma: bool = False
     divisible: bool = True
+    spills: int = 0
 
 
 def _gemm_case(
@@ -70,6 +80,35 @@ def _gemm_case(
     return CompileCase(name, fn, types | ints | sizes, constants | tiles, options, uses_tma=uses_tma)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Experts other than the plain ones (SwiGLU, gate and up rows apart, stored by rows, no bias, no low rank)."""
+
+    name: str = ""
+    activation: Activation = _SILU
+    gated: bool = True
+    interleaved: bool = False
+    transposed: bool = False
+    bias: bool = False
+    rank: int = 0
+
+    @property
+    def gate(self) -> Gate:
+        return Gate(self.activation, self.gated, self.interleaved)
+
+
+PLAIN_EXPERTS = Variant()
+_CLAMPED = Activation("clamped_glu", (1.702, 7.0))
+VARIANTS = (
+    Variant("stored-by-columns", transposed=True),
+    Variant("gateless", Activation("relu2"), gated=False),
+    Variant("gpt-oss", _CLAMPED, interleaved=True, transposed=True, bias=True),
+    Variant("privacy-filter", _CLAMPED, transposed=True, bias=True),
+    Variant("lora", rank=16),
+    Variant("gpt-oss-lora", _CLAMPED, interleaved=True, transposed=True, bias=True, rank=16),
+)
+
+
 def gemm_case(
     kernel: str,
     config: GemmConfig,
@@ -78,7 +117,7 @@ def gemm_case(
     name: str | None = None,
     aligned: bool = True,
     divisible: bool = True,
-    activation: str = "silu",
+    variant: Variant = PLAIN_EXPERTS,
 ) -> CompileCase:
     """One of ``tuning.config.KERNELS`` with ``config``.
 
@@ -88,21 +127,27 @@ def gemm_case(
     pointer = f"*{t}"
     m, n, k = config.block_m, config.block_n, config.block_k
 
-    def weight(*block: int) -> str:
+    def weight(columns: int, by_columns: bool) -> str:
+        block = (k, columns) if by_columns else (columns, k)
         return f"tensordesc<{t}[1, {block[0]}, {block[1]}]>" if tma else pointer
 
     def rows(*block: int) -> str:
         return f"tensordesc<{t}[{block[0]}, {block[1]}]>" if tma else pointer
 
     common = {"PRECISION": "ieee", "USE_TMA": tma}
+    low = {"bias_ptr": pointer, "low_ptr": pointer}
     if kernel == "up":
-        types = {"x_ptr": pointer, "w": weight(n, k), "z_ptr": pointer, "a_ptr": pointer}
-        constants = common | {"TOP_K": 8, "ACTIVATION": activation, "EVEN_K": aligned, "SAVE_Z": True}
+        columns = 2 * n if variant.interleaved else n
+        types = {"x_ptr": pointer, "w": weight(columns, variant.transposed), "left_ptr": pointer}
+        types |= low | {"z_ptr": pointer, "a_ptr": pointer}
+        constants = common | variant.gate.constants() | {"TOP_K": 8, "EVEN_K": aligned, "SAVE_Z": True}
+        constants |= {"W_IS_KN": variant.transposed, "HAS_BIAS": variant.bias, "RANK": variant.rank}
         case = _gemm_case("", up_kernel, types, constants, config, tma)
     elif kernel in ("down", "dgrad"):
-        kn = kernel == "dgrad"
-        types = {"rows_in": rows(m, k), "w": weight(k, n) if kn else weight(n, k), "out_ptr": pointer}
-        constants = common | {"W_IS_KN": kn, "EVEN_K": aligned, "FLATTEN": config.flatten}
+        kn = (kernel == "dgrad") != variant.transposed
+        types = {"rows_in": rows(m, k), "w": weight(n, kn), "factor_ptr": pointer, "out_ptr": pointer} | low
+        constants = common | {"W_IS_KN": kn, "EVEN_K": aligned, "FLATTEN": config.flatten, "RANK": variant.rank}
+        constants |= {"HAS_BIAS": variant.bias and kernel == "down", "LOW_IS_KN": kernel == "dgrad"}
         case = _gemm_case("", grouped_gemm_kernel, types, constants, config, tma)
     else:
         types = {"left": rows(k, m), "right": rows(k, n)}
@@ -112,7 +157,8 @@ def gemm_case(
     label = name or f"{kernel}-m{m}n{n}k{k}w{config.num_warps}s{config.num_stages}"
     sizes = "" if aligned else "-ragged" if divisible else "-odd"
     suffix = f"{t}-{'tma' if tma else 'pointer'}{sizes}"
-    return dataclasses.replace(case, name=f"{label}-{suffix}", divisible=divisible)
+    spills = 0 if variant == PLAIN_EXPERTS else 100
+    return dataclasses.replace(case, name=f"{label}-{suffix}", divisible=divisible, spills=spills)
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
@@ -126,14 +172,22 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
             for (kernel, group), config in table(capability, dtype, tma).items():
                 label = kernel if group is None else f"{kernel}-g{group}"
                 yield gemm_case(kernel, config, dtype, tma, label, aligned, divisible)
-    tma = capability >= (9, 0)
-    for activation in ACTIVATIONS:
-        if activation != "silu":
-            for (kernel, group), config in table(capability, torch.bfloat16, tma).items():
-                if kernel == "up":
-                    label = f"up-g{group}-{activation}"
-                    yield gemm_case(kernel, config, torch.bfloat16, tma, label, activation=activation)
+    yield from _variant_cases(table(capability, torch.bfloat16, capability >= (9, 0)), capability >= (9, 0))
     yield from _small_cases()
+
+
+def _variant_cases(configs: dict[tuple[str, int | None], GemmConfig], tma: bool) -> Iterator[CompileCase]:
+    activations = [Variant(a.name, a) for a in EVERY_ACTIVATION if a.name != "silu"]
+    for (kernel, group), config in configs.items():
+        chosen = [*activations, *VARIANTS] if kernel == "up" else VARIANTS if kernel != "wgrad" else ()
+        for variant in chosen:
+            label = f"{kernel}-g{group}-{variant.name}"
+            yield gemm_case(kernel, config, torch.bfloat16, tma, label, variant=variant)
+    # The GEMMs of a low-rank factor are 16 columns wide.
+    for kernel, group in (("up", 128), ("down", 128), ("dgrad", 128), ("wgrad", None)):
+        config = fit_columns(configs[kernel, group], 16)
+        plain = Variant("low", gated=False)
+        yield gemm_case(kernel, config, torch.bfloat16, tma, f"{kernel}-rank16", variant=plain)
 
 
 def _small_cases() -> Iterator[CompileCase]:
@@ -192,12 +246,26 @@ def _small_cases() -> Iterator[CompileCase]:
         "dz_ptr": "*bf16",
         "dw_ptr": "*fp32",
     }
-    for activation, (block_r, block_i) in itertools.product(ACTIVATIONS, ((1, 1024), (4, 256))):
+    ints = {"row_slot_ptr": "*i32", "expert_start_ptr": "*i32", "R": "i32", "I": "i32", "E": "i32", "H": "i32"}
+    others = {"dout_rows_ptr": "*bf16", "down_bias_ptr": "*bf16"}
+    variants = [Variant(a.name, a) for a in EVERY_ACTIVATION] + [v for v in VARIANTS if not v.rank]
+    for variant, (block_r, block_i) in itertools.product(variants, ((1, 1024), (4, 256))):
         yield CompileCase(
-            f"dact-i{block_i}-{activation}",
+            f"dact-i{block_i}-{variant.name}",
             dact_kernel,
-            pointers | {"row_slot_ptr": "*i32", "routed_ptr": "*i32", "R": "i32", "I": "i32"},
-            {"ACTIVATION": activation, "BLOCK_R": block_r, "BLOCK_I": block_i},
+            pointers | ints | others,
+            variant.gate.constants()
+            | {"HAS_BIAS": variant.bias, "BLOCK_R": block_r, "BLOCK_I": block_i, "BLOCK_E": 64},
             small,
+            uses_dot=False,
+        )
+    for weighted in (False, True):
+        yield CompileCase(
+            f"expert_sum-{'weighted' if weighted else 'plain'}",
+            expert_sum_kernel,
+            {"rows_ptr": "*bf16", "weights_ptr": "*fp32", "row_slot_ptr": "*i32", "expert_start_ptr": "*i32"}
+            | {"out_ptr": "*bf16", "N": "i32"},
+            {"WEIGHTED": weighted, "BLOCK_R": 64, "BLOCK_N": 64},
+            {"num_warps": 8, "num_stages": 3},
             uses_dot=False,
         )

@@ -53,6 +53,6 @@ def expert_sum(rows: torch.Tensor, plan: RoutingPlan, topk_weights: torch.Tensor
         WEIGHTED=topk_weights is not None,
         BLOCK_R=_BLOCK_R,
         BLOCK_N=_BLOCK_N,
-        num_warps=4,
+        num_warps=8,
     )
     return out

@@ -36,7 +36,16 @@ def gathered_tokens(row_slot_ptr, rows, row_mask, TOP_K: tl.constexpr):
 
 @triton.jit
 def load_weight(
-    w, expert, n0, k0, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, W_IS_KN: tl.constexpr, USE_TMA: tl.constexpr
+    w,
+    expert,
+    n0,
+    k0,
+    N,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    W_IS_KN: tl.constexpr,
+    USE_TMA: tl.constexpr,
 ):
     """Block [BLOCK_K, BLOCK_N] at (k0, n0) of w[expert], stored (E, N, K), or (E, K, N) if W_IS_KN; zero outside."""
     if W_IS_KN:

@@ -133,9 +133,9 @@ def up(
     bias: torch.Tensor | None = None,
     low_rank: LowRank | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (T, H), weight (E, Z, H), bias (E, Z), low_rank (R, r), (E, Z, r) -> Z (R, Z), or empty unless save_z, A (R, I).
+    """x (T, H), weight (E, Z, H), bias (E, Z), low_rank (R, r), (E, Z, r) -> Z (R, Z) and A (R, I).
 
-    Z = 2I columns with a gate, I without.
+    Z = 2I columns with a gate, I without; the first result is empty unless save_z.
     """
     z = x.new_empty(plan.rows, weight.shape[1]) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, weight.shape[1] // (2 if gate.gated else 1))
@@ -165,9 +165,7 @@ def _launch(
     hidden, width = x.shape[1], a.shape[1]
     matrix, w_is_kn = stored(weight)
     tma = tma_fits(matrix, x, a)
-    # Without a gate it is a plain GEMM, whose best tile is that of step 2.
-    kernel_name = "up" if gate["GATED"] else "down"
-    config = fit_columns(select_config(kernel_name, weight.device, x.dtype, plan.group_size, tma), width)
+    config = fit_columns(select_config("up", weight.device, x.dtype, plan.group_size, tma), width)
     columns = config.block_n * (2 if gate["INTERLEAVED"] else 1)
     block = (config.block_k, columns) if w_is_kn else (columns, config.block_k)
     low, left, rank = low_rank_arguments(low_rank, a)
