@@ -23,8 +23,13 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Results]
 
     def start(*scenarios: str) -> Results:
         folder = tmp_path_factory.mktemp("ranks")
-        # The kernels are not under test here, and every rank has one core.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
+        # The kernels are not under test here, every rank has one core, and DeepSpeed must not look for a GPU.
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TRITON_INTERPRET": "0",
+            "DS_ACCELERATOR": "cpu",
+        }
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
         done = subprocess.run(
             [*command, str(WORKERS), str(folder), *scenarios],

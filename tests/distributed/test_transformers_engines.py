@@ -1,4 +1,4 @@
-"""transformers' own engines over two ranks: tensor and expert parallelism with our experts as the local kernel, Trainer.
+"""transformers' own engines over two ranks, our experts as the local kernel: tensor and expert parallelism, Trainer.
 
 The file passes on transformers 5.16.1 and on the newest release. Before 5.19 the engine leaves each rank with its own
 part of the router's gradient, whatever runs the experts: there, ours are held against theirs.

@@ -276,7 +276,38 @@ def trainer_losses(model: Any, data: list[Any], output: Path) -> list[float]:
     return [float(row["loss"]) for row in run.state.log_history if "loss" in row]
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (data_parallel, no_tokens, expert_parallel, trainer)}
+def zero3(folder: Path) -> dict[str, Any]:
+    """DeepSpeed ZeRO-3, with the sparse blocks as leaves (as Axolotl sets them) and without."""
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
+
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    results: dict[str, Any] = {}
+    for family in FAMILIES:
+        for experts, leaves in ((BASELINE, True), (OURS, True), (OURS, False)):
+            model = build(family, experts)
+            if leaves:
+                set_z3_leaf_modules(model, [type(model.model.layers[-1].mlp)])
+            backends.reset_dispatch_counts()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            losses = []
+            for ids in batches():
+                loss = loss_of(engine, own_half(ids))
+                engine.backward(loss)
+                engine.step()
+                mean = loss.detach().clone()
+                dist.all_reduce(mean)
+                losses.append(float(mean) / dist.get_world_size())
+            results[family, experts, leaves] = {"losses": losses, "calls": backends.dispatch_counts()}
+    return results
+
+
+SCENARIOS = {scenario.__name__: scenario for scenario in (data_parallel, no_tokens, expert_parallel, trainer, zero3)}
 
 
 def main() -> None:
