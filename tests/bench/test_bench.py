@@ -8,8 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moe_kernels.bench import accuracy, experts, layer, timing
+from moe_kernels.bench import accuracy, experts, goals, layer, peers, timing
 from moe_kernels.bench import command as bench_command
+from moe_kernels.bench.plots import bytes_moved
 from moe_kernels.cli.app import app
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LayerShape
@@ -99,8 +100,8 @@ def test_routings_differ_in_balance():
     shape = LayerShape("uneven", 512, 16, 16, 32, 4)
     spread = {name: layer.make_layer(shape, name, CPU, torch.float32).imbalance() for name in layer.ROUTINGS}
     assert spread["balanced"] == 1.0
-    assert 1.0 < spread["mild"] < spread["hot"]
-    assert spread["hot"] > 6
+    assert 1.0 < spread["mild"] < spread["heavy"]
+    assert spread["heavy"] > 6
 
 
 def test_a_layer_is_the_same_for_the_same_seed():
@@ -145,7 +146,9 @@ def test_command_writes_the_schema(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "nothing about speed" in result.output
     report = json.loads(file.read_text())
-    assert (report["schema"], report["kind"]) == (1, "bench")
+    assert (report["schema"], report["kind"]) == (2, "bench")
+    assert report["arguments"]["peers"] == ["eager", "grouped_mm"]
+    assert report["ceilings"]["matmul_tflops"] > 0
     assert {"gpu", "driver", "torch", "triton", "transformers", "python", "commit", "command", "date"} <= set(
         report["environment"]
     )
@@ -163,9 +166,225 @@ def test_command_fails_when_an_implementation_is_wrong(monkeypatch):
     assert "wrong on purpose" in result.output
 
 
+def bench(*args):
+    return CliRunner().invoke(app, ["bench", "--device", "cpu", "--dtype", "fp32", "--repeats", "1", *args])
+
+
+def test_every_peer_is_measured_or_says_why(monkeypatch):
+    results = {row.implementation: row for row in measure(implementations=(*peers.PEERS, "moe_kernels"))}
+    assert list(results) == [*peers.PEERS, "moe_kernels", "dense"]
+    for name in ("eager", "grouped_mm", "batched_mm", "moe_kernels"):
+        assert results[name].ok, results[name].note
+        assert results[name].forward_ms
+    for name in ("scattermoe", "liger", "sonicmoe"):
+        row = results[name]
+        assert (row.ok, row.available, row.forward_ms) == (False, False, None)
+        assert row.note.endswith(".")
+    monkeypatch.setitem(bench_command.LAYERS, "tiny", SHAPE)
+    result = bench("--shapes", "tiny", "--peers", "all")
+    assert result.exit_code == 0, result.output
+    for name in ("scattermoe", "liger", "sonicmoe"):
+        assert f"{name} was not measured: " in result.output
+
+
+BF16, GPU = torch.bfloat16, torch.device("cuda")
+
+
+def test_why_gpu_peers_cannot_be_measured(monkeypatch):
+    for name in ("scattermoe", "liger", "sonicmoe"):
+        why_not = peers.PEERS[name].why_not
+        assert "fp16" in why_not(SHAPE, GPU, torch.float32)
+        assert f"{name} needs an NVIDIA GPU, and this runs on the cpu." == why_not(SHAPE, CPU, BF16)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert peers.PEERS["liger"].why_not(SHAPE, GPU, BF16).endswith("Cure: pip install liger-kernel")
+    assert peers.PEERS["scattermoe"].why_not(SHAPE, GPU, BF16).endswith("Cure: pip install axolotl")
+    assert "moe-kernels[peers]" in peers.PEERS["sonicmoe"].why_not(SHAPE, GPU, BF16)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+    assert peers.PEERS["liger"].why_not(SHAPE, GPU, BF16) is None
+    assert peers.PEERS["scattermoe"].why_not(SHAPE, GPU, BF16) is None
+    large = dataclasses.replace(SHAPE, tokens=10**6, hidden=4096, intermediate=4096)
+    assert "Use fewer --tokens" in peers.PEERS["batched_mm"].why_not(large, CPU, BF16)
+
+
+@pytest.mark.parametrize("when", ["set up", "run"])
+def test_a_peer_that_fails_is_reported_and_the_others_measured(monkeypatch, when):
+    def broken(*args):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    experts_of = broken if when == "set up" else lambda layer: broken
+    peer = peers.Peer("broken", "", lambda *args: None, experts_of)
+    monkeypatch.setitem(peers.PEERS, "broken", peer)
+    results = {row.implementation: row for row in measure(implementations=("broken", "eager"))}
+    assert "RuntimeError: no kernel image" in results["broken"].note
+    assert "for this device" not in results["broken"].note
+    assert results["broken"].available == (when == "run")
+    assert not results["broken"].ok
+    assert results["eager"].ok
+
+
+def test_our_own_failure_is_not_reported_but_raised(monkeypatch):
+    real = experts.transformers_experts
+
+    def broken(tensors, implementation):
+        def fail(*args):
+            raise RuntimeError("ours")
+
+        return fail if "bench" in implementation else real(tensors, implementation)
+
+    monkeypatch.setattr(experts, "transformers_experts", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        measure()
+
+
+@pytest.fixture
+def two_layers(monkeypatch):
+    for name in ("tiny", "other"):
+        monkeypatch.setitem(bench_command.LAYERS, name, dataclasses.replace(SHAPE, name=name))
+    monkeypatch.setattr("moe_kernels.bench.environment.commit", lambda: "abc")
+    measured = []
+    real = experts.measure
+
+    def counted(shape, **arguments):
+        measured.append((shape.name, arguments["routing"]))
+        return real(shape, **arguments)
+
+    monkeypatch.setattr(experts, "measure", counted)
+    return measured
+
+
+def test_a_killed_run_goes_on_from_its_file(two_layers, monkeypatch, tmp_path):
+    file = tmp_path / "bench.json"
+    arguments = ("--shapes", "tiny,other", "--routing", "balanced,heavy", "--peers", "none", "--json", str(file))
+    real = experts.measure
+
+    def killed(shape, **options):
+        if len(two_layers) == 3:
+            raise KeyboardInterrupt
+        return real(shape, **options)
+
+    monkeypatch.setattr(experts, "measure", killed)
+    assert bench(*arguments).exit_code != 0
+    monkeypatch.setattr(experts, "measure", real)
+    cells = [(name, routing) for name in ("tiny", "other") for routing in ("balanced", "heavy")]
+    assert two_layers == cells[:3]
+    before = json.loads(file.read_text())["results"]
+
+    result = bench(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "holds 3 of 4 layers already" in " ".join(result.output.split())
+    assert two_layers == cells
+    after = json.loads(file.read_text())["results"]
+    assert after[: len(before)] == before
+    assert {(row["shape"], row["routing"]) for row in after} == set(cells)
+
+    result = bench(*arguments)
+    assert "holds 4 of 4" in " ".join(result.output.split())
+    assert two_layers == cells
+    assert all(f"{name}: T=48" in result.output for name in ("tiny", "other"))
+    assert bench(*arguments, "--fresh").exit_code == 0
+    assert two_layers == cells * 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda report: report["environment"].update(torch="1.0"), "measured with torch='1.0'"),
+        (lambda report: report["arguments"].update(repeats=9), "measured with repeats=9, this call has 1"),
+        (lambda report: report.update(schema=1), "no result of this version"),
+        (None, "is not JSON"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(two_layers, tmp_path, spoil, message):
+    file = tmp_path / "bench.json"
+    arguments = ("--shapes", "tiny", "--peers", "none", "--json", str(file))
+    assert bench(*arguments).exit_code == 0
+    report = json.loads(file.read_text())
+    if spoil:
+        spoil(report)
+    text = json.dumps(report) if spoil else file.read_text()[:100]
+    file.write_text(text)
+    result = bench(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert "--fresh" in result.output
+    assert file.read_text() == text, "a refused file must be left alone"
+    assert bench(*arguments, "--fresh").exit_code == 0
+
+
+def test_plots(two_layers, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = bench("--shapes", "tiny,other", "--routing", "mild,heavy", "--peers", "all", "--plots", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    names = {f"{kind}-{routing}.png" for kind in ("bars", "roofline") for routing in ("mild", "heavy")}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    assert all(
+        file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000 for file in tmp_path.iterdir()
+    )
+
+
+def test_bytes_that_must_move():
+    """T=2 K=1 H=3 I=5 E=7, counted by hand in 16-bit elements: X 6, weights 315, Z 20, dO 6."""
+    row = {"tokens": 2, "top_k": 1, "hidden": 3, "intermediate": 5, "experts": 7}
+    forward = 6 + 315 + 20 + 6
+    backward = 6 + 6 + 20 + 315 + 6 + 315
+    assert bytes_moved(row) == 2 * (forward + backward)
+
+
+def rows_of(shape, **ours):
+    """Rows of a run that reaches every goal, with changes to ours."""
+    spread = {"median": 1.0, "p20": 1.0, "p80": 1.0}
+    common = {"shape": shape, "routing": "mild", "saved_mb": 1.0, "peak_mb": 1.0, "dense_fraction": 0.9,
+              "forward_ms": spread, "forward_backward_host_ms": {**spread, "median": 0.2},
+              "rel_error": {"out": 1e-3}}  # fmt: skip
+    slow = {**common, "forward_ms": {**spread, "median": 60.0}, "dense_fraction": 0.1}
+    return [
+        {**common, "implementation": "moe_kernels", **ours},
+        {**slow, "implementation": "eager"},
+        {**slow, "implementation": "grouped_mm"},
+        {**common, "implementation": "dense", "dense_fraction": 1.0},
+    ]
+
+
+def test_goals_are_checked():
+    everything = [row for shape in goals.DENSE_FRACTION for row in rows_of(shape)]
+    found = goals.checks(everything)
+    assert all(check.ok for check in found), [check for check in found if not check.ok]
+    assert sum("fraction of dense" in check.what for check in found) == 11
+    mean = next(check for check in found if check.what.startswith("geometric mean"))
+    assert mean.value == pytest.approx(0.9)
+    # A mean over fewer layers is none: it could be of the easy ones.
+    few = {check.what: check for check in goals.checks(rows_of("mixtral-1b"))}
+    assert few[mean.what].ok is None
+    assert few["mixtral-1b: forward, times eager"].value == 60
+    for change, what in [
+        ({"dense_fraction": 0.82}, "mixtral-1b: fraction of dense, forward + backward"),
+        ({"forward_ms": {"median": 20.1}}, "mixtral-1b: forward, times eager"),
+        ({"forward_backward_host_ms": {"median": 0.36}}, "mixtral-1b: host ms, forward + backward"),
+        ({"saved_mb": 505.0}, "mixtral-1b: saved MiB (2TH + 4TKI bytes and indices)"),
+        ({"peak_mb": 1013.0}, "mixtral-1b: peak MiB, SonicMoE's"),
+        ({"rel_error": {"out": 3.2e-3}}, "mixtral-1b: worst error over SonicMoE's"),
+    ]:
+        short = [check.what for check in goals.checks(rows_of("mixtral-1b", **change)) if check.ok is False]
+        assert short == [what]
+    sonic = {**rows_of("mixtral-1b")[0], "implementation": "sonicmoe", "peak_mb": 0.5, "rel_error": {"out": 1e-4}}
+    short = [check.what for check in goals.checks([*rows_of("mixtral-1b"), sonic]) if check.ok is False]
+    assert short == ["mixtral-1b: peak MiB, SonicMoE's", "mixtral-1b: worst error over SonicMoE's"]
+
+
+def test_means_are_geometric_and_by_routing():
+    rows = rows_of("mixtral-1b", dense_fraction=0.4) + rows_of("olmoe-7b", dense_fraction=0.9)
+    rows.append({**rows[0], "routing": "heavy", "dense_fraction": 0.1})
+    found = goals.fractions_of_dense(rows)
+    assert found["mild"]["moe_kernels"] == {"mixtral-1b": 0.4, "olmoe-7b": 0.9}
+    assert found["heavy"] == {"moe_kernels": {"mixtral-1b": 0.1}}
+    assert "dense" not in found["mild"]
+    assert goals.geometric_mean([0.4, 0.9]) == pytest.approx(0.6)
+    assert goals.geometric_mean([]) is None
+
+
 @pytest.mark.parametrize(
     "args",
-    [["--shapes", "x"], ["--dtype", "x"], ["--routing", "x"], ["--implementations", "x"], ["--group-sizes", "100"],
+    [["--shapes", "x"], ["--dtype", "x"], ["--routing", "x"], ["--peers", "x"], ["--group-sizes", "100"],
      ["--persistent", "x"], ["--device", "x"]],
 )  # fmt: skip
 def test_wrong_usage(args):

@@ -80,6 +80,6 @@ def test_peak_is_what_was_allocated():
 
 def test_layers_on_the_gpu_are_seeded():
     device = torch.device("cuda")
-    first, second = (layer.make_layer(SHAPE, "hot", device, torch.bfloat16) for _ in range(2))
+    first, second = (layer.make_layer(SHAPE, "heavy", device, torch.bfloat16) for _ in range(2))
     assert torch.equal(first.down, second.down)
     assert torch.equal(first.topk_ids, second.topk_ids)

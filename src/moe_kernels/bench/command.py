@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moe_kernels.cli.errors import CHECK_FAILED, MissingDependency, UsageError
 from moe_kernels.settings import GROUP_SIZES, GroupSize
 from moe_kernels.shapes import LAYERS, LayerShape
 
-if TYPE_CHECKING:
-    from moe_kernels.bench.experts import Measurement
-    from moe_kernels.bench.timing import Spread
-
-SCHEMA = 1
+Row = dict[str, Any]
 TABLE_WIDTH = 150
 DEFAULT_SHAPES = "mixtral-1b,qwen2-moe-1b,deepseek-v3-1b"
-ROUTINGS = ("balanced", "mild", "hot")
+DEFAULT_PEERS = "eager,grouped_mm"
+ROUTINGS = ("balanced", "mild", "heavy")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 CPU_SHAPE = LayerShape("cpu-demo", 64, 64, 48, 8, 2)
 CPU_WARNING = "No NVIDIA GPU here: one small layer on the CPU shows that the benchmark works, nothing about speed."
@@ -32,13 +30,18 @@ def bench(
     shapes: Annotated[
         str, typer.Option(help=f"Comma-separated layers, or all. Known: {', '.join(LAYERS)}.")
     ] = DEFAULT_SHAPES,
-    implementations: Annotated[
+    peers: Annotated[
         str,
-        typer.Option(help="Comma-separated: eager, grouped_mm, batched_mm, moe_kernels."),
-    ] = "eager,grouped_mm,moe_kernels",
+        typer.Option(
+            help="What to compare with, comma-separated, all or none: eager, grouped_mm, batched_mm, "
+            "scattermoe, liger, sonicmoe."
+        ),
+    ] = DEFAULT_PEERS,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per call instead of each layer's own.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    routing: Annotated[str, typer.Option(help="How uneven the router is: balanced, mild or hot.")] = "mild",
+    routing: Annotated[
+        str, typer.Option(help="How uneven the router is, comma-separated or all: balanced, mild, heavy.")
+    ] = "mild",
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,
     group_sizes: Annotated[
         str, typer.Option(help="Values of moe_group_size to measure: 64, 128, 256, auto.")
@@ -47,74 +50,103 @@ def bench(
     device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the random tensors.")] = 0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="Also write the results to this file.")
+        Path | None,
+        typer.Option("--json", dir_okay=False, help="Write the results to this file, and go on where it ends."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file already holds.")] = False,
+    plots: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Write bars and a roofline as PNG into this folder.")
     ] = None,
 ) -> None:
-    """Time one expert layer against transformers' own implementations, correctness first.
+    """Time one expert layer against other implementations, correctness first.
 
     Every implementation runs in this process on the same tensors, in turn, and computes every gradient. The
     second-level cache is flushed before each call; times are medians. An implementation whose error is more
-    than three times that of grouped_mm is called wrong and is not timed. The time of the same GEMMs through
-    dense torch.mm is the ceiling. Exit code 1 if an implementation was wrong or could not run.
+    than three times that of grouped_mm is called wrong and is not timed; one that cannot run here says why. The
+    time of the same GEMMs through dense torch.mm is the ceiling. The file of --json is written after every layer,
+    and a call that was interrupted goes on from it. Exit code 1 if an implementation was wrong or failed.
     """
     chosen_dtype = _one_of("dtype", dtype, tuple(DTYPES))
-    _one_of("routing", routing, ROUTINGS)
+    routings = _several("routing", routing, ROUTINGS)
     wanted = _shapes(shapes, tokens)
     knobs = _group_sizes(group_sizes)
     walks = {"true": (True,), "false": (False,), "both": (True, False)}[
         _one_of("persistent", persistent, ("true", "false", "both"))
     ]
-    names = tuple(name.strip() for name in implementations.split(",") if name.strip())
 
     console = Console(stderr=True)
     with console.status("loading torch and transformers"):
         import torch
 
+        from moe_kernels.bench.ceilings import measure_ceilings
         from moe_kernels.bench.environment import environment
-        from moe_kernels.bench.experts import OURS, STOCK, measure
-    for name in names:
-        _one_of("implementations", name, (*STOCK, OURS))
+        from moe_kernels.bench.experts import OURS, measure
+        from moe_kernels.bench.peers import PEERS
+        from moe_kernels.bench.store import Store
+    names = () if peers == "none" else _several("peers", peers, tuple(PEERS))
     where = _device(device)
     if where == "cpu":
         console.print(CPU_WARNING, style="yellow")
         if shapes == DEFAULT_SHAPES:
             wanted = [CPU_SHAPE]
-    results = []
-    for shape in wanted:
-        with console.status(shape.name) as status:
+    torch_dtype = getattr(torch, DTYPES[chosen_dtype])
+    arguments = {"peers": list(names), "dtype": chosen_dtype, "repeats": repeats, "device": where, "seed": seed,
+                 "group_sizes": list(knobs), "persistent": list(walks)}  # fmt: skip
+    store = Store(json_file, environment(), arguments, fresh)
+    cells = [(shape, routing) for shape in wanted for routing in routings]
+    missing = [cell for cell in cells if not store.find(cell[0].name, cell[0].tokens, cell[1])]
+    if len(missing) < len(cells):
+        console.print(
+            f"{json_file} holds {len(cells) - len(missing)} of {len(cells)} layers already.", highlight=False
+        )
+    tables = Console()
+    tables.width = max(tables.width, TABLE_WIDTH)
+    with _progress(console) as bar:
+        task = bar.add_task("", total=len(cells), completed=len(cells) - len(missing))
+        if store.report["ceilings"] is None:
+            bar.update(task, description="measuring the ceilings of this machine")
+            store.report["ceilings"] = asdict(measure_ceilings(torch.device(where), torch_dtype))
+        for shape, kind in missing:
             found = measure(
                 shape,
-                implementations=names,
+                implementations=(*names, OURS),
                 device=where,
-                dtype=getattr(torch, DTYPES[chosen_dtype]),
+                dtype=torch_dtype,
                 repeats=repeats,
-                routing=routing,
+                routing=kind,
                 group_sizes=knobs,
                 persistent=walks,
                 seed=seed,
-                progress=lambda message: status.update(escape(message)),
+                progress=lambda message: bar.update(task, description=escape(message)),
             )
-        tables = Console()
-        tables.width = max(tables.width, TABLE_WIDTH)
-        tables.print(_table(shape, found))
-        for result in found:
-            if not result.ok:
-                tables.print(f"{result.implementation}: {result.note}", style="red", markup=False)
-        results.extend(found)
+            store.add([result.to_json() for result in found])
+            bar.advance(task)
+    results = [row for shape, kind in cells for row in store.find(shape.name, shape.tokens, kind)]
+    for shape, kind in cells:
+        _show(tables, shape, store.find(shape.name, shape.tokens, kind))
+    _summarise(tables, results, where)
     if json_file is not None:
-        report = {
-            "schema": SCHEMA,
-            "kind": "bench",
-            "environment": environment(),
-            "results": [result.to_json() for result in results],
-        }
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
         console.print(f"wrote {json_file}", highlight=False)
+    if plots is not None:
+        from moe_kernels.bench.plots import write_plots
+
+        for file in write_plots({**store.report, "results": results}, plots):
+            console.print(f"wrote {file}", highlight=False)
     if where == "cpu":
         console.print(CPU_WARNING, style="yellow")
-    if not all(result.ok for result in results):
+    if not all(row["ok"] for row in results if row["available"]):
         raise typer.Exit(CHECK_FAILED)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    return Progress(*columns, console=console, transient=True)
+
+
+def _several(option: str, values: str, valid: tuple[str, ...]) -> tuple[str, ...]:
+    """Comma-separated values, or all of them."""
+    names = valid if values == "all" else tuple(value.strip() for value in values.split(",") if value.strip())
+    return tuple(_one_of(option, name, valid) for name in names)
 
 
 def _one_of(option: str, value: str, valid: tuple[str, ...]) -> str:
@@ -158,11 +190,20 @@ CAPTION = """ms: from the call to its last kernel. GPU: launches queued ahead. h
 Medians. launches: forward / forward + backward. Memory in MiB. Errors: relative L2 against float32."""
 
 
-def _table(shape: LayerShape, results: list[Measurement]) -> Table:
-    first = results[0]
+def _show(tables: Console, shape: LayerShape, rows: list[Row]) -> None:
+    tables.print(_table(shape, rows))
+    for row in rows:
+        if not row["available"]:
+            tables.print(f"{row['implementation']} was not measured: {row['note']}", style="yellow", markup=False)
+        elif not row["ok"]:
+            tables.print(f"{row['implementation']}: {row['note']}", style="red", markup=False)
+
+
+def _table(shape: LayerShape, rows: list[Row]) -> Table:
+    first = rows[0]
     table = Table(
         title=f"{shape.name}: T={shape.tokens} H={shape.hidden} I={shape.intermediate} E={shape.experts} "
-        f"K={shape.top_k}, {first.dtype}, {first.routing} routing (busiest expert {first.imbalance:.1f}x)",
+        f"K={shape.top_k}, {first['dtype']}, {first['routing']} routing (busiest expert {first['imbalance']:.1f}x)",
         title_justify="left",
         caption=CAPTION,
         caption_justify="left",
@@ -170,35 +211,71 @@ def _table(shape: LayerShape, results: list[Measurement]) -> Table:
     table.add_column("implementation", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column, justify="right")
-    for result in results:
-        if result.ok:
-            table.add_row(escape(result.implementation), *_cells(result))
+    for row in rows:
+        name = escape(row["implementation"])
+        if row["ok"]:
+            table.add_row(name, *_cells(row))
+        elif row["available"]:
+            table.add_row(f"[red]{name}", "[red]wrong" if row["rel_error"] else "[red]failed")
         else:
-            table.add_row(f"[red]{escape(result.implementation)}", "[red]wrong")
+            table.add_row(f"[dim]{name}", "[dim]-")
     return table
 
 
-def _cells(result: Measurement) -> list[str]:
-    both, launches = result.forward_backward_ms, result.launches_forward
-    gradients = [error for name, error in result.rel_error.items() if name != "out"]
+def _cells(row: Row) -> list[str]:
+    both, launches = row["forward_backward_ms"], row["launches_forward"]
+    gradients = [error for name, error in row["rel_error"].items() if name != "out"]
     return [
-        _median(result.forward_ms),
+        _median(row["forward_ms"]),
         _median(both),
-        f"{both.p20:.4g}-{both.p80:.4g}" if both else "",
-        _median(result.forward_backward_queued_ms),
-        _median(result.forward_backward_host_ms),
-        _number(result.forward_backward_tflops, ".3g"),
-        _number(result.dense_fraction, ".2f"),
-        "" if launches is None else f"{launches} / {result.launches_forward_backward}",
-        _number(result.saved_mb, ".4g"),
-        _number(result.peak_mb, ".4g"),
-        _number(result.rel_error.get("out"), ".1e"),
+        f"{both['p20']:.4g}-{both['p80']:.4g}" if both else "",
+        _median(row["forward_backward_queued_ms"]),
+        _median(row["forward_backward_host_ms"]),
+        _number(row["forward_backward_tflops"], ".3g"),
+        _number(row["dense_fraction"], ".2f"),
+        "" if launches is None else f"{launches} / {row['launches_forward_backward']}",
+        _number(row["saved_mb"], ".4g"),
+        _number(row["peak_mb"], ".4g"),
+        _number(row["rel_error"].get("out"), ".1e"),
         _number(max(gradients, default=None), ".1e"),
     ]
 
 
-def _median(spread: Spread | None) -> str:
-    return "" if spread is None else f"{spread.median:.3f}"
+def _summarise(tables: Console, results: list[Row], where: str) -> None:
+    """Fractions of dense over all layers, and on a GPU the goals."""
+    from moe_kernels.bench.goals import checks, fractions_of_dense, geometric_mean
+
+    for kind, by_name in fractions_of_dense(results).items():
+        summary = Table(
+            title=f"Fraction of dense, forward + backward, {kind} routing",
+            title_justify="left",
+            caption="mean: geometric, over the layers that the implementation was measured on",
+            caption_justify="left",
+        )
+        summary.add_column("implementation", no_wrap=True)
+        shapes = list(dict.fromkeys(shape for by_shape in by_name.values() for shape in by_shape))
+        for shape in (*shapes, "mean"):
+            summary.add_column(shape, justify="right")
+        for name, by_shape in by_name.items():
+            mean = geometric_mean(list(by_shape.values()))
+            summary.add_row(
+                escape(name), *(_number(by_shape.get(shape), ".2f") for shape in shapes), _number(mean, ".3f")
+            )
+        tables.print(summary)
+    if where != "cuda":
+        return
+    goals = Table(title="Goals, set for an H200, bf16, mild routing, each layer's own tokens", title_justify="left")
+    for column in ("goal", "measured", "wanted", ""):
+        goals.add_column(column, justify="left" if column == "goal" else "right", no_wrap=True)
+    for check in checks(results):
+        sign = "at least" if check.at_least else "at most"
+        verdict = {True: "[green]reached", False: "[red]short", None: "[dim]not measured"}[check.ok]
+        goals.add_row(check.what, _number(check.value, ".3g"), f"{sign} {check.goal:.3g}", verdict)
+    tables.print(goals)
+
+
+def _median(spread: dict[str, float] | None) -> str:
+    return "" if spread is None else f"{spread['median']:.3f}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -10,7 +10,18 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-PACKAGES: tuple[str, ...] = ("torch", "triton", "transformers", "axolotl", "numpy")
+PACKAGES: tuple[str, ...] = (
+    "torch",
+    "triton",
+    "transformers",
+    "axolotl",
+    "numpy",
+    # the peers
+    "liger-kernel",
+    "kernels",
+    "nvidia-cutlass-dsl",
+    "apache-tvm-ffi",
+)
 
 
 def installed_version(package: str) -> str | None:

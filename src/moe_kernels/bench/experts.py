@@ -11,13 +11,13 @@ import torch
 from moe_kernels.bench.accuracy import relative_errors, what_is_wrong
 from moe_kernels.bench.layer import (
     OURS,
-    STOCK,
     Experts,
     Layer,
     make_layer,
     our_variants,
     transformers_experts,
 )
+from moe_kernels.bench.peers import PEER_FAILURES, PEERS, failure
 from moe_kernels.bench.timing import (
     MIB,
     Call,
@@ -41,8 +41,9 @@ class Measurement:
     """One row of the benchmark. Times in ms, memory in MiB, rates in TFLOP/s; None where not measured.
 
     Attributes:
-        implementation: eager, grouped_mm, batched_mm, moe_kernels, moe_kernels[g=..,p=..] or dense, which is
-            the same six GEMMs with R = T*K rows and one weight matrix through torch.mm: the ceiling.
+        implementation: a peer, moe_kernels, moe_kernels[g=..,p=..] or dense, which is the same six GEMMs with
+            R = T*K rows and one weight matrix through torch.mm: the ceiling.
+        available: it could be tried; if not, ``note`` says why.
         forward_ms, forward_backward_ms: start of the call to the end of its last kernel.
         forward_queued_ms, forward_backward_queued_ms: GPU time alone, launches queued ahead. A call that
             waits for the GPU inside (eager does) cannot be queued: there the two agree.
@@ -67,6 +68,7 @@ class Measurement:
     dtype: str
     device: str
     ok: bool
+    available: bool = True
     note: str = ""
     forward_ms: Spread | None = None
     forward_backward_ms: Spread | None = None
@@ -109,32 +111,46 @@ def measure(
 
     Args:
         shape: sizes of the layer and the number of tokens.
-        implementations: of eager, grouped_mm, batched_mm (transformers' own) and moe_kernels.
+        implementations: names of :data:`moe_kernels.bench.peers.PEERS`, and moe_kernels.
         device, dtype: where, and the dtype of x and the weights.
         repeats: timed calls of each implementation; medians are of these.
-        routing: balanced, mild or hot.
+        routing: balanced, mild or heavy.
         group_sizes, persistent: knobs of moe_kernels; each combination becomes a row.
         backend: of moe_kernels: auto, triton or torch.
         seed: of the random tensors.
         progress: called with what is being done.
 
     Returns:
-        One measurement an implementation, in the order given, then ``dense``. An implementation that is wrong
-        or cannot run comes back with ``ok=False`` and the reason in ``note``, and is not timed.
+        One measurement an implementation, in the order given, then ``dense``. An implementation that is wrong,
+        fails or is not available comes back with ``ok=False`` and the reason in ``note``, and is not timed.
 
     Raises:
         ValueError: an unknown implementation.
     """
-    unknown = sorted(set(implementations) - {*STOCK, OURS})
+    unknown = sorted(set(implementations) - {*PEERS, OURS})
     if unknown:
-        raise ValueError(f"unknown implementation {', '.join(unknown)}: choose from {', '.join((*STOCK, OURS))}")
+        raise ValueError(f"unknown implementation {', '.join(unknown)}: choose from {', '.join((*PEERS, OURS))}")
     device = torch.device(device)
     progress(f"{shape.name}: making tensors")
     layer = make_layer(shape, routing, device, dtype, seed)
-    rows: dict[str, str] = {}
+    rows: list[str] = []
+    runners: dict[str, Experts] = {}
+    absent: dict[str, str] = {}
     for name in implementations:
-        rows.update(our_variants(group_sizes, persistent, backend) if name == OURS else {name: name})
-    runners: dict[str, Experts] = {row: transformers_experts(layer, name) for row, name in rows.items()}
+        if name == OURS:
+            ours = our_variants(group_sizes, persistent, backend)
+            rows += ours
+            runners |= {row: transformers_experts(layer, registered) for row, registered in ours.items()}
+            continue
+        rows.append(name)
+        reason = PEERS[name].why_not(shape, device, dtype)
+        if reason is None:
+            try:
+                runners[name] = PEERS[name].experts(layer)
+            except PEER_FAILURES as error:
+                reason = f"it cannot be set up: {failure(error)}"
+        if reason is not None:
+            absent[name] = reason
 
     errors: dict[str, dict[str, float]] = {}
     faults: dict[str, str] = {}
@@ -144,6 +160,11 @@ def measure(
             errors[row] = relative_errors(layer, runner)
         except torch.OutOfMemoryError:
             faults[row] = "out of GPU memory"
+        except PEER_FAILURES as error:
+            if row not in PEERS:
+                raise
+            faults[row] = f"it failed: {failure(error)}"
+        if row in faults:
             layer.clear_gradients()
             torch.cuda.empty_cache()
     yardstick = errors.get("grouped_mm") or errors.get("eager") or {}
@@ -157,7 +178,10 @@ def measure(
     timed = _time(layer, good, repeats, progress)
     dense = timed[DENSE]
     results = []
-    for row in runners:
+    for row in rows:
+        if row in absent:
+            results.append(_measurement(layer, row, ok=False, available=False, note=absent[row]))
+            continue
         if row in faults:
             results.append(_measurement(layer, row, ok=False, note=faults[row], rel_error=errors.get(row, {})))
             continue
@@ -262,7 +286,7 @@ def _launches(what: str, launches: Launches | None) -> dict[str, Any]:
     return {f"launches_{what}": launches.kernels, f"copies_{what}": launches.copies}
 
 
-def _measurement(layer: Layer, row: str, *, ok: bool = True, note: str = "", **values: Any) -> Measurement:
+def _measurement(layer: Layer, row: str, *, ok: bool = True, **values: Any) -> Measurement:
     shape, device = layer.shape, layer.x.device
     return Measurement(
         implementation=row,
@@ -277,6 +301,5 @@ def _measurement(layer: Layer, row: str, *, ok: bool = True, note: str = "", **v
         dtype=str(layer.x.dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         ok=ok,
-        note=note,
         **values,
     )

@@ -11,9 +11,7 @@ from moe_kernels.settings import GroupSize
 from moe_kernels.shapes import LayerShape
 
 #: How uneven the router is: scale of the per-expert bias added to unit-variance logits.
-ROUTINGS: dict[str, float] = {"balanced": 0.0, "mild": 0.3, "hot": 0.3}
-#: transformers' own implementations that can train.
-STOCK: tuple[str, ...] = ("eager", "grouped_mm", "batched_mm")
+ROUTINGS: dict[str, float] = {"balanced": 0.0, "mild": 0.3, "heavy": 0.3}
 OURS = "moe_kernels"
 
 #: (x, topk_ids, topk_weights) -> out; the weights are bound inside.
@@ -74,7 +72,7 @@ def make_layer(shape: LayerShape, routing: str, device: torch.device, dtype: tor
     if routing == "balanced":
         topk_ids = torch.arange(shape.rows, device=device).view(shape.tokens, shape.top_k) % shape.experts
     else:
-        if routing == "hot":
+        if routing == "heavy":
             # One expert in sixteen (at least one) takes nearly every token; the rest share the other slots.
             logits[:, : max(1, shape.experts // 16)] += 4.0
         topk_ids = logits.topk(shape.top_k, dim=-1).indices

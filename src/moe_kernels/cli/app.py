@@ -45,10 +45,10 @@ COMMANDS: dict[str, Entry] = {
     ),
     "bench": Entry(
         "moe_kernels.bench.command:bench",
-        "Time one expert layer against transformers' own implementations, correctness first.",
+        "Time one expert layer against other implementations, correctness first.",
         (
             "moe-kernels bench",
-            "moe-kernels bench --shapes qwen3-30b-a3b --routing hot --json bench.json",
+            "moe-kernels bench --shapes all --peers all --routing all --json bench.json --plots plots",
             "moe-kernels bench --shapes mixtral-1b --group-sizes 64,128,256,auto --persistent both",
         ),
     ),

@@ -1,0 +1,123 @@
+"""Summary of a benchmark: geometric means, and what this project set out to reach, as a check list.
+
+The goals are for an H200 in bfloat16, mild routing and each layer's own tokens. Ratios are to ``dense`` and
+``grouped_mm`` of the same run, so that they hold on another day; SonicMoE's memory and errors are those that were
+measured on an H200 (torch 2.11, 2026-11-23) where the run itself has none.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moe_kernels.bench.layer import OURS
+from moe_kernels.shapes import LAYERS
+
+Row = dict[str, Any]
+
+#: Fraction of dense, forward and backward.
+DENSE_FRACTION = {
+    "mixtral-1b": 0.83,
+    "qwen2-moe-1b": 0.78,
+    "deepseek-v3-1b": 0.65,
+    "mixtral-8x7b": 0.88,
+    "qwen2-57b-a14b": 0.85,
+    "qwen3-30b-a3b": 0.75,
+    "olmoe-7b": 0.85,
+    "deepseek-v3": 0.64,
+    "7b-fine": 0.72,
+    "30b-fine": 0.78,
+    "gpt-oss-like": 0.62,
+}
+GEOMEAN = 0.75
+#: Times grouped_mm and eager, forward alone.
+FORWARD_SPEEDUP = {
+    "mixtral-1b": {"grouped_mm": 2.0, "eager": 3.0},
+    "qwen2-moe-1b": {"grouped_mm": 4.0, "eager": 15.0},
+    "deepseek-v3-1b": {"grouped_mm": 4.0, "eager": 50.0},
+}
+HOST_MS = 0.35
+#: MiB above weights and gradients.
+SONICMOE_PEAK = {"mixtral-1b": 1012, "qwen2-moe-1b": 710, "deepseek-v3-1b": 418, "qwen3-30b-a3b": 962,
+                 "deepseek-v3": 1521, "30b-fine": 4871}  # fmt: skip
+SONICMOE_ERROR = {"out": 2.9e-3, "dx": 3.4e-3, "dgate_up": 3.0e-3, "ddown": 3.5e-3, "dw": 3.1e-3}
+#: Saved beside X, Z and the plan: routing weights and ids. And the spread of two runs of one error.
+SAVED_SLACK, ERROR_SLACK = 1.05, 1.05
+
+
+@dataclass(frozen=True)
+class Check:
+    """One goal. ``value`` None: not measured in this run. ``at_least``: the value must not be below the goal."""
+
+    what: str
+    value: float | None
+    goal: float
+    at_least: bool
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether it was reached; None where it was not measured."""
+        if self.value is None:
+            return None
+        return self.value >= self.goal if self.at_least else self.value <= self.goal
+
+
+def geometric_mean(values: list[float]) -> float | None:
+    """Of positive numbers; None of none."""
+    return statistics.geometric_mean(values) if values else None
+
+
+def fractions_of_dense(results: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """{routing: {implementation: {shape: fraction of dense}}}, forward and backward."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in results:
+        if row["implementation"] != "dense" and row["dense_fraction"] is not None:
+            of_routing = found.setdefault(row["routing"], {})
+            of_routing.setdefault(row["implementation"], {})[row["shape"]] = row["dense_fraction"]
+    return found
+
+
+def checks(results: list[Row], routing: str = "mild") -> list[Check]:
+    """Every goal that concerns a measured layer, and what was measured of it."""
+    rows = {(row["shape"], row["implementation"]): row for row in results if row["routing"] == routing}
+    shapes = [shape for shape in DENSE_FRACTION if (shape, OURS) in rows]
+    found = [
+        Check(f"{shape}: fraction of dense, forward + backward", rows[shape, OURS]["dense_fraction"], goal, True)
+        for shape, goal in DENSE_FRACTION.items()
+        if shape in shapes
+    ]
+    measured = [check.value for check in found if check.value is not None]
+    everything = geometric_mean(measured) if len(measured) == len(DENSE_FRACTION) else None
+    found.append(Check("geometric mean of all eleven fractions of dense", everything, GEOMEAN, True))
+    for shape in shapes:
+        found += _of_shape(shape, rows)
+    return found
+
+
+def _of_shape(shape: str, rows: dict[tuple[str, str], Row]) -> Iterator[Check]:
+    ours = rows[shape, OURS]
+    for peer, goal in FORWARD_SPEEDUP.get(shape, {}).items():
+        forwards = [_median(rows.get((shape, name)), "forward_ms") for name in (peer, OURS)]
+        speedup = forwards[0] / forwards[1] if forwards[0] and forwards[1] else None
+        yield Check(f"{shape}: forward, times {peer}", speedup, goal, True)
+    if shape in FORWARD_SPEEDUP:
+        yield Check(
+            f"{shape}: host ms, forward + backward", _median(ours, "forward_backward_host_ms"), HOST_MS, False
+        )
+    layer = LAYERS[shape]
+    bar = (2 * layer.tokens * layer.hidden + 4 * layer.rows * layer.intermediate) / 2**20
+    yield Check(f"{shape}: saved MiB (2TH + 4TKI bytes and indices)", ours["saved_mb"], bar * SAVED_SLACK, False)
+    sonic = rows.get((shape, "sonicmoe"), {})
+    peak = sonic.get("peak_mb") or SONICMOE_PEAK.get(shape)
+    if peak is not None:
+        yield Check(f"{shape}: peak MiB, SonicMoE's", ours["peak_mb"], peak, False)
+    errors = sonic.get("rel_error") or SONICMOE_ERROR
+    worst = max((ours["rel_error"][name] / errors[name] for name in ours["rel_error"]), default=None)
+    yield Check(f"{shape}: worst error over SonicMoE's", worst, ERROR_SLACK, False)
+
+
+def _median(row: Row | None, field: str) -> float | None:
+    spread = None if row is None else row[field]
+    return None if spread is None else spread["median"]
