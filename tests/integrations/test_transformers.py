@@ -203,7 +203,10 @@ def test_settings_reach_the_op(group_size: int | str, persistent: bool, monkeypa
     model.set_experts_implementation("moe_kernels")
     model(input_ids=tokens())
     expected = {"group_size": group_size, "persistent": persistent, "backend": "torch"}
-    layout = {"activation": Activation("silu"), "interleaved": False, "reduce": True}
+    layout = {"activation": Activation("silu"), "interleaved": False, "reduce": True} | {
+        "gate_up_lora": None,
+        "down_lora": None,
+    }
     assert seen == [layout | expected] * 2
 
 
@@ -544,27 +547,3 @@ def test_replicated_weights_are_used_and_sharded_ones_refused(
     experts.gate_up_proj = nn.Parameter(distribute_tensor(plain, one_process_mesh, [Shard(0)]))
     with pytest.raises(mk.UnsupportedExperts, match="sharded in forward"):
         experts(*inputs)
-
-
-@pytest.mark.parametrize("targets", [["gate_up_proj", "down_proj"], ["gate_up_proj"]], ids="+".join)
-def test_lora_on_experts(targets: list[str]) -> None:
-    peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(
-        r=4,
-        target_modules=["q_proj"],
-        target_parameters=[f"mlp.experts.{target}" for target in targets],
-        init_lora_weights=False,
-    )
-
-    def adapted() -> nn.Module:
-        model = make_model("mixtral")
-        torch.manual_seed(5)
-        return peft.get_peft_model(model, lora)
-
-    ids = tokens()
-    expected = run(adapted(), ids)
-    model = adapted()
-    model.get_base_model().set_experts_implementation("moe_kernels")
-    assert mk.check_model(model) == 2
-    assert_same(expected, run(model, ids), torch.float32)
-    assert backends.dispatch_counts() == {"torch": 2}

@@ -22,6 +22,8 @@ _LAYOUT = {
 }
 # Attributes of the decorated classes that their _apply_gate reads.
 _LIMITS = ("limit", "swiglu_limit", "alpha", "swiglu_alpha")
+# Where integrations.peft leaves the low-rank pairs of a module during its forward, by name of the weight.
+LORA_ATTRIBUTE = "_moe_kernels_lora"
 
 
 class UnsupportedExperts(ValueError):

@@ -11,6 +11,7 @@ those of transformers, and the saved config.json holds no trace of the choice.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,13 @@ from moe_kernels.settings import ExpertsSettings, GroupSize
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-    from moe_kernels.integrations.support import UnsupportedExperts, plain_weight, recipe_of, why_not_module
+    from moe_kernels.integrations.support import (
+        LORA_ATTRIBUTE,
+        UnsupportedExperts,
+        plain_weight,
+        recipe_of,
+        why_not_module,
+    )
 except ImportError as error:
     raise ImportError(
         "moe_kernels.integrations.transformers needs transformers 5.16.1 or newer: "
@@ -80,6 +87,7 @@ def run_experts(
     gate_up, down = (plain_weight(module, getattr(module, name)) for name in (up_name, "down_proj"))
     if recipe.transposed:
         gate_up, down = gate_up.mT, down.mT
+    lora = vars(module).get(LORA_ATTRIBUTE, {})
     if recipe.biased:
         settings["gate_up_bias"] = plain_weight(module, getattr(module, f"{up_name}_bias"))
         settings["down_bias"] = plain_weight(module, module.down_proj_bias)
@@ -92,6 +100,8 @@ def run_experts(
         activation=recipe.gate.activation,
         interleaved=recipe.gate.interleaved,
         reduce=not recipe.post_norm,
+        gate_up_lora=lora.get(up_name),
+        down_lora=lora.get("down_proj"),
         **settings,
     )
     if not recipe.post_norm:
@@ -102,6 +112,15 @@ def run_experts(
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
+def is_served(module: Any) -> bool:
+    """Whether a call of ``module`` leads to these kernels."""
+    if not dispatches(type(module)):
+        return False
+    implementation = module.config._experts_implementation
+    function = ALL_EXPERTS_FUNCTIONS.get(implementation)
+    return function is not None and function is _registered.get(implementation)
+
+
 def experts_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """``(name, module)`` of every module that dispatches through transformers' experts interface."""
     return [(name, module) for name, module in model.named_modules() if dispatches(type(module))]
@@ -109,6 +128,8 @@ def experts_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 def check_model(model: torch.nn.Module) -> int:
     """The number of expert layers of ``model``, all of them served by these kernels.
+
+    Where PEFT is in use, LoRA on expert weights runs inside the kernels from here on (integrations.peft).
 
     The modules are asked, not the config: where another plugin replaced the experts class, the config still
     names our implementation although it is never called.
@@ -125,14 +146,17 @@ def check_model(model: torch.nn.Module) -> int:
             "experts class (Liger: liger_glu_activation), or train this model without moe_kernels."
         )
     for name, module in modules:
-        implementation = module.config._experts_implementation
-        function = ALL_EXPERTS_FUNCTIONS.get(implementation)
-        if function is None or function is not _registered.get(implementation):
+        if not is_served(module):
             raise UnsupportedExperts(
-                f"{name} ({type(module).__name__}) runs experts_implementation={implementation!r}, not "
+                f"{name} ({type(module).__name__}) runs "
+                f"experts_implementation={module.config._experts_implementation!r}, not "
                 "moe_kernels: call register() and load the model with experts_implementation='moe_kernels'."
             )
         recipe_of(module, name)
+    if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
+        from moe_kernels.integrations.peft import fuse_lora
+
+        fuse_lora()
     return len(modules)
 
 

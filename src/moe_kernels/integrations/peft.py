@@ -1,0 +1,76 @@
+"""LoRA on expert weights (PEFT's ``target_parameters``) without ever forming ``W + BA``.
+
+    import moe_kernels.integrations.peft as mk_peft
+    mk_peft.fuse_lora()                      # check_model() calls it too
+    model = peft.get_peft_model(model, peft.LoraConfig(target_parameters=["mlp.experts.gate_up_proj", ...]))
+
+PEFT's ``ParamWrapper`` adds a dense delta to the weight around every forward. Around an experts module that these
+kernels serve it now hands them its two factors instead. Everything else stays PEFT's: names and packing of the
+adapter, scaling, several adapters, ``disable_adapter``, merge, unmerge, and its refusals (dropout, DoRA, bias).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+try:
+    from peft.tuners.lora.layer import ParamWrapper
+except ImportError as error:
+    raise ImportError("moe_kernels.integrations.peft needs peft 0.20 or newer: pip install 'peft>=0.20'") from error
+
+from moe_kernels.integrations.support import LORA_ATTRIBUTE
+from moe_kernels.integrations.transformers import is_served
+
+_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def fuse_lora() -> None:
+    """From now on, in this process, LoRA on served expert weights runs inside the kernels. Can be called again."""
+    if hasattr(ParamWrapper._activate_lora, "_moe_kernels"):
+        return
+    original = ParamWrapper._activate_lora
+
+    @functools.wraps(original)
+    @contextmanager
+    def _activate_lora(self: ParamWrapper, active_adapters: list[str]) -> Iterator[None]:
+        experts = self.get_base_layer()
+        if self.parameter_name not in _WEIGHTS or not is_served(experts):
+            with original(self, active_adapters):
+                yield
+            return
+        pair = low_rank_pair(self, active_adapters)
+        if pair is None:
+            yield
+            return
+        # Two wrappers nest around one module, so each adds and removes its own.
+        pairs = vars(experts).setdefault(LORA_ATTRIBUTE, {})
+        pairs[self.parameter_name] = pair
+        try:
+            yield
+        finally:
+            del pairs[self.parameter_name]
+
+    _activate_lora._moe_kernels = True  # type: ignore[attr-defined]
+    ParamWrapper._activate_lora = _activate_lora
+
+
+def low_rank_pair(wrapper: ParamWrapper, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(left (E, N, r), right (E, r, K)) of ``adapters`` together: ``left @ right`` is what they add to a weight
+    (E, N, K), the scaling included. None where no adapter has this weight.
+
+    PEFT packs A as (E*r, K), experts slowest, and B as (N, r*E), experts fastest, whichever way the weight is stored.
+    """
+    adapters = [name for name in adapters if name in wrapper.lora_A]
+    if not adapters:
+        return None
+    experts = wrapper.num_experts
+    lefts, rights = [], []
+    for name in adapters:
+        a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+        rights.append(a.view(experts, -1, a.shape[1]) * wrapper.scaling[name])
+        lefts.append(b.view(b.shape[0], -1, experts).permute(2, 0, 1))
+    return torch.cat(lefts, dim=2), torch.cat(rights, dim=1)

@@ -1,0 +1,344 @@
+"""LoRA on expert weights inside the kernels, against PEFT's own way: the weight with its delta added, run eagerly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from moe_kernels import backends
+from moe_kernels.testing.tiles import use_small_tiles
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+mk = pytest.importorskip("moe_kernels.integrations.transformers")
+mk_peft = pytest.importorskip("moe_kernels.integrations.peft")
+
+VOCAB, EXPERTS = 53, 4
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 40,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+# name: (configuration, name of the first weight)
+MODELS: dict[str, tuple[Callable, str]] = {
+    "mixtral": (
+        lambda: transformers.MixtralConfig(
+            **COMMON, intermediate_size=24, num_hidden_layers=2, num_local_experts=EXPERTS, num_experts_per_tok=2
+        ),
+        "gate_up_proj",
+    ),
+    # Stored transposed and interleaved, with biases.
+    "gpt_oss": (
+        lambda: transformers.GptOssConfig(
+            **COMMON,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_local_experts=EXPERTS,
+            num_experts_per_tok=2,
+            layer_types=["full_attention"] * 2,
+        ),
+        "gate_up_proj",
+    ),
+    # No gate.
+    "nemotron_h": (
+        lambda: transformers.NemotronHConfig(
+            **COMMON,
+            layers_block_type=["full_attention", "moe", "moe"],
+            moe_intermediate_size=24,
+            moe_shared_expert_intermediate_size=24,
+            n_routed_experts=EXPERTS,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+        ),
+        "up_proj",
+    ),
+}
+LAYERS = 2
+CLOSE = {"rtol": 2e-4, "atol": 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    mk.register(backend="torch")
+    mk_peft.fuse_lora()
+    backends.reset_dispatch_counts()
+    yield
+    mk.register()
+
+
+def lora(name: str, targets: str = "both", **changes) -> peft.LoraConfig:
+    weights = {"both": [MODELS[name][1], "down_proj"], "first": [MODELS[name][1]], "down": ["down_proj"]}[targets]
+    settings = {"r": 5, "lora_alpha": 3, "init_lora_weights": False, "target_modules": ["q_proj"]}
+    return peft.LoraConfig(target_parameters=[f"experts.{weight}" for weight in weights], **settings | changes)
+
+
+def fill(model: nn.Module) -> None:
+    """A generator of their own, so that a second adapter differs from the first."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                size = 0.3 if "lora" in name else 0.25
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+def adapted(name: str, config: peft.LoraConfig | None = None) -> peft.PeftModel:
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[name][0](), experts_implementation="eager")
+    model = peft.get_peft_model(model, config or lora(name))
+    fill(model)
+    return model
+
+
+def ours(model: peft.PeftModel) -> peft.PeftModel:
+    """A copy on our kernels."""
+    model = copy.deepcopy(model)
+    model.get_base_model().set_experts_implementation("moe_kernels")
+    assert mk.check_model(model) == LAYERS
+    return model
+
+
+def run(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    ids = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    return out.logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(actual: tuple, expected: tuple) -> None:
+    torch.testing.assert_close(actual[0], expected[0], **CLOSE)
+    assert actual[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        if grad is None:
+            assert actual[1][name] is None, name
+            continue
+        assert grad.abs().max() > 0, f"{name} has no gradient: the comparison would prove nothing"
+        torch.testing.assert_close(actual[1][name], grad, msg=lambda m, n=name: f"{n}: {m}", **CLOSE)
+
+
+@pytest.fixture
+def no_delta(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Called after the reference ran: from then on a dense delta is an error."""
+
+    def forbid() -> None:
+        def formed(*_: object) -> None:
+            raise AssertionError("the dense delta BA was formed")
+
+        monkeypatch.setattr(mk_peft.ParamWrapper, "get_delta_weight", formed)
+
+    return forbid
+
+
+@pytest.mark.parametrize("targets", ["both", "first", "down"])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_peft(name: str, targets: str, no_delta: Callable) -> None:
+    model = adapted(name, lora(name, targets))
+    expected = run(model)
+    assert any("experts" in key for key in expected[1])
+    assert not any("gate_up_proj" in key or "down_proj" in key for key in expected[1]), "the base is frozen"
+    no_delta()
+    assert_same(run(ours(model)), expected)
+    assert backends.dispatch_counts() == {"torch": LAYERS}
+
+
+def test_without_fuse_lora_the_delta_is_formed(no_delta: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests above rest on: PEFT's own way does call get_delta_weight."""
+    model = ours(adapted("mixtral"))
+    unfused = mk_peft.ParamWrapper._activate_lora.__wrapped__
+    monkeypatch.setattr(mk_peft.ParamWrapper, "_activate_lora", unfused)
+    no_delta()
+    with pytest.raises(AssertionError, match="was formed"):
+        run(model)
+
+
+def test_other_implementations_keep_pefts_way() -> None:
+    model = adapted("mixtral")
+    expected = run(model)
+    model.get_base_model().set_experts_implementation("batched_mm")
+    assert_same(run(model), expected)
+    assert backends.dispatch_counts() == {}
+
+
+@pytest.mark.parametrize("changes", [{"r": 1}, {"r": 16}, {"use_rslora": True}, {"lora_alpha": 40}], ids=str)
+def test_rank_and_scaling(changes: dict, no_delta: Callable) -> None:
+    model = adapted("mixtral", lora("mixtral", **changes))
+    expected = run(model)
+    no_delta()
+    assert_same(run(ours(model)), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_several_adapters(name: str, no_delta: Callable) -> None:
+    model = adapted(name)
+    model.add_adapter("second", lora(name, r=3, lora_alpha=7))
+    fill(model)
+    expected = {}
+    for active in ("default", "second"):
+        model.set_adapter(active)
+        expected[active] = run(model)
+    model.base_model.set_adapter(["default", "second"])
+    expected["both"] = run(model)
+    assert not torch.allclose(expected["default"][0], expected["second"][0], atol=1e-2)
+    no_delta()
+    fused = ours(model)
+    assert_same(run(fused), expected["both"])
+    for active in ("second", "default"):
+        fused.set_adapter(active)
+        assert_same(run(fused), expected[active])
+
+
+def test_adapter_of_one_weight_only_beside_one_of_none(no_delta: Callable) -> None:
+    """An adapter without this weight adds nothing to it."""
+    model = adapted("mixtral")
+    model.add_adapter("attention", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    fill(model)
+    model.set_adapter("attention")
+    expected = run(model)
+    no_delta()
+    assert_same(run(ours(model)), expected)
+
+
+def test_disable_adapter() -> None:
+    model = adapted("gpt_oss")
+    fused = ours(model)
+    with model.disable_adapter(), fused.disable_adapter(), torch.no_grad():
+        ids = torch.arange(12)[None]
+        torch.testing.assert_close(fused(ids).logits, model(ids).logits, **CLOSE)
+    with torch.no_grad():
+        enabled = model(ids).logits
+        torch.testing.assert_close(fused(ids).logits, enabled, **CLOSE)
+        with model.disable_adapter():
+            assert not torch.allclose(model(ids).logits, enabled, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merge_and_unmerge(name: str) -> None:
+    model = adapted(name).eval()
+    fused, ids = ours(model), torch.arange(12)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        fused.merge_adapter()
+        torch.testing.assert_close(fused(ids).logits, expected, **CLOSE)
+        fused.unmerge_adapter()
+        torch.testing.assert_close(fused(ids).logits, expected, **CLOSE)
+        merged = fused.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, expected, **CLOSE)
+    assert set(merged.state_dict()) == set(model.unload().state_dict())
+
+
+def test_saved_adapter_loads_anywhere(tmp_path: Path) -> None:
+    model = adapted("gpt_oss").eval()
+    base = copy.deepcopy(model).unload()
+    fused, ids = ours(model), torch.arange(12)[None]
+    run(fused)
+    fused.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        assert base.config._experts_implementation == "eager"
+        torch.testing.assert_close(again(ids).logits, fused(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant: bool, no_delta: Callable) -> None:
+    model = adapted("mixtral")
+    expected = run(model)
+    no_delta()
+    fused = ours(model)
+    fused.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    fused.enable_input_require_grads()
+    fused.train()
+    assert_same(run(fused), expected)
+    assert backends.dispatch_counts() == {"torch": 2 * LAYERS}
+
+
+def outer_wrapper(model: nn.Module) -> nn.Module:
+    """The outermost wrapper of the last experts module."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, mk_peft.ParamWrapper) and not name.endswith("base_layer")
+    ][-1]
+
+
+def through(wrapper: nn.Module, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Output and gradients of one layer, with a routing that no rounding changes."""
+    wrapper.zero_grad(set_to_none=True)
+    generator = torch.Generator().manual_seed(5)
+    x, grad = (torch.randn(11, 40, generator=generator).to(device) for _ in range(2))
+    weights, index = torch.randn(11, EXPERTS, generator=generator).softmax(-1).topk(2)
+    out = wrapper(x.to(wrapper.get_param().dtype), index.to(device), weights.to(device))
+    out.backward(grad.to(out.dtype))
+    return out.detach(), {name: p.grad for name, p in wrapper.named_parameters() if p.requires_grad}
+
+
+def test_float32_adapters_of_a_bfloat16_model() -> None:
+    """PEFT keeps adapters of a 16-bit model in float32."""
+    model = adapted("mixtral").to(torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    out, grads = through(outer_wrapper(ours(model)), torch.device("cpu"))
+    exact, exact_grads = through(outer_wrapper(model.float()), torch.device("cpu"))
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).norm() / exact.norm() < 0.01
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert (grad - exact_grads[name]).norm() / exact_grads[name].norm() < 0.02, name
+
+
+def test_a_targeted_bias_is_left_to_peft() -> None:
+    config = lora("gpt_oss")
+    config.target_parameters = [*config.target_parameters, "experts.gate_up_proj_bias"]
+    model = adapted("gpt_oss", config)
+    expected = run(model)
+    assert_same(run(ours(model)), expected)
+
+
+def test_nothing_stays_behind_a_failed_call() -> None:
+    fused = ours(adapted("mixtral"))
+    [(_, experts), _] = mk.experts_modules(fused)
+    wrapper = fused.base_model.model.model.layers[0].mlp.experts
+    with pytest.raises(ValueError, match="topk_ids"):
+        wrapper(torch.randn(3, 40), torch.zeros(2, 2, dtype=torch.int64), torch.rand(2, 2))
+    assert not vars(experts)[mk_peft.LORA_ATTRIBUTE]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [({"lora_dropout": 0.1}, "lora_dropout"), ({"use_dora": True}, "DoRA|use_dora")]
+)
+def test_what_peft_refuses(changes: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        adapted("mixtral", lora("mixtral", **changes))
+
+
+def test_check_model_turns_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mk_peft.ParamWrapper, "_activate_lora", mk_peft.ParamWrapper._activate_lora.__wrapped__)
+    model = adapted("mixtral")
+    model.get_base_model().set_experts_implementation("moe_kernels")
+    mk.check_model(model)
+    patched = mk_peft.ParamWrapper._activate_lora
+    assert patched._moe_kernels
+    mk_peft.fuse_lora()
+    assert mk_peft.ParamWrapper._activate_lora is patched
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_triton_backend(name: str, no_delta: Callable, device: torch.device) -> None:
+    wrapper = outer_wrapper(adapted(name).to(device))
+    expected = through(wrapper, device)
+    no_delta()
+    mk.register(backend="triton")
+    wrapper.get_base_layer().config._experts_implementation = "moe_kernels"
+    with use_small_tiles():
+        assert_same(through(wrapper, device), expected)
+    assert backends.dispatch_counts() == {"triton": 1}
