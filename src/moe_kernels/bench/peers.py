@@ -71,6 +71,10 @@ def _no_gpu(device: torch.device, what: str) -> str | None:
     return None if device.type == "cuda" else f"{what} needs an NVIDIA GPU, and this runs on the {device.type}."
 
 
+def _no_half(what: str, dtype: torch.dtype) -> str | None:
+    return None if dtype in _HALF else f"{what} is made for 16 bits: measure it with --dtype bf16 or fp16."
+
+
 def _not_installed(module: str, package: str) -> str | None:
     """One sentence unless ``module`` can be imported; parents are looked up without importing the module itself."""
     try:
@@ -84,9 +88,7 @@ _SCATTERMOE = "axolotl.integrations.kernels.libs.scattermoe_lora"
 
 
 def _why_not_scattermoe(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype not in _HALF:
-        return "scattermoe is measured in bf16 or fp16: its float32 products use TF32."
-    return _no_gpu(device, "scattermoe") or _not_installed(_SCATTERMOE, "axolotl")
+    return _no_gpu(device, "scattermoe") or _no_half("scattermoe", dtype) or _not_installed(_SCATTERMOE, "axolotl")
 
 
 def _scattermoe(layer: Layer) -> Experts:
@@ -98,10 +100,9 @@ def _scattermoe(layer: Layer) -> Experts:
 
 
 def _why_not_liger(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype not in _HALF:
-        return "liger is measured in bf16 or fp16: its float32 products use TF32."
     return (
         _no_gpu(device, "liger")
+        or _no_half("liger", dtype)
         or _not_installed("liger_kernel", "liger-kernel")
         or _not_installed("liger_kernel.ops.fused_moe", "'liger-kernel>=0.8.1'")
     )
@@ -117,9 +118,7 @@ def _liger(layer: Layer) -> Experts:
 
 
 def _why_not_sonicmoe(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype not in _HALF:
-        return "sonicmoe computes in bf16 or fp16 alone."
-    reason = _no_gpu(device, "sonicmoe")
+    reason = _no_gpu(device, "sonicmoe") or _no_half("sonicmoe", dtype)
     if reason is not None:
         return reason
     from transformers.integrations import sonicmoe

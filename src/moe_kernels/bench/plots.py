@@ -69,15 +69,15 @@ def _bars(axes: Axes, rows: list[Row], ceilings: dict[str, float]) -> None:
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(shapes)), shapes, rotation=20, ha="right")
     axes.set_ylabel("fraction of dense torch.mm, forward + backward")
-    axes.legend(ncols=4, fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _roofline(axes: Axes, rows: list[Row], ceilings: dict[str, float]) -> None:
     intensities = [row["tokens"] * row["top_k"] * 18 * row["hidden"] * row["intermediate"] / bytes_moved(row)
                    for row in rows]  # fmt: skip
-    reach = [min(intensities, default=1) / 2, max(intensities, default=1) * 2]
     knee = ceilings["matmul_tflops"] / ceilings["copy_tbs"]
-    points = sorted({reach[0], *([knee] if reach[0] < knee < reach[1] else []), reach[1]})
+    points = [min(intensities, default=knee) / 2, max(intensities, default=knee) * 2]
+    points = [min(points[0], knee / 4), knee, max(points[1], knee * 4)]
     roof = [min(ceilings["matmul_tflops"], ceilings["copy_tbs"] * point) for point in points]
     axes.plot(points, roof, color="black", label="matrix product and copy of this run")
     for name in [*_names(rows), "dense"]:
@@ -88,10 +88,10 @@ def _roofline(axes: Axes, rows: list[Row], ceilings: dict[str, float]) -> None:
         axes.scatter([x for x, _ in own], [y for _, y in own], label=name, color=colour, marker=marker, s=28)
     for x, row in zip(intensities, rows, strict=True):
         if row["implementation"] == "dense":
-            axes.annotate(row["shape"], (x, row["forward_backward_tflops"]), fontsize=7, rotation=30,
-                          xytext=(3, 5), textcoords="offset points")  # fmt: skip
+            axes.annotate(row["shape"], (x, 0), xycoords=("data", "axes fraction"), fontsize=7, rotation=90,
+                          xytext=(0, 5), textcoords="offset points", ha="center", va="bottom")  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte that must move, forward + backward")
     axes.set_ylabel("TFLOP/s")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
