@@ -1,4 +1,4 @@
-"""The nine run files of ``configs/moe``: complete, comparable in pairs, and accepted by Axolotl."""
+"""The run files of ``configs/moe``: complete, comparable in pairs, and accepted by Axolotl."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ OURS = {
 NAMING = {"wandb_name", "output_dir"}
 BASELINES = [family.baseline for family in FAMILIES.values()]
 WITH_KERNELS = [name for family in FAMILIES.values() for name in (family.optimized, family.test)]
+LORA = "qwen3-30b-a3b-lora.yml"
 ALL = BASELINES + WITH_KERNELS
 
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
@@ -39,12 +40,13 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
     return {key for key in a.keys() | b.keys() if a.get(key, missing) != b.get(key, missing)}
 
 
-def test_exactly_these_nine_exist() -> None:
+def test_exactly_these_exist() -> None:
     assert {path.name for path in FOLDER.iterdir()} == {
         "mixtral-1b-baseline.yml", "mixtral-8x7b-moe-optimized.yml", "mixtral-8x7b-moe-test.yml",
         "qwen2-moe-1b-baseline.yml", "qwen2-moe-a14b-optimized.yml", "qwen2-moe-7b-test.yml",
         "deepseek-v3-1b-baseline.yml", "deepseek-v3-1b-moe-optimized.yml", "deepseek-v3-1b-test.yml",
-    } == {*ALL}  # fmt: skip
+        "qwen3-30b-a3b-lora.yml",
+    } == {*ALL} | {LORA}  # fmt: skip
 
 
 @each_family
@@ -60,7 +62,7 @@ def test_quick_run_is_the_optimized_one_cut_short(family: Family) -> None:
     assert quick["max_steps"] <= 10 < optimized["max_steps"]
 
 
-@pytest.mark.parametrize("name", WITH_KERNELS)
+@pytest.mark.parametrize("name", [*WITH_KERNELS, LORA])
 def test_kernels_are_on(name: str) -> None:
     config = load(name)
     assert {key: config[key] for key in OURS} == OURS
@@ -123,7 +125,7 @@ def changed(raw: dict[str, Any], result: dict[str, Any]) -> set[str]:
     return {key for key, value in raw.items() if key != "datasets" and result.get(key) != value}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, LORA])
 def test_axolotl_accepts_it_for_a_gpu(name: str, plugin_manager: Any) -> None:
     """As on a machine with one Hopper GPU: this one may have none."""
     raw = load(name)

@@ -332,6 +332,15 @@ def test_check_model_turns_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mk_peft.ParamWrapper._activate_lora is patched
 
 
+def test_check_lora() -> None:
+    model = adapted("mixtral")
+    assert mk_peft.check_lora(model) == 0, "nothing is served"
+    assert mk_peft.check_lora(ours(model)) == 2 * LAYERS
+    fused = ours(adapted("mixtral", lora("mixtral", r=129)))
+    with pytest.raises(ValueError, match="rank 129 on down_proj, the kernels take at most 128: lower lora_r"):
+        mk_peft.check_lora(fused)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_triton_backend(name: str, no_delta: Callable, device: torch.device) -> None:
     wrapper = outer_wrapper(adapted(name).to(device))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ except ImportError as error:
 from moe_kernels.integrations.support import LORA_ATTRIBUTE
 from moe_kernels.integrations.transformers import is_served
 
+MAX_RANK = 128  # of fused_experts
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -36,9 +38,8 @@ def fuse_lora() -> None:
 
     @functools.wraps(original)
     @contextmanager
-    def _activate_lora(self: ParamWrapper, active_adapters: list[str]) -> Iterator[None]:
-        experts = self.get_base_layer()
-        if self.parameter_name not in _WEIGHTS or not is_served(experts):
+    def _activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
+        if not _is_fused(self):
             with original(self, active_adapters):
                 yield
             return
@@ -47,7 +48,7 @@ def fuse_lora() -> None:
             yield
             return
         # Two wrappers nest around one module, so each adds and removes its own.
-        pairs = vars(experts).setdefault(LORA_ATTRIBUTE, {})
+        pairs = vars(self.get_base_layer()).setdefault(LORA_ATTRIBUTE, {})
         pairs[self.parameter_name] = pair
         try:
             yield
@@ -55,10 +56,34 @@ def fuse_lora() -> None:
             del pairs[self.parameter_name]
 
     _activate_lora._moe_kernels = True  # type: ignore[attr-defined]
-    ParamWrapper._activate_lora = _activate_lora
+    ParamWrapper._activate_lora = _activate_lora  # type: ignore[method-assign]
 
 
-def low_rank_pair(wrapper: ParamWrapper, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+def check_lora(model: torch.nn.Module) -> int:
+    """The number of expert weights of ``model`` whose LoRA runs inside the kernels.
+
+    Raises:
+        ValueError: an adapter has a higher rank than the kernels take.
+    """
+    wrappers: list[tuple[str, Any]] = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, ParamWrapper) and _is_fused(module)
+    ]
+    for name, wrapper in wrappers:
+        if max(wrapper.r.values()) > MAX_RANK:
+            raise ValueError(
+                f"{name}: LoRA of rank {max(wrapper.r.values())} on {wrapper.parameter_name}, the kernels take at "
+                f"most {MAX_RANK}: lower lora_r, or train without moe_kernels."
+            )
+    return len(wrappers)
+
+
+def _is_fused(wrapper: Any) -> bool:
+    return wrapper.parameter_name in _WEIGHTS and is_served(wrapper.get_base_layer())
+
+
+def low_rank_pair(wrapper: Any, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(left (E, N, r), right (E, r, K)) of ``adapters`` together: ``left @ right`` is what they add to a weight
     (E, N, K), the scaling included. None where no adapter has this weight.
 
