@@ -12,28 +12,53 @@ SMALL = Case(tokens=7, top_k=2, experts=3, hidden=32, intermediate=16, dtype=tor
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+EVERYTHING = Case(**{**SMALL.__dict__, "bias": True, "lora_rank": 16, "transposed": True, "interleaved": True})
+KINDS = {"plain": SMALL, "everything": EVERYTHING, "unreduced": Case(**{**SMALL.__dict__, "reduce": False})}
+EXTRAS = ("gate_up_bias", "down_bias", "gate_up_left", "gate_up_right", "down_left", "down_right")
+
+
+def tensors(inputs, requires_grad):
+    weights = torch.ones_like(inputs.topk_ids, dtype=torch.float32) if inputs.topk_weights is None else inputs.topk_weights
+    floating = (inputs.x, weights, inputs.gate_up, inputs.down, *(inputs.extras.get(name) for name in EXTRAS))
+    leaves = [None if t is None else t.detach().clone().requires_grad_(requires_grad) for t in floating]
+    return (leaves[0], inputs.topk_ids, *leaves[1:])
+
+
+def settings(inputs, backend):
+    options = inputs.options
+    return ("silu", [], options.get("interleaved", False), options.get("reduce", True), False, 64, True, backend)
+
+
 def forward_arguments(inputs, backend, requires_grad=True):
-    weights = [t.detach().clone().requires_grad_(requires_grad) for t in (inputs.x, inputs.topk_weights)]
-    experts = [t.detach().clone().requires_grad_(requires_grad) for t in (inputs.gate_up, inputs.down)]
-    return (weights[0], inputs.topk_ids, weights[1], *experts, "silu", 64, True, backend, True)
+    return (*tensors(inputs, requires_grad), *settings(inputs, backend), True)
 
 
 # What the plan does not use stays unwritten; poisoned memory makes even that comparable.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward_contract(backend, device, dtype):
-    inputs = make_inputs(Case(**{**SMALL.__dict__, "dtype": dtype}), device)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_contract(backend, device, dtype, kind):
+    inputs = make_inputs(Case(**{**KINDS[kind].__dict__, "dtype": dtype}), device)
     torch.library.opcheck(torch.ops.moe_kernels.experts_forward.default, forward_arguments(inputs, backend))
 
 
-@pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, True], [False, True, True, False]], ids=str)
-def test_backward_contract(backend, device, needs):
-    inputs = make_inputs(SMALL, device)
-    arguments = forward_arguments(inputs, backend, requires_grad=False)
-    _, z, plan = torch.ops.moe_kernels.experts_forward(*arguments)
-    x, _, weights, gate_up, down = arguments[:5]
+@pytest.mark.parametrize(
+    ("kind", "needs"),
+    [
+        ("plain", [True] * 4 + [False] * 6),
+        ("plain", [True, False, False, True] + [False] * 6),
+        ("plain", [False, True, True, False] + [False] * 6),
+        ("everything", [True] * 10),
+        ("everything", [True] * 2 + [False] * 4 + [True] * 4),
+    ],
+    ids=str,
+)
+def test_backward_contract(backend, device, kind, needs):
+    inputs = make_inputs(KINDS[kind], device)
+    _, z, x_low, plan = torch.ops.moe_kernels.experts_forward(*forward_arguments(inputs, backend, False))
+    x, _, *others = tensors(inputs, requires_grad=False)
     torch.library.opcheck(
         torch.ops.moe_kernels.experts_backward.default,
-        (inputs.grad, x, weights, gate_up, down, z, plan, "silu", 64, True, backend, needs),
+        (inputs.grad, x, *others, z, x_low, plan, *settings(inputs, backend), needs, False),
     )
 
 
@@ -75,6 +100,6 @@ def test_one_graph_for_every_number_of_tokens(backend, device):
 
 def test_fake_shapes_agree_with_the_plan():
     inputs = make_inputs(SMALL)
-    _, _, packed = torch.ops.moe_kernels.experts_forward(*forward_arguments(inputs, "torch", requires_grad=False))
+    _, _, _, packed = torch.ops.moe_kernels.experts_forward(*forward_arguments(inputs, "torch", requires_grad=False))
     plan = RoutingPlan.from_packed(packed, SMALL.tokens, SMALL.top_k, SMALL.experts, 64)
     assert (plan.rows, plan.tokens, plan.experts) == (14, 7, 3)
