@@ -18,7 +18,9 @@ EXTRAS = ("gate_up_bias", "down_bias", "gate_up_left", "gate_up_right", "down_le
 
 
 def tensors(inputs, requires_grad):
-    weights = torch.ones_like(inputs.topk_ids, dtype=torch.float32) if inputs.topk_weights is None else inputs.topk_weights
+    weights = inputs.topk_weights
+    if weights is None:
+        weights = torch.ones_like(inputs.topk_ids, dtype=torch.float32)
     floating = (inputs.x, weights, inputs.gate_up, inputs.down, *(inputs.extras.get(name) for name in EXTRAS))
     leaves = [None if t is None else t.detach().clone().requires_grad_(requires_grad) for t in floating]
     return (leaves[0], inputs.topk_ids, *leaves[1:])

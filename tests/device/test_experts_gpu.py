@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import moe_kernels
+from moe_kernels.activation import Activation
 from moe_kernels.testing.problems import DIFFERENTIABLE, Case, check, eager, make_inputs, run, truth
 from moe_kernels.testing.routings import ROUTINGS
 from moe_kernels.testing.tolerances import assert_close_to_truth
@@ -48,6 +49,29 @@ def test_dtypes(dtype, record_property):
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_hostile_routings(routing, record_property):
     judge(Case(333, 4, 9, 512, 176, BF16, routing), record_property)
+
+
+CLAMPED = Activation("clamped_glu", (1.702, 0.7))
+KINDS = {
+    "gpt-oss": {"transposed": True, "interleaved": True, "bias": True, "activation": CLAMPED},
+    "privacy-filter": {"transposed": True, "bias": True, "activation": CLAMPED},
+    "gateless": {"gated": False, "activation": "relu2"},
+    "softcapped": {"activation": Activation("softcapped_silu", (0.8, 1.5))},
+    "clamped_silu": {"activation": Activation("clamped_silu", (0.5,))},
+    "gelu": {"activation": "gelu"},
+    "gelu_pytorch_tanh": {"activation": "gelu_pytorch_tanh"},
+    "quick_gelu": {"activation": "quick_gelu"},
+    "relu": {"activation": "relu"},
+    "unreduced": {"reduce": False},
+    "lora": {"lora_rank": 16},
+    "gpt-oss-lora": {"transposed": True, "interleaved": True, "bias": True, "activation": CLAMPED, "lora_rank": 8},
+}
+
+
+@pytest.mark.parametrize("group_size", [64, 128, 256])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_experts(kind, group_size, record_property):
+    judge(Case(1000, 4, 16, 512, 352, BF16, "zipf", **KINDS[kind]), record_property, group_size=group_size)
 
 
 @pytest.mark.parametrize(
