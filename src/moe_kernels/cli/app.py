@@ -52,6 +52,11 @@ COMMANDS: dict[str, Entry] = {
             "moe-kernels bench --shapes mixtral-1b --group-sizes 64,128,256,auto --persistent both",
         ),
     ),
+    "tune": Entry(
+        "moe_kernels.bench.tune:tune",
+        "Find and verify the fastest tiles for given layers on this GPU.",
+        ("moe-kernels tune", "moe-kernels tune --shapes qwen3-30b-a3b,olmoe-7b --group-sizes 64,128"),
+    ),
     "doctor": Entry(
         "moe_kernels.cli.doctor:doctor",
         "Say what will run on this machine, and why not more.",

@@ -1,19 +1,21 @@
 """Tile sizes as data: which tile each kernel uses, by GPU generation, dtype and group size.
 
-Nothing is searched or timed while a model trains: the tables below are the whole choice. ``benchmarks/results``
-holds the measurements they come from.
+Nothing is searched or timed while a model trains: the choice is what ``tuning/tuned.py`` finds for the sizes at hand,
+or else the tables below. ``benchmarks/results`` holds the measurements they come from.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from moe_kernels.backends import device_capability
+from moe_kernels.tuning import tuned
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,12 @@ def use_config(kernel: str, config: GemmConfig) -> Iterator[None]:
 
 
 def select_config(
-    kernel: str, device: torch.device, dtype: torch.dtype, group_size: int | None, tma: bool
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    group_size: int | None,
+    tma: bool,
+    sizes: tuple[int, int, int] | None,
 ) -> GemmConfig:
     """The tile that ``kernel``, one of :data:`KERNELS`, uses.
 
@@ -114,7 +121,35 @@ def select_config(
         device, dtype: of the weights.
         group_size: rows per tile; None for wgrad.
         tma: loads by tensor-memory copies.
+        sizes: rows per expert, columns of the result, length of the inner products: see ``tuned.Sizes``. None for a
+            kernel with a bias, a low-rank part or weights stored by columns: tiles are tuned without, and what fits
+            a multiprocessor without need not fit with.
+
+    Raises:
+        TunedTilesError: there is a file of tuned tiles for this GPU that cannot be used.
     """
     if kernel in _overrides:
         return _overrides[kernel]
+    return _choose(kernel, device, dtype, group_size, tma, sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    group_size: int | None,
+    tma: bool,
+    sizes: tuple[int, int, int] | None,
+) -> GemmConfig:
+    if sizes is not None and dtype != torch.float32:  # tiles are tuned in 16 bits
+        found = tuned.find(kernel, device, group_size, tma, tuned.Sizes(*sizes))
+        if found is not None:
+            return GemmConfig(**found)
     return table(device_capability(device), dtype, tma)[kernel, group_size]
+
+
+def forget_tuned_tiles() -> None:
+    """Read the files of tuned tiles again at the next launch."""
+    tuned.tiles_of.cache_clear()
+    _choose.cache_clear()

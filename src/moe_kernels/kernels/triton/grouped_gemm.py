@@ -93,7 +93,9 @@ def _grouped_gemm(
     w_is_kn = by_columns != transposed
     out = rows_in.new_empty(plan.rows, width)
     tma = tma_fits(rows_in, matrix, out)
-    config = fit_columns(select_config(kernel_name, weight.device, rows_in.dtype, plan.group_size, tma), width)
+    plain = bias is None and low_rank is None and not by_columns
+    sizes = (plan.rows // plan.experts, width, inner) if plain else None
+    config = fit_columns(select_config(kernel_name, weight.device, rows_in.dtype, plan.group_size, tma, sizes), width)
     block = (config.block_k, config.block_n) if w_is_kn else (config.block_n, config.block_k)
     low, factor, rank = low_rank_arguments(low_rank, out)
     launch_tiles(

@@ -165,7 +165,9 @@ def _launch(
     hidden, width = x.shape[1], a.shape[1]
     matrix, w_is_kn = stored(weight)
     tma = tma_fits(matrix, x, a)
-    config = fit_columns(select_config("up", weight.device, x.dtype, plan.group_size, tma), width)
+    plain = bias is None and low_rank is None and not w_is_kn and gate["GATED"] and not gate["INTERLEAVED"]
+    sizes = (plan.rows // plan.experts, width, hidden) if plain else None
+    config = fit_columns(select_config("up", weight.device, x.dtype, plan.group_size, tma, sizes), width)
     columns = config.block_n * (2 if gate["INTERLEAVED"] else 1)
     block = (config.block_k, columns) if w_is_kn else (columns, config.block_k)
     low, left, rank = low_rank_arguments(low_rank, a)

@@ -74,7 +74,8 @@ def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.T
     m, n = left.shape[1], right.shape[1]
     out = left.new_empty(plan.experts, m, n)
     tma = tma_fits(left, right)
-    config = fit_columns(select_config("wgrad", left.device, left.dtype, None, tma), n)
+    sizes = (plan.rows // plan.experts, n, m)
+    config = fit_columns(select_config("wgrad", left.device, left.dtype, None, tma, sizes), n)
     if m <= 64 < config.block_m:  # a low-rank factor; the matrix unit takes 64 rows at a time
         config = dataclasses.replace(config, block_m=64)
     launch_grid(

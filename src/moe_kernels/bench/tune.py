@@ -1,0 +1,179 @@
+"""`moe-kernels tune`: measure tiles on this GPU, verify the winners, and keep them for every later process."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moe_kernels.cli.errors import MissingDependency, UsageError
+from moe_kernels.shapes import LAYERS, LayerShape
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_kernels.bench.tiles import Timing, Tuned
+
+DEFAULT_SHAPES = "mixtral-1b,qwen2-moe-1b,deepseek-v3-1b"
+GROUP_SIZES = ("64", "128", "256")
+TABLE_WIDTH = 150
+
+
+def tune(
+    shapes: Annotated[
+        str, typer.Option(help=f"Comma-separated layers, or all. Known: {', '.join(LAYERS)}.")
+    ] = DEFAULT_SHAPES,
+    group_sizes: Annotated[str, typer.Option(help="Values of moe_group_size to tune: 64, 128, 256.")] = "128",
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per call instead of each layer's own.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="The table, instead of the one in the user's cache.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Also write every measurement to this file.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the table holds for other layers.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that compile ahead.")] = min(8, os.cpu_count() or 1),
+) -> None:
+    """Find the fastest tile of every GEMM kernel for given layers on this GPU.
+
+    A candidate whose result is wrong is not timed. A tile that is at least two per cent faster than the one in use
+    must then pass the checks of `moe-kernels verify` (output and every gradient against float64, hostile
+    routings, poisoned memory, twice bitwise equal) before it enters the table. Training reads the table once
+    and measures nothing. The table is kept by shape bucket: rows per expert, columns, inner length.
+    """
+    import torch
+
+    wanted = _shapes(shapes, tokens)
+    groups = [int(_one_of("group-sizes", part.strip(), GROUP_SIZES)) for part in group_sizes.split(",")]
+    if not torch.cuda.is_available():
+        raise MissingDependency("tune measures on an NVIDIA GPU, and torch sees none. Cure: see `moe-kernels doctor`")
+    from moe_kernels.bench.tiles import compile_ahead, time_shape
+
+    console = Console(stderr=True)
+    device = torch.device("cuda", torch.cuda.current_device())
+    with console.status("compiling") as status:
+
+        def progress(message: str) -> None:
+            status.update(escape(message))
+
+        compile_ahead([shape.name for shape in wanted], groups, jobs)
+        timings: list[Timing] = []
+        for shape in wanted:
+            for group in groups:
+                timings += time_shape(shape, group, device, progress)
+                torch.cuda.empty_cache()
+        results = conclude(timings, wanted, device, out, fresh, progress)
+    show(results, timings)
+    if json_file is not None:
+        _write_measurements(json_file, timings)
+        console.print(f"wrote {json_file}", highlight=False)
+
+
+def conclude(
+    timings: list[Timing],
+    shapes: list[LayerShape],
+    device: torch.device,
+    out: Path | None,
+    fresh: bool,
+    progress: Any = lambda message: None,
+) -> list[Tuned]:
+    """Verify the winners and write the table: ``out``, or the one that training reads on this GPU.
+
+    Lines for other buckets stay as they are, unless ``fresh`` or they are of another version of Triton.
+    """
+    import torch
+    import triton
+
+    from moe_kernels.bench.environment import environment
+    from moe_kernels.bench.tiles import choose
+    from moe_kernels.tuning import config, tuned
+
+    file = out or tuned.cache_file(device)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    machine = environment()
+    header = {
+        "device": tuned.device_name(device),
+        "capability": list(capability),
+        **{name: machine[name] for name in ("torch", "moe_kernels", "commit", "date")},
+        "triton": triton.__version__,
+    }
+    entries: dict[tuned.Key, dict[str, Any]] = {}
+    if file.exists() and not fresh:
+        before = tuned.read(file)
+        if (before["device"], before["triton"]) == (header["device"], header["triton"]):
+            entries = {tuned.Key(*(entry[f] for f in tuned.Key._fields)): entry for entry in before["tiles"]}
+    results = choose(timings, shapes, device, progress)
+    for result in results:
+        entries.pop(result.key, None)
+        if result.config is not None:
+            measured = [t for t in timings if t.key == result.key and t.config == result.config]
+            entries[result.key] = {
+                **result.key._asdict(),
+                **asdict(result.config),
+                "measured": [
+                    {"shape": t.shape, "gemm": t.call, "ms": t.ms, "default_ms": t.default_ms} for t in measured
+                ],
+            }
+    tuned.write(file, header, list(entries.values()))
+    config.forget_tuned_tiles()
+    Console(stderr=True).print(f"wrote {file}: {len(entries)} tiles", highlight=False)
+    return results
+
+
+def show(results: list[Tuned], timings: list[Timing]) -> None:
+    """The outcome by bucket, and every wrong tile."""
+    from moe_kernels.bench.tiles import describe
+
+    output = Console()
+    output.width = max(output.width, TABLE_WIDTH)
+    table = Table()
+    for column in ("kernel", "group size", "loads", "bucket", "tile", "time over the tile in use"):
+        table.add_column(column, no_wrap=True)
+    for result in results:
+        tile = "the one in use" if result.config is None else describe(result.config)
+        group = str(result.key.group_size or "")
+        ratio = "" if result.config is None else f"{result.ratio:.3f}"
+        table.add_row(result.key.kernel, group, result.key.loads, result.key.bucket, tile, ratio)
+    output.print(table)
+    for timing in timings:
+        if timing.wrong:
+            output.print(
+                f"wrong, not used: {timing.call} {describe(timing.config)} on {timing.shape}: {timing.fault}",
+                style="red", markup=False,
+            )  # fmt: skip
+    for result in results:
+        for config, reason in result.refused:
+            output.print(
+                f"refused, not used: {result.key.kernel} {describe(config)}: {reason}", style="red", markup=False
+            )
+
+
+def _write_measurements(file: Path, timings: list[Timing]) -> None:
+    from moe_kernels.bench.environment import environment
+
+    rows = [{**asdict(timing), "key": timing.key._asdict()} for timing in timings]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        json.dumps({"schema": 1, "kind": "timings", "environment": environment(), "rows": rows}, indent=1)
+    )
+
+
+def _one_of(option: str, value: str, valid: tuple[str, ...]) -> str:
+    if value not in valid:
+        raise UsageError(f"--{option} {value}: choose from {', '.join(valid)}")
+    return value
+
+
+def _shapes(names: str, tokens: int | None) -> list[LayerShape]:
+    import dataclasses
+
+    chosen = list(LAYERS) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    layers = [LAYERS[_one_of("shapes", name, tuple(LAYERS))] for name in chosen]
+    return [dataclasses.replace(layer, tokens=tokens or layer.tokens) for layer in layers]

@@ -1,0 +1,187 @@
+"""Tuned tiles: the fastest correct tile of a kernel for a bucket of sizes, measured on one kind of GPU.
+
+`moe-kernels tune` measures and verifies tiles and writes them into the user's cache; tables of the same form ship
+with the package (``moe_kernels/tuning/*.json``). A process reads them once, at the first launch; nothing is measured
+while a model trains. What the cache holds for this GPU comes first, then what is shipped for its compute capability,
+then the tables of ``tuning/config.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from moe_kernels.backends import device_capability
+
+logger = logging.getLogger("moe_kernels")
+
+SCHEMA = 1
+CACHE_VARIABLE = "MOE_KERNELS_CACHE"
+SHIPPED = Path(__file__).parent
+CURE = "Remove the file, or write it again with `moe-kernels tune --fresh`."
+TILE_FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "flatten", "programs_per_sm")
+ROW_TILED = ("up", "down", "dgrad")
+GROUP_SIZES = (64, 128, 256)
+
+
+class TunedTilesError(ValueError):
+    """A file of tuned tiles cannot be used; the message names the file, what is wrong and the cure."""
+
+
+class Sizes(NamedTuple):
+    """What decides which tile is fast, beside the kernel.
+
+    Attributes:
+        rows_per_expert: on average.
+        width: columns of the result.
+        depth: length of the inner products; for a weight gradient its rows.
+    """
+
+    rows_per_expert: int
+    width: int
+    depth: int
+
+
+class Key(NamedTuple):
+    """One line of a table.
+
+    Attributes:
+        kernel: up, down, dgrad or wgrad.
+        group_size: rows per tile; None for wgrad.
+        loads: "tma" or "pointer".
+        bucket: see :func:`bucket`.
+    """
+
+    kernel: str
+    group_size: int | None
+    loads: str
+    bucket: str
+
+
+def bucket(sizes: Sizes) -> str:
+    """The class of ``sizes``: 27 of them, so that a tile measured on one layer serves its like."""
+    rows = "few" if sizes.rows_per_expert < 512 else "some" if sizes.rows_per_expert < 2048 else "many"
+    width, depth = ("narrow" if n <= 512 else "medium" if n <= 2048 else "wide" for n in sizes[1:])
+    return f"{rows} rows, {width}, {'shallow' if depth == 'narrow' else 'medium' if depth == 'medium' else 'deep'}"
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or the device's type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def cache_file(device: torch.device) -> Path:
+    """Where `moe-kernels tune` keeps the tiles of this GPU: in ``MOE_KERNELS_CACHE``, or the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "moe-kernels")
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return folder / f"tiles-{slug}.json"
+
+
+def find(kernel: str, device: torch.device, group_size: int | None, tma: bool, sizes: Sizes) -> dict[str, Any] | None:
+    """The fields of the tuned tile, or None where nothing was tuned.
+
+    Raises:
+        TunedTilesError: a file is there and cannot be used.
+    """
+    return tiles_of(device).get(Key(kernel, group_size, "tma" if tma else "pointer", bucket(sizes)))
+
+
+@functools.cache
+def tiles_of(device: torch.device) -> dict[Key, dict[str, Any]]:
+    """Every tuned tile for ``device``, read once per process."""
+    found: dict[Key, dict[str, Any]] = {}
+    capability = device_capability(device)
+    for file in sorted(SHIPPED.glob("*.json")):
+        report = read(file)
+        if capability is not None and tuple(report["capability"]) == capability:
+            found |= tiles(report)
+    own = cache_file(device)
+    if own.exists():
+        report = read(own)
+        if report["triton"] == triton.__version__:
+            found |= tiles(report)
+        else:
+            logger.warning(
+                "tuned tiles in %s are not used: verified with triton %s, this is %s. Run `moe-kernels tune`.",
+                own, report["triton"], triton.__version__,
+            )  # fmt: skip
+    return found
+
+
+def tiles(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
+    """Tile fields by key, of a report that :func:`read` returned."""
+    return {
+        Key(*(entry[field] for field in Key._fields)): {field: entry[field] for field in TILE_FIELDS}
+        for entry in report["tiles"]
+    }
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The report in ``file``, with every entry checked.
+
+    Raises:
+        TunedTilesError: not JSON, another form, changed after it was verified, or a tile that cannot be.
+    """
+    try:
+        report = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise TunedTilesError(f"tuned tiles in {file} cannot be read ({error}). {CURE}") from None
+    if not isinstance(report, dict) or report.get("kind") != "tiles" or report.get("schema") != SCHEMA:
+        raise TunedTilesError(f"{file} holds no tuned tiles of this version. {CURE}")
+    missing = {"device", "capability", "triton", "tiles", "digest"} - set(report)
+    if missing:
+        raise TunedTilesError(f"{file} lacks {', '.join(sorted(missing))}. {CURE}")
+    if report["digest"] != digest(report["tiles"]):
+        raise TunedTilesError(f"{file} was changed after its tiles were verified. {CURE}")
+    for entry in report["tiles"]:
+        reason = why_invalid(entry)
+        if reason is not None:
+            raise TunedTilesError(f"{file}: {reason}. {CURE}")
+    return report
+
+
+def digest(entries: list[dict[str, Any]]) -> str:
+    """Fingerprint of the verified entries."""
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def why_invalid(entry: dict[str, Any]) -> str | None:
+    """None if an entry of a table is a tile that its kernel could run, else what is wrong with it."""
+    lacking = [field for field in (*Key._fields, *TILE_FIELDS) if field not in entry]
+    if lacking:
+        return f"an entry lacks {', '.join(lacking)}"
+    kernel, group_size = entry["kernel"], entry["group_size"]
+    name = f"{kernel} g={group_size}, {entry['bucket']}"
+    if kernel not in (*ROW_TILED, "wgrad"):
+        return f"{name}: no such kernel"
+    if group_size not in (GROUP_SIZES if kernel in ROW_TILED else (None,)):
+        return f"{name}: no such group size"
+    if kernel in ROW_TILED and entry["block_m"] != group_size:
+        return f"{name}: block_m={entry['block_m']} is not the group size"
+    for field, low, high in (("block_m", 16, 256), ("block_n", 16, 512), ("block_k", 16, 256), ("num_warps", 1, 16)):
+        value = entry[field]
+        if not isinstance(value, int) or not low <= value <= high or value & (value - 1):
+            return f"{name}: {field}={value!r} is no power of two from {low} to {high}"
+    for field, low, high in (("num_stages", 1, 8), ("group_m", 1, 64), ("programs_per_sm", 1, 4)):
+        if not isinstance(entry[field], int) or not low <= entry[field] <= high:
+            return f"{name}: {field}={entry[field]!r} is not from {low} to {high}"
+    return None if isinstance(entry["flatten"], bool) else f"{name}: flatten={entry['flatten']!r} is no truth value"
+
+
+def write(file: Path, header: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    """Write verified ``entries`` with their fingerprint, in one move."""
+    report = {"schema": SCHEMA, "kind": "tiles", **header, "tiles": entries, "digest": digest(entries)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(part, file)
