@@ -213,7 +213,6 @@ class _Route(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         weights, ids = _forward(*inputs)
         _save(ctx, inputs, ids)
-        ctx.mark_non_differentiable(ids)
         ctx.set_materialize_grads(False)
         return weights, ids
 

@@ -156,6 +156,15 @@ def test_both_backends_choose_alike_among_ties(model, device):
         assert (model.route(equal, "triton")[1] == torch.arange(model.ours["top_k"], device=device)).all()
 
 
+def test_the_sign_of_nan_does_not_matter(device):
+    logits = torch.tensor([[1.0, float("nan"), 2.0, 0.0]], device=device)
+    for sign in (1.0, -1.0):
+        logits[0, 1] = logits[0, 1].copysign(torch.tensor(sign))
+        assert logits.signbit()[0, 1] == (sign < 0)
+        for backend in BACKENDS:
+            assert router.route(logits, 2, backend=backend)[1].tolist() == [[1, 2]]
+
+
 def test_negative_zero_ties_with_zero(device):
     logits = torch.tensor([[-0.0, 0.0, -0.0, -1.0]], device=device)
     for backend in BACKENDS:

@@ -219,28 +219,27 @@ def route(
     weights = torch.empty((tokens, top_k), dtype=weights_dtype, device=logits.device)
     programs, tokens_per_chunk = chunks(tokens, experts, groups)
     counts = torch.empty((programs if count else 0, experts), dtype=torch.int32, device=logits.device)
-    if tokens:
-        blocks, num_warps = route_blocks(experts, groups)
-        route_kernel[(programs,)](
-            logits,
-            logits if bias is None else bias,
-            ids,
-            weights,
-            counts,
-            tokens,
-            tokens_per_chunk,
-            scale,
-            E=experts,
-            TOP_K=top_k,
-            SIGMOID=sigmoid,
-            NORMALIZE=normalize,
-            HAS_BIAS=bias is not None,
-            GROUPS=groups,
-            TOP_GROUPS=top_groups,
-            COUNT=count,
-            **blocks,
-            num_warps=num_warps,
-        )
+    blocks, num_warps = route_blocks(experts, groups)
+    route_kernel[(programs,)](
+        logits,
+        logits if bias is None else bias,
+        ids,
+        weights,
+        counts,
+        tokens,
+        tokens_per_chunk,
+        scale,
+        E=experts,
+        TOP_K=top_k,
+        SIGMOID=sigmoid,
+        NORMALIZE=normalize,
+        HAS_BIAS=bias is not None,
+        GROUPS=groups,
+        TOP_GROUPS=top_groups,
+        COUNT=count,
+        **blocks,
+        num_warps=num_warps,
+    )
     return weights, ids, counts
 
 
@@ -250,20 +249,19 @@ def route_grad(
     """dweights (T, K), logits (T, E), ids (T, K), all contiguous -> dlogits (T, E) in the dtype of the logits."""
     tokens, experts = logits.shape
     dlogits = torch.empty_like(logits)
-    if tokens:
-        blocks, num_warps = route_grad_blocks(experts)
-        route_grad_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
-            dweights,
-            logits,
-            ids,
-            dlogits,
-            tokens,
-            scale,
-            E=experts,
-            TOP_K=ids.shape[1],
-            SIGMOID=sigmoid,
-            NORMALIZE=normalize,
-            **blocks,
-            num_warps=num_warps,
-        )
+    blocks, num_warps = route_grad_blocks(experts)
+    route_grad_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
+        dweights,
+        logits,
+        ids,
+        dlogits,
+        tokens,
+        scale,
+        E=experts,
+        TOP_K=ids.shape[1],
+        SIGMOID=sigmoid,
+        NORMALIZE=normalize,
+        **blocks,
+        num_warps=num_warps,
+    )
     return dlogits
