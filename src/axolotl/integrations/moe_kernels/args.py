@@ -121,7 +121,8 @@ class MoeKernelsArgs(BaseModel):
             )
         if (data.get("expert_parallel_size") or 1) != 1:
             raise ValueError(
-                "moe_kernels: true cannot be combined with expert_parallel_size: its dispatch replaces the "
-                "experts function. Set expert_parallel_size: 1, or moe_kernels: false."
+                "moe_kernels: true cannot be combined with expert_parallel_size: that plugin picks the kernel from "
+                "a fixed list of its own. Set expert_parallel_size: 1 and shard with fsdp_version: 2, or set "
+                "moe_kernels: false; docs/distributed.md has expert parallelism that works."
             )
         return data
