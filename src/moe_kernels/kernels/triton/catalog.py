@@ -17,6 +17,7 @@ from moe_kernels.kernels.triton.expert_sum import expert_sum_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
 from moe_kernels.kernels.triton.launch import fit_columns
 from moe_kernels.kernels.triton.plan import count_kernel, place_kernel, plan_blocks
+from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, route_grad_kernel, route_kernel
 from moe_kernels.kernels.triton.up import up_kernel
 from moe_kernels.kernels.triton.wgrad import wgrad_kernel
 from moe_kernels.tuning.config import GemmConfig, table
@@ -174,6 +175,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
                 yield gemm_case(kernel, config, dtype, tma, label, aligned, divisible)
     yield from _variant_cases(table(capability, torch.bfloat16, capability >= (9, 0)), capability >= (9, 0))
     yield from _small_cases()
+    yield from _router_cases()
 
 
 def _variant_cases(configs: dict[tuple[str, int | None], GemmConfig], tma: bool) -> Iterator[CompileCase]:
@@ -269,5 +271,40 @@ def _small_cases() -> Iterator[CompileCase]:
             | {"out_ptr": "*bf16", "N": "i32"},
             {"WEIGHTED": weighted, "BLOCK_R": 64, "BLOCK_N": 64},
             {"num_warps": 8, "num_stages": 3},
+            uses_dot=False,
+        )
+
+
+def _router_cases() -> Iterator[CompileCase]:
+    # scoring, dtype of the logits, normalised, groups, groups kept, with the plan's histogram
+    kinds = {
+        "softmax": (False, "bf16", True, 1, 1, False),
+        "softmax-plain": (False, "fp32", False, 1, 1, True),
+        "sigmoid": (True, "fp32", True, 8, 4, False),
+    }
+    for (name, (sigmoid, t, normalize, groups, kept, count)), (experts, top_k) in itertools.product(
+        kinds.items(), ((60, 4), (128, 8), (256, 8), (512, 10))
+    ):
+        if experts % groups:
+            continue
+        common = {"E": experts, "TOP_K": top_k, "SIGMOID": sigmoid, "NORMALIZE": normalize}
+        tensors = {"logits_ptr": f"*{t}", "ids_ptr": "*i64", "T": "i32", "scale": "fp32"}
+        blocks, num_warps = route_blocks(experts, groups)
+        chosen = {"HAS_BIAS": sigmoid, "GROUPS": groups, "TOP_GROUPS": kept, "COUNT": count}
+        yield CompileCase(
+            f"route-{name}-e{experts}",
+            route_kernel,
+            tensors | {"bias_ptr": "*fp32", "weights_ptr": f"*{t}", "counts_ptr": "*i32", "tokens_per_chunk": "i32"},
+            common | chosen | blocks,
+            {"num_warps": num_warps, "num_stages": 3},
+            uses_dot=False,
+        )
+        blocks, num_warps = route_grad_blocks(experts)
+        yield CompileCase(
+            f"route-grad-{name}-e{experts}",
+            route_grad_kernel,
+            tensors | {"dweights_ptr": f"*{t}", "dlogits_ptr": f"*{t}"},
+            common | blocks,
+            {"num_warps": num_warps, "num_stages": 3},
             uses_dot=False,
         )

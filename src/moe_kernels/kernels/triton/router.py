@@ -188,7 +188,7 @@ def route_blocks(experts: int, groups: int) -> tuple[dict[str, int], int]:
 def route_grad_blocks(experts: int) -> tuple[dict[str, int], int]:
     """(block sizes of ``route_grad_kernel``, warps)."""
     block_e = triton.next_power_of_2(experts)
-    return {"BLOCK_T": max(1, min(64, 2048 // block_e)), "BLOCK_E": block_e}, 4
+    return {"BLOCK_T": max(1, min(64, 1024 // block_e)), "BLOCK_E": block_e}, 4
 
 
 def chunks(tokens: int, experts: int, groups: int) -> tuple[int, int]:
