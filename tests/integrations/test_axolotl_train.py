@@ -156,6 +156,127 @@ def check_router(training: Training, history: RouterHistory, shape: ModelShape) 
     assert idle == (shape.name != "deepseek-v3-tiny"), "DeepSeek-V3 has no such loss"
 
 
+def small_config(kind: str, vocab: int) -> Any:
+    """A tiny model of another layout than the three families'."""
+    import transformers
+
+    common = {
+        "vocab_size": vocab,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if kind == "qwen3-moe":
+        return transformers.Qwen3MoeConfig(
+            **common, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=2, num_experts=8
+        )
+    if kind == "gpt-oss":  # stored transposed and interleaved, biases, a clamp
+        return transformers.GptOssConfig(
+            **common,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_local_experts=8,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    return transformers.NemotronHConfig(  # no gate
+        **common,
+        layers_block_type=["full_attention", "moe", "full_attention", "moe"],
+        moe_intermediate_size=48,
+        moe_shared_expert_intermediate_size=48,
+        n_routed_experts=8,
+        n_group=1,
+        topk_group=1,
+    )
+
+
+def small_model(folder: Path, kind: str) -> str:
+    import torch
+    import transformers
+
+    source, target = folder / "artifacts" / "models" / "mixtral-tiny", folder / "artifacts" / "models" / kind
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(small_config(kind, len(tokenizer)))
+    with torch.no_grad():  # freshly drawn, the experts add next to nothing to the loss
+        for name, parameter in model.named_parameters():
+            if "experts." in name:
+                parameter.normal_(0.0, 0.2)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return f"artifacts/models/{kind}"
+
+
+def small_adapter(folder: Path, config: dict[str, Any]) -> str:
+    """Axolotl draws a new adapter before any seed is set, and its B is zero: two runs start from this one instead."""
+    import peft
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / config["base_model"])
+    torch.manual_seed(1)
+    lora = peft.LoraConfig(
+        r=config["lora_r"],
+        lora_alpha=config["lora_alpha"],
+        target_modules=config["lora_target_modules"],
+        target_parameters=config["lora_target_parameters"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    peft.get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    return str(folder / "adapter")
+
+
+KERNEL_KEYS = ("plugins", "moe_kernels", "moe_group_size", "moe_persistent_kernel", "experts_implementation")
+SMALL = {
+    "qwen3-moe": "qwen3-30b-a3b-lora.yml",
+    "gpt-oss": FAMILIES["mixtral"].optimized,
+    "nemotron-h": FAMILIES["mixtral"].optimized,
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_other_layouts_and_lora(kind: str, folder: Path) -> None:
+    """The same losses as transformers' own experts, and PEFT's merged weights, give."""
+    optimized = tiny(SMALL[kind], "mixtral") | {
+        "base_model": small_model(folder, kind),
+        "attn_implementation": "eager",
+    }
+    lora = "lora_target_parameters" in optimized
+    if lora:
+        optimized |= {"lora_model_dir": small_adapter(folder, optimized)}
+    baseline = {key: value for key, value in optimized.items() if key not in KERNEL_KEYS}
+    configs = {f"{kind}-baseline": baseline, f"{kind}-optimized": optimized}
+    with ThreadPoolExecutor() as pool:
+        expected, actual = pool.map(partial(train, folder), configs.keys(), configs.values())
+    for training in (expected, actual):
+        assert training.returncode == 0, training.log[-4000:]
+        assert len(training.losses) == STEPS
+    calls = 4 if optimized["gradient_checkpointing"] else 2
+    assert [row["train/moe/expert_calls"] for row in actual.rows] == [calls] * STEPS
+    assert ("LoRA of 4 expert weights runs inside the kernels" in actual.log) == lora
+    differences = [abs(a - b) for a, b in zip(expected.losses, actual.losses, strict=True)]
+    assert differences[0] < 4e-6, differences
+    assert max(differences) < 1e-4, differences
+    if lora:
+        saved = [keys_of(folder / "runs" / name / "out" / "adapter_model.safetensors") for name in configs]
+        assert saved[0] == saved[1]
+        assert any("experts" in key for key in saved[0])
+
+
+def keys_of(path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
 def test_the_saved_model_names_no_kernels(folder: Path) -> None:
     config = json.loads((folder / "runs" / "mixtral-optimized" / "out" / "config.json").read_text())
     assert "moe_kernels" not in json.dumps(config)
