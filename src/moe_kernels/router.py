@@ -11,9 +11,8 @@ Two kinds of routing, as transformers' models do them. T tokens, E experts, K ex
 The linear that makes the logits stays with the model, and so do the logits, which its auxiliary loss reads.
 
 Order and ties: experts come by falling choice, and among equals the lowest index first. torch.topk promises nothing
-about equals: on CUDA it keeps the lowest indices in no fixed order, on the CPU any. With ``sorted=False``
-(DeepSeek-V3) it promises no order at all; the chosen set is the same. A softmax router compares the logits, whose
-order survives where two probabilities round to one float32.
+about equals, and with ``sorted=False`` (DeepSeek-V3) no order at all; where nothing ties the chosen set is the same. A
+softmax router compares the logits, whose order survives where two probabilities round to one float32.
 
 NaN counts as the largest value, as in torch.topk, and makes the weights NaN: in a softmax router all of a token's,
 in a sigmoid router all of them if they are normalised, else its own.

@@ -181,6 +181,12 @@ def sabotaged(change):
     return Router(config())
 
 
+def capped(logits, weights, ids):
+    """Another choice for some tokens, as a router with a capacity makes."""
+    full = logits[:, :1] > 1
+    return logits, torch.where(full, 0.25, weights), torch.where(full, torch.arange(3), ids)
+
+
 class Noisy(MixtralTopKRouter):
     def forward(self, hidden_states):
         if self.training:
@@ -198,7 +204,11 @@ class Straight(MixtralTopKRouter):
 
 REFUSED = {
     "another scale": sabotaged(lambda logits, weights, ids: (logits, weights * 1.001, ids)),
+    "weights rounded to the logits' dtype": sabotaged(
+        lambda logits, weights, ids: (logits, weights.to(logits.dtype).float(), ids)
+    ),
     "another order of results": sabotaged(lambda logits, weights, ids: (ids, weights, logits)),
+    "another choice for some tokens": sabotaged(capped),
     "two results": sabotaged(lambda logits, weights, ids: (weights, ids)),
     "other logits": sabotaged(lambda logits, weights, ids: (logits * 2, weights, ids)),
     "the smallest": sabotaged(
