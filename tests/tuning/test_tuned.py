@@ -24,7 +24,7 @@ from moe_kernels.tuning.config import GemmConfig, select_config, table, use_conf
 CPU = torch.device("cpu")
 SHAPE = LayerShape("tiny", 48, 64, 48, 4, 2)
 SIZES = tiles.sizes_of("down", SHAPE)
-TILE = GemmConfig(64, 32, 32, 4, 2)
+TILE = GemmConfig(64, 32, 64, 4, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,7 @@ def test_measuring_comes_before_the_table(cache):
 def test_shipped_tiles_serve_their_capability_and_the_cache_comes_first(cache, monkeypatch):
     other = dataclasses.replace(TILE, block_n=64)
     write(tuned.SHIPPED / "a.json", entry(tile=other), capability=[9, 0])
+    write(tuned.SHIPPED / "b.json", entry(tile=dataclasses.replace(TILE, block_n=16)), capability=[8, 0])
     assert select() == default()
     monkeypatch.setattr(tuned, "device_capability", lambda device: (9, 0))
     config.forget_tuned_tiles()
