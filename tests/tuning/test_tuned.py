@@ -303,8 +303,26 @@ def test_a_tile_that_does_not_fit_the_gpu_is_a_fault_not_an_error(few_candidates
     def too_large():
         raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
 
+    def compiler_fails():
+        raise RuntimeError("PassManager::run failed")
+
+    def something_else():
+        raise RuntimeError("an illegal memory access was encountered")
+
     fault = tiles.attempt(too_large, "down", GOOD)
     assert fault.startswith("does not fit: out of resource: shared memory")
+    assert tiles.attempt(compiler_fails, "down", GOOD) == "Triton's compiler fails on it"
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tiles.attempt(something_else, "down", GOOD)
+
+
+def test_relative_difference_of_rows_and_of_stacked_gradients():
+    for size in ((6, 4), (3, 6, 4)):
+        expected = torch.randn(*size)
+        result = expected * 1.01
+        assert tiles.relative_difference(result, expected) == pytest.approx(0.01, rel=1e-4)
+        result.view(-1)[-1] = float("nan")
+        assert not tiles.relative_difference(result, expected) <= 1
 
 
 def test_candidates_are_valid_tiles():

@@ -151,6 +151,13 @@ def gemms(shape: LayerShape, group: int, device: torch.device) -> dict[str, Call
     }
 
 
+def relative_difference(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """||result - expected|| / ||expected||, in float32 a slice at a time: gradients of all experts are large."""
+    slices = list(zip(result.split(1), expected.split(1), strict=True)) if result.dim() == 3 else [(result, expected)]
+    difference = sum(float((a.float() - b.float()).square().sum()) for a, b in slices)
+    return (difference / sum(float(b.float().square().sum()) for _, b in slices)) ** 0.5
+
+
 def attempt(call: Callable[[], torch.Tensor], kernel: str, config: GemmConfig) -> torch.Tensor | str:
     """The result with this tile, or why the tile does not run on this GPU."""
     try:
@@ -158,6 +165,10 @@ def attempt(call: Callable[[], torch.Tensor], kernel: str, config: GemmConfig) -
             return call()
     except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as error:
         return f"does not fit: {str(error).splitlines()[0]}"
+    except RuntimeError as error:
+        if "PassManager" not in str(error):
+            raise
+        return "Triton's compiler fails on it"
 
 
 def default_tile(kernel: str, group: int, loads: str, device: torch.device) -> GemmConfig:
@@ -184,7 +195,7 @@ def time_shape(shape: LayerShape, group: int, device: torch.device, progress: Pr
         key = Key(kernel, None if kernel == "wgrad" else group, how, bucket(sizes_of(name, shape)))
         default = default_tile(kernel, group, how, device)
         with use_config(kernel, default):
-            expected = call().float()
+            expected = call()
             default_ms = median_ms(call)
         for config in candidates(kernel, group):
             if config == default:
@@ -195,7 +206,7 @@ def time_shape(shape: LayerShape, group: int, device: torch.device, progress: Pr
             if isinstance(result, str):
                 found.append(timing(ms=None, fault=result))
                 continue
-            difference = float((result.float() - expected).norm() / expected.norm())
+            difference = relative_difference(result, expected)
             if not difference <= LARGEST_DIFFERENCE:
                 fault = f"differs from the tile in use by {difference:.1e}"
                 found.append(timing(ms=None, fault=fault, wrong=True))
@@ -296,11 +307,12 @@ def compile_ahead(shapes: list[str], groups: list[int], jobs: int) -> None:
 
 
 def main() -> None:
-    """One compile worker: SHAPES GROUPS JOBS SHARE. Few tokens will do: the compiled kernels are the same."""
+    """One compile worker: SHAPES GROUPS JOBS SHARE. Few tokens and experts will do: the kernels are the same."""
     shapes, groups, jobs, share = sys.argv[1:]
     device = torch.device("cuda")
     for name, group in itertools.product(shapes.split(","), map(int, groups.split(","))):
-        calls = gemms(dataclasses.replace(LAYERS[name], tokens=256), group, device)
+        layer = LAYERS[name]
+        calls = gemms(dataclasses.replace(layer, tokens=256, experts=min(layer.experts, 16)), group, device)
         runs = [(call, config) for call, kernel in CALLS.items() for config in candidates(kernel, group)]
         for call, config in runs[int(share) :: int(jobs)]:
             attempt(calls[call], CALLS[call], config)
