@@ -124,6 +124,23 @@ def test_the_clock_takes_turns():
     assert "".join(order) == "abcbcacab"
 
 
+def test_slow_calls_are_timed_less_often(monkeypatch):
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(seconds)))
+    calls = ("slow", "also slow")
+    counts = dict.fromkeys(calls, 0)
+
+    def counted(name):
+        counts[name] += 1
+
+    timed = {name: (lambda name=name: counted(name)) for name in calls}
+    timing.Clock(CPU).compare(timed, 9, cleanup=lambda: None, progress=lambda: None)
+    assert counts == dict.fromkeys(calls, timing.SLOW_REPEATS)
+    monkeypatch.setattr(timing, "SLOW_MS", 1e9)
+    timing.Clock(CPU).compare(timed, 9, cleanup=lambda: None, progress=lambda: None)
+    assert counts == dict.fromkeys(calls, timing.SLOW_REPEATS + 9)
+
+
 def test_saved_bytes_counts_each_storage_once():
     weight = torch.randn(8, 8, requires_grad=True)
     x = torch.randn(4, 8, requires_grad=True)

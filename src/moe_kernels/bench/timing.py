@@ -19,6 +19,8 @@ FLUSH_BYTES = 256 * 2**20
 SLEEP_CYCLES_PER_MS = 2_000_000
 #: A call whose host time is longer than this waits for the GPU inside: there is nothing to queue ahead.
 LONGEST_QUEUE_MS = 20.0
+#: A call slower than this is timed this often at most: its spread is small beside what it would cost to wait.
+SLOW_MS, SLOW_REPEATS = 100.0, 5
 MIB = 2**20
 
 
@@ -67,7 +69,7 @@ class Clock:
             self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
 
     def compare(self, calls: dict[str, Call], repeats: int, cleanup: Call, progress: Call) -> dict[str, Times]:
-        """Time every call ``repeats`` times, round-robin, starting each round with another call.
+        """Time every call ``repeats`` times (slow ones less often), round-robin, each round starting with another.
 
         ``cleanup`` runs after each call, outside the measured time; ``progress`` after each round.
         """
@@ -77,11 +79,15 @@ class Clock:
         queues: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(repeats):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                if turn >= SLOW_REPEATS and statistics.median(totals[name]) > SLOW_MS:
+                    continue
                 total, host = self._once(calls[name])
                 cleanup()
                 totals[name].append(total)
                 hosts[name].append(host)
-                if self.cuda:
+                if self.cuda and host > LONGEST_QUEUE_MS:
+                    queues[name].append(total)
+                elif self.cuda:
                     ahead = min(2 * statistics.median(hosts[name]) + 1, LONGEST_QUEUE_MS)
                     queues[name].append(self._once(calls[name], queue_ms=ahead)[0])
                     cleanup()
