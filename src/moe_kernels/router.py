@@ -11,8 +11,8 @@ Two kinds of routing, as transformers' models do them. T tokens, E experts, K ex
 The linear that makes the logits stays with the model, and so do the logits, which its auxiliary loss reads.
 
 Order and ties: experts come by falling choice, and among equals the lowest index first. torch.topk promises nothing
-about equals, and with ``sorted=False`` (DeepSeek-V3) no order at all; where nothing ties the chosen set is the same. A
-softmax router compares the logits, whose order survives where two probabilities round to one float32.
+about equals, and with ``sorted=False`` (DeepSeek-V3) no order at all; where nothing ties the chosen set is the same.
+A softmax router compares the logits, whose order survives where two probabilities round to one float32.
 
 NaN counts as the largest value, as in torch.topk, and makes the weights NaN: in a softmax router all of a token's,
 in a sigmoid router all of them if they are normalised, else its own.
@@ -144,12 +144,15 @@ def _check(logits: torch.Tensor, bias: torch.Tensor | None, settings: Settings, 
 
 
 def _backend(logits: torch.Tensor, backend: str) -> str:
-    from moe_kernels.kernels.triton.launch import interpreting
-
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend={backend!r} is not one of auto, triton, torch")
-    if backend == "torch" or (backend == "auto" and logits.device.type != "cuda"):
-        return "torch"
+    return backend if backend != "auto" else "triton" if logits.is_cuda else "torch"
+
+
+def _check_triton(logits: torch.Tensor) -> None:
+    """Raise UnsupportedProblem with the cure where the kernel cannot run; in the op, so that nothing traces it."""
+    from moe_kernels.kernels.triton.launch import interpreting
+
     capability, reason = device_capability(logits.device), None
     if logits.device.type != "cuda" and not interpreting():
         reason = f"logits are on {logits.device.type}: move them to an NVIDIA GPU, or use backend='torch'."
@@ -161,7 +164,6 @@ def _backend(logits: torch.Tensor, backend: str) -> str:
         reason = f"logits are {logits.dtype}: cast them to float32, or use backend='torch'."
     if reason is not None:
         raise UnsupportedProblem(f"the fused router cannot run this: {reason}")
-    return "triton"
 
 
 def _forward(
@@ -177,6 +179,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from moe_kernels.kernels.triton import router as kernels
 
+    _check_triton(logits)
     weights, ids, _ = kernels.route(
         logits, correction_bias, top_k, sigmoid, normalize, groups, top_groups, scale, weights_dtype
     )

@@ -279,6 +279,20 @@ def test_the_custom_ops_keep_their_contract(name, device):
     assert torch.equal(through_op, through_function)
 
 
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_compiles_to_one_graph(name, backend, device):
+    model = MODELS[name]
+    compiled = torch.compile(lambda x: model.route(x, backend), fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (5, 9):
+        cotangent = random(model, tokens, torch.float32, device, seed=1)
+        logits = random(model, tokens, torch.float32, device)
+        expected = run(lambda x: model.route(x, backend), logits, cotangent)
+        for ours, eager in zip(run(compiled, logits, cotangent), expected, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

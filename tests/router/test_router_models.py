@@ -103,6 +103,32 @@ def test_a_changed_weight_and_a_changed_bias_are_seen():
     assert not torch.equal(run(model)[0]["logits"], before)
 
 
+@pytest.mark.plain_memory
+def test_a_compiled_router_is_one_graph(backend):
+    gate = build("deepseek_v3", "DeepseekV3TopkRouter", {})
+    install_fused_router(holder(gate))
+    nn.init.normal_(gate.weight)
+    compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+    for ours, eager in zip(compiled(x), gate(x), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_checkpointed_layers_give_the_same_gradients(backend):
+    model = make_model("qwen3_moe")
+    install_fused_router(model)
+    model.train()
+    _, expected = run(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    calls = []
+    gate = router_modules(model)[0][1]
+    gate.register_forward_hook(lambda *_: calls.append(1))
+    _, grads = run(model)
+    assert len(calls) == 2, "the layer was not computed again"
+    for key, grad in grads.items():
+        torch.testing.assert_close(grad, expected[key], msg=lambda m, k=key: f"{k}: {m}")
+
+
 def test_installing_twice_and_copying():
     model = make_model("mixtral")
     assert install_fused_router(model) == install_fused_router(model) == 2
