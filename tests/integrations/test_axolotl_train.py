@@ -108,7 +108,7 @@ def test_pair(family: str, folder: Path) -> None:
         f"{family}-baseline": tiny(FAMILIES[family].baseline, family),
         # A size other than the file's, to see that the key reaches the kernels.
         f"{family}-optimized": tiny(FAMILIES[family].optimized, family)
-        | {"moe_group_size": 64, "moe_router_telemetry": "layers"},
+        | {"moe_group_size": 64, "moe_router_telemetry": "layers", "moe_fused_router": True},
     }
     with ThreadPoolExecutor() as pool:
         baseline, optimized = pool.map(partial(train, folder), configs.keys(), configs.values())
@@ -130,6 +130,7 @@ def test_pair(family: str, folder: Path) -> None:
         f"{shape.moe_layers} expert layers"
     ) in optimized.log
     assert optimized.log.count("dispatched in step") == 1
+    assert f"fused router in {shape.moe_layers} layers" in optimized.log
 
     # The same float32 arithmetic in another order of summation: within two units in the last place of a loss
     # near 8 at first. Scaling the experts' output by 0.98 moves these losses by 1e-4.
