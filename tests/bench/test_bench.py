@@ -1,11 +1,13 @@
 """`moe-kernels bench` on a tiny layer on the CPU: numbers are there, right, and wrong implementations are caught."""
 
 import dataclasses
+import io
 import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from moe_kernels.bench import accuracy, experts, goals, layer, peers, timing
@@ -386,6 +388,21 @@ def test_goals_are_checked():
     sonic = {**rows_of("mixtral-1b")[0], "implementation": "sonicmoe", "peak_mb": 0.5, "rel_error": {"out": 1e-4}}
     short = [check.what for check in goals.checks([*rows_of("mixtral-1b"), sonic]) if check.ok is False]
     assert short == ["mixtral-1b: peak MiB, SonicMoE's", "mixtral-1b: worst error over SonicMoE's"]
+
+
+def test_goals_are_printed_on_a_gpu_alone():
+    rows = rows_of("mixtral-1b", dense_fraction=0.5)
+    text = io.StringIO()
+    bench_command._summarise(Console(file=text, width=150), rows, "cpu")
+    assert "Goals" not in text.getvalue()
+    bench_command._summarise(Console(file=text, width=150), rows, "cuda")
+    lines = text.getvalue().splitlines()
+    fraction = next(line for line in lines if "mixtral-1b: fraction of dense" in line)
+    assert "0.5" in fraction
+    assert "at least 0.83" in fraction
+    assert "short" in fraction
+    assert "not measured" in next(line for line in lines if "geometric mean of all eleven" in line)
+    assert "reached" in next(line for line in lines if "mixtral-1b: host ms" in line)
 
 
 def test_means_are_geometric_and_by_routing():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_kernels.bench import experts, layer, timing
+from moe_kernels.bench import ceilings, experts, layer, peers, timing
 from moe_kernels.shapes import LayerShape
 
 pytestmark = pytest.mark.gpu
@@ -24,6 +24,20 @@ def test_every_implementation_is_right_and_timed(rows):
     # The launches of a small layer cost more than its kernels, so queueing them ahead must show.
     grouped = rows["grouped_mm"]
     assert grouped.forward_backward_queued_ms.median < 1.1 * grouped.forward_backward_ms.median
+
+
+def test_every_peer_is_right_or_says_why():
+    """One that runs must be right; one that fails or is not installed has a sentence."""
+    pytest.importorskip("transformers")
+    for row in experts.measure(SHAPE, implementations=(*peers.PEERS, "moe_kernels"), device="cuda", repeats=2):
+        assert row.ok or row.note, row.implementation
+        assert not row.note.startswith("wrong"), f"{row.implementation}: {row.note}"
+
+
+def test_ceilings_are_those_of_a_gpu():
+    found = ceilings.measure_ceilings(torch.device("cuda"), torch.bfloat16)
+    assert found.matmul_tflops > 50
+    assert 0.3 < found.copy_tbs < 20
 
 
 def test_launches_are_counted(rows):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import moe_kernels
 from moe_kernels import triton_backend
-from moe_kernels.bench import tiles, tune
+from moe_kernels.bench import environment, tiles, tune
 from moe_kernels.cli.app import app
 from moe_kernels.kernels.triton import grouped_gemm, up, wgrad
 from moe_kernels.shapes import LAYERS, LayerShape
@@ -167,6 +167,15 @@ def test_every_measured_layer_has_a_bucket_for_each_gemm():
         assert tuned.bucket(tiles.sizes_of(call, shape)).count(",") == 2
     few = tiles.sizes_of("up", LAYERS["deepseek-v3"])
     assert (few, tuned.bucket(few)) == ((256, 2048, 7168), "few rows, medium, deep")
+
+
+def test_results_name_the_tiles_they_were_measured_with(cache):
+    assert environment.environment()["tuned_tiles"] is None
+    write(cache, entry())
+    first = environment.tuned_tiles()
+    assert tuned.read(cache)["digest"].startswith(first)
+    write(cache, entry(tile=dataclasses.replace(TILE, block_n=128)))
+    assert environment.tuned_tiles() != first
 
 
 def test_the_cache_is_where_the_user_wants_it(monkeypatch, tmp_path):

@@ -67,6 +67,17 @@ def driver_version() -> str | None:
     return answer[0] if answer else None
 
 
+def tuned_tiles() -> str | None:
+    """Fingerprint of the tiles that `moe-kernels tune` found on this GPU, or None where the package's are used."""
+    import torch
+
+    from moe_kernels.tuning import tuned
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    file = tuned.cache_file(device)
+    return str(tuned.read(file)["digest"])[:12] if file.exists() else None
+
+
 def environment() -> dict[str, str | int | None]:
     """The machine and the versions, as plain JSON values. ``gpu`` is None on a machine without CUDA."""
     import torch
@@ -85,6 +96,7 @@ def environment() -> dict[str, str | int | None]:
         "moe_kernels": package_version(),
         **versions,
         "commit": commit(),
+        "tuned_tiles": tuned_tiles(),
         "command": " ".join(["moe-kernels", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

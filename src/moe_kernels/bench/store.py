@@ -11,7 +11,7 @@ from moe_kernels.cli.errors import UsageError
 
 SCHEMA = 2
 #: What must be the same for two calls to write into one file.
-SAME = ("gpu", "cpu", "torch", "triton", "transformers", "moe_kernels", "commit")
+SAME = ("gpu", "cpu", "torch", "triton", "transformers", "moe_kernels", "commit", "tuned_tiles")
 
 
 class Store:
