@@ -77,7 +77,7 @@ def route(
         ValueError: sizes that do not fit each other; names them.
         UnsupportedProblem: the backend asked for, or on a GPU Triton's, cannot run this.
     """
-    settings = Settings(top_k, scoring == "sigmoid", normalize, groups, top_groups, scale,
+    settings = Settings(top_k, scoring == "sigmoid", normalize, groups, top_groups, float(scale),
                         weights_dtype or logits.dtype)  # fmt: skip
     _check(logits, correction_bias, settings, scoring)
     if _backend(logits, backend) == "torch":

@@ -341,6 +341,14 @@ def test_plots(two_layers, tmp_path):
     )
 
 
+def test_missing_matplotlib_is_said_before_anything_is_measured(two_layers, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_command.importlib.util, "find_spec", lambda name: None)
+    result = bench("--shapes", "tiny", "--plots", str(tmp_path))
+    assert result.exit_code == 3
+    assert "moe-kernels[report]" in result.output
+    assert not two_layers
+
+
 def test_bytes_that_must_move():
     """T=2 K=1 H=3 I=5 E=7, counted by hand in 16-bit elements: X 6, weights 315, Z 20, dO 6."""
     row = {"tokens": 2, "top_k": 1, "hidden": 3, "intermediate": 5, "experts": 7}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,6 +75,8 @@ def bench(
         _one_of("persistent", persistent, ("true", "false", "both"))
     ]
 
+    if plots is not None and importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependency("--plots needs matplotlib. Cure: pip install 'moe-kernels[report]'")
     console = Console(stderr=True)
     with console.status("loading torch and transformers"):
         import torch
