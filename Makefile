@@ -18,10 +18,10 @@ ARGS ?=
 # The newest transformers the integration is tested with, and the two packages it pins.
 NEWEST_TRANSFORMERS := transformers==5.23.0 tokenizers==0.23.2 huggingface_hub==1.33.0
 
-.PHONY: help compare test test-main test-compiled test-newest lint docs clean
+.PHONY: help compare test test-main test-compiled test-newest fuzz mutants wheel lint docs clean
 help:
 	@sed -n '1,3p' Makefile
-	@echo "# make lint | docs | clean"
+	@echo "# make lint | docs | fuzz | mutants | wheel | clean"
 
 # torch goes first and alone: axolotl's dependencies look at the installed torch.
 # The constraints follow the torch that came: the plain wheel on a machine with a GPU, a CPU build elsewhere.
@@ -59,6 +59,19 @@ test-compiled: $(READY)
 test-newest: $(NEWEST_READY)
 	@echo "== the transformers integration and every experts class of $(firstword $(NEWEST_TRANSFORMERS))"
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest tests/integrations/test_transformers.py tests/router tests/conformance tests/distributed/test_transformers_engines.py
+
+# More than 10,000 inputs, new ones each time (about 20 minutes on two cores); the suite tries some hundreds of them.
+fuzz: $(READY)
+	MOE_KERNELS_FUZZ=600 $(BIN)/python -m pytest tests/fuzz -q --timeout=7200 $(ARGS)
+
+# Breaks each kernel in several ways and shows that the tests notice every one.
+mutants: $(READY)
+	$(BIN)/python tests/core/mutations.py
+
+# A wheel as it is released, and the test that what it must hold is in it and works.
+wheel: $(READY)
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	$(BIN)/python -m pytest tests/integrations/test_axolotl_train.py -q -k wheel
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -6,6 +6,7 @@ Reads how to behave from the run file's key `fake`, prints what Axolotl prints, 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ def main() -> int:
     if fake == "fail":
         print("Traceback (most recent call last):\n  File x\nRuntimeError: the fake GPU melted", file=sys.stderr)
         return 3
+    if fake == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     if fake == "hang":
         Path(config["output_dir"]).parent.joinpath("pid").write_text(str(os.getpid()))
         time.sleep(120)

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from moe_kernels.cli.errors import CHECK_FAILED, MISSING, WRONG_USAGE, CommandError, missing_module
+from moe_kernels.cli.errors import CHECK_FAILED, MISSING, WRONG_USAGE, CommandError, failed_io, missing_module
+from moe_kernels.cli.network import stay_offline
 
 HELP = """Train Mixture-of-Experts models with fast expert layers, and see what they buy on this machine.
 
@@ -109,6 +110,11 @@ class Commands(TyperGroup):
             if missing is None:
                 raise
             _fail(str(missing), MISSING)
+        except OSError as error:
+            failed = failed_io(error)
+            if failed is None:
+                raise
+            _fail(str(failed), MISSING)
         except ValueError as error:
             if not type(error).__module__.startswith("moe_kernels."):
                 raise
@@ -150,6 +156,7 @@ def _root(
 
 def main() -> None:
     """Entry point of the `moe-kernels` script and of `python -m moe_kernels`."""
+    stay_offline()
     app()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 CHECK_FAILED = 1
 WRONG_USAGE = 2
 MISSING = 3
@@ -35,6 +37,22 @@ class MissingDependency(CommandError, ImportError):
     """Something this machine lacks."""
 
     exit_code = MISSING
+
+
+#: Ways in which a disk says that it holds no more, a quota and a file size limit among them.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def failed_io(error: OSError) -> MissingDependency | None:
+    """The sentence for a disk that is full or must not be written to, or None where it is something else."""
+    if error.errno in FULL:
+        return MissingDependency(
+            f"The disk is full: {error}. What was finished is kept. Cure: free some space, and run this again."
+        )
+    if error.errno in FORBIDDEN:
+        return MissingDependency(f"{error}. Cure: run this in a folder that you may write to.")
+    return None
 
 
 def missing_module(error: ModuleNotFoundError) -> MissingDependency | None:

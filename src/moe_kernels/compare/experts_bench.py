@@ -129,7 +129,7 @@ def inspect_model(folder: str, name: str, tokens: int) -> tuple[LayerShape, int,
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     layers = [module for module in model.modules() if getattr(module, "gate_up_proj", None) is not None]

@@ -17,6 +17,8 @@ from moe_kernels.shapes import FAMILIES, LayerShape
 Config = dict[str, Any]
 
 PLUGIN = "axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin"
+# Read as numbers of a training; Axolotl itself checks the other keys.
+COUNTS = ("max_steps", "micro_batch_size", "sequence_len", "gradient_accumulation_steps")
 CONFIG_FOLDER = Path("configs") / "moe"
 RUN_FOLDER = Path("artifacts") / "runs" / "compare"
 ROLES = BASELINE, OPTIMIZED, EAGER = "baseline", "optimized", "eager"
@@ -145,6 +147,13 @@ def load_yaml(path: Path) -> Config:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path} holds no settings: an Axolotl run file is a mapping of keys to values.")
+    if not all(isinstance(key, str) for key in config):
+        raise UsageError(f"{path} has a key that is no text: an Axolotl run file is a mapping of names to values.")
+    if not isinstance(config.get("plugins"), (list, type(None))):
+        raise UsageError(f"{path}: plugins should be a list and is {config['plugins']!r:.60}.")
+    for key in COUNTS:
+        if not (config.get(key) is None or (type(config[key]) is int and 0 < config[key] < 2**40)):
+            raise UsageError(f"{path}: {key} should be a number from 1 on and is {config[key]!r:.60}.")
     return config
 
 
@@ -207,7 +216,7 @@ def _plan(
 
 def tokens_per_micro_batch(config: Config) -> int:
     """Tokens an expert layer sees in one call, padding included."""
-    return int(config.get("micro_batch_size", 1)) * int(config.get("sequence_len", 512))
+    return int(config.get("micro_batch_size") or 1) * int(config.get("sequence_len") or 512)
 
 
 def calls_per_step(config: Config) -> int:

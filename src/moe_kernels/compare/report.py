@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def write_report(analyses: Sequence[Analysis], folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = _markdown_cell
+    environment.filters |= {"cell": _markdown_cell, "fenced": _markdown_block}
     page = folder / "report.html"
     values = _values(analyses)
     write_text(page, environment.get_template("report.html.j2").render(values, plots=plots))
@@ -463,6 +464,12 @@ def _rich(table: Table) -> RichTable:
 
 def _markdown_cell(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
+
+
+def _markdown_block(text: str, language: str) -> str:
+    """A code block; its fence is longer than any row of backticks in the text."""
+    fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", text)), default=2))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def _slug(name: str) -> str:

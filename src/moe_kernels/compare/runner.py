@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -39,6 +40,7 @@ OFFLINE = {
 ALLOCATOR = "expandable_segments:True"
 POLL_S = 0.1
 KILL_AFTER_S = 10.0
+PR_SET_PDEATHSIG = 1
 TAIL_LINES = 40
 # Points in time of a router's history that a report keeps: more than a screen can show.
 ROUTER_RECORDS = 240
@@ -250,6 +252,7 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
         fingerprint=fingerprint(run, machine),
         versions=machine.versions,
     )
+    _drop_half_tokenised(run.config)
     reader = LogReader()
     result.started_at = time.time()
     with Sampler(machine.device) as sampler:
@@ -273,6 +276,17 @@ def write_json(path: Path, data: object) -> None:
     ``float()`` reads back.
     """
     write_text(path, json.dumps(_finite(data), separators=(",", ":"), allow_nan=False))
+
+
+def _drop_half_tokenised(config: dict[str, Any]) -> None:
+    """Remove tokenised data that a killed run left half written: Axolotl takes whatever is there for whole.
+
+    `datasets` writes dataset_info.json last.
+    """
+    prepared = config.get("dataset_prepared_path")
+    for arrow in {path.parent for path in Path(str(prepared)).glob("*/*.arrow")} if prepared else ():
+        if not (arrow / "dataset_info.json").is_file():
+            shutil.rmtree(arrow)
 
 
 def read_json(path: Path) -> Any:
@@ -322,7 +336,14 @@ def _run(
     end = time.monotonic() + timeout_s
     with log.open("wb") as sink, log.open("rb") as source:
         # A session of its own, so that the trainer's own children end with it.
-        child = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        child = subprocess.Popen(
+            command,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
         try:
             while child.poll() is None and time.monotonic() < end:
                 time.sleep(POLL_S)
@@ -334,6 +355,12 @@ def _run(
         reader.feed(source.read().decode(errors="replace") + "\n")
         show(reader.progress)
     return None if stopped else child.returncode
+
+
+def _end_with_parent() -> None:
+    """In the child: have Linux end it when this process is killed, so that no training goes on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -354,6 +381,9 @@ def _collect(run: RunSpec, result: RunResult, machine: Machine) -> None:
     tail = _tail(Path(result.log))
     if result.exit_code is None:
         result.error = f"stopped after the time limit of {machine.timeout_s:.0f} s (--timeout sets it)"
+    elif result.exit_code < 0:
+        name = signal.Signals(-result.exit_code).name
+        result.error = f"the trainer was ended by {name}, as the system does where memory runs out"
     elif result.exit_code != 0:
         result.error = last_error(tail) or f"the trainer ended with exit code {result.exit_code}"
     elif len(result.rows) < run.steps:

@@ -33,9 +33,32 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def made_with(manifest: Path) -> dict[str, Any] | None:
-    """The recipe that a finished thing was made with; None where there is no manifest."""
-    return json.loads(manifest.read_text(encoding="utf-8"))["recipe"] if manifest.is_file() else None
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """What :func:`write_manifest` wrote, or None: a manifest that is damaged vouches for nothing."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("recipe"), dict) else None
+
+
+def made_with(folder: Path) -> dict[str, Any] | None:
+    """The recipe that a folder was made with; None where it is not whole: each file must be there in full length.
+
+    What else was put there does not matter.
+    """
+    content = read_manifest(folder / MANIFEST)
+    if content is None or not isinstance(content.get("files"), dict):
+        return None
+    there = file_sizes(folder)
+    whole = all(there.get(name) == size for name, size in content["files"].items())
+    return content["recipe"] if whole and content["files"] else None
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of a folder, but for its manifest and what begins with a dot."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files if path.name != MANIFEST}
 
 
 def write_manifest(manifest: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -46,12 +69,24 @@ def write_manifest(manifest: Path, recipe: Mapping[str, Any], facts: Mapping[str
     os.replace(partial, manifest)
 
 
+def settle(folder: Path) -> None:
+    """Finish, or undo, a replacement that was killed between its last two moves."""
+    partial, before = _partial(folder), _before(folder)
+    if not folder.exists():
+        if made_with(partial) is not None:
+            os.replace(partial, folder)
+        elif before.exists():
+            os.replace(before, folder)
+    shutil.rmtree(before, ignore_errors=True)
+
+
 def check_ours(folder: Path) -> None:
-    """Refuse to replace a folder that ``prepare`` did not make.
+    """Refuse to replace a folder that ``prepare`` did not make, and finish what a kill left half replaced.
 
     Raises:
         UsageError: the folder has content and no manifest.
     """
+    settle(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} was not made by `moe-kernels prepare`. Move it away, or replace it with --force.")
 
@@ -69,13 +104,28 @@ def check_space(path: Path, needed: int) -> None:
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """An empty folder to fill; it takes the place of ``folder`` when the block ends well, and not before."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, before = _partial(folder), _before(folder)
     shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(before, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        # A full disk above all: what cannot be finished must not keep it full.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if folder.exists():
-        shutil.rmtree(folder)
+        os.replace(folder, before)
     os.replace(partial, folder)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _before(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.before")
 
 
 def forget_tokens(artifacts: Path) -> None:

@@ -18,8 +18,9 @@ from rich.progress import (
 )
 
 from moe_kernels.cli.errors import UsageError
+from moe_kernels.cli.network import go_online
 from moe_kernels.prepare.models import prepare_model
-from moe_kernels.prepare.text import prepare_data
+from moe_kernels.prepare.text import BUILDERS, prepare_data
 from moe_kernels.shapes import FAMILIES, SIZES
 
 
@@ -77,6 +78,8 @@ def prepare(
     What is finished is kept: a command that was stopped goes on where it was.
     """
     todo = wanted(models, size)
+    if dataset is not None and Path(dataset).suffix not in BUILDERS:
+        go_online()
     # transformers' own progress bars would break ours; it reads this when it is imported, further down.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     console = Console()

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from moe_kernels.cli.errors import UsageError
 from moe_kernels.prepare.cache import (
     MANIFEST,
+    NotEnoughSpace,
     Report,
     check_ours,
     check_space,
     digest,
+    file_sizes,
     forget_tokens,
     made_with,
     replacing,
@@ -108,7 +110,7 @@ def prepare_tokenizer(
     recipe = {"vocab": vocab, "special": list(SPECIAL), "text": digest(EOS.join(sources))}
     if not force:
         check_ours(folder)
-        if made_with(folder / MANIFEST) == recipe:
+        if made_with(folder) == recipe:
             return folder
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -129,7 +131,8 @@ def prepare_tokenizer(
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS
         ).save_pretrained(partial)
-        write_manifest(partial / MANIFEST, recipe, {"python": platform.python_version()})
+        facts = {"python": platform.python_version(), "files": file_sizes(partial)}
+        write_manifest(partial / MANIFEST, recipe, facts)
     return folder
 
 
@@ -172,7 +175,7 @@ def prepare_model(
     }
     if not force:
         check_ours(folder)
-        known = made_with(folder / MANIFEST)
+        known = made_with(folder)
         if known is not None and seed is None:
             recipe["seed"] = known["seed"]
         if known == recipe:
@@ -181,6 +184,7 @@ def prepare_model(
 
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     with torch.device("meta"):
         parameters = count_parameters(transformers.AutoModelForCausalLM.from_config(model_config(family, size)))
@@ -192,7 +196,11 @@ def prepare_model(
     model = build_model(family, size, recipe["seed"], device)
     with replacing(folder) as partial:
         report(f"{shape.name}: writing {folder}")
-        model.save_pretrained(partial)
+        try:
+            model.save_pretrained(partial)
+        except SafetensorError as error:
+            # Of a failed write it says no more than its text, in which the disk's own words are.
+            raise NotEnoughSpace(f"{folder} cannot be written: {error}. Cure: free some space.") from error
         for file in tokenizer.glob("token*.json"):
             shutil.copy(file, partial)
         forget_tokens(artifacts)
@@ -205,6 +213,7 @@ def prepare_model(
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
+                "files": file_sizes(partial),
             },
         )
     report(f"{shape.name}: {parameters:,} parameters in {folder}")

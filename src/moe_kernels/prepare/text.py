@@ -17,6 +17,7 @@ from moe_kernels.prepare.cache import (
     check_space,
     digest,
     forget_tokens,
+    read_manifest,
     silent,
     write_manifest,
 )
@@ -113,21 +114,26 @@ def prepare_data(
             raise UsageError(
                 f"{path} was not made by `moe-kernels prepare`. Move it away, or replace it with --force."
             )
-        made = json.loads(manifest.read_text(encoding="utf-8"))
-        if made["recipe"] == recipe and made.get("bytes") == path.stat().st_size:
+        made = read_manifest(manifest)
+        if made and made["recipe"] == recipe and made.get("bytes") == path.stat().st_size:
             report(f"{path} is there already")
             return path
     path.parent.mkdir(parents=True, exist_ok=True)
     check_space(path.parent, 2 * MAX_CHARACTERS)
     report(f"writing {path}")
     partial = path.with_name(f".{path.name}.partial")
-    characters = _write(partial, rows(texts if dataset is None else dataset_texts(dataset, text_field)))
+    try:
+        characters = _write(partial, rows(texts if dataset is None else dataset_texts(dataset, text_field)))
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     if not characters:
         raise UsageError(f"{dataset} holds no text in {text_field!r}. Name another column with --text-field.")
     forget_tokens(artifacts)
-    size = partial.stat().st_size
+    # In this order a kill leaves no text that the manifest beside it does not describe.
+    path.unlink(missing_ok=True)
+    write_manifest(manifest, recipe, {"characters": characters, "bytes": partial.stat().st_size})
     os.replace(partial, path)
-    write_manifest(manifest, recipe, {"characters": characters, "bytes": size})
     report(f"{path}: {characters / 1e6:.1f} million characters")
     return path
 
