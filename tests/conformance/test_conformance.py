@@ -92,6 +92,42 @@ def test_triton_backend_equals_eager(found, device: torch.device) -> None:
     assert backends.dispatch_counts() == {"triton": 3}
 
 
+@pytest.mark.parametrize("found", distinct(), ids=str)
+def test_trained_saved_and_reloaded(found, tmp_path: Path) -> None:
+    """One step of training on our kernels, through save_pretrained, on transformers' own again."""
+    experts = conformance.build(found.cls)
+
+    class Holder(transformers.PreTrainedModel):
+        config_class = type(experts.config)
+        base_model_prefix = ""
+
+        def __init__(self, config: transformers.PreTrainedConfig) -> None:
+            super().__init__(config)
+            self.mlp = torch.nn.Module()
+            self.mlp.experts = found.cls(config)
+            self.post_init()
+
+        def _init_weights(self, module: torch.nn.Module) -> None:
+            """The weights come from the file."""
+
+    mk.register(backend="torch")
+    model = Holder(experts.config)
+    model.mlp.experts.load_state_dict(experts.state_dict())
+    model.config._experts_implementation = "moe_kernels"
+    inputs = conformance.make_inputs("random", torch.float32, torch.float32, torch.device("cpu"))
+    arguments = (inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.mlp.experts(*arguments).backward(inputs.grad)
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+
+    again = Holder.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert not torch.equal(tensor, experts.state_dict()[name.removeprefix("mlp.experts.")]), "nothing was trained"
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert "moe_kernels" not in (tmp_path / "config.json").read_text()
+
+
 # The suite must be able to fail: what a class computes is changed by a little, and it notices.
 
 
