@@ -10,6 +10,7 @@ from moe_kernels import torch_backend
 from moe_kernels.cli import verify
 from moe_kernels.cli.app import app
 from moe_kernels.shapes import LayerShape
+from moe_kernels.testing.verification import TORCH_CONFIGURATIONS
 
 SHAPE = LayerShape("tiny", 33, 40, 24, 5, 2)
 ROUTINGS = ("random", "sentinels", "empty_first_middle_last")
@@ -20,7 +21,7 @@ def judge(**changes):
         "device": torch.device("cpu"),
         "dtype": torch.bfloat16,
         "routings": ROUTINGS,
-        "configurations": verify.TORCH_CONFIGURATIONS,
+        "configurations": TORCH_CONFIGURATIONS,
         "backend": "torch",
     }
     return verify.verify_shape(SHAPE, **{**options, **changes})

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from budget import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from mutate import JUNK, mutated, mutated_bytes
 
-from conftest import fuzz  # type: ignore[attr-defined]
 from moe_kernels.cli.errors import UsageError
 from moe_kernels.compare.plan import Options, dump_yaml, load_yaml, plan_files
 

@@ -13,11 +13,10 @@ from random import Random
 from typing import Any
 
 import pytest
+from budget import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from mutate import mutated_bytes, mutated_json
-
-from conftest import fuzz  # type: ignore[attr-defined]
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "compare"))
 import builders

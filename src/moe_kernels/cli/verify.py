@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +21,8 @@ from moe_kernels.shapes import LAYERS, LayerShape
 if TYPE_CHECKING:
     import torch
 
-    from moe_kernels.testing.problems import Inputs
+    from moe_kernels.testing.problems import Case
+    from moe_kernels.testing.verification import Verdict
 
 SCHEMA = 1
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -37,45 +38,10 @@ SMALL_SHAPES: tuple[LayerShape, ...] = (
 DEFAULT_SHAPES = f"{SMALL},mixtral-1b,qwen2-moe-1b,deepseek-v3-1b"
 #: A real layer keeps its sizes on a GPU and shrinks on a CPU.
 GPU_TOKENS, CPU_TOKENS, CPU_SHRINK = 1024, 48, 8
-#: The plain-torch backend has no tiles and no programs: one configuration says it all.
-TRITON_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = tuple(
-    (size, walk) for size in (64, 128, 256) for walk in (True, False)
-)
-TORCH_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = ((128, True),)
 #: Where all slots of the only token meet one expert, every error is one number: nothing to judge it by.
 ONE_TOKEN_ROUTINGS = ("random", "sentinels", "all_sentinels")
 LAYER_ROUTINGS = ("random", "zipf", "one_hot_expert", "sentinels")
-TABLE_WIDTH = 130
-
-
-@dataclass
-class Verdict:
-    """What one configuration did on one shape: the worst over all routings and tensors.
-
-    Attributes:
-        backend: what ran.
-        rms_ratio, max_ratio: error over that of plain PyTorch in the same dtype, both against float64.
-        slope_error: largest relative scale error.
-        repeatable: two runs gave bitwise equal output and gradients.
-        failures: sentences; empty when the configuration is right.
-    """
-
-    shape: str
-    dtype: str
-    backend: str
-    group_size: GroupSize
-    persistent: bool
-    routings: int = 0
-    rms_ratio: float = 0.0
-    max_ratio: float = 0.0
-    slope_error: float = 0.0
-    repeatable: bool = True
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Right on every routing, and repeatable."""
-        return not self.failures
+TABLE_WIDTH = 150
 
 
 def verify_shape(
@@ -84,87 +50,44 @@ def verify_shape(
     device: torch.device,
     dtype: torch.dtype,
     routings: Sequence[str],
-    configurations: Sequence[tuple[GroupSize, bool]] = TRITON_CONFIGURATIONS,
+    configurations: Sequence[tuple[GroupSize, bool]] | None = None,
     backend: str = "auto",
     progress: Callable[[str], object] = lambda message: None,
 ) -> list[Verdict]:
-    """Judge the output and every gradient of every (group_size, persistent) on every routing.
-
-    The truth is the reference in float64, the yardstick the reference in ``dtype``, the rule that of
-    :mod:`moe_kernels.testing.tolerances`. What the package allocates without filling is NaN meanwhile.
-    """
-    from moe_kernels import backends
-    from moe_kernels.testing.problems import Case, eager, make_inputs, truth
+    """:func:`moe_kernels.testing.verification.verify_case` of a plain SwiGLU layer of these sizes."""
+    from moe_kernels.testing.problems import Case
+    from moe_kernels.testing.verification import TRITON_CONFIGURATIONS, verify_case
 
     case = Case(shape.tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, dtype)
-    name = str(dtype).removeprefix("torch.")
-    verdicts = [Verdict(shape.name, name, backend, size, walk) for size, walk in configurations]
-    for routing in routings:
-        inputs = make_inputs(replace(case, routing=routing), device)
-        expected, plain = truth(inputs), eager(inputs)
-        for verdict in verdicts:
-            progress(f"{shape.name}, {routing}, group_size={verdict.group_size}, persistent={verdict.persistent}")
-            problem = backends.Problem.of(
-                inputs.down, shape.top_k, group_size=verdict.group_size, persistent=verdict.persistent
-            )
-            try:
-                verdict.backend, _ = backends.select(problem, backend)
-            except backends.UnsupportedProblem as error:
-                verdict.failures = [str(error)]
-                continue
-            verdict.routings += 1
-            _judge(verdict, routing, inputs, expected, plain)
-    return verdicts
-
-
-def _judge(
-    verdict: Verdict,
-    routing: str,
-    inputs: Inputs,
-    expected: dict[str, torch.Tensor],
-    plain: dict[str, torch.Tensor],
-) -> None:
-    import torch
-
-    from moe_kernels import backends
-    from moe_kernels.moe import fused_experts
-    from moe_kernels.testing.allocations import poisoned_allocations
-    from moe_kernels.testing.problems import run
-    from moe_kernels.testing.tolerances import assert_close_to_truth
-
-    def ours(*tensors: torch.Tensor) -> torch.Tensor:
-        return fused_experts(
-            *tensors, group_size=verdict.group_size, persistent=verdict.persistent, backend=verdict.backend
-        )
-
-    before = backends.dispatch_counts().get(verdict.backend, 0)
-    with poisoned_allocations():
-        first, second = run(ours, inputs), run(ours, inputs)
-    if backends.dispatch_counts().get(verdict.backend, 0) != before + 2:
-        verdict.failures.append(f"{routing}: backend {verdict.backend} was asked for and did not run")
-    for name, truth in expected.items():
-        value, again = first[name], second[name]
-        if value is None or again is None:
-            verdict.failures.append(f"{routing}: {name} is missing")
-            continue
-        if not torch.equal(value, again):
-            verdict.repeatable = False
-            verdict.failures.append(f"{routing}: {name} differs between two runs on the same input")
-        try:
-            close = assert_close_to_truth(value, truth, plain[name], f"{routing}: {name}")
-        except AssertionError as error:
-            verdict.failures.append(str(error))
-            continue
-        verdict.rms_ratio = max(verdict.rms_ratio, close.rms_ratio)
-        verdict.max_ratio = max(verdict.max_ratio, close.max_ratio)
-        verdict.slope_error = max(verdict.slope_error, abs(close.slope_error))
+    return verify_case(
+        case,
+        shape.name,
+        device=device,
+        routings=routings,
+        configurations=TRITON_CONFIGURATIONS if configurations is None else configurations,
+        backend=backend,
+        progress=progress,
+    )
 
 
 def verify(
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A run file (.yml), or a model's folder or config.json: verify its expert layers, in its dtype.",
+            show_default="the shapes of --shapes",
+        ),
+    ] = None,
     shapes: Annotated[
-        str, typer.Option(help=f"Comma-separated: small (the hostile sizes), or of {', '.join(LAYERS)}.")
-    ] = DEFAULT_SHAPES,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+        str | None,
+        typer.Option(
+            help=f"Comma-separated: small (the hostile sizes), or of {', '.join(LAYERS)}.",
+            show_default=DEFAULT_SHAPES,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32.", show_default="the run file's, else bf16")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the real layers.")] = None,
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
     device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")] = "auto",
@@ -181,24 +104,35 @@ def verify(
     """
     import torch
 
+    from moe_kernels.testing.verification import TORCH_CONFIGURATIONS, TRITON_CONFIGURATIONS, verify_case
+
     console = Console(stderr=True)
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     if backend not in BACKEND_NAMES:
         raise UsageError(f"--backend {backend}: choose from {', '.join(BACKEND_NAMES)}")
     where = _device(device)
-    wanted = _shapes(shapes, where.type, tokens)
+    if target is not None and shapes is not None:
+        raise UsageError("Name a run file or a model, or --shapes, not both.")
+    if target is not None:
+        wanted = _target(target, where.type, tokens, dtype)
+    else:
+        kind = getattr(torch, DTYPES[dtype or "bf16"])
+        wanted = [
+            (_case(shape, kind), shape.name, routings)
+            for shape, routings in _shapes(shapes or DEFAULT_SHAPES, where.type, tokens)
+        ]
     if where.type == "cpu":
         console.print("No NVIDIA GPU: this checks the plain-torch backend on the CPU.", style="yellow")
 
     plain_torch = backend == "torch" or (backend == "auto" and where.type == "cpu")
     began, verdicts = time.perf_counter(), []
     with console.status("verifying") as status:
-        for shape, routings in wanted:
-            verdicts += verify_shape(
-                shape,
+        for case, name, routings in wanted:
+            verdicts += verify_case(
+                case,
+                name,
                 device=where,
-                dtype=getattr(torch, DTYPES[dtype]),
                 routings=routings,
                 configurations=TORCH_CONFIGURATIONS if plain_torch else TRITON_CONFIGURATIONS,
                 backend=backend,
@@ -258,6 +192,37 @@ def _shapes(names: str, device_type: str, tokens: int | None) -> list[tuple[Laye
         else:
             raise UsageError(f"--shapes {name}: choose from {', '.join((SMALL, *LAYERS))}")
     return chosen
+
+
+def _case(shape: LayerShape, dtype: torch.dtype) -> Case:
+    from moe_kernels.testing.problems import Case
+
+    return Case(shape.tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, dtype)
+
+
+def _target(
+    path: Path, device_type: str, tokens: int | None, dtype: str | None
+) -> list[tuple[Case, str, Sequence[str]]]:
+    """The expert layers of a run file's model, or of a model, each kind once, with its routings."""
+    import torch
+
+    from moe_kernels.cli.layers import expert_layers, read_target
+
+    found = read_target(path)
+    kind = getattr(torch, DTYPES[dtype or found.dtype])
+    gpu = device_type == "cuda"
+    cases: list[tuple[Case, str, Sequence[str]]] = []
+    for name, case in expert_layers(found):
+        case = replace(
+            case,
+            dtype=kind,
+            # Float64 is slow: as many rows as it takes to fill tiles, not as many as a training has.
+            tokens=tokens or min(found.tokens, GPU_TOKENS if gpu else CPU_TOKENS),
+            hidden=case.hidden if gpu else max(1, case.hidden // CPU_SHRINK),
+            intermediate=case.intermediate if gpu else max(1, case.intermediate // CPU_SHRINK),
+        )
+        cases.append((case, name, LAYER_ROUTINGS if case.tokens > 1 else ONE_TOKEN_ROUTINGS))
+    return cases
 
 
 def _table(verdicts: list[Verdict]) -> Table:

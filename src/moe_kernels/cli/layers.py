@@ -1,0 +1,123 @@
+"""The expert layers that a run file or a model folder stands for: read from its configuration, nothing is loaded."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_kernels.cli.errors import MissingDependency, UsageError
+from moe_kernels.compare.plan import load_yaml, tokens_per_micro_batch
+
+if TYPE_CHECKING:
+    from moe_kernels.testing.problems import Case
+
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
+DEFAULT_TOKENS = 4096
+# What a configuration with values that make no sense ends in, within transformers and torch.
+NONSENSE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a run file, or a model alone, says of its expert layers.
+
+    Attributes:
+        model: folder of the model, or its name in the local Hugging Face cache.
+        tokens: of one micro-batch.
+        dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        lora_rank: of the adapters of the expert weights; 0 without.
+    """
+
+    model: str
+    tokens: int = DEFAULT_TOKENS
+    dtype: str = "bf16"
+    lora_rank: int = 0
+
+
+def read_target(path: Path) -> Target:
+    """A run file (.yml, .yaml), a model's folder, or its config.json.
+
+    Raises:
+        UsageError: it is none of these, or names no model.
+    """
+    if path.suffix in (".yml", ".yaml"):
+        config = load_yaml(path)
+        model = config.get("base_model")
+        if not isinstance(model, str) or not model:
+            raise UsageError(f"{path} names no base_model.")
+        dtype = "bf16" if config.get("bf16") else "fp16" if config.get("fp16") else "fp32"
+        return Target(model, tokens_per_micro_batch(config), dtype, _lora_rank(config, path))
+    folder = path.parent if path.name == "config.json" else path
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{path} is no run file (.yml) and no model: there is no {folder / 'config.json'}.")
+    return Target(str(folder))
+
+
+def expert_layers(target: Target) -> list[tuple[str, Case]]:
+    """Each kind of expert layer of the model once, under the name of the first; tokens as in the target.
+
+    Raises:
+        UsageError: the model cannot be read, or has no expert layers.
+        UnsupportedExperts: the kernels do not compute what a layer computes.
+    """
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from moe_kernels.integrations.support import recipe_of
+    from moe_kernels.integrations.transformers import experts_modules
+    from moe_kernels.testing.problems import Case
+
+    try:
+        config = AutoConfig.from_pretrained(target.model, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except OSError as error:
+        raise MissingDependency(
+            f"{target.model} cannot be read here: {_first_line(error)} Cure: `moe-kernels prepare`, or download it."
+        ) from error
+    except (StrictDataclassError, *NONSENSE) as error:
+        raise UsageError(f"The configuration of {target.model} cannot be used: {_first_line(error)}") from error
+    text = config.get_text_config()
+    top_k = next((value for key in _TOP_K if isinstance(value := getattr(text, key, None), int)), 2)
+    cases: dict[Case, str] = {}
+    for name, module in experts_modules(model):
+        recipe = recipe_of(module, name)
+        experts, *sides = module.down_proj.shape
+        hidden, intermediate = reversed(sides) if recipe.transposed else sides
+        case = Case(
+            tokens=target.tokens,
+            top_k=min(top_k, experts),
+            experts=experts,
+            hidden=hidden,
+            intermediate=intermediate,
+            activation=recipe.gate.activation,
+            gated=recipe.gate.gated,
+            interleaved=recipe.gate.interleaved,
+            transposed=recipe.transposed,
+            bias=recipe.biased,
+            lora_rank=target.lora_rank,
+            reduce=not recipe.post_norm,
+        )
+        cases.setdefault(case, name.removeprefix("model."))
+    if not cases:
+        raise UsageError(f"{target.model} has no expert layers that these kernels could run.")
+    if any(min(case.hidden, case.intermediate, case.top_k, case.experts) < 1 for case in cases):
+        raise UsageError(f"The configuration of {target.model} has an expert layer without rows, columns or experts.")
+    return [(name, case) for case, name in cases.items()]
+
+
+def _lora_rank(config: dict[str, Any], path: Path) -> int:
+    names = config.get("lora_target_parameters")
+    if not isinstance(names, list) or not any("experts" in str(name) for name in names):
+        return 0
+    rank = config.get("lora_r")
+    if type(rank) is not int or not 0 < rank < 2**16:
+        raise UsageError(f"{path}: lora_r should be a number from 1 on and is {rank!r:.60}.")
+    return rank
+
+
+def _first_line(error: Exception) -> str:
+    return next(itertools.chain(str(error).strip().splitlines(), [type(error).__name__]))[:300]

@@ -1,0 +1,124 @@
+"""Is a kernel configuration right? Output and every gradient, hostile routings, poisoned memory, twice bit by bit.
+
+Used by ``moe-kernels verify`` and by ``moe-kernels tune``, which accepts no tile that fails here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from moe_kernels import backends
+from moe_kernels.moe import fused_experts
+from moe_kernels.settings import GroupSize
+from moe_kernels.testing.allocations import poisoned_allocations
+from moe_kernels.testing.problems import Case, Experts, Inputs, eager, make_inputs, run, truth
+from moe_kernels.testing.tolerances import assert_close_to_truth
+
+#: The plain-torch backend has no tiles and no programs: one configuration says it all.
+TRITON_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = tuple(
+    (size, walk) for size in (64, 128, 256) for walk in (True, False)
+)
+TORCH_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = ((128, True),)
+
+
+@dataclass
+class Verdict:
+    """What one configuration did on one shape: the worst over all routings and tensors.
+
+    Attributes:
+        backend: what ran.
+        rms_ratio, max_ratio: error over that of plain PyTorch in the same dtype, both against float64.
+        slope_error: largest relative scale error.
+        repeatable: two runs gave bitwise equal output and gradients.
+        failures: sentences; empty when the configuration is right.
+    """
+
+    shape: str
+    dtype: str
+    backend: str
+    group_size: GroupSize
+    persistent: bool
+    routings: int = 0
+    rms_ratio: float = 0.0
+    max_ratio: float = 0.0
+    slope_error: float = 0.0
+    repeatable: bool = True
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Right on every routing, and repeatable."""
+        return not self.failures
+
+
+def verify_case(
+    case: Case,
+    name: str,
+    *,
+    device: torch.device,
+    routings: Sequence[str],
+    configurations: Sequence[tuple[GroupSize, bool]] = TRITON_CONFIGURATIONS,
+    backend: str = "auto",
+    progress: Callable[[str], object] = lambda message: None,
+) -> list[Verdict]:
+    """Judge the output and every gradient of every (group_size, persistent) on every routing.
+
+    The truth is the reference in float64, the yardstick the reference in the dtype of ``case``, the rule that of
+    :mod:`moe_kernels.testing.tolerances`. What the package allocates without filling is NaN meanwhile.
+    """
+    dtype = str(case.dtype).removeprefix("torch.")
+    verdicts = [Verdict(name, dtype, backend, size, walk) for size, walk in configurations]
+    for routing in routings:
+        inputs = make_inputs(replace(case, routing=routing), device)
+        expected, plain = truth(inputs), eager(inputs)
+        for verdict in verdicts:
+            progress(f"{name}, {routing}, group_size={verdict.group_size}, persistent={verdict.persistent}")
+            problem = backends.Problem.of(
+                inputs.down, case.top_k, group_size=verdict.group_size, persistent=verdict.persistent
+            )
+            try:
+                verdict.backend, _ = backends.select(problem, backend)
+            except backends.UnsupportedProblem as error:
+                verdict.failures = [str(error)]
+                continue
+            verdict.routings += 1
+            _judge(verdict, routing, inputs, expected, plain)
+    return verdicts
+
+
+def _judge(
+    verdict: Verdict,
+    routing: str,
+    inputs: Inputs,
+    expected: dict[str, torch.Tensor],
+    plain: dict[str, torch.Tensor],
+) -> None:
+    settings: Any = {"group_size": verdict.group_size, "persistent": verdict.persistent, "backend": verdict.backend}
+
+    ours: Experts = partial(fused_experts, **settings)
+    before = backends.dispatch_counts().get(verdict.backend, 0)
+    with poisoned_allocations():
+        first, second = run(ours, inputs), run(ours, inputs)
+    if backends.dispatch_counts().get(verdict.backend, 0) != before + 2:
+        verdict.failures.append(f"{routing}: backend {verdict.backend} was asked for and did not run")
+    for name, right in expected.items():
+        value, again = first[name], second[name]
+        if value is None or again is None:
+            verdict.failures.append(f"{routing}: {name} is missing")
+            continue
+        if not torch.equal(value, again):
+            verdict.repeatable = False
+            verdict.failures.append(f"{routing}: {name} differs between two runs on the same input")
+        try:
+            close = assert_close_to_truth(value, right, plain[name], f"{routing}: {name}")
+        except AssertionError as error:
+            verdict.failures.append(str(error))
+            continue
+        verdict.rms_ratio = max(verdict.rms_ratio, close.rms_ratio)
+        verdict.max_ratio = max(verdict.max_ratio, close.max_ratio)
+        verdict.slope_error = max(verdict.slope_error, abs(close.slope_error))
