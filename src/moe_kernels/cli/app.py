@@ -58,6 +58,11 @@ COMMANDS: dict[str, Entry] = {
         "Find and verify the fastest tiles for given layers on this GPU.",
         ("moe-kernels tune", "moe-kernels tune --shapes qwen3-30b-a3b,olmoe-7b --group-sizes 64,128"),
     ),
+    "plan": Entry(
+        "moe_kernels.cluster.command:plan",
+        "Estimate memory, traffic and tokens/s on many GPUs from measured kernel rates.",
+        ("moe-kernels plan", "moe-kernels plan --models deepseek-v3 --gpus 128,256 --network-link 50 --json"),
+    ),
     "doctor": Entry(
         "moe_kernels.cli.doctor:doctor",
         "Say what will run on this machine, and why not more.",
