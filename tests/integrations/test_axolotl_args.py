@@ -40,6 +40,7 @@ def validate(**data: Any) -> Any:
         # Off on purpose, the rest left in place for the next run.
         {"moe_kernels": False, "moe_group_size": 64, "experts_implementation": "grouped_mm"},
         ON | {"liger_rms_norm": True, "expert_parallel_size": 1, "quantize_moe_experts": False},
+        ON | {"quantize_moe_experts": True, "load_in_4bit": True},
         {"moe_grouped_backend": "auto", "moe_dequant_chunk_size": 4, "moe_bnb_fast": True},
         {"moe_fused_router": True},
         ON | {"moe_fused_router": True},
@@ -88,7 +89,7 @@ def test_accepted(data: dict[str, Any]) -> None:
         ),
         (ON | {"liger_glu_activation": True}, ["liger_glu_activation", "set it to false"]),
         (ON | {"liger_swiglu": True}, ["liger_swiglu", "set it to false"]),
-        (ON | {"quantize_moe_experts": True}, ["quantize_moe_experts", "set it to false"]),
+        (ON | {"quantize_moe_experts": True, "load_in_8bit": True}, ["quantize_moe_experts", "load_in_4bit: true"]),
         (ON | {"expert_parallel_size": 2}, ["expert_parallel_size", "Set expert_parallel_size: 1"]),
     ],
     ids=str,

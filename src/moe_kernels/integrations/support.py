@@ -79,7 +79,7 @@ def recipe_of(module: Any, name: str = "") -> Recipe:
         )
     gated, concatenated, transposed, biased, post_norm = now[: len(_LAYOUT)]
     theirs = module._apply_gate if gated else module.act_fn
-    device = module.down_proj.device
+    device = next(module.parameters()).device  # reading a weight may dequantise it
     activation = _find_activation(
         theirs, gated, not concatenated, _numbers(module), torch.device("cpu") if device.type == "meta" else device
     )

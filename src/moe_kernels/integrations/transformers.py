@@ -23,6 +23,7 @@ from moe_kernels.settings import ExpertsSettings, GroupSize
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+    from moe_kernels.integrations.quantized import packed_weight, run_in_blocks
     from moe_kernels.integrations.support import (
         LORA_ATTRIBUTE,
         UnsupportedExperts,
@@ -83,27 +84,38 @@ def run_experts(
     # Every time: expert parallelism, PEFT and weight swaps change the module between calls.
     recipe = recipe_of(module)
     up_name = "gate_up_proj" if recipe.gate.gated else "up_proj"
-    # One read each: PEFT merges, quantised parametrisations dequantise, on every attribute access.
-    gate_up, down = (plain_weight(module, getattr(module, name)) for name in (up_name, "down_proj"))
-    if recipe.transposed:
-        gate_up, down = gate_up.mT, down.mT
     lora = vars(module).get(LORA_ATTRIBUTE, {})
+    others = {"gate_up_lora": lora.get(up_name), "down_lora": lora.get("down_proj")}
     if recipe.biased:
-        settings["gate_up_bias"] = plain_weight(module, getattr(module, f"{up_name}_bias"))
-        settings["down_bias"] = plain_weight(module, module.down_proj_bias)
-    out = fused_experts(
-        hidden_states,
-        top_k_index,
-        None if recipe.post_norm else top_k_weights,
-        gate_up,
-        down,
-        activation=recipe.gate.activation,
-        interleaved=recipe.gate.interleaved,
-        reduce=not recipe.post_norm,
-        gate_up_lora=lora.get(up_name),
-        down_lora=lora.get("down_proj"),
-        **settings,
-    )
+        others["gate_up_bias"] = plain_weight(module, getattr(module, f"{up_name}_bias"))
+        others["down_bias"] = plain_weight(module, module.down_proj_bias)
+
+    def experts(
+        x: torch.Tensor, ids: torch.Tensor, weights: Any, gate_up: torch.Tensor, down: torch.Tensor, others: Any
+    ) -> torch.Tensor:
+        if recipe.transposed:
+            gate_up, down = gate_up.mT, down.mT
+        return fused_experts(
+            x,
+            ids,
+            weights,
+            gate_up,
+            down,
+            activation=recipe.gate.activation,
+            interleaved=recipe.gate.interleaved,
+            reduce=not recipe.post_norm,
+            **others,
+            **settings,
+        )
+
+    tokens = hidden_states, top_k_index, None if recipe.post_norm else top_k_weights
+    packed = [packed_weight(module, name) for name in (up_name, "down_proj")]
+    if packed[0] and packed[1]:
+        out = run_in_blocks(experts, *tokens, packed[0], packed[1], others)
+    else:
+        # One read each: PEFT merges, quantised parametrisations dequantise, on every attribute access.
+        gate_up, down = (plain_weight(module, getattr(module, name)) for name in (up_name, "down_proj"))
+        out = experts(*tokens, gate_up, down, others)
     if not recipe.post_norm:
         return out
     # The order of transformers' grouped_mm; a dropped slot stays zero whatever the norm makes of zeros.

@@ -26,7 +26,6 @@ CONFLICTS = {
     "use_scattermoe": "remove it",
     "use_sonicmoe": "remove it",
     "expert_backend": "remove it",
-    "quantize_moe_experts": "set it to false: quantised expert weights are not supported",
     "liger_glu_activation": "set it to false: Liger replaces the experts class (its other keys are fine)",
     "liger_swiglu": "set it to false: Liger replaces the experts class (its other keys are fine)",
 }
@@ -108,6 +107,11 @@ class MoeKernelsArgs(BaseModel):
         for key, cure in CONFLICTS.items():
             if data.get(key):
                 raise ValueError(f"moe_kernels: true cannot be combined with {key}: {cure}.")
+        if data.get("quantize_moe_experts") and not data.get("load_in_4bit"):
+            raise ValueError(
+                "moe_kernels: true with quantize_moe_experts needs load_in_4bit: true; expert weights of 8 bits are "
+                "not supported."
+            )
         # Compared by package: every plugin of Axolotl can be named by more than one path.
         if any(str(name).startswith("axolotl.integrations.kernels.") for name in data.get("plugins") or []):
             raise ValueError(

@@ -1,0 +1,177 @@
+"""Expert weights in bitsandbytes' 4 bits, a block of experts at a time, against the whole weight dequantised."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from moe_kernels import backends
+from moe_kernels.integrations import quantized
+from moe_kernels.testing.tiles import use_small_tiles
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+mk = pytest.importorskip("moe_kernels.integrations.transformers")
+conformance = pytest.importorskip("moe_kernels.testing.conformance")
+
+from moe_kernels.integrations.support import recipe_of  # noqa: E402
+
+HIDDEN, INTERMEDIATE = 64, 128
+DISTINCT = {str(recipe_of(conformance.build(found.cls))): found for found in reversed(conformance.experts_classes())}
+
+
+@pytest.fixture(autouse=True)
+def _two_experts_a_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """5 experts make three blocks, the last of one expert.
+
+    Sizes are multiples of 64: on a CPU, bitsandbytes dequantises rows that are shorter than a block wrongly.
+    """
+    mk.register(backend="torch")
+    backends.reset_dispatch_counts()
+    monkeypatch.setattr(conformance, "_HIDDEN", HIDDEN)
+    monkeypatch.setitem(conformance._TINY, r"hidden_size$", HIDDEN)
+    monkeypatch.setitem(conformance._TINY, r"intermediate_size$", INTERMEDIATE)
+    monkeypatch.setattr(quantized, "BLOCK_BYTES", 2 * 3 * HIDDEN * INTERMEDIATE * 4)
+    yield
+    mk.register()
+
+
+def in_4_bits(experts: nn.Module, nested: bool = True) -> nn.Module:
+    """As Axolotl's quantize_moe_experts does it at load."""
+    experts = copy.deepcopy(experts)
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        if hasattr(experts, name):
+            parametrize.replace_parameter_4bit(experts, name, compress_statistics=nested, quant_type="nf4")
+    for parameter in experts.parameters():
+        parameter.requires_grad_(False)
+    return experts
+
+
+def dequantised(packed: nn.Module) -> nn.Module:
+    """The same values in a plain module."""
+    [cls] = {found.cls for found in DISTINCT.values() if isinstance(packed, found.cls)}
+    plain = conformance.build(cls)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(False).copy_(getattr(packed, name) if "." not in name else parameter)
+    return plain
+
+
+def run(experts: nn.Module, implementation: str, routing: str = "random") -> dict[str, torch.Tensor]:
+    experts.config._experts_implementation = implementation
+    inputs = conformance.make_inputs(routing, torch.float32, torch.float32, torch.device("cpu"))
+    x, weights = inputs.hidden_states.requires_grad_(), inputs.top_k_weights.requires_grad_()
+    out = experts(x, inputs.top_k_index, weights)
+    out.backward(inputs.grad)
+    gradients = {name: p.grad for name, p in experts.named_parameters() if p.requires_grad}
+    return {"out": out.detach(), "dx": x.grad, "dweights": weights.grad} | gradients
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, value in expected.items():
+        assert value.abs().max() > 0, name
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("kind", DISTINCT)
+def test_equals_the_whole_weight(kind: str, nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = in_4_bits(conformance.build(DISTINCT[kind].cls), nested)
+    expected = run(dequantised(packed), "batched_mm" if "post" not in kind else "eager")
+
+    def whole(*_: object) -> None:
+        raise AssertionError("the whole weight was dequantised")
+
+    monkeypatch.setattr(parametrize.Bnb4bitParametrization, "forward", whole)
+    assert mk.why_not_module(packed) is None
+    assert_same(run(packed, "moe_kernels"), expected)
+
+
+@pytest.mark.parametrize("routing", ["one_hot_expert", "all_to_last", "empty_first_middle_last"])
+def test_blocks_without_a_token(routing: str) -> None:
+    packed = in_4_bits(conformance.build(DISTINCT["gate_up | silu"].cls))
+    assert_same(run(packed, "moe_kernels", routing), run(dequantised(packed), "batched_mm", routing))
+
+
+def test_a_block_is_dequantised_once_more_in_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... and not kept: three blocks of two weights, forward and backward; the largest has two experts."""
+    real, seen = quantized.PackedWeight.experts, []
+    monkeypatch.setattr(quantized.PackedWeight, "experts", lambda self, a, b: seen.append((a, b)) or real(self, a, b))
+    run(in_4_bits(conformance.build(DISTINCT["gate_up | silu"].cls)), "moe_kernels")
+    assert len(seen) == 2 * 2 * 3
+    assert set(seen) == {(0, 2), (2, 4), (4, 5)}
+    assert backends.dispatch_counts() == {"torch": 2 * 3}
+
+
+def test_blocks_across_experts_are_refused() -> None:
+    packed = in_4_bits(conformance.build(DISTINCT["gate_up | silu"].cls))
+    packed.parametrizations["down_proj"][0].quant_state.blocksize = 4096 * 3
+    with pytest.raises(mk.UnsupportedExperts, match=r"the 12288 values of a 4-bit block do not divide .*\(64, 128\)"):
+        run(packed, "moe_kernels")
+
+
+def test_without_gradients() -> None:
+    packed = in_4_bits(conformance.build(DISTINCT["gate_up | silu"].cls))
+    expected = run(packed, "moe_kernels")["out"]
+    inputs = conformance.make_inputs("random", torch.float32, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        out = packed(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("kind", [k for k in DISTINCT if k.startswith(("gate_up | silu", "interleaved", "up"))])
+def test_lora_of_a_4_bit_base(kind: str) -> None:
+    """QLoRA: the factors are cut into the same blocks."""
+    from moe_kernels.integrations.peft import fuse_lora
+
+    fuse_lora()
+
+    class Model(nn.Module):
+        def __init__(self, experts: nn.Module) -> None:
+            super().__init__()
+            self.mlp = nn.Module()
+            self.mlp.experts = experts
+
+    packed = in_4_bits(conformance.build(DISTINCT[kind].cls))
+    plain = dequantised(packed)
+    first = "up_proj" if kind.startswith("up") else "gate_up_proj"
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=[],
+        target_parameters=[f"experts.{first}", "experts.down_proj"],
+        init_lora_weights=False,
+    )
+    torch.manual_seed(0)
+    wrapper = peft.get_peft_model(Model(plain), config).base_model.model.mlp.experts
+    wrapper.get_base_layer().config._experts_implementation = "moe_kernels"
+    inputs = conformance.make_inputs("random", torch.float32, torch.float32, torch.device("cpu"))
+
+    def through() -> dict[str, torch.Tensor]:
+        wrapper.zero_grad(set_to_none=True)
+        out = wrapper(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+        out.backward(inputs.grad)
+        return {"out": out.detach()} | {name: p.grad for name, p in wrapper.named_parameters() if p.requires_grad}
+
+    expected = through()
+    # The same adapters over the packed weights: only what they wrap is exchanged.
+    inner = wrapper
+    while isinstance(inner.base_layer, type(wrapper)):
+        inner = inner.base_layer
+    inner.base_layer = packed
+    packed.config._experts_implementation = "moe_kernels"
+    backends.reset_dispatch_counts()
+    assert_same(through(), expected)
+    blocks = 2 if first == "up_proj" else 3  # half the weights: three experts fit
+    assert backends.dispatch_counts() == {"torch": 2 * blocks}
+
+
+def test_triton_backend() -> None:
+    mk.register(backend="triton")
+    packed = in_4_bits(conformance.build(DISTINCT["gate_up | silu"].cls))
+    expected = run(dequantised(packed), "batched_mm")
+    with use_small_tiles():
+        assert_same(run(packed, "moe_kernels"), expected)
