@@ -89,7 +89,7 @@ def fused_experts(
         UnsupportedProblem: the backend cannot run it; the message names the cure.
     """
     chosen = Activation.of(activation)
-    check_settings(group_size, persistent, backend)
+    check_settings(group_size, persistent, backend, recompute)
     _check_inputs(x, topk_ids, topk_weights, gate_up, down, reduce)
     _check_experts(gate_up, down, gate_up_bias, down_bias, chosen, interleaved)
     _check_low_rank("gate_up", gate_up, gate_up_lora)

@@ -10,12 +10,13 @@ GROUP_SIZES: tuple[GroupSize, ...] = (64, 128, 256, "auto")
 BACKEND_NAMES: tuple[str, ...] = ("auto", "triton", "torch")
 
 
-def check_settings(group_size: GroupSize, persistent: bool, backend: str) -> None:
+def check_settings(group_size: GroupSize, persistent: bool, backend: str, recompute: bool = False) -> None:
     """Raise ValueError naming the valid values if a setting is not one of them."""
     if isinstance(group_size, bool) or group_size not in GROUP_SIZES:
         raise ValueError(f"group_size={group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
-    if not isinstance(persistent, bool):
-        raise ValueError(f"persistent={persistent!r} must be true or false")
+    for name, value in (("persistent", persistent), ("recompute", recompute)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be true or false")
     if backend not in BACKEND_NAMES:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKEND_NAMES)}")
 
@@ -29,11 +30,13 @@ class ExpertsSettings:
             expert. ``"auto"`` picks from the mean number of rows per expert.
         persistent: one program per multiprocessor walks all tiles, instead of one program per tile.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        recompute: keep X but not Z for the backward, which runs the up projection once more.
     """
 
     group_size: GroupSize = 128
     persistent: bool = True
     backend: str = "auto"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self.group_size, self.persistent, self.backend)
+        check_settings(self.group_size, self.persistent, self.backend, self.recompute)

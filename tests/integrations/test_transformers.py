@@ -202,7 +202,7 @@ def test_settings_reach_the_op(group_size: int | str, persistent: bool, monkeypa
     model = make_model("mixtral")
     model.set_experts_implementation("moe_kernels")
     model(input_ids=tokens())
-    expected = {"group_size": group_size, "persistent": persistent, "backend": "torch"}
+    expected = {"group_size": group_size, "persistent": persistent, "backend": "torch", "recompute": False}
     layout = {"activation": Activation("silu"), "interleaved": False, "reduce": True} | {
         "gate_up_lora": None,
         "down_lora": None,
@@ -309,7 +309,7 @@ def experts_module(name: str) -> nn.Module:
 
 def experts_inputs(experts: nn.Module, rows: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    hidden = experts.gate_up_proj.shape[-1]
+    hidden = COMMON["hidden_size"]
     x = torch.randn(rows, hidden, generator=generator, requires_grad=True)
     logits = torch.randn(rows, experts.num_experts, generator=generator)
     weights, index = logits.softmax(-1).topk(2, dim=-1)
@@ -337,10 +337,12 @@ def test_called_by_keyword() -> None:
     torch.testing.assert_close(by_keyword, experts(x, index, weights), rtol=0, atol=0)
 
 
-def test_compiles_to_one_graph() -> None:
-    experts = experts_module("mixtral")
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_compiles_to_one_graph(name: str) -> None:
+    experts = experts_module(name)
     x, index, weights = experts_inputs(experts)
-    expected = torch.autograd.grad(experts(x, index, weights).sum(), [x, weights, experts.gate_up_proj])
+    leaves = [x, weights, *experts.parameters()]
+    expected = torch.autograd.grad(experts(x, index, weights).sum(), leaves)
 
     torch._dynamo.reset()
     explained = torch._dynamo.explain(experts)(x, index, weights)
@@ -349,10 +351,18 @@ def test_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
     backends.reset_dispatch_counts()
-    got = torch.autograd.grad(compiled(x, index, weights).sum(), [x, weights, experts.gate_up_proj])
+    got = torch.autograd.grad(compiled(x, index, weights).sum(), leaves)
     assert backends.dispatch_counts() == {"torch": 1}
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE[torch.float32])
+
+
+def test_compile_before_the_check_says_so() -> None:
+    """The probe cannot run inside a graph."""
+    experts = experts_module("mixtral")
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="call check_model"):  # wrapped by dynamo, in a class of its own
+        torch.compile(experts, fullgraph=True, backend="aot_eager")(*experts_inputs(experts))
 
 
 # What it cannot run, and the words for it

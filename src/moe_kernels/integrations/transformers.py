@@ -11,6 +11,7 @@ those of transformers, and the saved config.json holds no trace of the choice.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +45,12 @@ _registered: dict[str, Callable[..., torch.Tensor]] = {}
 
 
 def register(
-    *, group_size: GroupSize = 128, persistent: bool = True, backend: str = "auto", name: str = "moe_kernels"
+    *,
+    group_size: GroupSize = 128,
+    persistent: bool = True,
+    recompute: bool = False,
+    backend: str = "auto",
+    name: str = "moe_kernels",
 ) -> None:
     """Make ``experts_implementation=name`` run :func:`moe_kernels.fused_experts` with these settings.
 
@@ -53,8 +59,7 @@ def register(
     Raises:
         ValueError: a setting is invalid; the message lists the valid ones.
     """
-    settings: dict[str, Any] = {"group_size": group_size, "persistent": persistent, "backend": backend}
-    ExpertsSettings(**settings)
+    settings = dataclasses.asdict(ExpertsSettings(group_size, persistent, backend, recompute))
 
     # Models may call it by keyword, so the parameter names are transformers' own.
     def experts_forward(

@@ -100,7 +100,7 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
     gate_up = matrix(experts, width, hidden, scale=hidden**-0.5)
     down = matrix(experts, hidden, intermediate, scale=intermediate**-0.5)
     grad = normal(case.tokens, hidden) if case.reduce else normal(case.tokens, case.top_k, hidden)
-    extras = {}
+    extras: dict[str, Tensor] = {}
     if case.bias:
         extras |= {"gate_up_bias": normal(experts, width), "down_bias": normal(experts, hidden)}
     if case.lora_rank:
@@ -137,9 +137,9 @@ def run(implementation: Experts, inputs: Inputs, wanted: tuple[str, ...] | None 
         name: tensor.detach().clone().requires_grad_(wanted is None or name in wanted)
         for name, tensor in inputs.leaves().items()
     }
-    own = {name: leaf for name, leaf in leaves.items() if name in DIFFERENTIABLE}
-    extras = {name: leaf for name, leaf in leaves.items() if name in inputs.extras}
-    out = call(implementation, replace(inputs, **own, extras=extras))
+    changed: dict[str, Any] = {name: leaf for name, leaf in leaves.items() if name in DIFFERENTIABLE}
+    changed["extras"] = {name: leaf for name, leaf in leaves.items() if name in inputs.extras}
+    out = call(implementation, replace(inputs, **changed))
     if out.requires_grad:
         out.backward(inputs.grad.to(out.dtype))
     return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}

@@ -13,12 +13,13 @@ OWN_KEYS = (
     "moe_kernels",
     "moe_group_size",
     "moe_persistent_kernel",
+    "moe_recompute",
     "moe_kernel_models",
     "moe_router_telemetry",
     "moe_fused_router",
 )
 # Those that say how the kernels run: without the kernels they mean nothing.
-KNOBS = ("moe_group_size", "moe_persistent_kernel", "moe_kernel_models")
+KNOBS = ("moe_group_size", "moe_persistent_kernel", "moe_recompute", "moe_kernel_models")
 # Keys of Axolotl's KernelsPlugin that share the prefix.
 FOREIGN_KEYS = ("moe_grouped_backend", "moe_dequant_chunk_size", "moe_bnb_fast")
 # Each of these makes something else run the experts, so these kernels would be bypassed.
@@ -50,6 +51,13 @@ class MoeKernelsArgs(BaseModel):
         json_schema_extra={
             "description": "One program per multiprocessor walks all tiles of a grouped GEMM, instead of one "
             "program per tile. Default: true."
+        },
+    )
+    moe_recompute: StrictBool | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Keep only the tokens of an expert layer for the backward pass, not the output of its up "
+            "projection, which is computed again: less memory, more time. Default: false."
         },
     )
     moe_kernel_models: list[StrictStr] | None = Field(
@@ -111,6 +119,10 @@ class MoeKernelsArgs(BaseModel):
             raise ValueError(
                 "moe_kernels: true with quantize_moe_experts needs load_in_4bit: true; expert weights of 8 bits are "
                 "not supported."
+            )
+        if data.get("moe_recompute") and data.get("gradient_checkpointing"):
+            raise ValueError(
+                "moe_recompute: true does again what gradient_checkpointing already does: remove one of them."
             )
         # Compared by package: every plugin of Axolotl can be named by more than one path.
         if any(str(name).startswith("axolotl.integrations.kernels.") for name in data.get("plugins") or []):

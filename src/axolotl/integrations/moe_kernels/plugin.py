@@ -55,7 +55,9 @@ class MoeOptimizedPlugin(BasePlugin):
                 "moe_kernels: the plain-torch backend proves that a config works, not speed. Without a GPU, "
                 "Trainer refuses bf16: set bf16: false and fp16: false."
             )
-        register(group_size=settings.group_size, persistent=settings.persistent)
+        register(
+            group_size=settings.group_size, persistent=settings.persistent, recompute=settings.recompute
+        )
         cfg.experts_implementation = "moe_kernels"
 
     def post_model_load(self, cfg: DictDefault, model: Any) -> None:
@@ -107,7 +109,7 @@ def _settings(cfg: DictDefault) -> ExpertsSettings:
 
     group_size = 128 if cfg.moe_group_size is None else cfg.moe_group_size
     persistent = True if cfg.moe_persistent_kernel is None else cfg.moe_persistent_kernel
-    return ExpertsSettings(group_size=group_size, persistent=persistent)
+    return ExpertsSettings(group_size=group_size, persistent=persistent, recompute=bool(cfg.moe_recompute))
 
 
 def _backend_here(cfg: DictDefault, settings: ExpertsSettings) -> tuple[str, str]:
