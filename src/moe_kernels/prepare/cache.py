@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,11 @@ def replacing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(before, ignore_errors=True)
     partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
+    with ExitStack() as undo:
         # A full disk above all: what cannot be finished must not keep it full.
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        undo.callback(shutil.rmtree, partial, ignore_errors=True)
+        yield partial
+        undo.pop_all()
     if folder.exists():
         os.replace(folder, before)
     os.replace(partial, folder)

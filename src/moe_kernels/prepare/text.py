@@ -8,6 +8,7 @@ import platform
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,10 @@ def prepare_data(
     check_space(path.parent, 2 * MAX_CHARACTERS)
     report(f"writing {path}")
     partial = path.with_name(f".{path.name}.partial")
-    try:
+    with ExitStack() as undo:
+        undo.callback(partial.unlink, missing_ok=True)
         characters = _write(partial, rows(texts if dataset is None else dataset_texts(dataset, text_field)))
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        undo.pop_all()
     if not characters:
         raise UsageError(f"{dataset} holds no text in {text_field!r}. Name another column with --text-field.")
     forget_tokens(artifacts)
