@@ -66,10 +66,12 @@ def test_every_group_that_divides_gpus_and_experts_is_a_row() -> None:
 
 def test_own_layer_is_preferred_and_the_nearest_named(tmp_path: Path) -> None:
     row = {"implementation": "moe_kernels", "device": "GPU", "forward_tflops": 1.0, "forward_backward_tflops": 2.0}
-    wide, own = (row | {"shape": s, "intermediate": i} for s, i in (("wide", 9000), ("mixtral-8x7b", 14336)))
-    narrow = row | {"shape": "narrow", "intermediate": 700}
+    twin, wide, narrow, own = (
+        row | {"shape": shape, "intermediate": width}
+        for shape, width in (("twin", 14336), ("wide", 9000), ("narrow", 700), ("mixtral-8x7b", 14336))
+    )
     file = tmp_path / "bench.json"
-    for rows, expected in (([wide, narrow, own], "mixtral-8x7b"), ([narrow, wide], "wide")):
+    for rows, expected in (([twin, narrow, own], "mixtral-8x7b"), ([narrow, wide], "wide")):
         file.write_text(json.dumps({"results": rows}))
         rates = measured_rates(file, "mixtral-8x7b")
         assert rates.source.startswith(f"{expected} ")

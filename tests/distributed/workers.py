@@ -29,12 +29,13 @@ from moe_kernels.testing.allocations import poisoned_allocations
 
 STEPS = 4
 BASELINE, OURS = "grouped_mm", "moe_kernels"
+GPT_OSS = "gpt-oss"
 Batch = torch.Tensor
 
 
 def build(family: str, experts: str) -> Any:
     """The tiny model, on every rank with the same weights; large enough that a wrong expert shows in the loss."""
-    config = model_config(family, "tiny")
+    config = gpt_oss() if family == GPT_OSS else model_config(family, "tiny")
     config.vocab_size = 128
     torch.manual_seed(11)
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation=experts)
@@ -44,6 +45,22 @@ def build(family: str, experts: str) -> Any:
     if experts == OURS:
         mk.check_model(model)
     return model
+
+
+def gpt_oss() -> Any:
+    """Experts with biases, stored transposed, gate and up interleaved: the kernels take views of the weights."""
+    return transformers.GptOssConfig(
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
 
 
 def batches(steps: int = STEPS) -> list[Batch]:
@@ -109,6 +126,8 @@ def summary(result: tuple[list[float], dict[str, torch.Tensor]]) -> dict[str, An
 def data_parallel(folder: Path) -> dict[str, Any]:
     """FSDP2, its bf16 policy, save and resume, and DDP, each against the whole model on one process."""
     results: dict[str, Any] = {}
+    results[GPT_OSS, "whole"] = summary(train(build(GPT_OSS, BASELINE), batches()))
+    results[GPT_OSS, "fsdp2"] = summary(train(shard(build(GPT_OSS, OURS)), batches(), own=own_half))
     for family in FAMILIES:
         data = batches()
         results[family, "whole"] = summary(train(build(family, BASELINE), data))
