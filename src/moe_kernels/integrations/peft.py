@@ -12,8 +12,7 @@ adapter, scaling, several adapters, ``disable_adapter``, merge, unmerge, and its
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,26 +36,27 @@ def fuse_lora() -> None:
     original = ParamWrapper._activate_lora
 
     @functools.wraps(original)
-    @contextmanager
-    def _activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
+    def _activate_lora(self: Any, active_adapters: list[str]) -> AbstractContextManager[None]:
         if not _is_fused(self):
-            with original(self, active_adapters):
-                yield
-            return
+            return original(self, active_adapters)
         pair = low_rank_pair(self, active_adapters)
-        if pair is None:
-            yield
-            return
-        # Two wrappers nest around one module, so each adds and removes its own.
-        pairs = vars(self.get_base_layer()).setdefault(LORA_ATTRIBUTE, {})
-        pairs[self.parameter_name] = pair
-        try:
-            yield
-        finally:
-            del pairs[self.parameter_name]
+        return nullcontext() if pair is None else _Lent(self.get_base_layer(), self.parameter_name, pair)
 
     _activate_lora._moe_kernels = True  # type: ignore[attr-defined]
-    ParamWrapper._activate_lora = _activate_lora  # type: ignore[method-assign]
+    ParamWrapper._activate_lora = _activate_lora  # type: ignore[method-assign, assignment]
+
+
+class _Lent(AbstractContextManager[None]):
+    """Inside, ``experts`` has the low-rank pair of one weight. Two nest where both weights are adapted."""
+
+    def __init__(self, experts: Any, weight: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.pairs, self.weight, self.pair = vars(experts).setdefault(LORA_ATTRIBUTE, {}), weight, pair
+
+    def __enter__(self) -> None:
+        self.pairs[self.weight] = self.pair
+
+    def __exit__(self, *_: object) -> None:
+        del self.pairs[self.weight]
 
 
 def check_lora(model: torch.nn.Module) -> int:
