@@ -139,6 +139,22 @@ def test_pair(family: str, folder: Path) -> None:
     assert max(differences) < 2e-5, differences
 
 
+def test_packing_accumulation_and_checkpointing(folder: Path) -> None:
+    """Documents packed into one sequence, two micro-batches a step, every layer run again in the backward pass."""
+    shape = FAMILIES["mixtral"].sizes["tiny"]
+    together = {"sample_packing": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    configs = {
+        f"packed-{kind}": tiny(name, "mixtral") | together
+        for kind, name in (("baseline", FAMILIES["mixtral"].baseline), ("optimized", FAMILIES["mixtral"].optimized))
+    }
+    with ThreadPoolExecutor() as pool:
+        baseline, optimized = pool.map(partial(train, folder), configs.keys(), configs.values())
+    for training in (baseline, optimized):
+        assert training.returncode == 0, training.log[-4000:]
+    assert optimized.losses == pytest.approx(baseline.losses, abs=2e-5)
+    assert [row["train/moe/expert_calls"] for row in optimized.rows] == [2 * 2 * shape.moe_layers] * STEPS
+
+
 def check_router(training: Training, history: RouterHistory, shape: ModelShape) -> None:
     """The file accounts for every token of the training, and the trainer's log says the same."""
     assert history.steps == [*range(1, STEPS + 1)]
