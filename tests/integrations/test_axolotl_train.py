@@ -351,10 +351,20 @@ def test_wheel_adds_one_package_to_axolotl(tmp_path: Path) -> None:
     assert {f"{plugin}/{file}" for file in ("__init__.py", "plugin.py", "args.py", "README.md")} <= names
     # Either of these would take the place of Axolotl's own.
     assert not names & {"axolotl/__init__.py", "axolotl/integrations/__init__.py"}
-    assert {"moe_kernels/py.typed", "moe_kernels/moe.py"} <= names
+    assert {"moe_kernels/py.typed", "moe_kernels/moe.py", f"{plugin}/telemetry.py", f"{plugin}/callback.py"} <= names
+    assert {f"moe_kernels/compare/report.{kind}" for kind in ("html.j2", "md.j2", "css")} <= names
+    source_files = {path.relative_to(REPOSITORY / "src").as_posix() for path in (REPOSITORY / "src").rglob("*.py")}
+    assert source_files <= names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "configs"))]
 
     code = "import axolotl.integrations.moe_kernels as m, axolotl.train; print(m.MoeOptimizedPlugin, m.__file__)"
     environment = os.environ | OFFLINE | {"PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "installed" / plugin) in done.stdout
+    # A command whose templates are read from the package, and whose answer needs no GPU.
+    report = [sys.executable, "-m", "moe_kernels", "compare", "--report-only", "--out", str(tmp_path / "report")]
+    result = REPOSITORY / "benchmarks" / "results" / "compare-h200" / "mixtral.json"
+    done = subprocess.run([*report, str(result)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mixtral" in (tmp_path / "report" / "report.html").read_text()

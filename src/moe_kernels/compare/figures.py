@@ -292,7 +292,7 @@ def _router_experts(analysis: Analysis) -> Plot | None:
     unused = sum(load.dead for load in ends)
     alt = (
         f"Heat map of the load of {rows} experts in {len(history.layers)} layers from step {history.steps[0]} to "
-        f"{history.steps[-1]}, over the mean of their layer. At the end {unused} experts are unused and the busiest "
+        f"{history.steps[-1]}, over the mean of their layer. Experts unused at the end: {unused}; the busiest "
         f"has {max(load.imbalance for load in ends):.2f} times the mean."
     )
     return replace(_plot(analysis, figure, "Load of every expert over time", alt), wide=True)

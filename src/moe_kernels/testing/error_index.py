@@ -44,7 +44,8 @@ def messages() -> dict[str, list[tuple[str, str]]]:
             text = _message(node)
             if text:
                 found.setdefault(area, set()).add((text, file))
-    return {area: sorted(found[area], key=lambda pair: (pair[0].lower(), pair)) for area in AREAS.values() if area in found}
+    areas = [area for area in AREAS.values() if area in found]
+    return {area: sorted(found[area], key=lambda pair: (pair[0].lower(), pair)) for area in areas}
 
 
 def _message(node: ast.AST) -> str:
