@@ -342,6 +342,16 @@ def test_check_lora() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_compiles_to_one_graph(name: str) -> None:
+    """PEFT's own way breaks the graph: it registers a parametrisation in each forward."""
+    wrapper, cpu = outer_wrapper(ours(adapted(name))), torch.device("cpu")
+    expected = through(wrapper, cpu)
+    torch._dynamo.reset()
+    wrapper.forward = torch.compile(wrapper.forward, fullgraph=True, backend="aot_eager")
+    assert_same(through(wrapper, cpu), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_triton_backend(name: str, no_delta: Callable, device: torch.device) -> None:
     wrapper = outer_wrapper(adapted(name).to(device))
     expected = through(wrapper, device)

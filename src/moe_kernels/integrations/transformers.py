@@ -177,6 +177,8 @@ def check_model(model: torch.nn.Module) -> int:
     return len(modules)
 
 
+# torch.compile would look into the cells of the closure, and then not understand the function they belong to.
+@torch.compiler.assume_constant_result
 def dispatches(cls: type) -> bool:
     """Whether transformers' ``use_experts_implementation`` made ``cls.forward``, maybe wrapped again."""
     forward = getattr(cls, "forward", None)
