@@ -51,7 +51,7 @@ def made_with(folder: Path) -> dict[str, Any] | None:
     if content is None or not isinstance(content.get("files"), dict):
         return None
     there = file_sizes(folder)
-    whole = all(there.get(name) == size for name, size in content["files"].items())
+    whole = all(name in there and there[name] == size for name, size in content["files"].items())
     return content["recipe"] if whole and content["files"] else None
 
 
