@@ -70,8 +70,12 @@ COMMANDS: dict[str, Entry] = {
     ),
     "verify": Entry(
         "moe_kernels.cli.verify:verify",
-        "Check output and every gradient of every kernel configuration on this machine.",
-        ("moe-kernels verify", "moe-kernels verify --shapes mixtral-1b --dtype fp16"),
+        "Check output and every gradient of every kernel configuration, of a model's layers or of hostile ones.",
+        (
+            "moe-kernels verify",
+            "moe-kernels verify configs/moe/mixtral-8x7b-moe-optimized.yml",
+            "moe-kernels verify --shapes mixtral-1b --dtype fp16",
+        ),
     ),
 }
 
