@@ -199,9 +199,7 @@ def make_inputs(routing: str, dtype: torch.dtype, weights_dtype: torch.dtype, de
     return Inputs(hidden_states.to(device), index.to(device), weights.to(device), grad.to(device))
 
 
-def run(
-    experts: Any, inputs: Inputs, implementation: str, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
+def run(experts: Any, inputs: Inputs, implementation: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Output and every gradient of a copy of ``experts`` under ``implementation``, in another dtype if given."""
     experts = copy.deepcopy(experts)
     experts.config._experts_implementation = implementation
