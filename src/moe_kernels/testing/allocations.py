@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 _PLACES = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
@@ -39,6 +40,9 @@ def poisoned_allocations(package: str = "moe_kernels") -> Iterator[None]:
 
         return allocate
 
+    # torch keeps the functions that `with torch.device(...)` redirects from the first time it is used: those of torch,
+    # not the ones below.
+    _device_constructors()
     with ExitStack() as stack:
         for owner, name in _PLACES:
             stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
