@@ -40,7 +40,7 @@ def poisoned_allocations(package: str = "moe_kernels") -> Iterator[None]:
 
         return allocate
 
-    # torch keeps the functions that `with torch.device(...)` redirects from the first time it is used: those of torch,
+    # torch keeps the functions that `with torch.device(...)` redirects from its first use on: those of torch,
     # not the ones below.
     _device_constructors()
     with ExitStack() as stack:
