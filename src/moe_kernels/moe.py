@@ -30,10 +30,9 @@ from torch import Tensor
 
 from moe_kernels import backends
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.reference import LowRankPair
 from moe_kernels.routing import AUTO_GROUP_SIZE, RoutingPlan, plan_elements, resolve_group_size
 from moe_kernels.settings import GroupSize, check_settings
-
-LowRankPair = tuple[Tensor, Tensor]
 
 
 def fused_experts(

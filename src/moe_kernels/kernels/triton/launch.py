@@ -15,6 +15,9 @@ from moe_kernels.backends import device_capability
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tuning.config import GemmConfig
 
+# What a low-rank part adds to a GEMM: low (R, r), and the factor of each expert.
+LowRank = tuple[torch.Tensor, torch.Tensor]
+
 # Number of programs of a persistent grid where there is no GPU, that is, under Triton's interpreter.
 _INTERPRETER_PROGRAMS = 3
 
@@ -57,9 +60,7 @@ def stored(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return (weight, False) if weight.is_contiguous() else (weight.mT, True)
 
 
-def low_rank_arguments(
-    low_rank: tuple[torch.Tensor, torch.Tensor] | None, unused: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+def low_rank_arguments(low_rank: LowRank | None, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     """(low, factor, RANK) of a kernel; without a low-rank part any pointers and RANK 0."""
     if low_rank is None:
         return unused, unused, 0

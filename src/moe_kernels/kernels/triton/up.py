@@ -10,6 +10,7 @@ import triton.language as tl
 
 from moe_kernels.activation import Gate, value
 from moe_kernels.kernels.triton.launch import (
+    LowRank,
     descriptor,
     dot_precision,
     fit_columns,
@@ -30,8 +31,6 @@ from moe_kernels.kernels.triton.tile import (
 )
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tuning.config import select_config
-
-LowRank = tuple[torch.Tensor, torch.Tensor]
 
 
 @triton.jit
