@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_kernels.kernels.triton.launch import launch
 from moe_kernels.routing import RoutingPlan
 
 
@@ -69,7 +70,9 @@ def _launch(rows: torch.Tensor, weights: torch.Tensor | None, plan: RoutingPlan)
         return out
     hidden = rows.shape[1]
     block_h, blocks, warps = _column_blocks(hidden)
-    combine_kernel[(plan.tokens, blocks)](
+    launch(
+        combine_kernel,
+        (plan.tokens, blocks),
         rows,
         rows if weights is None else weights,
         plan.slot_row,
@@ -101,7 +104,12 @@ def gather(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     if out.numel() == 0:
         return out
     block_h, blocks, warps = _column_blocks(hidden)
-    gather_kernel[(plan.rows, blocks)](
-        x, plan.row_slot, out, hidden, TOP_K=plan.top_k, BLOCK_H=block_h, num_warps=warps
+    launch(
+        gather_kernel,
+        (plan.rows, blocks),
+        *(x, plan.row_slot, out, hidden),
+        TOP_K=plan.top_k,
+        BLOCK_H=block_h,
+        num_warps=warps,
     )
     return out

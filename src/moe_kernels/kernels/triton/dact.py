@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.activation import Gate, value_and_partials
+from moe_kernels.kernels.triton.launch import launch
 from moe_kernels.routing import RoutingPlan
 
 
@@ -111,7 +112,9 @@ def dact(
     block_i = min(triton.next_power_of_2(intermediate), 1024)
     has_bias = dout_rows is not None and down_bias is not None
     block_r = max(1, 1024 // block_i)
-    dact_kernel[(triton.cdiv(plan.rows, block_r),)](
+    launch(
+        dact_kernel,
+        (triton.cdiv(plan.rows, block_r),),
         da,
         z,
         topk_weights,

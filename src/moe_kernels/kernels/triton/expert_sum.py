@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_kernels.kernels.triton.launch import launch
 from moe_kernels.routing import RoutingPlan
 
 _BLOCK_R, _BLOCK_N = 64, 64
@@ -43,7 +44,9 @@ def expert_sum(rows: torch.Tensor, plan: RoutingPlan, topk_weights: torch.Tensor
     """Sum over the rows of e of w * rows: rows (R, N) -> (E, N); w = 1 without topk_weights (T, K)."""
     width = rows.shape[1]
     out = rows.new_empty(plan.experts, width)
-    expert_sum_kernel[(plan.experts, triton.cdiv(width, _BLOCK_N))](
+    launch(
+        expert_sum_kernel,
+        (plan.experts, triton.cdiv(width, _BLOCK_N)),
         rows,
         rows if topk_weights is None else topk_weights,
         plan.row_slot,

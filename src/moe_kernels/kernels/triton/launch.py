@@ -1,19 +1,41 @@
-"""Host side of a launch: grids, tensor-memory descriptors, and the precision of tl.dot."""
+"""Host side of a launch: grids, tensor-memory descriptors, the precision of tl.dot, and the launch itself.
+
+Triton 3.6 needs about a tenth of a millisecond of Python for a launch: it binds and specialises some thirty
+arguments, builds their cache key as a string, and encodes every tensor map again. A call of the op launches a dozen
+kernels, so on small layers the GPU would wait for the host. :func:`launch` lets Triton do the first launch of a
+specialisation, keeps the compiled kernel, and then calls its C launcher with the arguments as they are.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import inspect
+import logging
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton import knobs
+from triton.backends.nvidia import driver as nvidia
+from triton.experimental.gluon.nvidia import hopper as gluon
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.backends import device_capability
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tuning.config import GemmConfig
+
+logger = logging.getLogger("moe_kernels")
+
+LAUNCHER_VARIABLE = "MOE_KERNELS_LAUNCHER"
+LAUNCHERS = ("direct", "triton")
+# The leading arguments of the C launcher as triton 3.6 declares them: three of the grid, stream, function,
+# cooperative grid, PDL, two scratch buffers, metadata of kernel and launch, two hooks.
+_LAUNCHER_FORMAT = "iiiKKppOOOOOO"
+_TENSOR_MAPS = 1024  # kept per argument of a compiled kernel; a map is 128 bytes and some Python
 
 # What a low-rank part adds to a GEMM: low (R, r), and the factor of each expert.
 LowRank = tuple[torch.Tensor, torch.Tensor]
@@ -50,9 +72,23 @@ def tma_fits(*tensors: torch.Tensor) -> bool:
     )
 
 
-def descriptor(tensor: torch.Tensor, *block: int) -> TensorDescriptor:
+class Descriptor(NamedTuple):
+    """An argument that a kernel loads or stores in blocks by tensor-memory copies, zero outside the tensor.
+
+    Attributes:
+        tensor: with its own shape and strides, the last of which is 1; base and rows on 16 bytes.
+        block: elements of a block, one number per dimension.
+        layout: Gluon's NVMMASharedLayout of the block in shared memory; None for ``triton.jit`` kernels.
+    """
+
+    tensor: torch.Tensor
+    block: tuple[int, ...]
+    layout: Any = None
+
+
+def descriptor(tensor: torch.Tensor, *block: int) -> Descriptor:
     """Descriptor that loads blocks of ``block`` elements of a contiguous tensor, zero outside it."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+    return Descriptor(tensor, block)
 
 
 def stored(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
@@ -91,9 +127,12 @@ def launch_grid(
     """Launch ``kernel`` over at most ``max_tiles`` tiles: one program per multiprocessor, or one per tile."""
     if max_tiles == 0:
         return
-    device = next(t.device for t in tensors if isinstance(t, torch.Tensor))
-    programs = min(max_tiles, multiprocessors(device) * config.programs_per_sm) if persistent else max_tiles
-    kernel[(programs,)](
+    programs = max_tiles
+    if persistent:
+        programs = min(max_tiles, multiprocessors(_tensor(tensors[0]).device) * config.programs_per_sm)
+    launch(
+        kernel,
+        (programs,),
         *tensors,
         *sizes,
         **constants,
@@ -119,3 +158,226 @@ def launch_tiles(
     """Launch a kernel over the plan's row tiles times the column blocks of an output ``width`` wide."""
     column_blocks = -(-width // config.block_n)
     launch_grid(kernel, config, plan.max_tiles * column_blocks, persistent, tensors, sizes, **constants)
+
+
+# --------------------------------------------------------------------------------------------------- the launch
+class _Direct(NamedTuple):
+    """What a launch of one specialisation needs beside its grid, stream and arguments.
+
+    Attributes:
+        call: the C launcher.
+        head: function handle to exit hook, see _LAUNCHER_FORMAT.
+        tensor_maps: for each descriptor, (pointer, shape, strides) -> what the C launcher takes in its place.
+        constants: placeholders of the compile-time arguments, which the C launcher skips.
+        compiled: kept alive, as the function handle is its.
+    """
+
+    call: Callable[..., None]
+    head: tuple[Any, ...]
+    tensor_maps: tuple[Callable[..., tuple[Any, ...]], ...]
+    constants: tuple[None, ...]
+    compiled: Any
+
+
+_known: dict[tuple[Any, ...], _Direct | None] = {}
+_counts: collections.Counter[str] = collections.Counter()
+
+
+def launch_counts() -> dict[str, int]:
+    """Launches since the start, by way: "direct" or "triton"."""
+    return dict(_counts)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> None:
+    """``kernel[grid](*args, **keywords)`` on the device of its tensors, with a fraction of the host time.
+
+    The key of a compiled kernel tells apart all that Triton's own tells apart: keywords (constexprs and options),
+    device, dtype and 16-byte alignment of pointers, integers that are 1, multiples of 16, or wider than 32 bits, and
+    dtype, block and layout of descriptors. So a kernel never runs on arguments it was not specialised for.
+
+    Triton launches instead, with the same result, where :func:`refusal` names a reason, while a profiler's hook,
+    debugging or instrumentation is on, and for kernels the C launcher alone cannot serve.
+
+    Args:
+        kernel: a ``triton.jit`` or ``gluon.jit`` function whose compile-time arguments come last.
+        grid: one to three numbers of programs.
+        args: the run-time arguments by position: tensors, :class:`Descriptor`, numbers, None. The first is a tensor
+            or a descriptor.
+        keywords: the compile-time arguments, and options such as num_warps.
+    """
+    if refusal() is not None or _watched(kernel):
+        return _through_triton(kernel, grid, args, keywords)
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    home = _tensor(args[0]).get_device()
+    if home not in (device, -1):
+        with torch.cuda.device(home):
+            return launch(kernel, grid, *args, **keywords)
+    key = [kernel.fn, device, *keywords, *keywords.values()]
+    values: list[Any] = []
+    descriptors: list[tuple[int, Descriptor]] = []
+    for arg in args:
+        kind = type(arg)
+        if kind is int:
+            key.append(1 if arg == 1 else 16 if arg % 16 == 0 else 0)
+            if not -(2**31) <= arg < 2**31:
+                key.append("i64" if -(2**63) <= arg < 2**63 else "u64")
+            values.append(arg)
+        elif kind is torch.Tensor or isinstance(arg, torch.Tensor):
+            if arg.get_device() != device:
+                return _through_triton(kernel, grid, args, keywords)
+            pointer = arg.data_ptr()
+            key.append((arg.dtype,) if pointer % 16 else arg.dtype)
+            values.append(pointer)
+        elif kind is Descriptor:
+            if arg.tensor.get_device() != device:
+                return _through_triton(kernel, grid, args, keywords)
+            key.append((arg.tensor.dtype, arg.block, arg.layout))
+            descriptors.append((len(values), arg))
+            values.append(None)
+        elif kind is float or kind is bool or arg is None:
+            key.append(kind)
+            values.append(arg)
+        else:
+            raise TypeError(f"{kernel.fn.__name__} got a {kind.__name__}: pass tensors, descriptors or plain numbers")
+    specialised = tuple(key)
+    direct = _known.get(specialised)
+    if direct is None:
+        compiled = _through_triton(kernel, grid, args, keywords)
+        if compiled is not None and specialised not in _known:
+            _known[specialised] = _direct(kernel, compiled, len(args), [which for _, which in descriptors])
+        return None
+    for (place, which), tensor_map in zip(reversed(descriptors), direct.tensor_maps, strict=True):
+        tensor = which.tensor
+        values[place : place + 1] = tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride())
+    x, y, z = (*grid, 1, 1)[:3]
+    direct.call(x, y, z, driver.get_current_stream(device), *direct.head, *values, *direct.constants)
+    _counts["direct"] += 1
+    return None
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Why no kernel of this process is launched directly, or None: then they are, from the second launch on.
+
+    Raises:
+        ValueError: MOE_KERNELS_LAUNCHER is neither "direct" nor "triton".
+    """
+    asked = os.environ.get(LAUNCHER_VARIABLE, "direct")
+    if asked not in LAUNCHERS:
+        raise ValueError(f"{LAUNCHER_VARIABLE}={asked!r} is not one of {', '.join(LAUNCHERS)}")
+    reason = None
+    if asked == "triton":
+        reason = f"{LAUNCHER_VARIABLE}=triton"
+    elif interpreting():
+        reason = "Triton's interpreter runs the kernels"
+    elif getattr(nvidia, "_BASE_ARGS_FORMAT", None) != _LAUNCHER_FORMAT:
+        reason = f"the launcher of triton {triton.__version__} takes its arguments in a form that is not known here"
+    elif triton.runtime.driver.active.get_current_target().backend != "cuda":
+        reason = "this is no NVIDIA GPU"
+    logger.info("kernels are launched %s", "directly" if reason is None else f"through Triton: {reason}")
+    return reason
+
+
+def _watched(kernel: Any) -> bool:
+    """True while launches have an observer or must run otherwise: profilers' hooks, debugging, instrumentation."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or runtime.debug
+        or knobs.compilation.instrumentation_mode
+        or kernel.pre_run_hooks
+    )
+
+
+def _tensor(arg: Any) -> torch.Tensor:
+    return arg.tensor if isinstance(arg, Descriptor) else arg
+
+
+def _through_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Triton's own launch; returns the compiled kernel."""
+    _counts["triton"] += 1
+    bound = (
+        _host_descriptor(arg.tensor, arg.tensor.shape, arg.tensor.stride(), arg.block, arg.layout)
+        if isinstance(arg, Descriptor)
+        else arg
+        for arg in args
+    )
+    with torch.cuda.device_of(_tensor(args[0])):
+        return kernel[grid](*bound, **keywords)
+
+
+def _host_descriptor(
+    base: Any, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], layout: Any
+) -> Any:
+    """The descriptor of Triton, or with a layout that of Gluon."""
+    if layout is None:
+        return TensorDescriptor(base, list(shape), list(strides), list(block))
+    return gluon.TensorDescriptor(base, list(shape), list(strides), list(block), layout)
+
+
+class _Address(NamedTuple):
+    """What a host descriptor needs of a tensor. Holding the tensor itself would keep its memory."""
+
+    pointer: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+def _tensor_map(
+    dtype: torch.dtype,
+    block: tuple[int, ...],
+    layout: Any,
+    meta: dict[str, Any],
+    pointer: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> tuple[Any, ...]:
+    """What the C launcher takes for a descriptor: the encoded map, shape, strides.
+
+    It says where and how wide, nothing else, so it stays true for whatever comes to lie at that address.
+    """
+    host = _host_descriptor(_Address(pointer, dtype), shape, strides, block, layout)
+    return tuple(nvidia.make_tensordesc_arg(host, meta))
+
+
+def _direct(kernel: Any, compiled: Any, arguments: int, descriptors: list[Descriptor]) -> _Direct | None:
+    """The direct launch of a compiled kernel; None, with a log line, where Triton has to launch it.
+
+    Args:
+        kernel, compiled: a kernel and one of its specialisations.
+        arguments: number of run-time arguments.
+        descriptors: those of them that are descriptors.
+    """
+    constants = len(kernel.params) - arguments
+    launcher = compiled.run
+    metas = compiled.metadata.tensordesc_meta or []
+    reason = None
+    if [param.is_constexpr for param in kernel.params] != [False] * arguments + [True] * constants:
+        reason = "its compile-time arguments do not come last"
+    elif launcher.global_scratch_size or launcher.profile_scratch_size:
+        reason = "it needs scratch memory"
+    elif len(metas) != len(descriptors) or None in metas:
+        reason = "its descriptors are no tensor maps"
+    if reason is not None:
+        logger.warning("kernel %s is launched through Triton: %s", kernel.fn.__name__, reason)
+        return None
+    call = launcher.launch
+    if descriptors:  # Triton wraps its C launcher in a function that encodes the tensor maps
+        call = inspect.getclosurevars(call).nonlocals["launcher"]
+    no_scratch, no_launch_metadata, no_hooks = (None, None), (None,), (None, None)
+    head = (
+        *(compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, *no_scratch),
+        *(compiled.packed_metadata, *no_launch_metadata, *no_hooks),
+    )
+    tensor_maps = (
+        functools.lru_cache(_TENSOR_MAPS)(
+            functools.partial(_tensor_map, which.tensor.dtype, which.block, which.layout, meta)
+        )
+        for which, meta in zip(descriptors, metas, strict=True)
+    )
+    return _Direct(call, head, tuple(tensor_maps)[::-1], (None,) * constants, compiled)

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_kernels.kernels.triton.launch import launch
 from moe_kernels.routing import RoutingPlan
 
 _MAX_CHUNKS = 256
@@ -130,8 +131,11 @@ def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int) -> RoutingP
     blocks_per_chunk = triton.cdiv(num_blocks, _MAX_CHUNKS)
     num_chunks = max(1, triton.cdiv(num_blocks, max(1, blocks_per_chunk)))
     counts = torch.empty((num_chunks, block_e), dtype=torch.int32, device=topk_ids.device)
-    count_kernel[(num_chunks,)](topk_ids, counts, plan.rows, blocks_per_chunk, **blocks, num_warps=num_warps)
-    place_kernel[(num_chunks,)](
+    grid = (num_chunks,)
+    launch(count_kernel, grid, topk_ids, counts, plan.rows, blocks_per_chunk, **blocks, num_warps=num_warps)
+    launch(
+        place_kernel,
+        grid,
         topk_ids,
         counts,
         plan.row_slot,

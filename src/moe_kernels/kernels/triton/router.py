@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from moe_kernels.kernels.triton.launch import interpreting
+from moe_kernels.kernels.triton.launch import interpreting, launch
 
 # CUDA's own expf, that torch uses: tl.exp differs in the last bits, and a sigmoid router compares them.
 _math = tl if interpreting() else libdevice
@@ -220,7 +220,9 @@ def route(
     programs, tokens_per_chunk = chunks(tokens, experts, groups)
     counts = torch.empty((programs if count else 0, experts), dtype=torch.int32, device=logits.device)
     blocks, num_warps = route_blocks(experts, groups)
-    route_kernel[(programs,)](
+    launch(
+        route_kernel,
+        (programs,),
         logits,
         logits if bias is None else bias,
         ids,
@@ -250,7 +252,9 @@ def route_grad(
     tokens, experts = logits.shape
     dlogits = torch.empty_like(logits)
     blocks, num_warps = route_grad_blocks(experts)
-    route_grad_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
+    launch(
+        route_grad_kernel,
+        (triton.cdiv(tokens, blocks["BLOCK_T"]),),
         dweights,
         logits,
         ids,
