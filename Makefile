@@ -18,10 +18,10 @@ ARGS ?=
 # The newest transformers the integration is tested with, and the two packages it pins.
 NEWEST_TRANSFORMERS := transformers==5.23.0 tokenizers==0.23.2 huggingface_hub==1.33.0
 
-.PHONY: help compare test test-main test-compiled test-newest fuzz mutants wheel lint docs clean
+.PHONY: help compare test test-main test-compiled test-newest fuzz mutants sanitize wheel lint docs clean
 help:
 	@sed -n '1,3p' Makefile
-	@echo "# make lint | docs | fuzz | mutants | wheel | clean"
+	@echo "# make lint | docs | fuzz | mutants | sanitize | wheel | clean"
 
 # torch goes first and alone: axolotl's dependencies look at the installed torch.
 # The constraints follow the torch that came: the plain wheel on a machine with a GPU, a CPU build elsewhere.
@@ -67,6 +67,10 @@ fuzz: $(READY)
 # Breaks each kernel in several ways and shows that the tests notice every one.
 mutants: $(READY)
 	$(BIN)/python tests/core/mutations.py
+
+# Every kernel under NVIDIA's compute-sanitizer (needs a GPU; under three minutes on one H200).
+sanitize: $(READY)
+	$(BIN)/python benchmarks/sanitize.py $(ARGS)
 
 # A wheel as it is released, and the test that what it must hold is in it and works.
 wheel: $(READY)

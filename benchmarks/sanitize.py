@@ -1,0 +1,514 @@
+"""Every kernel under NVIDIA's compute-sanitizer, in all four tools: the evidence behind docs/checks.md.
+
+    python benchmarks/sanitize.py --json benchmarks/results/sanitize.json
+
+Small problems of every kind of experts, forward and backward, on hostile routings, through tensor-memory and pointer
+loads, and the fused router. First all of them without a tool, which compiles the kernels and must pass; then under
+memcheck, racecheck, initcheck and synccheck, in processes side by side. torch's caching allocator is off, so that
+each tensor is an allocation of its own with exactly its size.
+
+A tool that reports nothing proves something only if it sees a fault: each first runs a kernel with a planted one, and
+not finding that is a failure. Reports count where they name one of this package's kernels; those of other kernels,
+torch's above all, are listed apart. The exit code is 0 if every tool finished, found its planted fault and reported
+none of our kernels, and if every kernel of the package ran under every tool; 1 if not; 3 without an NVIDIA GPU or
+without compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import pkgutil
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.jit import KernelInterface
+
+import moe_kernels.kernels
+from moe_kernels import router
+from moe_kernels.activation import Activation
+from moe_kernels.bench.environment import environment
+from moe_kernels.kernels.triton.launch import interpreting
+from moe_kernels.moe import fused_experts
+from moe_kernels.testing import interpreter
+from moe_kernels.testing.problems import Case, make_inputs, run
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CLAMPED = Activation("clamped_glu", (1.702, 0.7))
+TOOLS: dict[str, tuple[str, ...]] = {
+    "memcheck": ("--padding", "4096"),
+    "racecheck": ("--racecheck-report", "analysis"),
+    "initcheck": (),
+    "synccheck": (),
+}
+#: Programs of a persistent grid: few, so that each walks several tiles of these small problems.
+PROGRAMS = 3
+
+
+# ------------------------------------------------------------------------------------------------- what is run
+@dataclass(frozen=True)
+class Job:
+    """One expert layer, forward and backward. ``pointers``: no tensor-memory loads where the GPU has them."""
+
+    case: Case
+    settings: dict[str, Any] = field(default_factory=dict)
+    pointers: bool = False
+
+
+#: Sizes that are multiples of 16 load by tensor memory on Hopper and later; the odd ones and float32 by pointers.
+JOBS: dict[str, Job] = {
+    "whole-tiles": Job(Case(256, 2, 3, 128, 256, BF16, "balanced"), {"group_size": 64}),
+    "tails": Job(Case(131, 3, 5, 80, 48, BF16, "sentinels"), {"group_size": 128}),
+    "tails-pointers": Job(Case(131, 3, 5, 80, 48, BF16, "sentinels"), {"group_size": 128}, pointers=True),
+    "largest-group": Job(Case(301, 2, 3, 144, 272, BF16, "one_hot_expert"), {"group_size": 256}),
+    "one-tile-a-program": Job(Case(131, 3, 5, 144, 176, BF16, "zipf"), {"persistent": False}),
+    "whole-tiles-pointers": Job(Case(256, 2, 3, 128, 256, BF16, "balanced"), {"group_size": 64}, pointers=True),
+    "odd-sizes": Job(Case(67, 3, 7, 37, 21, BF16, "empty_first_middle_last"), {"group_size": 64}),
+    "float16": Job(Case(97, 2, 4, 96, 80, FP16, "duplicated_ids"), {"group_size": 64}),
+    "float32": Job(Case(67, 2, 3, 35, 19, FP32, "zipf"), {"group_size": 64}),
+    "everything-dropped": Job(Case(33, 2, 4, 64, 32, BF16, "all_sentinels"), {"group_size": 64}),
+    "one-token-many-experts": Job(Case(1, 4, 64, 64, 32, BF16), {"group_size": "auto"}),
+    "recompute": Job(Case(131, 2, 3, 64, 48, BF16, "sentinels"), {"group_size": 64, "recompute": True}),
+    "unreduced": Job(Case(67, 2, 3, 64, 48, BF16, "sentinels", reduce=False), {"group_size": 64}),
+    "gateless": Job(Case(67, 2, 3, 64, 48, BF16, "zipf", gated=False, activation="relu2", bias=True)),
+    "gpt-oss": Job(Case(131, 2, 4, 80, 48, BF16, "sentinels", bias=True, transposed=True, interleaved=True,
+                        activation=CLAMPED)),
+    "gpt-oss-pointers": Job(Case(67, 3, 5, 37, 21, BF16, "zipf", bias=True, transposed=True, interleaved=True,
+                                 activation=CLAMPED), {"group_size": 64}),
+    "privacy-filter": Job(Case(131, 2, 4, 80, 48, BF16, "zipf", bias=True, transposed=True, activation=CLAMPED)),
+    "lora": Job(Case(131, 2, 4, 80, 48, BF16, "sentinels", lora_rank=8)),
+    "lora-pointers": Job(Case(67, 3, 5, 37, 21, BF16, "zipf", lora_rank=4), {"group_size": 64}),
+    "gpt-oss-lora": Job(Case(67, 2, 4, 64, 48, BF16, "zipf", bias=True, transposed=True, interleaved=True,
+                             activation=CLAMPED, lora_rank=16)),
+}  # fmt: skip
+
+#: tokens, experts, top_k, and the arguments of router.route.
+ROUTERS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "router-softmax": (131, 60, 4, {}),
+    "router-sigmoid": (67, 128, 8, {"scoring": "sigmoid", "groups": 8, "top_groups": 4, "scale": 2.5}),
+}
+NAMES = (*JOBS, *ROUTERS)
+
+
+def run_job(name: str, device: torch.device) -> None:
+    """Forward and backward of one entry of :data:`NAMES`, waited for."""
+    if name in ROUTERS:
+        tokens, experts, top_k, options = ROUTERS[name]
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(tokens, experts, generator=generator).to(device).requires_grad_()
+        bias = torch.randn(experts, generator=generator).to(device) if options else None
+        weights, _ = router.route(logits, top_k, correction_bias=bias, backend="triton", **options)
+        weights.backward(torch.ones(weights.shape).to(device))
+    else:
+        job = JOBS[name]
+        with ExitStack() as stack:
+            for patch in _patches("multiprocessors", lambda *_: PROGRAMS):
+                stack.enter_context(patch)
+            if job.pointers:
+                for patch in _patches("tma_fits", lambda *_: False):
+                    stack.enter_context(patch)
+            inputs = make_inputs(job.case, device)
+            run(functools.partial(fused_experts, backend="triton", **job.settings), inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _patches(name: str, value: Any) -> Iterator[Any]:
+    """One patch for every module of kernels that has ``name``."""
+    modules = [m for n, m in sys.modules.items() if n.startswith("moe_kernels.kernels.") and hasattr(m, name)]
+    if not modules:
+        raise SystemExit(f"no module of kernels has {name} any more: update benchmarks/sanitize.py")
+    return (mock.patch.object(module, name, value) for module in modules)
+
+
+def package_kernels() -> set[str]:
+    """Every kernel of the package, by the name that a tool reports."""
+    found = set()
+    for module in pkgutil.walk_packages(moe_kernels.kernels.__path__, "moe_kernels.kernels."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, KernelInterface) and value.__name__.endswith("_kernel"):
+                found.add(value.__name__)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- planted faults
+# Every thread writes one shared word and reads it back, without a barrier.
+RACE = tl.constexpr("""{
+    .reg .u32 word;
+    mov.u32 word, global_smem;
+    st.shared.u32 [word], $1;
+    ld.shared.u32 $0, [word];
+}""")
+# Half of each warp waits at a barrier to which the other half never comes.
+WAIT = tl.constexpr("""{
+    .reg .u32 thread;
+    .reg .pred waits;
+    mov.u32 thread, %tid.x;
+    and.b32 thread, thread, 31;
+    setp.lt.u32 waits, thread, 16;
+    @waits bar.sync 1;
+    mov.u32 $0, $1;
+}""")
+
+
+@triton.jit
+def planted_memcheck(data, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, tl.load(data + at + 1))  # one element behind the allocation
+
+
+@triton.jit
+def planted_initcheck(data, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, tl.load(data + at) + 1)  # of memory that nobody wrote
+
+
+@triton.jit
+def planted_racecheck(data, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    values = tl.load(data + at)
+    total = tl.sum(values)  # across warps: takes shared memory
+    tl.store(out + at, tl.inline_asm_elementwise(RACE, "=r,r", [values], tl.int32, is_pure=False, pack=1) + total)
+
+
+@triton.jit
+def planted_synccheck(data, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    values = tl.load(data + at)
+    tl.store(out + at, tl.inline_asm_elementwise(WAIT, "=r,r", [values], tl.int32, is_pure=False, pack=1))
+
+
+PLANTED = {
+    "memcheck": planted_memcheck,
+    "racecheck": planted_racecheck,
+    "initcheck": planted_initcheck,
+    "synccheck": planted_synccheck,
+}
+THREADS = 128
+
+
+def run_planted(tool: str) -> None:
+    """Launch the kernel with the fault that ``tool`` must find; CUDA may fail after it."""
+    data = torch.empty(THREADS, dtype=torch.int32, device="cuda")
+    if tool != "initcheck":
+        data.copy_(torch.arange(THREADS, dtype=torch.int32))
+    out = torch.zeros(THREADS, dtype=torch.int32).to("cuda")
+    PLANTED[tool][(1,)](data, out, BLOCK=THREADS, num_warps=4)
+    torch.cuda.synchronize()
+
+
+# ------------------------------------------------------------------------------------------------- in the processes
+def work(names: list[str], device: str, seen: Path) -> int:
+    """Run the named jobs in this process; ``seen`` says which ended and which kernels were loaded for them."""
+    kernels: Counter[str] = Counter()
+    # A kernel is loaded when it is launched first: one call for each compiled variant.
+    triton.knobs.runtime.kernel_load_end_hook.add(lambda module, function, name, *_: kernels.update([name]))
+    if interpreting():
+        interpreter.install()
+    done = []
+    for name in names:
+        with interpreter.recorded_launches() as launches:  # of the interpreter, which loads none
+            run_job(name, torch.device(device))
+            kernels.update(set(launches))
+        done.append(name)
+        seen.write_text(json.dumps({"done": done, "kernels": kernels}))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- reading a log
+_SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: (\d+)")
+_NO_REPORT = ("COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY", "LEAK SUMMARY", "Target application")
+_TOOL_FAILED = ("Internal Sanitizer Error", "Error: No attachable process", "Error: Target application terminated")
+
+
+@dataclass
+class Log:
+    """What compute-sanitizer wrote about one process.
+
+    Attributes:
+        finished: the summary line is there.
+        ours, others: number of reports by "kernel: kind" and by the report's first lines.
+        broken: lines in which the tool says that it failed itself.
+        samples: the first report of each kind that names one of our kernels, in full.
+    """
+
+    finished: bool
+    ours: Counter[str] = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)
+    samples: dict[str, str] = field(default_factory=dict)
+
+
+def read_log(text: str, kernels: set[str]) -> Log:
+    """Sort the reports in ``text`` into those that name one of ``kernels`` and the rest.
+
+    A report is a line that begins with nine equal signs and one space, and the lines after it that are indented more.
+    """
+    lines = [line for line in text.splitlines() if line.startswith("=========")]
+    log = Log(any(_SUMMARY.search(line) for line in lines))
+    named = re.compile(r"(?<![\w:])(" + "|".join(map(re.escape, sorted(kernels))) + r")(?!\w)")
+    blocks: list[list[str]] = []
+    for line in lines:
+        body = line[9:]
+        if body.strip() and not body.startswith("  ") and not body.strip().startswith(_NO_REPORT):
+            blocks.append([body.strip()])
+        elif body.startswith("  ") and blocks:
+            blocks[-1].append(body.strip())
+    for block in blocks:
+        text = "\n".join(block)
+        found = named.search(text)
+        if block[0].startswith(_TOOL_FAILED):
+            log.broken.append(block[0])
+        elif found is not None:
+            kind = f"{found[1]}: {_kind(block[0])}"
+            log.ours[kind] += 1
+            log.samples.setdefault(kind, text)
+        else:
+            log.others["; ".join([_kind(block[0]), *block[1:2]])] += 1
+    return log
+
+
+def _kind(line: str) -> str:
+    """The head of a report without what differs from one to the next."""
+    return re.sub(r" (at|of size) .*", "", line)
+
+
+# ------------------------------------------------------------------------------------------------- running it all
+@dataclass
+class Process:
+    """One process and what became of it; ``tool`` is empty without one."""
+
+    name: str
+    tool: str
+    command: list[str]
+    folder: Path
+    started: float = 0.0
+    seconds: float = 0.0
+    exit_code: int | None = None
+    popen: subprocess.Popen[bytes] | None = None
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """Which jobs ended in it and which kernels it loaded."""
+        file = self.folder / "seen.json"
+        return json.loads(file.read_text()) if file.exists() else {"done": [], "kernels": {}}
+
+    @property
+    def log(self) -> str:
+        """What the tool wrote."""
+        file = self.folder / "tool.log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    @property
+    def output(self) -> str:
+        """The end of what the process printed."""
+        return (self.folder / "output.log").read_text(errors="replace")[-2000:]
+
+    def start(self) -> None:
+        """Start it as the leader of a group of its own, so that it can be ended with its children."""
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+        self.started = time.monotonic()
+        with (self.folder / "output.log").open("wb") as output:
+            self.popen = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def ended(self, deadline: float) -> bool:
+        """True once it ended by itself or was ended at ``deadline``."""
+        assert self.popen is not None
+        self.exit_code = self.popen.poll()
+        if self.exit_code is None and time.monotonic() > deadline:
+            os.killpg(self.popen.pid, signal.SIGKILL)
+            self.popen.wait()
+            self.exit_code = -signal.SIGKILL
+        self.seconds = round(time.monotonic() - self.started, 1)
+        return self.exit_code is not None
+
+
+def run_side_by_side(processes: list[Process], jobs: int, deadline: float) -> None:
+    """Run all, ``jobs`` at a time; what runs at ``deadline`` (time.monotonic) is ended, the rest is not started."""
+    waiting, running = list(processes), list[Process]()
+    while waiting or running:
+        while waiting and len(running) < jobs and time.monotonic() < deadline:
+            running.append(waiting.pop(0))
+            running[-1].start()
+        if not running:
+            return
+        for process in [p for p in running if p.ended(deadline)]:
+            running.remove(process)
+            print(f"  {process.name}: exit code {process.exit_code} after {process.seconds} s", flush=True)
+        time.sleep(0.1)
+
+
+def sanitizer() -> str | None:
+    """Path of compute-sanitizer: on the PATH, or in CUDA's folder."""
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "compute-sanitizer")
+    return shutil.which("compute-sanitizer") or (str(toolkit) if toolkit.exists() else None)
+
+
+def make_process(folder: Path, name: str, tool: str, program: str | None, arguments: list[str]) -> Process:
+    """A process that runs this file with ``arguments``, under ``tool`` of ``program`` if there is one."""
+    place = folder / name
+    place.mkdir(parents=True)
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--seen", str(place / "seen.json")]
+    if program is not None:
+        options = ["--tool", tool, *TOOLS[tool], "--log-file", str(place / "tool.log"), "--show-backtrace", "no",
+                   "--print-limit", "100000", "--report-api-errors", "no", "--launch-timeout", "0",
+                   "--target-processes", "application-only"]  # fmt: skip
+        command = [program, *options, *command]
+    return Process(name, tool, command, place)
+
+
+def judge(tool: str, planted: Process | None, processes: list[Process], names: list[str], kernels: set[str]) -> dict:
+    """The verdict on one tool, as plain JSON values; ``problems`` is empty if all is well."""
+    problems: list[str] = []
+    ours, others, seen, done = Counter(), Counter(), Counter(), list[str]()
+    samples: dict[str, str] = {}
+    for process in processes:
+        log = read_log(process.log, kernels)
+        ours += log.ours
+        others += log.others
+        samples = log.samples | samples
+        seen.update(process.seen["kernels"])
+        done += process.seen["done"]
+        problems += [f"{process.name}: {line}" for line in log.broken]
+        if not log.finished or process.exit_code != 0:
+            summary = "and a summary" if log.finished else "without a summary"
+            problems.append(f"{process.name}: exit code {process.exit_code}, {summary}: {process.output[-500:]}")
+    found = None
+    if planted is not None:
+        planted_log = read_log(planted.log, {PLANTED[tool].__name__})
+        found = dict(planted_log.ours)
+        if not found:
+            problems.append(f"the planted fault was not found: {planted.log[-500:]} {planted.output[-500:]}")
+    problems += [f"{count} reports of {kind}" for kind, count in ours.items()]
+    problems += [f"{name} did not end" for name in names if name not in done]
+    if set(names) == set(NAMES):
+        problems += [f"{kernel} did not run" for kernel in sorted(kernels - set(seen))]
+    return {
+        "problems": problems,
+        "reports": ours,
+        "samples": samples,
+        "reports_of_other_kernels": others,
+        "planted_fault": found,
+        "kernels": dict(sorted(seen.items())),
+        "jobs": sorted(done),
+        "seconds": max((p.seconds for p in processes), default=0.0),
+        "command": shlex.join(processes[0].command) if processes else "",
+    }
+
+
+def main() -> int:
+    """Run everything and print one line for each tool."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tools", default=",".join(TOOLS))
+    parser.add_argument("--only", default=",".join(NAMES), help="comma-separated names of problems")
+    parser.add_argument("--jobs", type=int, default=min(20, (os.cpu_count() or 2) + 4), help="processes at a time")
+    parser.add_argument("--limit", type=float, default=140.0, help="seconds after which everything is ended")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--logs", type=Path, help="keep what the tools wrote in this folder")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu with TRITON_INTERPRET=1 to test this program")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--plant", help=argparse.SUPPRESS)
+    parser.add_argument("--seen", type=Path, help=argparse.SUPPRESS)
+    wanted = parser.parse_args()
+    if wanted.plant:
+        run_planted(wanted.plant)
+        return 0
+    names = (wanted.work or wanted.only).split(",")
+    unknown = [name for name in (*names, *wanted.tools.split(",")) if name not in (*NAMES, *TOOLS)]
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: not one of {', '.join((*NAMES, *TOOLS))}")
+    if wanted.work:
+        return work(names, wanted.device, wanted.seen)
+    program = sanitizer()
+    if program is None or (wanted.device == "cuda" and not torch.cuda.is_available()):
+        print("needs an NVIDIA GPU and compute-sanitizer, which comes with the CUDA toolkit, on the PATH")
+        return 3
+    with tempfile.TemporaryDirectory() as temporary:
+        return run_tools(wanted, names, program, wanted.logs or Path(temporary))
+
+
+def run_tools(wanted: argparse.Namespace, names: list[str], program: str, folder: Path) -> int:
+    """The body of :func:`main`, once everything is there."""
+    begun = time.monotonic()
+    deadline = begun + wanted.limit
+    tools, kernels = wanted.tools.split(","), package_kernels()
+
+    def shards(count: int) -> list[str]:
+        return [",".join(part) for part in (names[i::count] for i in range(count)) if part]
+
+    print(f"{len(names)} problems without a tool: compiling", flush=True)
+    device = ["--device", wanted.device]
+    alone = [make_process(folder, f"alone-{i}", "", None, ["--work", part, *device])
+             for i, part in enumerate(shards(wanted.jobs))]  # fmt: skip
+    run_side_by_side(alone, wanted.jobs, deadline)
+    failed = [p for p in alone if p.exit_code != 0]
+    for process in failed:
+        print(f"FAILED without a tool: {process.name}: {process.output}", flush=True)
+
+    under: dict[str, list[Process]] = {
+        tool: [make_process(folder, f"{tool}-{i}", tool, program, ["--work", part, *device])
+               for i, part in enumerate(shards(max(1, wanted.jobs // (len(tools) + 1))))]
+        for tool in tools
+    }  # fmt: skip
+    planted = {
+        tool: make_process(folder, f"{tool}-planted", tool, program, ["--plant", tool])
+        for tool in (tools if wanted.device == "cuda" else [])
+    }
+    print(f"under {', '.join(tools)}", flush=True)
+    interleaved = [p for group in zip(*under.values(), strict=True) for p in group]
+    run_side_by_side([*interleaved, *planted.values()], wanted.jobs, deadline)
+
+    verdicts = {tool: judge(tool, planted.get(tool), under[tool], names, kernels) for tool in tools}
+    for tool, verdict in verdicts.items():
+        state = "clean" if not verdict["problems"] else "FAILED"
+        print(
+            f"{tool}: {state}: {sum(verdict['reports'].values())} reports of {len(verdict['kernels'])} kernels in "
+            f"{sum(verdict['kernels'].values())} variants, {sum(verdict['reports_of_other_kernels'].values())} of "
+            f"other kernels; planted fault: {verdict['planted_fault']}"
+        )
+        for problem in verdict["problems"]:
+            print(f"  {problem}")
+        for sample in verdict["samples"].values():
+            print("    " + sample.replace("\n", "\n    "))
+        for kind, count in verdict["reports_of_other_kernels"].most_common(5):
+            print(f"  other kernels, {count} times: {kind}")
+    if wanted.json:
+        version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+        report = environment() | {
+            "command": shlex.join(["python", "benchmarks/sanitize.py", *sys.argv[1:]]),
+            "compute_sanitizer": " ".join(re.findall(r"[Vv]ersion ?[\d.]+", version)) or version.strip(),
+            "seconds": round(time.monotonic() - begun, 1),
+            "problems_run": {name: asdict(JOBS[name]) if name in JOBS else ROUTERS[name] for name in names},
+            "failed_without_a_tool": [p.output for p in failed],
+            "tools": verdicts,
+        }
+        wanted.json.parent.mkdir(parents=True, exist_ok=True)
+        wanted.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    print(f"{time.monotonic() - begun:.0f} s")
+    return int(bool(failed) or any(verdict["problems"] for verdict in verdicts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""benchmarks/sanitize.py: reads the tools' reports, and no failure of a tool passes for a clean run."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "sanitize.py"
+OURS = {"up_kernel", "gather_kernel"}
+
+MEMCHECK = """\
+========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 2 bytes
+=========     at up_kernel+0x9a0 in up.py:75
+=========     by thread (12,0,0) in block (3,0,0)
+=========     Access at 0x7f00 is out of bounds
+=========
+========= Invalid __global__ read of size 4 bytes
+=========     at void at::native::vectorized_gather_kernel<(int)16>(char *)+0x10
+=========     by thread (0,0,0) in block (0,0,0)
+=========
+========= ERROR SUMMARY: 2 errors
+"""
+RACECHECK = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at gather_kernel+0x150 in combine.py:70
+=========     and Read access at gather_kernel+0x160 in combine.py:71 [32 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+SYNCCHECK = """\
+========= COMPUTE-SANITIZER
+========= Barrier error detected. Divergent thread(s) in warp.
+=========     at up_kernel+0x1b0 in up.py:90
+=========     by thread (1,0,0) in block (0,0,0)
+=========
+========= ERROR SUMMARY: 1 error
+"""
+INITCHECK = """\
+========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at 0x70 in up_kernel
+=========     by thread (31,0,0) in block (1,0,0)
+=========
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void at::native::elementwise_kernel<(int)128>(int)+0x70
+=========
+========= ERROR SUMMARY: 2 errors
+"""
+CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+
+
+@pytest.fixture(scope="module")
+def sanitize():
+    spec = importlib.util.spec_from_file_location("sanitize", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sanitize"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "ours", "others"),
+    [
+        (MEMCHECK, {"up_kernel: Invalid __global__ read": 1}, 1),
+        (RACECHECK, {"gather_kernel: Error: Race reported between Write access": 1}, 0),
+        (SYNCCHECK, {"up_kernel: Barrier error detected. Divergent thread(s) in warp.": 1}, 0),
+        (INITCHECK, {"up_kernel: Uninitialized __global__ memory read": 1}, 1),
+        (CLEAN, {}, 0),
+    ],
+    ids=["memcheck", "racecheck", "synccheck", "initcheck", "clean"],
+)
+def test_a_report_belongs_to_the_kernel_it_names(sanitize, text, ours, others):
+    log = sanitize.read_log(text, OURS)
+    assert (log.finished, dict(log.ours), log.others.total(), log.broken) == (True, ours, others, [])
+    assert set(log.samples) == set(ours)
+
+
+def test_a_log_without_an_end_is_not_clean(sanitize):
+    assert not sanitize.read_log("========= COMPUTE-SANITIZER\n", OURS).finished
+    assert sanitize.read_log("========= Internal Sanitizer Error: no memory\n" + CLEAN, OURS).broken
+
+
+def test_every_kernel_is_known(sanitize):
+    assert {"up_kernel", "grouped_gemm_kernel", "wgrad_kernel", "route_kernel"} <= sanitize.package_kernels()
+
+
+FAKE = """#!{python}
+import subprocess, sys
+arguments = sys.argv[1:]
+if arguments == ["--version"]:
+    print("Version 0.0")
+    sys.exit()
+code = subprocess.call(arguments[arguments.index(sys.executable):])
+with open(arguments[arguments.index("--log-file") + 1], "w") as log:
+    log.write({logs!r}[arguments[arguments.index("--tool") + 1]])
+sys.exit(code)
+"""
+FAULT = MEMCHECK.replace("up_kernel", "route_kernel")
+
+
+@pytest.mark.parametrize(
+    ("logs", "exit_code"), [({"memcheck": CLEAN}, 0), ({"memcheck": CLEAN, "racecheck": FAULT, "initcheck": ""}, 1)]
+)
+def test_the_whole_way_with_a_tool_of_paper(tmp_path, logs, exit_code):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(FAKE.format(python=sys.executable, logs=logs))
+    tool.chmod(0o755)
+    result = tmp_path / "sanitize.json"
+    ran = subprocess.run(
+        [sys.executable, SCRIPT, "--device", "cpu", "--only", "router-softmax", "--tools", ",".join(logs),
+         "--jobs", "2", "--json", result],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert ran.returncode == exit_code, ran.stdout + ran.stderr
+    assert "memcheck: clean: 0 reports of 2 kernels" in ran.stdout
+    report = json.loads(result.read_text())
+    assert report["compute_sanitizer"] == "Version 0.0"
+    found = report["tools"]
+    assert all(set(found[name]["kernels"]) == {"route_kernel", "route_grad_kernel"} for name in logs)
+    assert not found["memcheck"]["problems"]
+    if exit_code:
+        assert found["racecheck"]["problems"] == ["1 reports of route_kernel: Invalid __global__ read"]
+        assert "without a summary" in found["initcheck"]["problems"][0]
+
+
+def test_without_a_gpu_it_says_what_is_missing():
+    ran = subprocess.run([sys.executable, SCRIPT], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+                         capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    assert ran.returncode == 3
+    assert "compute-sanitizer" in ran.stdout
