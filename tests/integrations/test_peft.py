@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -361,3 +362,27 @@ def test_triton_backend(name: str, no_delta: Callable, device: torch.device) -> 
     with use_small_tiles():
         assert_same(through(wrapper, device), expected)
     assert backends.dispatch_counts() == {"triton": 1}
+
+
+def loaded_by_axolotl(monkeypatch: pytest.MonkeyPatch, dropout: float) -> peft.PeftModel:
+    """target_modules that PEFT makes into parameters, loaded as `axolotl train` does it."""
+    adapter = importlib.import_module("axolotl.loaders.adapter")
+    dictionary = importlib.import_module("axolotl.utils.dict")
+    for name in ("__init__", "_axolotl_dropout_patched"):  # put back what Axolotl patches
+        monkeypatch.setattr(mk_peft.ParamWrapper, name, getattr(mk_peft.ParamWrapper, name, False), raising=False)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS["mixtral"][0](), experts_implementation="eager")
+    cfg = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": dropout}
+    return adapter.load_lora(model, dictionary.DictDefault(cfg | {"lora_target_modules": ["w1", "w2", "w3"]}))[0]
+
+
+def test_dropout_that_axolotl_would_leave_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("axolotl.loaders.adapter")
+    plugin = importlib.import_module("axolotl.integrations.moe_kernels.plugin").MoeOptimizedPlugin()
+    dictionary = importlib.import_module("axolotl.utils.dict")
+    cfg = dictionary.DictDefault({"moe_kernels": True, "adapter": "lora"})
+    model = ours(loaded_by_axolotl(monkeypatch, 0.0))
+    plugin.post_model_load(cfg, model)
+    assert mk_peft.check_lora(model) == 2 * LAYERS
+    model = ours(loaded_by_axolotl(monkeypatch, 0.05))
+    with pytest.raises(ValueError, match=r"lora_dropout=0\.05 cannot act on .*: set lora_dropout: 0"):
+        plugin.post_model_load(cfg, model)

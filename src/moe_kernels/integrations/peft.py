@@ -63,8 +63,10 @@ def check_lora(model: torch.nn.Module) -> int:
     """The number of expert weights of ``model`` whose LoRA runs inside the kernels.
 
     Raises:
-        ValueError: an adapter has a higher rank than the kernels take.
+        ValueError: an adapter has a higher rank than the kernels take, or a dropout that would not happen.
     """
+    # PEFT refuses dropout; Axolotl switches that off where PEFT turns target_modules into target_parameters.
+    configs = getattr(model, "peft_config", {})
     wrappers: list[tuple[str, Any]] = [
         (name, module)
         for name, module in model.named_modules()
@@ -75,6 +77,12 @@ def check_lora(model: torch.nn.Module) -> int:
             raise ValueError(
                 f"{name}: LoRA of rank {max(wrapper.r.values())} on {wrapper.parameter_name}, the kernels take at "
                 f"most {MAX_RANK}: lower lora_r, or train without moe_kernels."
+            )
+        dropout = max((configs[adapter].lora_dropout for adapter in wrapper.lora_A if adapter in configs), default=0)
+        if dropout:
+            raise ValueError(
+                f"{name}: lora_dropout={dropout} cannot act on {wrapper.parameter_name}, which is a parameter and not "
+                "a module, and would be left out there in silence: set lora_dropout: 0."
             )
     return len(wrappers)
 
