@@ -1,0 +1,452 @@
+"""Steps 1, 2, 4 and 6 on Hopper: grouped GEMMs whose loading, multiplying and writing overlap.
+
+The same math and the same row tiles as ``kernels/triton/up.py`` and ``grouped_gemm.py``. Rows of X are gathered by
+asynchronous copies, everything else moves by TMA.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moe_kernels.activation import Gate, value
+from moe_kernels.kernels.hopper.ring import (
+    BLOCK_K,
+    BLOCK_M,
+    CHUNK,
+    halves,
+    matrix,
+    new_ring,
+    schedule_of,
+    tile_of,
+    write_chunk,
+    write_chunk_masked,
+)
+from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
+from moe_kernels.routing import RoutingPlan
+
+
+@gluon.jit
+def _load(
+    rows_in,
+    rows_ptr,
+    w,
+    row_slot_ptr,
+    expert_start_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    a_ring,
+    b_ring,
+    ready,
+    empty,
+    num_m,
+    num_n,
+    K,
+    N,
+    TOP_K: gl.constexpr,
+    GATED: gl.constexpr,
+    GATHER: gl.constexpr,
+    W_IS_KN: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The loading warps: fill the ring, stage after stage, tile after tile."""
+    gathered: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    step = 0
+    for pid in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        m, n = tile_of(pid, num_m, num_n, GROUP_M)
+        expert = gl.load(tile_expert_ptr + m)
+        row0 = gl.load(tile_row_ptr + m)
+        if GATHER:
+            rows = row0 + gl.arange(0, BLOCK_M, gl.SliceLayout(1, gathered))
+            row_end = gl.load(expert_start_ptr + expert + 1)
+            # Rows of the next expert read slot 0: a valid token whose result is not written.
+            slot = gl.load(row_slot_ptr + rows, mask=rows < row_end, other=0)
+            cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, gathered))
+            pointers = rows_ptr + (slot // TOP_K).to(gl.int64)[:, None] * K + cols[None, :]
+        for k0 in range(0, K, BLOCK_K):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            a = a_ring.index(stage)
+            b = b_ring.index(stage)
+            bar = ready.index(stage)
+            mbarrier.expect(bar, (BLOCK_N + (0 if GATHER else BLOCK_M)) * BLOCK_K * 2)
+            if GATED:
+                HALF: gl.constexpr = BLOCK_N // 2
+                gate_row = expert * N * 2 + n * HALF
+                tma.async_copy_global_to_shared(w, [gate_row, k0], bar, b.slice(0, HALF))
+                tma.async_copy_global_to_shared(w, [gate_row + N, k0], bar, b.slice(HALF, HALF))
+            elif W_IS_KN:
+                tma.async_copy_global_to_shared(w, [expert * K + k0, n * BLOCK_N], bar, b)
+            else:
+                tma.async_copy_global_to_shared(w, [expert * N + n * BLOCK_N, k0], bar, b)
+            if GATHER:
+                async_copy.async_copy_global_to_shared(a, pointers + k0)
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+            else:
+                tma.async_copy_global_to_shared(rows_in, [row0, k0], bar, a)
+            step += 1
+
+
+@gluon.jit
+def _multiply(
+    WARPGROUP: gl.constexpr,
+    z,
+    z_ptr,
+    out,
+    out_ptr,
+    expert_start_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    a_ring,
+    b_ring,
+    buffers,
+    ready,
+    empty,
+    num_m,
+    num_n,
+    K,
+    N,
+    ACTIVATION: gl.constexpr,
+    P0: gl.constexpr,
+    P1: gl.constexpr,
+    GATED: gl.constexpr,
+    GATHER: gl.constexpr,
+    SAVE_Z: gl.constexpr,
+    W_IS_KN: gl.constexpr,
+    COOPERATIVE: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One of the two multiplying groups of warps: consume the ring, write the tile."""
+    ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M
+    HALF: gl.constexpr = BLOCK_N // 2
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    step = 0
+    turn = 0
+    for pid in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        if COOPERATIVE or turn % 2 == WARPGROUP:
+            m, n = tile_of(pid, num_m, num_n, GROUP_M)
+            expert = gl.load(tile_expert_ptr + m)
+            row0 = gl.load(tile_row_ptr + m)
+            row_end = gl.load(expert_start_ptr + expert + 1)
+            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, acc_layout)
+            for k0 in range(0, K, BLOCK_K):
+                stage = step % STAGES
+                mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+                if GATHER:
+                    fence_async_shared()  # wgmma is to see what ordinary copies wrote
+                a = a_ring.index(stage)
+                if COOPERATIVE:
+                    a = a.slice(WARPGROUP * ROWS, ROWS)
+                b = b_ring.index(stage)
+                if not W_IS_KN:
+                    b = b.permute((1, 0))
+                acc = warpgroup_mma(a, b, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                if k0 > 0:
+                    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+                step += 1
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            if COOPERATIVE:
+                row0 += WARPGROUP * ROWS
+            tma.store_wait(0)  # of the tile before: both buffers are free
+            left, right = halves(acc)
+            if GATED:
+                if SAVE_Z:
+                    _write(left, buffers, 0, z, z_ptr, row0, row_end, n * HALF, N, 2 * N)
+                    _write(right, buffers, 1, z, z_ptr, row0, row_end, N + n * HALF, 2 * N, 2 * N)
+                a_tile = value(left, right, ACTIVATION, P0, P1)
+                _write(a_tile, buffers, 2, out, out_ptr, row0, row_end, n * HALF, N, N)
+            else:
+                _write(left, buffers, 0, out, out_ptr, row0, row_end, n * BLOCK_N, N, N)
+                _write(right, buffers, 1, out, out_ptr, row0, row_end, n * BLOCK_N + HALF, N, N)
+        else:
+            step += (K + BLOCK_K - 1) // BLOCK_K
+        turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _write(values, buffers, FIRST: gl.constexpr, out, out_ptr, row0, row_end, col0, col_end, width):
+    """Write values [rows, 64 or 128] at (row0, col0) of a (., width) tensor: rows below row_end, columns below col_end.
+
+    FIRST: number of the first chunk within the tile, which decides the buffer.
+    """
+    if values.shape[1] == CHUNK:
+        _write_chunk(values, buffers.index(FIRST % 2), out, out_ptr, row0, row_end, col0, col_end, width)
+    else:
+        left, right = halves(values)
+        _write_chunk(left, buffers.index(0), out, out_ptr, row0, row_end, col0, col_end, width)
+        _write_chunk(right, buffers.index(1), out, out_ptr, row0, row_end, col0 + CHUNK, col_end, width)
+
+
+@gluon.jit
+def _write_chunk(values, buffer, out, out_ptr, row0, row_end, col0, col_end, width):
+    if col0 >= col_end:  # widths are multiples of CHUNK: a chunk is inside or outside
+        tma.store_wait(0)
+    elif row0 + values.shape[0] <= row_end:
+        write_chunk(values, buffer, out, row0, col0)
+    else:
+        write_chunk_masked(values, buffer, out_ptr, row0, row_end, col0, width)
+
+
+@gluon.jit
+def hopper_gemm_kernel(
+    rows_in,  # (R, K): descriptor; any pointer if GATHER
+    rows_ptr,  # (T, K): read if GATHER
+    w,  # (E * N, K), (E * 2N, K) if GATED, or (E * K, N) if W_IS_KN: descriptor
+    z,  # (R, 2N): descriptor, written if SAVE_Z
+    z_ptr,
+    out,  # (R, N): descriptor
+    out_ptr,
+    row_slot_ptr,
+    expert_start_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    tile_count_ptr,
+    K,
+    N,
+    TOP_K: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    P0: gl.constexpr,
+    P1: gl.constexpr,
+    GATED: gl.constexpr,
+    GATHER: gl.constexpr,
+    SAVE_Z: gl.constexpr,
+    W_IS_KN: gl.constexpr,
+    COOPERATIVE: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    LOADER_WARPS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
+    MULTIPLIER_REGISTERS: gl.constexpr,
+):
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M
+    a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], swizzled)
+    if W_IS_KN:
+        b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], swizzled)
+    else:
+        b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], swizzled)
+    buffers0 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
+    buffers1 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
+    # A stage is ready when TMA has brought its bytes, and each gathering thread's copies have landed.
+    ready, empty = new_ring(STAGES, 1 + (32 * LOADER_WARPS if GATHER else 0), 2 if COOPERATIVE else 1)
+    num_m = gl.load(tile_count_ptr)
+    COLUMNS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    num_n = (N + COLUMNS - 1) // COLUMNS
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    0,
+                    z,
+                    z_ptr,
+                    out,
+                    out_ptr,
+                    expert_start_ptr,
+                    tile_expert_ptr,
+                    tile_row_ptr,
+                    a_ring,
+                    b_ring,
+                    buffers0,
+                    ready,
+                    empty,
+                    num_m,
+                    num_n,
+                    K,
+                    N,
+                    ACTIVATION,
+                    P0,
+                    P1,
+                    GATED,
+                    GATHER,
+                    SAVE_Z,
+                    W_IS_KN,
+                    COOPERATIVE,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    GROUP_M,
+                    STAGES,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    1,
+                    z,
+                    z_ptr,
+                    out,
+                    out_ptr,
+                    expert_start_ptr,
+                    tile_expert_ptr,
+                    tile_row_ptr,
+                    a_ring,
+                    b_ring,
+                    buffers1,
+                    ready,
+                    empty,
+                    num_m,
+                    num_n,
+                    K,
+                    N,
+                    ACTIVATION,
+                    P0,
+                    P1,
+                    GATED,
+                    GATHER,
+                    SAVE_Z,
+                    W_IS_KN,
+                    COOPERATIVE,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    GROUP_M,
+                    STAGES,
+                ),
+            ),
+            (
+                _load,
+                (
+                    rows_in,
+                    rows_ptr,
+                    w,
+                    row_slot_ptr,
+                    expert_start_ptr,
+                    tile_expert_ptr,
+                    tile_row_ptr,
+                    a_ring,
+                    b_ring,
+                    ready,
+                    empty,
+                    num_m,
+                    num_n,
+                    K,
+                    N,
+                    TOP_K,
+                    GATED,
+                    GATHER,
+                    W_IS_KN,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    GROUP_M,
+                    STAGES,
+                ),
+            ),
+        ],
+        [4, LOADER_WARPS],
+        [MULTIPLIER_REGISTERS, LOADER_REGISTERS],
+    )
+
+
+# The gathering warps keep pointers in registers; those that only start TMA copies need one warp and few registers.
+_GATHERING = {"LOADER_WARPS": 4, "LOADER_REGISTERS": 72, "MULTIPLIER_REGISTERS": 216, "num_warps": 4}
+_COPYING = {"LOADER_WARPS": 1, "LOADER_REGISTERS": 40, "MULTIPLIER_REGISTERS": 216, "num_warps": 4}
+_IDENTITY = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "GATHER": False, "SAVE_Z": False}
+
+
+def up(
+    x: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, gate: Gate, save_z: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (T, H), weight (E, 2I, H) rows [gate; up] -> Z (R, 2I), empty unless save_z, and A (R, I)."""
+    hidden, width = x.shape[1], weight.shape[1] // 2
+    z = x.new_empty(plan.rows, 2 * width) if save_z else x.new_empty(0)
+    a = x.new_empty(plan.rows, width)
+    schedule = schedule_of("up")
+    constants = gate.constants()
+    del constants["INTERLEAVED"]
+    tiles = plan.max_tiles * cdiv(width, schedule.block_n // 2)
+    if tiles:
+        launch(
+            hopper_gemm_kernel,
+            (min(tiles, multiprocessors(x.device)),),
+            (
+                x,
+                x,
+                matrix(weight, schedule.block_n // 2, BLOCK_K),
+                matrix(z if save_z else a, schedule.rows, CHUNK.value),
+                z if save_z else a,
+                matrix(a, schedule.rows, CHUNK.value),
+                a,
+                plan.row_slot,
+                plan.expert_start,
+                plan.tile_expert,
+                plan.tile_row,
+                plan.tile_count,
+                hidden,
+                width,
+            ),
+            {
+                "TOP_K": plan.top_k,
+                **constants,
+                "GATHER": True,
+                "SAVE_Z": save_z,
+                "W_IS_KN": False,
+                **schedule.constants(),
+                **_GATHERING,
+            },
+        )
+    return z, a
+
+
+def down(a: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """Y = A W2[e]^T: a (R, I), weight (E, H, I) -> (R, H)."""
+    return _rows_times_weight("down", a, weight, plan)
+
+
+def dgrad(rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """rows @ weight[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, 2I) and W1 (E, 2I, H)."""
+    return _rows_times_weight("dgrad", rows, weight, plan)
+
+
+def _rows_times_weight(kernel: str, rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    w_is_kn = kernel == "dgrad"
+    inner, width = rows.shape[1], weight.shape[2 if w_is_kn else 1]
+    out = rows.new_empty(plan.rows, width)
+    schedule = schedule_of(kernel)
+    tiles = plan.max_tiles * cdiv(width, schedule.block_n)
+    if tiles:
+        launch(
+            hopper_gemm_kernel,
+            (min(tiles, multiprocessors(rows.device)),),
+            (
+                matrix(rows, BLOCK_M, BLOCK_K),
+                rows,
+                matrix(weight, *((BLOCK_K, schedule.block_n) if w_is_kn else (schedule.block_n, BLOCK_K))),
+                out,
+                out,
+                matrix(out, schedule.rows, CHUNK.value),
+                out,
+                plan.row_slot,
+                plan.expert_start,
+                plan.tile_expert,
+                plan.tile_row,
+                plan.tile_count,
+                inner,
+                width,
+            ),
+            {"TOP_K": plan.top_k, **_IDENTITY, "W_IS_KN": w_is_kn, **schedule.constants(), **_COPYING},
+        )
+    return out

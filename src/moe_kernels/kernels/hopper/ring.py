@@ -1,0 +1,140 @@
+"""What the Hopper kernels share: the order of tiles, and how two multiplying groups of warps write their results.
+
+Each kernel has three groups of four warps. One loads: it fills a ring of shared memory and runs ahead into the next
+tile. Two multiply with wgmma, either the upper and the lower half of every tile (COOPERATIVE), or whole tiles in turn,
+so that one writes its results while the other multiplies. Each stage of the ring has two barriers: ``ready`` (filled)
+and ``empty`` (read by everyone).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from moe_kernels.kernels.triton.launch import Descriptor
+
+#: Rows per tile, and length of the inner blocks.
+BLOCK_M, BLOCK_K = 128, 64
+CHUNK = gl.constexpr(64)  # columns that are written at a time: 128 bytes, the width of a swizzled row
+
+
+@gluon.jit
+def tile_of(pid, num_m, num_n, GROUP_M: gl.constexpr):
+    """Tile (m, n) of linear index ``pid``: GROUP_M row tiles walk all columns together, so weights stay in L2."""
+    width = GROUP_M * num_n
+    first_m = pid // width * GROUP_M
+    size_m = gl.minimum(num_m - first_m, GROUP_M)
+    in_group = pid % width
+    return first_m + in_group % size_m, in_group // size_m
+
+
+@gluon.jit
+def new_ring(STAGES: gl.constexpr, READY_COUNT: gl.constexpr, EMPTY_COUNT: gl.constexpr):
+    """(ready, empty): the barriers of a ring, and how many arrivals complete each."""
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=READY_COUNT)
+        mbarrier.init(empty.index(i), count=EMPTY_COUNT)
+    fence_async_shared()
+    return ready, empty
+
+
+@gluon.jit
+def halves(x):
+    """The left and the right half of the columns of x: other registers of the same threads, nothing moves."""
+    return gl.split(gl.permute(gl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@gluon.jit
+def write_chunk(values, buffer, out, row, col):
+    """Start to write values [rows, CHUNK] at (row, col) of the descriptor ``out`` through ``buffer``.
+
+    Callers alternate between two buffers: the copy from this one is done when at most one other is under way.
+    """
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+    tma.store_wait(1)
+    buffer.store(gl.convert_layout(values.to(buffer.dtype), layout, assert_trivial=True))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row, col], buffer)
+
+
+@gluon.jit
+def write_chunk_masked(values, buffer, out_ptr, row0, row_end, col0, width):
+    """The same at the end of an expert's rows, by ordinary stores: rows from row_end on belong to the next expert."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+    coalesced: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    tma.store_wait(0)
+    buffer.store(gl.convert_layout(values.to(buffer.dtype), layout, assert_trivial=True))
+    rows = row0 + gl.arange(0, values.shape[0], gl.SliceLayout(1, coalesced))
+    cols = col0 + gl.arange(0, CHUNK, gl.SliceLayout(0, coalesced))
+    pointers = out_ptr + rows.to(gl.int64)[:, None] * width + cols[None, :]
+    gl.store(pointers, buffer.load(coalesced), mask=(rows < row_end)[:, None])
+
+
+# --------------------------------------------------------------------------------------------------- host side
+_SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a kernel divides its work.
+
+    Attributes:
+        cooperative: both multiplying groups work on one tile; False: on tiles of their own, in turn.
+        block_n: columns per tile.
+        stages: of the ring.
+        group_m: row tiles that walk all columns together, for L2 reuse of the weights.
+    """
+
+    cooperative: bool
+    block_n: int
+    stages: int
+    group_m: int = 8
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile that one group of warps multiplies and writes."""
+        return BLOCK_M // 2 if self.cooperative else BLOCK_M
+
+    def constants(self) -> dict[str, object]:
+        """The kernels' compile-time arguments."""
+        return {
+            "COOPERATIVE": self.cooperative,
+            "BLOCK_M": BLOCK_M,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": BLOCK_K,
+            "GROUP_M": self.group_m,
+            "STAGES": self.stages,
+        }
+
+
+_COOPERATIVE = Schedule(cooperative=True, block_n=256, stages=4)
+SCHEDULES = {"up": _COOPERATIVE, "down": _COOPERATIVE, "dgrad": _COOPERATIVE, "wgrad": _COOPERATIVE}
+_overrides: dict[str, Schedule] = {}
+
+
+def schedule_of(kernel: str) -> Schedule:
+    """The schedule that ``kernel`` uses."""
+    return _overrides.get(kernel) or SCHEDULES[kernel]
+
+
+@contextlib.contextmanager
+def use_schedule(kernel: str, schedule: Schedule) -> Iterator[None]:
+    """Within this context ``kernel`` uses ``schedule``: for measuring candidates and for tests, not for training."""
+    previous = dict(_overrides)
+    _overrides[kernel] = schedule
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(previous)
+
+
+def matrix(tensor: torch.Tensor, *block: int) -> Descriptor:
+    """Descriptor of a contiguous tensor as a matrix: all but the last dimension are rows."""
+    return Descriptor(tensor.view(-1, tensor.shape[-1]), block, _SWIZZLED)
