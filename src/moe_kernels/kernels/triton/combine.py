@@ -5,6 +5,8 @@ the backward reads dO twice and X once in sorted order, and one copy at memory s
 tiles by TMA instead of row by row.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -58,6 +60,7 @@ def gather_kernel(
     tl.store(out_ptr + row * H + cols, values, mask=cols < H)
 
 
+@functools.cache
 def _column_blocks(hidden: int) -> tuple[int, int, int]:
     """(BLOCK_H, number of blocks, warps) of a row ``hidden`` wide: eight elements a thread."""
     block_h = min(triton.next_power_of_2(hidden), 1024)
@@ -73,16 +76,20 @@ def _launch(rows: torch.Tensor, weights: torch.Tensor | None, plan: RoutingPlan)
     launch(
         combine_kernel,
         (plan.tokens, blocks),
-        rows,
-        rows if weights is None else weights,
-        plan.slot_row,
-        plan.expert_start[plan.experts :],
-        out,
-        hidden,
-        TOP_K=plan.top_k,
-        WEIGHTED=weights is not None,
-        BLOCK_H=block_h,
-        num_warps=warps,
+        (
+            rows,
+            rows if weights is None else weights,
+            plan.slot_row,
+            plan.expert_start[plan.experts :],
+            out,
+            hidden,
+        ),
+        {
+            "TOP_K": plan.top_k,
+            "WEIGHTED": weights is not None,
+            "BLOCK_H": block_h,
+            "num_warps": warps,
+        },
     )
     return out
 
@@ -107,9 +114,11 @@ def gather(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     launch(
         gather_kernel,
         (plan.rows, blocks),
-        *(x, plan.row_slot, out, hidden),
-        TOP_K=plan.top_k,
-        BLOCK_H=block_h,
-        num_warps=warps,
+        (x, plan.row_slot, out, hidden),
+        {
+            "TOP_K": plan.top_k,
+            "BLOCK_H": block_h,
+            "num_warps": warps,
+        },
     )
     return out

@@ -6,12 +6,14 @@ takes the memory of dA0, and dZ that of Z if nobody needs Z again. A GEMM with t
 loads and stores of the epilogue did not overlap its math.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from moe_kernels.activation import Gate, value_and_partials
-from moe_kernels.kernels.triton.launch import launch
+from moe_kernels.kernels.triton.launch import cdiv, launch
 from moe_kernels.routing import RoutingPlan
 
 
@@ -90,6 +92,13 @@ def dact_kernel(
     tl.store(dw_ptr + slot, dw.to(dw_ptr.dtype.element_ty), mask=rows < R)
 
 
+@functools.cache
+def _blocks(intermediate: int, experts: int) -> dict[str, int]:
+    """Block sizes, not to be changed."""
+    block_i = min(triton.next_power_of_2(intermediate), 1024)
+    return {"BLOCK_R": max(1, 1024 // block_i), "BLOCK_I": block_i, "BLOCK_E": triton.next_power_of_2(experts)}
+
+
 def dact(
     da: torch.Tensor,
     z: torch.Tensor,
@@ -109,30 +118,31 @@ def dact(
     if plan.rows == 0:
         return dz, da, dw
     intermediate = da.shape[1]
-    block_i = min(triton.next_power_of_2(intermediate), 1024)
+    blocks = _blocks(intermediate, plan.experts)
     has_bias = dout_rows is not None and down_bias is not None
-    block_r = max(1, 1024 // block_i)
     launch(
         dact_kernel,
-        (triton.cdiv(plan.rows, block_r),),
-        da,
-        z,
-        topk_weights,
-        dz,
-        dw,
-        plan.row_slot,
-        plan.expert_start,
-        dout_rows if has_bias else da,
-        down_bias if has_bias else da,
-        plan.rows,
-        intermediate,
-        plan.experts,
-        dout_rows.shape[1] if dout_rows is not None else 0,
-        **gate.constants(),
-        HAS_BIAS=has_bias,
-        BLOCK_R=block_r,
-        BLOCK_I=block_i,
-        BLOCK_E=triton.next_power_of_2(plan.experts),
-        num_warps=4,
+        (cdiv(plan.rows, blocks["BLOCK_R"]),),
+        (
+            da,
+            z,
+            topk_weights,
+            dz,
+            dw,
+            plan.row_slot,
+            plan.expert_start,
+            dout_rows if has_bias else da,
+            down_bias if has_bias else da,
+            plan.rows,
+            intermediate,
+            plan.experts,
+            dout_rows.shape[1] if dout_rows is not None else 0,
+        ),
+        {
+            **gate.constants(),
+            "HAS_BIAS": has_bias,
+            **blocks,
+            "num_warps": 4,
+        },
     )
     return dz, da, dw

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.kernels.triton.launch import launch
+from moe_kernels.kernels.triton.launch import cdiv, launch
 from moe_kernels.routing import RoutingPlan
 
 _BLOCK_R, _BLOCK_N = 64, 64
@@ -46,16 +46,20 @@ def expert_sum(rows: torch.Tensor, plan: RoutingPlan, topk_weights: torch.Tensor
     out = rows.new_empty(plan.experts, width)
     launch(
         expert_sum_kernel,
-        (plan.experts, triton.cdiv(width, _BLOCK_N)),
-        rows,
-        rows if topk_weights is None else topk_weights,
-        plan.row_slot,
-        plan.expert_start,
-        out,
-        width,
-        WEIGHTED=topk_weights is not None,
-        BLOCK_R=_BLOCK_R,
-        BLOCK_N=_BLOCK_N,
-        num_warps=8,
+        (plan.experts, cdiv(width, _BLOCK_N)),
+        (
+            rows,
+            rows if topk_weights is None else topk_weights,
+            plan.row_slot,
+            plan.expert_start,
+            out,
+            width,
+        ),
+        {
+            "WEIGHTED": topk_weights is not None,
+            "BLOCK_R": _BLOCK_R,
+            "BLOCK_N": _BLOCK_N,
+            "num_warps": 8,
+        },
     )
     return out

@@ -110,14 +110,16 @@ def _grouped_gemm(
             *(plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
         ),
         (inner, width),
-        W_IS_KN=w_is_kn,
-        HAS_BIAS=bias is not None,
-        RANK=rank,
-        LOW_IS_KN=transposed,
-        USE_TMA=tma,
-        EVEN_K=inner % config.block_k == 0,
-        PRECISION=dot_precision(rows_in.dtype),
-        FLATTEN=config.flatten,
+        {
+            "W_IS_KN": w_is_kn,
+            "HAS_BIAS": bias is not None,
+            "RANK": rank,
+            "LOW_IS_KN": transposed,
+            "USE_TMA": tma,
+            "EVEN_K": inner % config.block_k == 0,
+            "PRECISION": dot_precision(rows_in.dtype),
+            "FLATTEN": config.flatten,
+        },
     )
     return out
 

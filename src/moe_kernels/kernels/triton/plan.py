@@ -5,11 +5,13 @@ counts of all chunks (its own base = expert start + what earlier chunks hold), t
 sort is stable and repeatable. It also writes expert_start and the tile tables.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.kernels.triton.launch import launch
+from moe_kernels.kernels.triton.launch import cdiv, launch
 from moe_kernels.routing import RoutingPlan
 
 _MAX_CHUNKS = 256
@@ -115,8 +117,9 @@ def place_kernel(
         next_dropped += tl.sum(dropped, axis=0)
 
 
+@functools.cache
 def plan_blocks(experts: int) -> tuple[dict[str, int], int]:
-    """(block sizes that both kernels take, warps): about 4096 one-hot elements a block of slots."""
+    """(block sizes that both kernels take, not to be changed; warps): 4096 one-hot elements in a block of slots."""
     block_e = max(16, triton.next_power_of_2(experts))
     return {"E": experts, "BLOCK_E": block_e, "BLOCK_S": max(16, 4096 // block_e)}, 4 if block_e < 256 else 8
 
@@ -127,31 +130,36 @@ def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int) -> RoutingP
     plan = RoutingPlan.empty(tokens, top_k, experts, group_size, topk_ids.device)
     blocks, num_warps = plan_blocks(experts)
     block_e = blocks["BLOCK_E"]
-    num_blocks = triton.cdiv(plan.rows, blocks["BLOCK_S"])
-    blocks_per_chunk = triton.cdiv(num_blocks, _MAX_CHUNKS)
-    num_chunks = max(1, triton.cdiv(num_blocks, max(1, blocks_per_chunk)))
+    num_blocks = cdiv(plan.rows, blocks["BLOCK_S"])
+    blocks_per_chunk = cdiv(num_blocks, _MAX_CHUNKS)
+    num_chunks = max(1, cdiv(num_blocks, max(1, blocks_per_chunk)))
     counts = torch.empty((num_chunks, block_e), dtype=torch.int32, device=topk_ids.device)
     grid = (num_chunks,)
-    launch(count_kernel, grid, topk_ids, counts, plan.rows, blocks_per_chunk, **blocks, num_warps=num_warps)
+    options = {**blocks, "num_warps": num_warps}
+    launch(count_kernel, grid, (topk_ids, counts, plan.rows, blocks_per_chunk), options)
     launch(
         place_kernel,
         grid,
-        topk_ids,
-        counts,
-        plan.row_slot,
-        plan.slot_row,
-        plan.expert_start,
-        plan.tile_expert,
-        plan.tile_row,
-        plan.tile_count,
-        plan.rows,
-        blocks_per_chunk,
-        num_chunks,
-        plan.max_tiles,
-        **blocks,
-        GROUP_SIZE=group_size,
-        BLOCK_C=max(1, 4096 // block_e),
-        BLOCK_T=16,
-        num_warps=num_warps,
+        (
+            topk_ids,
+            counts,
+            plan.row_slot,
+            plan.slot_row,
+            plan.expert_start,
+            plan.tile_expert,
+            plan.tile_row,
+            plan.tile_count,
+            plan.rows,
+            blocks_per_chunk,
+            num_chunks,
+            plan.max_tiles,
+        ),
+        {
+            **blocks,
+            "GROUP_SIZE": group_size,
+            "BLOCK_C": max(1, 4096 // block_e),
+            "BLOCK_T": 16,
+            "num_warps": num_warps,
+        },
     )
     return plan

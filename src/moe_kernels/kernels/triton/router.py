@@ -8,12 +8,14 @@ index wins, NaN is the largest as in torch.topk, and what is taken or excluded i
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from moe_kernels.kernels.triton.launch import interpreting, launch
+from moe_kernels.kernels.triton.launch import cdiv, interpreting, launch
 
 # CUDA's own expf, that torch uses: tl.exp differs in the last bits, and a sigmoid router compares them.
 _math = tl if interpreting() else libdevice
@@ -178,15 +180,17 @@ def route_grad_kernel(
     tl.store(dlogits_ptr + offsets, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
+@functools.cache
 def route_blocks(experts: int, groups: int) -> tuple[dict[str, int], int]:
-    """(block sizes of ``route_kernel``, warps)."""
+    """(block sizes of ``route_kernel``, warps), not to be changed."""
     block_g, block_s = triton.next_power_of_2(groups), triton.next_power_of_2(experts // groups)
     block_t = max(1, min(64, _ELEMENTS // (block_g * block_s)))
     return {"BLOCK_T": block_t, "BLOCK_G": block_g, "BLOCK_S": block_s}, 8
 
 
+@functools.cache
 def route_grad_blocks(experts: int) -> tuple[dict[str, int], int]:
-    """(block sizes of ``route_grad_kernel``, warps)."""
+    """(block sizes of ``route_grad_kernel``, warps), not to be changed."""
     block_e = triton.next_power_of_2(experts)
     return {"BLOCK_T": max(1, min(64, 1024 // block_e)), "BLOCK_E": block_e}, 4
 
@@ -194,8 +198,8 @@ def route_grad_blocks(experts: int) -> tuple[dict[str, int], int]:
 def chunks(tokens: int, experts: int, groups: int) -> tuple[int, int]:
     """(number of programs, tokens each of them routes)."""
     block_t = route_blocks(experts, groups)[0]["BLOCK_T"]
-    tokens_per_chunk = block_t * max(1, triton.cdiv(triton.cdiv(tokens, block_t), _MAX_CHUNKS))
-    return triton.cdiv(tokens, tokens_per_chunk), tokens_per_chunk
+    tokens_per_chunk = block_t * max(1, cdiv(cdiv(tokens, block_t), _MAX_CHUNKS))
+    return cdiv(tokens, tokens_per_chunk), tokens_per_chunk
 
 
 def route(
@@ -223,24 +227,28 @@ def route(
     launch(
         route_kernel,
         (programs,),
-        logits,
-        logits if bias is None else bias,
-        ids,
-        weights,
-        counts,
-        tokens,
-        tokens_per_chunk,
-        scale,
-        E=experts,
-        TOP_K=top_k,
-        SIGMOID=sigmoid,
-        NORMALIZE=normalize,
-        HAS_BIAS=bias is not None,
-        GROUPS=groups,
-        TOP_GROUPS=top_groups,
-        COUNT=count,
-        **blocks,
-        num_warps=num_warps,
+        (
+            logits,
+            logits if bias is None else bias,
+            ids,
+            weights,
+            counts,
+            tokens,
+            tokens_per_chunk,
+            scale,
+        ),
+        {
+            "E": experts,
+            "TOP_K": top_k,
+            "SIGMOID": sigmoid,
+            "NORMALIZE": normalize,
+            "HAS_BIAS": bias is not None,
+            "GROUPS": groups,
+            "TOP_GROUPS": top_groups,
+            "COUNT": count,
+            **blocks,
+            "num_warps": num_warps,
+        },
     )
     return weights, ids, counts
 
@@ -254,18 +262,22 @@ def route_grad(
     blocks, num_warps = route_grad_blocks(experts)
     launch(
         route_grad_kernel,
-        (triton.cdiv(tokens, blocks["BLOCK_T"]),),
-        dweights,
-        logits,
-        ids,
-        dlogits,
-        tokens,
-        scale,
-        E=experts,
-        TOP_K=ids.shape[1],
-        SIGMOID=sigmoid,
-        NORMALIZE=normalize,
-        **blocks,
-        num_warps=num_warps,
+        (cdiv(tokens, blocks["BLOCK_T"]),),
+        (
+            dweights,
+            logits,
+            ids,
+            dlogits,
+            tokens,
+            scale,
+        ),
+        {
+            "E": experts,
+            "TOP_K": ids.shape[1],
+            "SIGMOID": sigmoid,
+            "NORMALIZE": normalize,
+            **blocks,
+            "num_warps": num_warps,
+        },
     )
     return dlogits

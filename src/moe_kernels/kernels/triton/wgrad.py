@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.kernels.triton.launch import descriptor, dot_precision, fit_columns, launch_grid, tma_fits
+from moe_kernels.kernels.triton.launch import cdiv, descriptor, dot_precision, fit_columns, launch_grid, tma_fits
 from moe_kernels.kernels.triton.tile import load_rows, swizzled_tile
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tuning.config import select_config
@@ -81,7 +81,7 @@ def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.T
     launch_grid(
         wgrad_kernel,
         config,
-        plan.experts * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
+        plan.experts * cdiv(m, config.block_m) * cdiv(n, config.block_n),
         False,
         (
             descriptor(left, config.block_k, config.block_m) if tma else left,
@@ -89,9 +89,11 @@ def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.T
             *(left, right, out, plan.expert_start),
         ),
         (plan.experts, m, n),
-        USE_TMA=tma,
-        EVEN_M=m % config.block_m == 0,
-        EVEN_N=n % config.block_n == 0,
-        PRECISION=dot_precision(left.dtype),
+        {
+            "USE_TMA": tma,
+            "EVEN_M": m % config.block_m == 0,
+            "EVEN_N": n % config.block_n == 0,
+            "PRECISION": dot_precision(left.dtype),
+        },
     )
     return out
