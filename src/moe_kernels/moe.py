@@ -30,6 +30,7 @@ from torch import Tensor
 
 from moe_kernels import backends
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.memory import explains_out_of_memory
 from moe_kernels.reference import LowRankPair
 from moe_kernels.routing import AUTO_GROUP_SIZE, RoutingPlan, plan_elements, resolve_group_size
 from moe_kernels.settings import GroupSize, check_settings
@@ -213,6 +214,7 @@ def _check_low_rank(name: str, weight: Tensor, pair: LowRankPair | None) -> None
         )
 
 
+@explains_out_of_memory("forward pass")
 def _forward_steps(
     x: Tensor,
     topk_ids: Tensor,
@@ -281,6 +283,7 @@ def _forward_fake(
     return out, z, x_low, plan
 
 
+@explains_out_of_memory("backward pass")
 def _backward_steps(
     dout: Tensor,
     x: Tensor,
