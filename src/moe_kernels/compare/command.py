@@ -26,7 +26,7 @@ from moe_kernels.compare.experts_bench import measure_experts
 from moe_kernels.compare.gpu import describe, visible_gpu
 from moe_kernels.compare.plan import Options, Plan, RunSpec, dump_yaml, plan_family, plan_files
 from moe_kernels.compare.report import show_comparison, show_failures, write_report
-from moe_kernels.compare.runner import Machine, Progress, RunResult, finished_result, run_training
+from moe_kernels.compare.runner import Machine, Progress, RunResult, finished_result, run_training, write_json
 from moe_kernels.shapes import FAMILIES, SIZES
 
 REPORT_FOLDER = Path("artifacts") / "compare"
@@ -58,6 +58,14 @@ def compare(
     router: Annotated[
         bool, typer.Option(help="Record the load of every expert in the runs with moe-kernels, for the heat map.")
     ] = True,
+    lora: Annotated[
+        int,
+        typer.Option(min=0, max=128, help="Train adapters of this rank on attention and experts, the rest frozen."),
+    ] = 0,
+    qlora: Annotated[
+        bool,
+        typer.Option("--qlora", help="With --lora: keep the frozen weights in 4 bits. Needs a GPU, bitsandbytes."),
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is finished already.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the report.", show_default="artifacts/compare/NAME")
@@ -104,6 +112,8 @@ def compare(
         raise UsageError(f"--size is auto, {' or '.join(SIZES)}, not {size!r}.")
     if size == "1b" and device is None:
         raise MissingDependency("The 1B models need an NVIDIA GPU and none is visible. Cure: --size tiny.")
+    if qlora and (not lora or device is None):
+        raise UsageError("--qlora needs --lora and an NVIDIA GPU: Axolotl makes 4-bit experts on a GPU alone.")
     options = Options(
         size=("1b" if device else "tiny") if size == "auto" else size,
         steps=steps,
@@ -113,6 +123,8 @@ def compare(
         with_eager=with_eager,
         wandb=wandb,
         router=router,
+        lora=lora,
+        qlora=qlora,
     )
     plans = make_plans(names, options)
     folder = out or REPORT_FOLDER / ("all" if len(plans) > 1 else plans[0].name)
@@ -219,11 +231,18 @@ def prepare_missing(plan: Plan, console: Console) -> None:
         return
     config = plan.runs[0].config
     data = [Path(dataset["path"]) for dataset in config["datasets"]]
-    if (Path(config["base_model"]) / "config.json").is_file() and all(path.exists() for path in data):
-        return
-    console.print(f"Making {config['base_model']} and its data")
-    name = FAMILIES[plan.family].sizes[plan.size].name
-    command = [sys.executable, "-m", "moe_kernels", "prepare", name]
+    if not ((Path(config["base_model"]) / "config.json").is_file() and all(path.exists() for path in data)):
+        console.print(f"Making {config['base_model']} and its data")
+        _make([sys.executable, "-m", "moe_kernels", "prepare", FAMILIES[plan.family].sizes[plan.size].name])
+    adapter = config.get("lora_model_dir")
+    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
+        console.print(f"Making {adapter}")
+        request = plan.folder / "adapter.json"
+        write_json(request, config)
+        _make([sys.executable, "-m", "moe_kernels.compare.adapter", str(request)])
+
+
+def _make(command: list[str]) -> None:
     if subprocess.run(command, check=False).returncode != 0:
         raise PreparationFailed(f"{shlex.join(command)} failed, see above.")
 

@@ -19,12 +19,14 @@ from moe_kernels.bench.experts import Measurement
 from moe_kernels.cli.errors import UsageError
 from moe_kernels.compare.decode import Misfit, decode
 from moe_kernels.compare.environment import SOURCES
-from moe_kernels.compare.plan import OPTIMIZED, RUN_FOLDER, Plan, digest, tokens_per_micro_batch
+from moe_kernels.compare.metrics import OURS
+from moe_kernels.compare.plan import OPTIMIZED, Plan, digest, tokens_per_micro_batch
 from moe_kernels.compare.runner import Machine, last_error, read_json, write_json
 from moe_kernels.shapes import LayerShape
 
 READ_ALWAYS = ("implementation", "ok", "note", "dtype")
 GPU_REPEATS, CPU_REPEATS = 30, 20
+STOCK = ("eager", "grouped_mm")
 
 
 def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[str], object]) -> dict[str, Any]:
@@ -45,8 +47,10 @@ def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[s
         "device": "cpu" if machine.device is None else "cuda",
         "dtype": "bfloat16" if config.get("bf16") else "float16" if config.get("fp16") else "float32",
         "repeats": CPU_REPEATS if machine.device is None else GPU_REPEATS,
+        # The layer's benchmark computes every weight's gradient: what it says is nothing about frozen weights.
+        "implementations": [] if config.get("adapter") else [*STOCK, OURS],
     }
-    folder = RUN_FOLDER / f"{plan.name}-{plan.size}" / "experts"
+    folder = plan.folder / "experts"
     stored, mark = (
         folder / "answer.json",
         digest(request, machine.versions[SOURCES], machine.versions["torch"]),
@@ -147,8 +151,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     from moe_kernels.bench.experts import measure
 
     shape, layers, default = inspect_model(request["model"], request["name"], request["tokens"])
-    measurements = measure(
+    measurements = request["implementations"] and measure(
         shape,
+        implementations=tuple(request["implementations"]),
         device=request["device"],
         dtype=getattr(torch, request["dtype"]),
         repeats=request["repeats"],

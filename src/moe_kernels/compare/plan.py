@@ -21,6 +21,7 @@ PLUGIN = "axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin"
 COUNTS = ("max_steps", "micro_batch_size", "sequence_len", "gradient_accumulation_steps")
 CONFIG_FOLDER = Path("configs") / "moe"
 RUN_FOLDER = Path("artifacts") / "runs" / "compare"
+ADAPTER_FOLDER = Path("artifacts") / "adapters"
 ROLES = BASELINE, OPTIMIZED, EAGER = "baseline", "optimized", "eager"
 
 
@@ -77,6 +78,11 @@ class Plan:
     yaml_diff: str
 
     @property
+    def folder(self) -> Path:
+        """Everything of this comparison but the report."""
+        return RUN_FOLDER / f"{self.name}-{self.size}"
+
+    @property
     def baseline(self) -> RunSpec:
         """The first run with the stock kernels."""
         return next(run for run in self.runs if run.role == BASELINE)
@@ -87,7 +93,8 @@ class Options:
     """What the command line asks of every comparison.
 
     ``steps`` None keeps the YAML file's own number; ``router`` records the load of every expert in the runs that list
-    our plugin.
+    our plugin. ``lora``: rank of an adapter on attention and expert weights in all runs, the base frozen; 0 trains
+    every parameter. ``qlora`` keeps that base in 4 bits.
     """
 
     size: str = "1b"
@@ -98,6 +105,28 @@ class Options:
     with_eager: bool = False
     wandb: str = "offline"
     router: bool = True
+    lora: int = 0
+    qlora: bool = False
+
+
+def lora_overrides(options: Options, base_model: str) -> Config:
+    """What makes any run file of the three families train an adapter: the same keys in every run of a comparison."""
+    if not options.lora:
+        return {}
+    return {
+        "adapter": "qlora" if options.qlora else "lora",
+        "lora_r": options.lora,
+        "lora_alpha": 2 * options.lora,
+        "lora_dropout": 0.0,
+        # Those that the model has; DeepSeek-V3 has only the last, and two of its own.
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "o_proj"],
+        "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        # Axolotl draws an adapter before it sets the seed: without this, no two runs start alike.
+        "lora_model_dir": str(ADAPTER_FOLDER / f"{Path(base_model).name}-r{options.lora}"),
+        # Axolotl's fused LoRA of the attention comes and goes with versions and is not what is compared.
+        **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),
+        **({"load_in_4bit": True, "quantize_moe_experts": True} if options.qlora else {}),
+    }
 
 
 def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] | None = None) -> Plan:
@@ -105,15 +134,22 @@ def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] |
     family = FAMILIES[name]
     shape = family.sizes[options.size]
     files = find_config(family.baseline), find_config(family.optimized)
-    return _plan(name, files, options, dict(tiny_overrides or {}), name, options.size, shape.moe_layers)
+    overrides = dict(tiny_overrides or {})
+    overrides |= lora_overrides(options, overrides.get("base_model") or load_yaml(files[0])["base_model"])
+    full = name + (f"-{'qlora' if options.qlora else 'lora'}{options.lora}" if options.lora else "")
+    return _plan(full, files, options, overrides, name, options.size, shape.moe_layers)
 
 
 def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
     """The comparison of two YAML files of the user's own.
 
     Raises:
-        UsageError: the first uses our kernels already, or the second does not.
+        UsageError: the first uses our kernels already, or the second does not, or they are to get an adapter.
     """
+    if options.lora:
+        raise UsageError(
+            "--lora is for mixtral, qwen2-moe and deepseek-v3. Write the adapter into your two run files."
+        )
     if _uses_kernels(load_yaml(baseline)):
         raise UsageError(f"{baseline} already trains with moe-kernels. Name the run file without it first.")
     if not _uses_kernels(load_yaml(optimized)):

@@ -81,8 +81,8 @@ def check_lora(model: torch.nn.Module) -> int:
         dropout = max((configs[adapter].lora_dropout for adapter in wrapper.lora_A if adapter in configs), default=0)
         if dropout:
             raise ValueError(
-                f"{name}: lora_dropout={dropout} cannot act on {wrapper.parameter_name}, which is a parameter and not "
-                "a module, and would be left out there in silence: set lora_dropout: 0."
+                f"{name}: lora_dropout={dropout} cannot act on {wrapper.parameter_name}, which is a parameter, not a "
+                "module, and would be left out there in silence: set lora_dropout: 0."
             )
     return len(wrappers)
 

@@ -1,0 +1,43 @@
+"""Makes the adapter that every run of a LoRA comparison starts from, in a process of its own.
+
+Run as ``python -m moe_kernels.compare.adapter CONFIG.json``: the settings of a run, of which ``base_model`` and the
+keys of :func:`moe_kernels.compare.plan.lora_overrides` are read. The adapter is PEFT's own, seeded. B is drawn too: as
+zero it would hide, at the first step, whatever is wrong with it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from moe_kernels.compare.plan import Config
+from moe_kernels.compare.runner import read_json
+from moe_kernels.prepare.cache import replacing
+
+
+def make_adapter(config: Config) -> None:
+    """Write ``lora_model_dir``: an adapter of ``base_model`` as the other keys describe it."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        config["base_model"], dtype=torch.float32, local_files_only=True
+    )
+    settings = peft.LoraConfig(
+        r=config["lora_r"],
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=config["lora_dropout"],
+        target_modules=config["lora_target_modules"],
+        target_parameters=config["lora_target_parameters"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    with replacing(Path(config["lora_model_dir"])) as folder:
+        peft.get_peft_model(model, settings).save_pretrained(str(folder))
+
+
+if __name__ == "__main__":
+    make_adapter(read_json(Path(sys.argv[1])))
