@@ -1,0 +1,614 @@
+"""The direct launch: the same kernels, arguments and results as Triton's own launch.
+
+Three kinds of tests: stubs that tell which way a launch went; Triton's real launcher on a driver that only records
+(fake_cuda.py); and, on a GPU, results to the bit.
+"""
+
+import dataclasses
+import itertools
+import logging
+import threading
+from types import SimpleNamespace
+
+import fake_cuda
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import moe_kernels
+from moe_kernels.activation import Activation
+from moe_kernels.kernels.triton import launch as module
+from moe_kernels.kernels.triton.launch import Descriptor, descriptor, launch, launch_counts, refusal
+from moe_kernels.testing.problems import Case, make_inputs, run
+
+pytestmark = pytest.mark.plain_memory
+HOPPER = GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """choose("direct") or choose("triton"): the way of every launch from now on."""
+
+    def chosen(way):
+        monkeypatch.setenv(module.LAUNCHER_VARIABLE, way)
+        refusal.cache_clear()
+
+    chosen("direct")
+    yield chosen
+    monkeypatch.undo()
+    refusal.cache_clear()
+
+
+@pytest.fixture
+def counted():
+    """counted() is (direct launches, launches through Triton) since it was last called."""
+    seen = {}
+
+    def since():
+        before, now = dict(seen), launch_counts()
+        seen.update(now)
+        return tuple(now.get(way, 0) - before.get(way, 0) for way in ("direct", "triton"))
+
+    since()
+    return since
+
+
+def memory(dtype=torch.bfloat16):
+    return torch.zeros(64, 64, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------- which way it goes
+class Kernel:
+    """Stands for a compiled kernel: remembers what its C launcher got, and how often Triton launched it."""
+
+    def __init__(self, run_time=2, compile_time=0, tensor_maps=0, scratch=0):
+        self.fn = lambda: None
+        self.fn.__name__ = "stub"
+        self.pre_run_hooks = []
+        self.params = [SimpleNamespace(is_constexpr=i >= run_time) for i in range(run_time + compile_time)]
+        self.through_triton, self.direct = 0, []
+        signature = {i: "tensordesc<bf16[16, 16]>" if i >= run_time - tensor_maps else "i32" for i in range(run_time)}
+        meta = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [16, 16], "fp4_padded": False}
+        call = nvidia.wrap_handle_tensordesc(lambda *args: self.direct.append(args), signature, [meta] * tensor_maps)
+        self.compiled = SimpleNamespace(
+            run=SimpleNamespace(
+                launch=call, global_scratch_size=scratch, profile_scratch_size=0, launch_cooperative_grid=False,
+                launch_pdl=False,
+            ),
+            metadata=SimpleNamespace(tensordesc_meta=[meta] * tensor_maps), function=4096, packed_metadata=(4, 1, 0),
+        )  # fmt: skip
+
+    def __getitem__(self, grid):
+        def launched(*args, **keywords):
+            self.through_triton += 1
+            return self.compiled
+
+        return launched
+
+
+@pytest.fixture
+def driver(monkeypatch, choose):
+    """A driver for stubs: ``stream`` is a thread's current one, ``encoded`` lists the tensor maps that were made."""
+    encoded, streams = [], threading.local()
+    active = SimpleNamespace(
+        encoded=encoded,
+        streams=streams,
+        get_current_device=lambda: -1,  # where tensors of the CPU lie
+        get_current_stream=lambda device: getattr(streams, "current", 7),
+        get_current_target=lambda: HOPPER,
+        utils=SimpleNamespace(fill_tma_descriptor=lambda *args: encoded.append(args) or args),
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", active)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refusal.cache_clear()
+    return active
+
+
+def ways(*calls, **kernel):
+    """How often Triton launched one kernel that was called with each of ``calls``, (arguments, keywords)."""
+    stub = Kernel(**kernel)
+    for args, keywords in calls:
+        launch(stub, (1,), args, keywords)
+    return stub.through_triton
+
+
+NUMBERS = [0, 1, 2, 3, 16, 17, 48, -1, -16, -17, 2**31 - 1, 2**31 - 16, 2**31, 2**31 + 1, -(2**31), -(2**31) - 16]
+NUMBERS += [2**63 - 1, 2**63, 2**63 + 1, 2**64 - 16, -(2**63), True, False, 0.0, 1.0, 16.0, 0.5, None]
+
+
+def arguments():
+    """What a kernel may get, each with what Triton makes of it."""
+    flat = {dtype: memory(dtype).view(-1) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int64)}
+    views = [tensor[offset:] for tensor in flat.values() for offset in (0, 1, 2, 4, 8)]
+    views.append(torch.nn.Parameter(memory()))
+    backend = CUDABackend(HOPPER)
+    found = [(arg, native_specialize_impl(backend, arg, False, True, True)) for arg in [*NUMBERS, *views]]
+    for tensor in (memory(), memory(torch.float16), memory(torch.float32).view(32, 128), memory().view(4, 32, 32)):
+        for block in ((16, 16), (16, 32)):
+            block = (1,) * (tensor.dim() - 2) + block
+            host = TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+            found.append((descriptor(tensor, *block), native_specialize_impl(backend, host, False, True, True)))
+    for layout in (gl.NVMMASharedLayout(32, 16), gl.NVMMASharedLayout(64, 16), gl.NVMMASharedLayout(32, 16)):
+        tensor = memory()
+        host = GluonDescriptor(tensor, [64, 64], [64, 1], [16, 32], layout)
+        found.append((Descriptor(tensor, (16, 32), layout), native_specialize_impl(backend, host, False, True, True)))
+    return found
+
+
+def test_the_key_tells_apart_exactly_what_triton_does(driver):
+    first = memory()
+    for (a, a_class), (b, b_class) in itertools.combinations_with_replacement(arguments(), 2):
+        maps = isinstance(a, Descriptor)
+        if maps != isinstance(b, Descriptor):
+            continue  # a kernel's argument is the one or the other
+        compiled = ways(((first, a), {}), ((first, b), {}), tensor_maps=int(maps))
+        assert compiled == (1 if a_class == b_class else 2), f"{a_class} and {b_class}"
+
+
+def test_the_key_holds_kernel_and_keywords(driver):
+    args = (memory(), 5)
+    assert ways((args, {"B": 16}), (args, {"B": 16}), compile_time=1) == 1
+    assert ways((args, {"B": 16}), (args, {"B": 32}), compile_time=1) == 2
+    assert ways((args, {"B": 16, "num_warps": 4}), (args, {"B": 16, "num_warps": 8}), compile_time=1) == 2
+    assert ways((args, {"B": 16, "C": 8}), (args, {"B": 8, "C": 16}), compile_time=2) == 2
+    one, other = Kernel(), Kernel()
+    for kernel in (one, other, one):
+        launch(kernel, (1,), args, {})
+    assert (one.through_triton, len(one.direct), other.through_triton, len(other.direct)) == (1, 1, 1, 0)
+
+
+def test_what_the_c_launcher_gets(driver):
+    kernel, tensor = Kernel(run_time=4, compile_time=2), memory()
+    for _ in range(2):
+        launch(kernel, (3, 2), (tensor, 5, 0.5, None), {"B": 16, "C": "silu", "num_warps": 4})
+    base = (3, 2, 1, 7, 4096, False, False, None, None, (4, 1, 0), None, None, None)
+    assert kernel.direct == [(*base, tensor.data_ptr(), 5, 0.5, None, None, None)]
+    assert len(base) == len(nvidia._BASE_ARGS_FORMAT)
+
+
+def test_an_argument_it_does_not_know_is_refused(driver):
+    with pytest.raises(TypeError, match="stub got a list: pass tensors"):
+        launch(Kernel(), (1,), (memory(), [1]), {})
+
+
+def test_tensor_maps_are_kept_and_bounded(driver, monkeypatch):
+    monkeypatch.setattr(module, "_TENSOR_MAPS", 4)
+    kernel, tensors = Kernel(tensor_maps=1), [memory() for _ in range(6)]
+
+    def encoded_by(tensor):
+        before = len(driver.encoded)
+        launch(kernel, (1,), (tensors[0], descriptor(tensor, 16, 16)), {})
+        return len(driver.encoded) - before
+
+    encoded_by(tensors[0])
+    assert [encoded_by(tensor) for tensor in tensors[:4] * 3] == [1, 1, 1, 1, *(0,) * 8]
+    assert [encoded_by(tensor) for tensor in tensors * 2] == [*(0,) * 4, *(1,) * 8]  # six take turns in four places
+    # The same address, another shape and other strides.
+    assert [encoded_by(tensors[5].view(32, 128)), encoded_by(tensors[5][:, :32]), encoded_by(tensors[5])] == [1, 1, 0]
+    maps = next(direct for key, direct in module._known.items() if key[0] is kernel.fn).tensor_maps
+    assert maps[0].cache_info().currsize == 4
+
+
+def test_hooks_debugging_and_instrumentation_see_every_launch(driver, monkeypatch):
+    kernel, args = Kernel(), (memory(), 5)
+
+    def direct():
+        before = len(kernel.direct)
+        launch(kernel, (1,), args, {})
+        return len(kernel.direct) - before
+
+    assert [direct(), direct()] == [0, 1]
+    for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        chain.add(print)
+        try:
+            assert direct() == 0
+        finally:
+            chain.remove(print)
+        assert direct() == 1
+    with monkeypatch.context() as patch:  # a plain function instead of the chain, as older profilers set it
+        patch.setattr(knobs.runtime, "launch_enter_hook", print)
+        assert direct() == 0
+    for place, name, value in ((knobs.runtime, "debug", True), (knobs.compilation, "instrumentation_mode", "x")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            assert direct() == 0
+    kernel.pre_run_hooks.append(print)
+    assert direct() == 0
+    kernel.pre_run_hooks.clear()
+    assert direct() == 1
+
+
+def test_kernels_that_only_triton_can_launch(driver, caplog):
+    args = (memory(), 5)
+    tile = (memory(), descriptor(memory(), 16, 16))
+    late = Kernel(run_time=2, compile_time=1)
+    late.params.reverse()
+    plain_pointers = Kernel(tensor_maps=1)
+    plain_pointers.compiled.metadata.tensordesc_meta = [None]
+    for kernel, given, why in (
+        (Kernel(scratch=128), args, "needs scratch memory"),
+        (late, args, "do not come last"),
+        (plain_pointers, tile, "no tensor maps"),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "moe_kernels"):
+            for _ in range(3):
+                launch(kernel, (1,), given, {"B": 1} if kernel is late else {})
+        assert kernel.through_triton == 3
+        assert not kernel.direct
+        assert [why in message for message in caplog.messages] == [True]
+
+
+def test_the_way_is_said_and_chosen(driver, choose, monkeypatch, caplog):
+    def reason():
+        refusal.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "moe_kernels"):
+            said = refusal()
+            refusal()
+        assert len(caplog.messages) == 1
+        assert caplog.messages[0].endswith("directly" if said is None else said)
+        return said
+
+    assert reason() is None
+    choose("triton")
+    assert reason() == "MOE_KERNELS_LAUNCHER=triton"
+    kernel = Kernel()
+    for _ in range(3):
+        launch(kernel, (1,), (memory(), 5), {})
+    assert (kernel.through_triton, kernel.direct) == (3, [])
+    choose("fast")
+    with pytest.raises(ValueError, match="'fast' is not one of direct, triton"):
+        refusal()
+    choose("direct")
+    with monkeypatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        assert "interpreter" in reason()
+    with monkeypatch.context() as patch:
+        patch.setattr(nvidia, "_BASE_ARGS_FORMAT", "iiiKKpppOOOOOO")
+        assert "a form that is not known here" in reason()
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "get_current_target", lambda: GPUTarget("hip", "gfx942", 64))
+        assert "no NVIDIA GPU" in reason()
+
+
+def test_many_threads_and_streams(driver):
+    kernel, tensor = Kernel(run_time=3), memory()
+
+    def work(number):
+        driver.streams.current = number
+        for _ in range(300):
+            launch(kernel, (1,), (tensor, number, tensor), {"num_warps": number % 3})
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(args[3] == args[14] for args in kernel.direct)  # the thread's stream and its argument
+    assert kernel.through_triton + len(kernel.direct) == 6 * 300
+    assert 3 <= kernel.through_triton <= 20
+
+
+def test_it_runs_on_the_device_of_its_tensors(driver, monkeypatch):
+    class Elsewhere(torch.Tensor):
+        def get_device(self):
+            return 1
+
+    current = [0]
+    driver.get_current_device = lambda: current[0]
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    streams = []
+    driver.get_current_stream = lambda device: streams.append(device) or 7
+    kernel, tensor = Kernel(), memory().as_subclass(Elsewhere)
+    for _ in range(3):
+        launch(kernel, (1,), (tensor, 5), {})
+    assert (kernel.through_triton, len(kernel.direct), streams, current) == (1, 2, [1, 1], [0])
+
+
+# ------------------------------------------------------------------- Triton's real launcher on a driver that records
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    reason = fake_cuda.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch, fake_cuda.install(tmp_path_factory.mktemp("cuda"), patch) as cuda:
+        yield cuda
+
+
+@pytest.fixture
+def cuda(installed, choose):
+    return installed
+
+
+def copy(source, target, n, scale, flag, nothing, BLOCK: tl.constexpr, KIND: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + at, tl.load(source + at, mask=at < n) * scale, mask=(at < n) & flag)
+
+
+def copy_tile(target, source, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(target + at[:, None] * n + at[None, :], source.load([BLOCK, 0]))
+
+
+@gluon.jit
+def gluon_copy_tile(source, target, row, BLOCK: gl.constexpr):
+    buffer = gl.allocate_shared_memory(source.dtype, [BLOCK, BLOCK], source.layout)
+    barrier = gl.allocate_shared_memory(gl.int64, [1], hopper.mbarrier.MBarrierLayout())
+    hopper.mbarrier.init(barrier, count=1)
+    hopper.mbarrier.expect(barrier, source.block_type.nbytes)
+    hopper.tma.async_copy_global_to_shared(source, [row, 0], barrier, buffer)
+    hopper.mbarrier.wait(barrier, 0)
+    hopper.tma.async_copy_shared_to_global(target, [0, 0], buffer)
+    hopper.tma.store_wait(0)
+
+
+COPY, COPY_TILE = JITFunction(copy), JITFunction(copy_tile)
+KEYWORDS = {"BLOCK": 32, "KIND": "silu", "num_warps": 2}
+LAYOUT = gl.NVMMASharedLayout(64, 16)
+TILE = (128, 4, 4, 8, 8)  # bytes of a tensor map, of two sizes and of two strides
+
+
+def twice(cuda, choose, *call):
+    """What the driver got from Triton, and what it got directly."""
+    launches = []
+    for way in ("triton", "direct", "direct"):
+        choose(way)
+        before = launch_counts()
+        launch(*call)
+        launches.append(cuda.last)
+    after = launch_counts()
+    assert {way: after.get(way, 0) - before.get(way, 0) for way in after} == {"direct": 1, "triton": 0}
+    return launches[0], launches[-1]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.mark.parametrize("n", [1, 17, 2048, 2**31 + 16])
+def test_the_driver_gets_the_same_of_plain_arguments(cuda, choose, n, offset):
+    cuda.expect(8, 8, *((4,) if 1 < n < 2**31 else (8,) if n > 1 else ()), 4, 1)  # n == 1 is compiled in
+    source, target = (memory().view(-1)[offset:] for _ in range(2))
+    args = (source, target, n, 0.7, True, None)
+    expected, actual = twice(cuda, choose, COPY, (5, 3, 2), args, KEYWORDS)
+    assert actual == expected
+    assert actual.grid == (5, 3, 2)
+    assert actual.block == (64, 1, 1)
+    assert actual.arguments[:8] == source.data_ptr().to_bytes(8, "little")
+
+
+def test_alignment_chooses_another_kernel(cuda):
+    cuda.expect(8, 8, 4, 4, 1)
+    flat, functions = memory().view(-1), []
+    for offset in (0, 8, 1, 16, 3):
+        for _ in range(2):
+            launch(COPY, (1,), (flat[offset:], flat, 64, 1.0, True, None), KEYWORDS)
+        functions.append(cuda.last.function)
+    aligned, unaligned = functions[0], functions[2]
+    assert functions == [aligned, aligned, unaligned, aligned, unaligned]
+    assert aligned != unaligned
+
+
+@pytest.mark.parametrize("gluon", [False, True])
+def test_the_driver_gets_the_same_tensor_maps(cuda, choose, gluon):
+    cuda.expect(*((*TILE, *TILE, 4) if gluon else (8, *TILE, 4)))
+    for source in (memory(), memory().view(32, 128), memory()[:, :32]):
+        target = memory()
+        if gluon:
+            args = (Descriptor(source, (32, 32), LAYOUT), Descriptor(target, (32, 32), LAYOUT), 3)
+        else:
+            args = (target, descriptor(source, 32, 32), 64)
+        call = (gluon_copy_tile if gluon else COPY_TILE, (1,), args, {"BLOCK": 32, "num_warps": 4})
+        expected, actual = twice(cuda, choose, *call)
+        assert actual == expected
+        before = cuda.encoded
+        launch(*call)
+        assert cuda.encoded == before
+
+
+def test_another_thread_launches_on_its_stream(cuda):
+    cuda.expect(8, 8, 4, 4, 1)
+    args = (memory(), memory(), 64, 1.0, True, None)
+    launch(COPY, (1,), args, KEYWORDS)
+
+    def work():
+        triton.runtime.driver.active.streams.current = 99
+        launch(COPY, (1,), args, KEYWORDS)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert cuda.last.stream == 99
+    launch(COPY, (1,), args, KEYWORDS)
+    assert cuda.last.stream == 7
+
+
+# ---------------------------------------------------------------------------------------------------------- on a GPU
+BF16 = torch.bfloat16
+CLAMPED = Activation("clamped_glu", (1.702, 0.7))
+CASES = {
+    "plain": Case(512, 8, 64, 256, 128, BF16, "zipf"),
+    "float32": Case(100, 2, 5, 64, 48),
+    "odd": Case(77, 3, 7, 333, 77, BF16),
+    "one": Case(1, 1, 1, 64, 64, BF16),
+    "gpt-oss-lora": Case(
+        300, 4, 16, 256, 128, BF16, "sentinels", activation=CLAMPED, interleaved=True, transposed=True, bias=True,
+        lora_rank=8,
+    ),
+    "gateless": Case(300, 4, 16, 256, 128, BF16, gated=False, activation="relu2"),
+}  # fmt: skip
+
+
+def outcome(inputs, **settings):
+    def experts(*args, **options):
+        return moe_kernels.fused_experts(*args, **options, **settings, backend="triton")
+
+    return {name: value for name, value in run(experts, inputs).items() if value is not None}
+
+
+def both_ways(choose, counted, inputs, **settings):
+    """Results of Triton's launches and of direct ones, once all were compiled."""
+    choose("triton")
+    expected = outcome(inputs, **settings)
+    choose("direct")
+    outcome(inputs, **settings)
+    counted()
+    actual = outcome(inputs, **settings)
+    direct, through_triton = counted()
+    assert direct >= 10
+    assert through_triton == 0
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        assert torch.equal(expected[name], actual[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_results_are_equal_to_the_bit(choose, counted, case):
+    both_ways(choose, counted, make_inputs(CASES[case], "cuda"))
+
+
+@pytest.mark.gpu
+def test_settings_are_equal_to_the_bit(choose, counted):
+    inputs = make_inputs(CASES["plain"], "cuda")
+    both_ways(choose, counted, inputs, group_size=64, persistent=False, recompute=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("moved", ["x", "topk_ids", "topk_weights", "gate_up", "down"])
+def test_unaligned_tensors_get_kernels_of_their_own(choose, counted, moved):
+    inputs = make_inputs(CASES["plain"], "cuda")
+    outcome(inputs)  # what is compiled for aligned tensors is known
+    tensor = getattr(inputs, moved)
+    off = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+    assert off.data_ptr() % 16
+    shifted = dataclasses.replace(inputs, **{moved: off})
+
+    def results():
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in shifted.leaves().items()}
+        args = (leaves["x"], shifted.topk_ids, leaves["topk_weights"], leaves["gate_up"], leaves["down"])
+        out = moe_kernels.fused_experts(*args, backend="triton")
+        return [out, *torch.autograd.grad(out, list(leaves.values()), shifted.grad)]
+
+    choose("triton")
+    expected = results()
+    choose("direct")
+    results()
+    counted()
+    assert all(torch.equal(a, b) for a, b in zip(expected, results(), strict=True))
+    assert counted()[1] == 0
+
+
+@pytest.mark.gpu
+def test_reused_addresses(choose, counted):
+    """Freed memory comes back with other shapes at the same addresses, where tensor maps of before are still kept."""
+    cases = [
+        dataclasses.replace(CASES["plain"], tokens=tokens, hidden=256 + 64 * (tokens % 3))
+        for tokens in range(500, 512)
+    ]
+    for case in cases * 2:
+        both_ways(choose, counted, make_inputs(case, "cuda"))
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+def test_a_graph_captures_direct_launches(choose, counted):
+    inputs = make_inputs(CASES["plain"], "cuda")
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in inputs.leaves().items()}
+
+    def step():
+        args = (leaves["x"], inputs.topk_ids, leaves["topk_weights"], leaves["gate_up"], leaves["down"])
+        out = moe_kernels.fused_experts(*args, backend="triton")
+        return [out, *torch.autograd.grad(out, list(leaves.values()), inputs.grad)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = [value.clone() for value in step()]
+    torch.cuda.current_stream().wait_stream(side)
+    counted()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    assert counted()[1] == 0
+    for value in captured:
+        value.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(expected, captured, strict=True))
+
+
+@pytest.mark.gpu
+def test_the_backward_thread_launches_directly(choose, counted):
+    inputs = make_inputs(CASES["plain"], "cuda")
+    outcome(inputs)
+    x = inputs.x.clone().requires_grad_()
+    weights = inputs.gate_up.clone().requires_grad_()
+    stream = torch.cuda.Stream()
+    threads = set()
+    weights.register_hook(lambda _: threads.add(threading.get_ident()))
+    with torch.cuda.stream(stream):
+        out = moe_kernels.fused_experts(
+            x, inputs.topk_ids, inputs.topk_weights, weights, inputs.down, backend="triton"
+        )
+        counted()
+        out.backward(inputs.grad)
+    assert threads
+    assert threading.get_ident() not in threads
+    assert counted()[0] >= 6
+    stream.synchronize()
+    assert torch.equal(x.grad, outcome(inputs)["dx"])
+
+
+@pytest.mark.gpu
+def test_a_profilers_hook_sees_every_launch(choose, counted):
+    inputs, seen = make_inputs(CASES["plain"], "cuda"), []
+    expected = outcome(inputs)
+
+    def hook(metadata):
+        seen.append(metadata.get()["name"])
+
+    counted()
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        actual = outcome(inputs)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert counted() == (0, len(seen))
+    assert "up_kernel" in seen
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.gpu
+def test_gluon_kernels(choose, counted):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor-memory copies need Hopper or later")
+    for rows in (64, 128, 192):
+        source = torch.randn(rows, 64, device="cuda", dtype=BF16)
+        for _ in range(2):
+            target = torch.zeros(32, 64, device="cuda", dtype=BF16)
+            args = (Descriptor(source, (32, 32), LAYOUT), Descriptor(target, (32, 32), LAYOUT), rows - 32)
+            launch(gluon_copy_tile, (1,), args, {"BLOCK": 32, "num_warps": 4})
+            assert torch.equal(target[:, :32], source[-32:, :32])
+            assert not target[:, 32:].any()
+    assert counted()[0] >= 3
