@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +327,95 @@ def zero3(folder: Path) -> dict[str, Any]:
     return results
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (data_parallel, no_tokens, expert_parallel, trainer, zero3)}
+def lora(folder: Path) -> dict[str, Any]:
+    """An adapter on attention and experts, the base frozen: FSDP2, its bf16 policy and DDP against PEFT's own way."""
+    results: dict[str, Any] = {}
+    for family in (*FAMILIES, GPT_OSS):
+        data = batches()
+        results[family, "whole"] = summary(train(adapted(family, BASELINE), data))
+        backends.reset_dispatch_counts()
+        with no_delta():
+            results[family, "fsdp2"] = summary(train(shard_adapted(adapted(family, OURS)), data, own=own_half))
+            wrapped = torch.nn.parallel.DistributedDataParallel(adapted(family, OURS))
+            results[family, "ddp"] = summary(train(wrapped, data, own=own_half))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for experts in (BASELINE, OURS):
+            mixed = shard_adapted(adapted(family, experts), mp_policy=policy)
+            results[family, "bf16", experts] = summary(train(mixed, data, own=own_half))
+        results[family, "idle"] = one_idle_rank(family)
+    return results
+
+
+def adapted(family: str, experts: str) -> Any:
+    """The tiny model with an adapter, on every rank the same."""
+    import peft
+
+    settings = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(build(family, BASELINE), settings)
+    torch.manual_seed(12)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.15)
+    model.get_base_model().set_experts_implementation(experts)
+    if experts == OURS:
+        mk.check_model(model)
+    return model
+
+
+def shard_adapted(model: Any, **options: Any) -> Any:
+    """As Axolotl does it: factors of attention weights by themselves, those of experts with their decoder layer."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            fully_shard(module.lora_A["default"], **options)
+            fully_shard(module.lora_B["default"], **options)
+    shard(model.get_base_model(), **options)
+    return fully_shard(model, **options)
+
+
+@contextmanager
+def no_delta() -> Iterator[None]:
+    """Inside, forming the dense product of an adapter is an error."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    def formed(*_: Any) -> None:
+        raise AssertionError("the dense delta BA was formed")
+
+    real, ParamWrapper.get_delta_weight = ParamWrapper.get_delta_weight, formed
+    try:
+        yield
+    finally:
+        ParamWrapper.get_delta_weight = real
+
+
+def one_idle_rank(family: str) -> dict[str, Any]:
+    """One sparse block, rank 1 without a token: gradients of its adapter, by FSDP2 and whole."""
+    found = {}
+    for name, experts in (("whole", BASELINE), ("fsdp2", OURS)):
+        model = adapted(family, experts)
+        block = model.get_base_model().model.layers[-1].mlp
+        if experts == OURS:
+            fully_shard(block)
+        hidden = model.get_base_model().config.hidden_size
+        x = torch.randn(1, 24, hidden, generator=torch.Generator().manual_seed(3))
+        x = (x if name == "whole" or dist.get_rank() == 0 else x[:, :0]).requires_grad_()
+        out = block(x)
+        (out[0] if isinstance(out, tuple) else out).square().sum().backward()
+        found[name] = gradients(block)
+    return found
+
+
+SCENARIOS = {
+    scenario.__name__: scenario for scenario in (data_parallel, no_tokens, expert_parallel, trainer, zero3, lora)
+}
 
 
 def main() -> None:
