@@ -80,14 +80,15 @@ class Kernel:
         self.params = [SimpleNamespace(is_constexpr=i >= run_time) for i in range(run_time + compile_time)]
         self.through_triton, self.direct = 0, []
         signature = {i: "tensordesc<bf16[16, 16]>" if i >= run_time - tensor_maps else "i32" for i in range(run_time)}
-        meta = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [16, 16], "fp4_padded": False}
-        call = nvidia.wrap_handle_tensordesc(lambda *args: self.direct.append(args), signature, [meta] * tensor_maps)
+        meta = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "fp4_padded": False}
+        metas = [{**meta, "block_size": [16, 16 * (i + 1)]} for i in range(tensor_maps)]
+        call = nvidia.wrap_handle_tensordesc(lambda *args: self.direct.append(args), signature, metas)
         self.compiled = SimpleNamespace(
             run=SimpleNamespace(
                 launch=call, global_scratch_size=scratch, profile_scratch_size=0, launch_cooperative_grid=False,
                 launch_pdl=False,
             ),
-            metadata=SimpleNamespace(tensordesc_meta=[meta] * tensor_maps), function=4096, packed_metadata=(4, 1, 0),
+            metadata=SimpleNamespace(tensordesc_meta=metas), function=4096, packed_metadata=(4, 1, 0),
         )  # fmt: skip
 
     def __getitem__(self, grid):
@@ -163,6 +164,7 @@ def test_the_key_holds_kernel_and_keywords(driver):
     assert ways((args, {"B": 16}), (args, {"B": 32}), compile_time=1) == 2
     assert ways((args, {"B": 16, "num_warps": 4}), (args, {"B": 16, "num_warps": 8}), compile_time=1) == 2
     assert ways((args, {"B": 16, "C": 8}), (args, {"B": 8, "C": 16}), compile_time=2) == 2
+    assert ways((args, {"B": 16}), (args, {"C": 16}), compile_time=1) == 2
     one, other = Kernel(), Kernel()
     for kernel in (one, other, one):
         launch(kernel, (1,), args, {})
@@ -176,6 +178,16 @@ def test_what_the_c_launcher_gets(driver):
     base = (3, 2, 1, 7, 4096, False, False, None, None, (4, 1, 0), None, None, None)
     assert kernel.direct == [(*base, tensor.data_ptr(), 5, 0.5, None, None, None)]
     assert len(base) == len(nvidia._BASE_ARGS_FORMAT)
+
+
+def test_each_descriptor_becomes_its_own_map_shape_and_strides(driver):
+    kernel, narrow, wide = Kernel(run_time=3, tensor_maps=2), memory(), memory().view(32, 128)
+    for _ in range(2):
+        launch(kernel, (1,), (narrow, descriptor(narrow, 16, 16), descriptor(wide, 16, 32)), {})
+    (narrow_map, wide_map), base = sorted(driver.encoded, key=lambda call: call[4]), kernel.direct[0][:13]
+    assert (narrow_map[0], narrow_map[4]) == (narrow.data_ptr(), [16, 16])
+    assert (wide_map[0], wide_map[4]) == (wide.data_ptr(), [16, 32])
+    assert kernel.direct == [(*base, narrow.data_ptr(), narrow_map, 64, 64, 64, 1, wide_map, 32, 128, 128, 1)]
 
 
 def test_an_argument_it_does_not_know_is_refused(driver):
