@@ -1,4 +1,4 @@
-"""On a real GPU: memory that runs out in the middle of a step, and more than 2**31 elements in every tensor of rows."""
+"""On a real GPU: memory that runs out in the middle of a step, and more than 2**31 elements in tensors of rows."""
 
 import contextlib
 import functools
@@ -91,11 +91,15 @@ def test_the_message_tells_the_true_sizes(recompute, record_property):
     assert peak * 0.8 < taken < peak * 1.2 + weights
 
 
+def relative_error(value, wanted):
+    return ((value.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
 def test_more_than_two_billion_elements_in_tokens_and_rows():
     """x, out and dX (T, H), Y, dOs, dXr and gathered X (R, H) all beyond 2**31 elements.
 
-    The tokens repeat every ``period``, so that a small problem says what each of them gives, to the bit; the weights'
-    gradients are sums over all of them.
+    The tokens repeat every ``period``, so that a small problem says what each of them gives; the weights' gradients
+    are sums over all of them. Another tile may round otherwise; a wrong address gives other numbers altogether.
     """
     period, repeats, hidden = 4096, 130, 4224
     small = make_inputs(Case(period, 2, 4, hidden, 64, BF16, "zipf"), CUDA)
@@ -110,10 +114,8 @@ def test_more_than_two_billion_elements_in_tokens_and_rows():
     for name, value in (("out", out), ("dx", x.grad), ("dtopk_weights", weights.grad)):
         for start in (0, repeats // 2, repeats - 1):
             part = value[start * period : (start + 1) * period]
-            assert torch.equal(part, expected[name]), f"{name}, tokens from {start * period}"
+            assert relative_error(part, expected[name]) < 5e-3, f"{name}, tokens from {start * period}"
     for name, value in (("dgate_up", gate_up.grad), ("ddown", down.grad)):
-        wanted = repeats * expected[name].double()
-        error = (value.double() - wanted).norm() / wanted.norm()
-        assert error < 5e-3, f"{name}: {error}"
+        assert relative_error(value, repeats * expected[name].double()) < 5e-3, name
     del x, out, grad
     torch.cuda.empty_cache()
