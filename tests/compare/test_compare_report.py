@@ -160,3 +160,20 @@ def test_another_json_is_refused(tmp_path: Path, text: str, message: str) -> Non
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="There is no report JSON"):
         load(tmp_path)
+
+
+def test_a_wrong_implementation_is_shown_with_its_nan(tmp_path: Path) -> None:
+    """JSON has no NaN: what the layer's measurement left is the word, in a report as in its own file."""
+    found = comparison()
+    for number, (out, dx) in enumerate((("nan", 4e-3), (3e-3, "nan"), (3e-3, float("nan")))):
+        row = found.experts["measurements"][number]
+        row["rel_error"] = {"out": out, "dx": dx}
+        row["dense_fraction"] = "inf" if number else 0.5
+    folder = tmp_path / "report"
+    write_report([Analysis(found)], folder)
+    save(found, folder / "x.json")
+    [again] = load(folder / "x.json")
+    write_report([Analysis(again)], folder)
+    line = next(line for line in (folder / "report.md").read_text().splitlines() if "largest relative error" in line)
+    assert line.count("nan") == 3
+    assert "4.0e-03" in line  # that of the fourth implementation

@@ -10,11 +10,14 @@ from itertools import pairwise
 from typing import Any
 
 from moe_kernels.bench.timing import Spread
+from moe_kernels.compare.decode import NOT_FINITE
 from moe_kernels.compare.plan import calls_per_step
 from moe_kernels.compare.runner import FINISHED, RunResult
 from moe_kernels.compare.wandb_reader import Row
 
 OURS = "moe_kernels"
+# What a measurement says in words; all else in it are numbers.
+WORDS = ("implementation", "shape", "routing", "dtype", "device", "note")
 _DISPATCHED = re.compile(r"(\d+) expert calls dispatched")
 
 
@@ -194,11 +197,16 @@ def side_metrics(runs: Sequence[RunMetrics], role: str) -> SideMetrics:
 
 
 def experts_by_name(experts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Measurements by implementation; ours under ``"moe_kernels"`` whatever its settings."""
+    """Measurements by implementation; ours under ``"moe_kernels"`` whatever its settings.
+
+    The error of an implementation that is wrong may be NaN, which is a word in JSON and a number here.
+    """
     found = {}
     for row in experts.get("measurements", []):
         name = str(row["implementation"])
-        found[OURS if name.startswith(OURS) else name] = row
+        numbers = {key: float(value) for key, value in row.items() if value in NOT_FINITE and key not in WORDS}
+        errors = {key: float(error) for key, error in row.get("rel_error", {}).items()}
+        found[OURS if name.startswith(OURS) else name] = row | numbers | {"rel_error": errors}
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import shlex
@@ -300,7 +301,7 @@ def layer_table(analysis: Analysis) -> Table:
         ("peak, MiB", lambda row: row.get("peak_mb"), plain),
         (
             "largest relative error of output and gradients",
-            lambda row: max(row.get("rel_error", {}).values(), default=None),
+            lambda row: max(row["rel_error"].values(), key=lambda error: (math.isnan(error), error), default=None),
             "{:.1e}".format,
         ),
     ]
