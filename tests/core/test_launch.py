@@ -106,12 +106,12 @@ def driver(monkeypatch, choose):
     active = SimpleNamespace(
         encoded=encoded,
         streams=streams,
-        get_current_device=lambda: -1,  # where tensors of the CPU lie
         get_current_stream=lambda device: getattr(streams, "current", 7),
         get_current_target=lambda: HOPPER,
         utils=SimpleNamespace(fill_tma_descriptor=lambda *args: encoded.append(args) or args),
     )
     monkeypatch.setattr(triton.runtime.driver, "_active", active)
+    monkeypatch.setattr(module, "_current_device", lambda: -1)  # where tensors of the CPU lie
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     refusal.cache_clear()
     return active
@@ -320,7 +320,7 @@ def test_it_runs_on_the_device_of_its_tensors(driver, monkeypatch):
             return 1
 
     current = [0]
-    driver.get_current_device = lambda: current[0]
+    monkeypatch.setattr(module, "_current_device", lambda: current[0])
 
     class Device:
         def __init__(self, index):
@@ -339,6 +339,8 @@ def test_it_runs_on_the_device_of_its_tensors(driver, monkeypatch):
     for _ in range(3):
         launch(kernel, (1,), (tensor, 5), {})
     assert (kernel.through_triton, len(kernel.direct), streams, current) == (1, 2, [1, 1], [0])
+    launch(kernel, (1,), (memory(), 5), {})  # of the CPU: for Triton to refuse
+    assert (kernel.through_triton, len(kernel.direct)) == (2, 2)
 
 
 # ------------------------------------------------------------------- Triton's real launcher on a driver that records

@@ -171,6 +171,7 @@ class _Direct(NamedTuple):
 
     Attributes:
         call: the C launcher.
+        stream: the current stream of a device, as a handle.
         head: function handle to exit hook, see _LAUNCHER_FORMAT.
         tensor_maps: for each descriptor, (pointer, shape, strides) -> what the C launcher takes in its place.
         constants: placeholders of the compile-time arguments, which the C launcher skips.
@@ -178,12 +179,16 @@ class _Direct(NamedTuple):
     """
 
     call: Callable[..., None]
+    stream: Callable[[int], int]
     head: tuple[Any, ...]
     tensor_maps: tuple[Callable[..., tuple[Any, ...]], ...]
     constants: tuple[None, ...]
     compiled: Any
 
 
+_plain = torch.Tensor
+# torch.cuda.current_device without its checks; tensors of the CPU lie on device -1.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _known: dict[tuple[Any, ...], _Direct | None] = {}
 _counts: collections.Counter[str] = collections.Counter()
 
@@ -212,33 +217,33 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
     """
     if refusal() is not None or _watched(kernel):
         return _through_triton(kernel, grid, args, keywords)
-    driver = triton.runtime.driver.active
-    device = driver.get_current_device()
-    home = _tensor(args[0]).get_device()
-    if home not in (device, -1):
-        with torch.cuda.device(home):
+    device = _tensor(args[0]).get_device()
+    if device != _current_device():
+        if device < 0:  # Triton says what is wrong with a tensor of the CPU
+            return _through_triton(kernel, grid, args, keywords)
+        with torch.cuda.device(device):
             return launch(kernel, grid, args, keywords)
     key = [kernel.fn, device, *keywords, *keywords.values()]
     values: list[Any] = []
     descriptors: list[tuple[int, Descriptor]] = []
     for arg in args:
         kind = type(arg)
-        if kind is int:
-            key.append(1 if arg == 1 else 16 if arg % 16 == 0 else 0)
-            if not -(2**31) <= arg < 2**31:
-                key.append("i64" if -(2**63) <= arg < 2**63 else "u64")
-            values.append(arg)
-        elif kind is torch.Tensor or isinstance(arg, torch.Tensor):
+        if kind is _plain or (kind is not int and isinstance(arg, torch.Tensor)):
             pointer = arg.data_ptr()
-            key.append((arg.dtype,) if pointer % 16 else arg.dtype)
             values.append(pointer)
+            key.append((arg.dtype,) if pointer % 16 else arg.dtype)
+        elif kind is int:
+            values.append(arg)
+            key.append(1 if arg == 1 else 16 if arg % 16 == 0 else 0)
+            if not -0x80000000 <= arg < 0x80000000:
+                key.append("i64" if -(2**63) <= arg < 2**63 else "u64")
         elif kind is Descriptor:
-            key.append((arg.tensor.dtype, arg.block, arg.layout))
             descriptors.append((len(values), arg))
             values.append(None)
+            key.append((arg.tensor.dtype, arg.block, arg.layout))
         elif kind is float or kind is bool or arg is None:
-            key.append(kind)
             values.append(arg)
+            key.append(kind)
         else:
             raise TypeError(f"{kernel.fn.__name__} got a {kind.__name__}: pass tensors, descriptors or plain numbers")
     specialised = tuple(key)
@@ -252,7 +257,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
         tensor = which.tensor
         values[place : place + 1] = tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride())
     x, y, z = (*grid, 1, 1)[:3]
-    direct.call(x, y, z, driver.get_current_stream(device), *direct.head, *values, *direct.constants)
+    direct.call(x, y, z, direct.stream(device), *direct.head, *values, *direct.constants)
     _counts["direct"] += 1
     return None
 
@@ -381,4 +386,5 @@ def _direct(kernel: Any, compiled: Any, arguments: int, descriptors: list[Descri
         )
         for which, meta in zip(descriptors, metas, strict=True)
     )
-    return _Direct(call, head, tuple(tensor_maps)[::-1], (None,) * constants, compiled)
+    stream = triton.runtime.driver.active.get_current_stream
+    return _Direct(call, stream, head, tuple(tensor_maps)[::-1], (None,) * constants, compiled)
