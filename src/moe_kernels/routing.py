@@ -22,6 +22,7 @@ With ``group_size`` 2 rows per tile (2 for the example; 64, 128 or 256 in use)::
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +54,15 @@ def _field_sizes(rows: int, experts: int) -> tuple[int, int, int, int, int, int]
     return rows, rows, experts + 1, tiles, tiles, 1
 
 
+@functools.lru_cache(maxsize=256)
+def _layout(rows: int, experts: int) -> list[int]:
+    """Elements of each field and of the gap behind it, in turn."""
+    return [n for size in _field_sizes(rows, experts) for n in (size, _aligned(size) - size)]
+
+
 def plan_elements(rows: int, experts: int) -> int:
     """Number of int32 elements of a packed plan: a function of R = T*K and E, never of the routing."""
-    return sum(_aligned(n) for n in _field_sizes(rows, experts))
+    return sum(_layout(rows, experts))
 
 
 @dataclass(frozen=True)
@@ -87,11 +94,8 @@ class RoutingPlan:
     @classmethod
     def from_packed(cls, packed: torch.Tensor, tokens: int, top_k: int, experts: int, group_size: int) -> RoutingPlan:
         """View a packed plan, filled or just allocated, as its fields."""
-        fields, offset = [], 0
-        for n in _field_sizes(tokens * top_k, experts):
-            fields.append(packed[offset : offset + n])
-            offset += _aligned(n)
-        row_slot, slot_row, expert_start, tile_expert, tile_row, tile_count = fields
+        parts = packed.split_with_sizes(_layout(tokens * top_k, experts))
+        row_slot, slot_row, expert_start, tile_expert, tile_row, tile_count = parts[::2]
         return cls(packed, row_slot, slot_row, expert_start, tile_expert, tile_row, tile_count, top_k, group_size)
 
     @classmethod

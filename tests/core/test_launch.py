@@ -314,6 +314,15 @@ def test_many_threads_and_streams(driver):
     assert 3 <= kernel.through_triton <= 20
 
 
+@pytest.mark.parametrize("strange", ["topk_ids", "topk_weights", "down"])
+def test_tensors_on_two_devices_are_refused(strange):
+    inputs = make_inputs(Case(4, 2, 3, 16, 16))
+    args = {name: getattr(inputs, name) for name in ("x", "topk_ids", "topk_weights", "gate_up", "down")}
+    args[strange] = args[strange].to("meta")
+    with pytest.raises(ValueError, match="the expert weights are on cpu, another tensor on meta: move it there"):
+        moe_kernels.fused_experts(**args, backend="triton")
+
+
 def test_it_runs_on_the_device_of_its_tensors(driver, monkeypatch):
     class Elsewhere(torch.Tensor):
         def get_device(self):
