@@ -23,6 +23,7 @@ backward writes dZ over Z, unless the graph is kept for another backward.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def fused_experts(
     gate_up_lora: LowRankPair | None = None,
     down_lora: LowRankPair | None = None,
     recompute: bool = False,
+    reload: Callable[[], tuple[Tensor, Tensor]] | None = None,
     group_size: GroupSize = 128,
     persistent: bool = True,
     backend: str = "auto",
@@ -77,6 +79,8 @@ def fused_experts(
         gate_up_lora: (left (E, 2I, r), right (E, r, H)): adds ``left[e] @ right[e]`` to gate_up, never formed.
         down_lora: (left (E, H, r), right (E, r, I)).
         recompute: save X but not Z, and compute Z again in the backward: less memory, one more up projection.
+        reload: makes gate_up and down again, equal in all but their memory. They are then not kept for the backward,
+            and must not require grad. ``torch.compile`` keeps them all the same.
         group_size: rows per tile, 64, 128, 256 or "auto".
         persistent: one program per multiprocessor walks all tiles, instead of one program per tile.
         backend: "auto", "triton" or "torch".
@@ -109,7 +113,6 @@ def fused_experts(
         *_padded(gate_up_lora, dtype),
         *_padded(down_lora, dtype),
     )
-    _check_devices(tensors)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     args: tuple[Any, ...] = (
         *tensors,
@@ -126,7 +129,7 @@ def fused_experts(
     if torch.compiler.is_compiling():
         out = torch.ops.moe_kernels.experts_forward(*args)[0]
     elif needs_grad:
-        out = _Experts.apply(*args)
+        out = _Experts.apply(*args, reload)
     else:
         out = _forward_steps(*args)[0]
     return (out if reduce else out.view(*topk_ids.shape, -1)).to(x.dtype)
@@ -138,8 +141,10 @@ def _padded(pair: LowRankPair | None, dtype: torch.dtype) -> tuple[Tensor | None
         return None, None
     left, right = pair
     missing = max(16, 1 << (left.shape[2] - 1).bit_length()) - left.shape[2]
-    left = torch.nn.functional.pad(left.to(dtype), (0, missing))
-    right = torch.nn.functional.pad(right.to(dtype), (0, 0, 0, missing))
+    left, right = left.to(dtype), right.to(dtype)
+    if missing:
+        left = torch.nn.functional.pad(left, (0, missing))
+        right = torch.nn.functional.pad(right, (0, 0, 0, missing))
     return left.contiguous(), right.contiguous()
 
 
@@ -174,13 +179,6 @@ def _check_inputs(
     for name, tensor in (("x", x), ("topk_weights", topk_weights), ("gate_up", gate_up)):
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating dtype, not {tensor.dtype}")
-
-
-def _check_devices(tensors: tuple[Tensor | None, ...]) -> None:
-    device = tensors[3].device  # type: ignore[union-attr]
-    for tensor in tensors:
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"the expert weights are on {device}, another tensor on {tensor.device}: move it there")
 
 
 def _check_experts(
@@ -325,7 +323,7 @@ def _backward_steps(
     plan = RoutingPlan.from_packed(packed_plan, tokens, top_k, experts, group_size)
     gate = _gate(gate_up, down, activation, parameters, interleaved)
     need = dict(zip(_DIFFERENTIABLE, needs, strict=True))
-    grads = {name: x.new_empty(0) for name, needed in need.items() if not needed}
+    grads = {name: x.new_empty(0) for name in _DIFFERENTIABLE}
 
     if recompute:
         z, _ = steps.up(x, gate_up, plan, gate, persistent, True, gate_up_bias, _pair(x_low, gate_up_left))
@@ -391,20 +389,25 @@ def _backward_fake(dout: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(tensor) if needed else dout.new_empty(0) for tensor, needed in pairs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], z: Tensor, x_low: Tensor, packed_plan: Tensor) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], z: Tensor, x_low: Tensor, packed_plan: Tensor) -> None:
     x, _, *tensors = inputs[:11]
     *ctx.settings, _needs_grad = inputs[11:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *tensors, z, x_low, packed_plan)
 
 
-def _grads(ctx: Any, dout: Tensor | None, steps: Any, overwrite_z: bool) -> tuple[Tensor | None, ...]:
+def _grads(
+    ctx: Any, dout: Tensor | None, steps: Any, overwrite_z: bool, reload: Callable[[], tuple[Tensor, Tensor]] | None
+) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs; ``steps`` is the backward, as a function or as an op."""
     if dout is None:
         return (None,) * 20
+    saved = ctx.saved_tensors
+    if reload is not None:
+        saved = (*saved[:2], *(weight.to(saved[0].dtype) for weight in reload()), *saved[4:])
     x_needed, _, *rest = ctx.needs_input_grad[:11]
     needs = [x_needed, *rest]
-    grads = steps(dout, *ctx.saved_tensors, *ctx.settings, needs, overwrite_z)
+    grads = steps(dout, *saved, *ctx.settings, needs, overwrite_z)
     dx, *others = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return (dx, None, *others, *(None,) * 9)
 
@@ -413,8 +416,11 @@ class _Experts(torch.autograd.Function):
     """The eager path: a custom op costs some tenths of a millisecond more host time a call (torch 2.11)."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *inputs, ctx.reload = args
         out, z, x_low, packed_plan = _forward_steps(*inputs)
+        if ctx.reload is not None:
+            inputs[3:5] = None, None
         _save(ctx, inputs, z, x_low, packed_plan)
         return out
 
@@ -423,7 +429,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         # Z dies with the graph. torch's own donated buffers ask the same question in the same way.
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        return _grads(ctx, dout, _backward_steps, not keep_graph)
+        return *_grads(ctx, dout, _backward_steps, not keep_graph, ctx.reload), None
 
 
 # The compiled path: the same steps as two ops that torch.compile need not look into.
@@ -432,7 +438,7 @@ experts_forward.register_fake(_forward_fake)
 experts_backward = torch.library.custom_op("moe_kernels::experts_backward", _backward_steps, mutates_args=())
 experts_backward.register_fake(_backward_fake)
 experts_forward.register_autograd(
-    lambda ctx, dout, *_: _grads(ctx, dout, torch.ops.moe_kernels.experts_backward, False),
+    lambda ctx, dout, *_: _grads(ctx, dout, torch.ops.moe_kernels.experts_backward, False, None),
     setup_context=lambda ctx, inputs, output: _save(ctx, inputs, *output[1:]),
 )
 

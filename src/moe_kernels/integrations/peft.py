@@ -106,4 +106,6 @@ def low_rank_pair(wrapper: Any, adapters: list[str]) -> tuple[torch.Tensor, torc
         a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
         rights.append(a.view(experts, -1, a.shape[1]) * wrapper.scaling[name])
         lefts.append(b.view(b.shape[0], -1, experts).permute(2, 0, 1))
+    if len(adapters) == 1:  # torch.cat would copy it, and its gradient
+        return lefts[0], rights[0]
     return torch.cat(lefts, dim=2), torch.cat(rights, dim=1)

@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from moe_kernels.integrations.support import UnsupportedExperts
 
 #: What one block of dequantised experts may take. More buys nothing once every multiprocessor has work.
 BLOCK_BYTES = 256 * 2**20
 
-#: (T, H), (T, K) ids, (T, K) weights, gate_up, down, further tensors of the experts by argument -> output
-Experts = Callable[..., Tensor]
+#: Makes gate_up and down of a block.
+Load = Callable[[], tuple[Tensor, Tensor]]
+#: (load, (T, K) ids, further tensors of the experts by argument, keep what load gives, recompute) -> output
+Experts = Callable[[Load, Tensor, dict[str, Any], bool, bool], Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,49 +81,30 @@ def packed_weight(module: Any, name: str) -> PackedWeight | None:
 
 
 def run_in_blocks(
-    experts: Experts,
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    gate_up: PackedWeight,
-    down: PackedWeight,
-    others: dict[str, Any],
+    experts: Experts, ids: Tensor, gate_up: PackedWeight, down: PackedWeight, others: dict[str, Any]
 ) -> Tensor:
-    """``experts(x, ids, weights, gate_up, down, others)`` as a sum over blocks of experts.
+    """``experts`` as a sum over blocks of experts, in float32; ``ids`` (T, K) are what the router chose.
 
     ``others`` are tensors, or pairs of tensors, whose first dimension is the expert.
     """
     count = gate_up.shape[0]
     one = sum(w.shape[1] * w.shape[2] * w.dtype.itemsize for w in (gate_up, down))
     block = max(1, BLOCK_BYTES // one)
+    recompute = block < count  # every block's Z has room for all rows: of several, none is kept
     total = None
     for first in range(0, count, block):
         last = min(first + block, count)
-        part = functools.partial(_one_block, experts, gate_up, down, first, last)
+        load = functools.partial(_dequantised, gate_up, down, first, last)
         local = torch.where((ids >= first) & (ids < last), ids - first, -1)
         sliced = {name: _slice(value, first, last) for name, value in others.items()}
-        if torch.is_grad_enabled():
-            # Nothing of a block is kept: its weights are dequantised again in the backward.
-            out = checkpoint(part, x, local, weights, sliced, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out = part(x, local, weights, sliced)
+        out = experts(load, local, sliced, False, recompute)
         total = out.float() if total is None else total + out
     assert total is not None
-    return total.to(x.dtype)
+    return total
 
 
-def _one_block(
-    experts: Experts,
-    gate_up: PackedWeight,
-    down: PackedWeight,
-    first: int,
-    last: int,
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    others: dict[str, Any],
-) -> Tensor:
-    return experts(x, ids, weights, gate_up.experts(first, last), down.experts(first, last), others)
+def _dequantised(gate_up: PackedWeight, down: PackedWeight, first: int, last: int) -> tuple[Tensor, Tensor]:
+    return gate_up.experts(first, last), down.experts(first, last)
 
 
 def _slice(value: Any, first: int, last: int) -> Any:

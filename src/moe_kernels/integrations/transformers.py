@@ -24,7 +24,7 @@ from moe_kernels.settings import ExpertsSettings, GroupSize
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-    from moe_kernels.integrations.quantized import packed_weight, run_in_blocks
+    from moe_kernels.integrations.quantized import Load, packed_weight, run_in_blocks
     from moe_kernels.integrations.support import (
         LORA_ATTRIBUTE,
         UnsupportedExperts,
@@ -96,31 +96,34 @@ def run_experts(
         others["down_bias"] = plain_weight(module, module.down_proj_bias)
 
     def experts(
-        x: torch.Tensor, ids: torch.Tensor, weights: Any, gate_up: torch.Tensor, down: torch.Tensor, others: Any
+        load: Load, ids: torch.Tensor, others: Any, keep: bool = True, recompute: bool = False
     ) -> torch.Tensor:
-        if recipe.transposed:
-            gate_up, down = gate_up.mT, down.mT
+        def stored() -> tuple[torch.Tensor, torch.Tensor]:
+            gate_up, down = load()
+            return (gate_up.mT, down.mT) if recipe.transposed else (gate_up, down)
+
+        gate_up, down = stored()
         return fused_experts(
-            x,
+            hidden_states,
             ids,
-            weights,
+            None if recipe.post_norm else top_k_weights,
             gate_up,
             down,
             activation=recipe.gate.activation,
             interleaved=recipe.gate.interleaved,
             reduce=not recipe.post_norm,
+            reload=None if keep else stored,
             **others,
-            **settings,
+            **settings | ({"recompute": True} if recompute else {}),
         )
 
-    tokens = hidden_states, top_k_index, None if recipe.post_norm else top_k_weights
     packed = [packed_weight(module, name) for name in (up_name, "down_proj")]
     if packed[0] and packed[1]:
-        out = run_in_blocks(experts, *tokens, packed[0], packed[1], others)
+        out = run_in_blocks(experts, top_k_index, packed[0], packed[1], others).to(hidden_states.dtype)
     else:
         # One read each: PEFT merges, quantised parametrisations dequantise, on every attribute access.
-        gate_up, down = (plain_weight(module, getattr(module, name)) for name in (up_name, "down_proj"))
-        out = experts(*tokens, gate_up, down, others)
+        weights = plain_weight(module, getattr(module, up_name)), plain_weight(module, module.down_proj)
+        out = experts(lambda: weights, top_k_index, others)
     if not recipe.post_norm:
         return out
     # The order of transformers' grouped_mm; a dropped slot stays zero whatever the norm makes of zeros.
