@@ -1,22 +1,28 @@
 """Would the tests notice a bug? Plants bugs in the kernels, one at a time, in a copy, and runs the quick kernel tests.
 
-Run by hand: ``python tests/core/mutations.py`` (about a minute a core per four mutants). Exit code 1 if one survives,
-or if a planted text is not in the source any more.
+Run by hand: ``python tests/core/mutations.py --json benchmarks/results/mutants.json`` (about a minute a core per four
+mutants). Exit code 1 if one survives, or if a planted text is not in the source any more.
 """
 
 # ruff: noqa: E501
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+from moe_kernels.bench.environment import environment
 
 ROOT = Path(__file__).parents[2]
 KERNELS = "src/moe_kernels/kernels/triton"
 TESTS = ["tests/core/test_kernels.py", "tests/core/test_sanitized.py"]
+ROUTER_TESTS = ["tests/router/test_router.py"]
 QUICK = "not shipped_tiles and not scheduling and not sanitisers"
 
 # what the bug is, file, text, replacement
@@ -58,13 +64,26 @@ MUTANTS = [
     ("bias gradient takes a row of the next expert", "expert_sum.py", "(rows < end)[:, None] & (cols < N)", "(rows <= end)[:, None] & (cols < N)"),
     ("bias gradient without the routing weight", "expert_sum.py", "if WEIGHTED:", "if WEIGHTED and N < 0:"),
     ("last tile of a group walked twice", "tile.py", "size_m = tl.minimum(num_m - first_m, GROUP_M)", "size_m = GROUP_M"),
+    ("gather takes another slot's token", "combine.py", "(tl.load(row_slot_ptr + row) // TOP_K)", "(tl.load(row_slot_ptr + row) % TOP_K)"),
+    ("gather loses the last column", "combine.py", "tl.store(out_ptr + row * H + cols, values, mask=cols < H)", "tl.store(out_ptr + row * H + cols, values, mask=cols < H - 1)"),
+    ("counts of another chunk", "plan.py", "tl.where((c < chunk)[:, None], counts, 0)", "tl.where((c <= chunk)[:, None], counts, 0)"),
+    ("router forgets the correction bias", "router.py", "key = _sortable(value + bias[None, :])", "key = _sortable(value)"),
+    ("router weights with the correction bias", "router.py", "            value = _sigmoid(logits, weights_ptr.dtype.element_ty)\n", "            value = _sigmoid(logits, weights_ptr.dtype.element_ty) + bias[None, :]\n"),
+    ("router takes one group too many", "router.py", "for _ in range(TOP_GROUPS):", "for _ in range(TOP_GROUPS + 1):"),
+    ("router's groups by their largest alone", "router.py", "_sorted_value(first) + _sorted_value(second)", "_sorted_value(first)"),
+    ("router forgets the scale", "router.py", "(weight * scale).to(", "weight.to("),
+    ("router's weights not normalised", "router.py", "weight = value / (total + 1e-20 if SIGMOID else total)[:, None]", "weight = value"),
+    ("router chooses the same expert twice", "router.py", "            key = tl.where(hit, _TAKEN, key)\n", ""),
+    ("gradient of a router without the softmax's sum", "router.py", "weight * (grad - tl.sum(grad * weight, axis=1)[:, None])", "weight * grad"),
+    ("gradient of a sigmoid router without its slope", "router.py", "tl.where(chosen == 1, grad * slope, 0.0)", "tl.where(chosen == 1, grad, 0.0)"),
+    ("gradient of a router for experts not chosen", "router.py", "tl.where(chosen == 1, grad * slope, 0.0)", "grad * slope + value"),
 ]  # fmt: skip
 
 
-def run_tests(folder: Path) -> int:
+def run_tests(folder: Path, tests: list[str]) -> int:
     """Exit code of pytest on the copy in ``folder``; a mutant that hangs counts as a failed test."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder / "src")}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", QUICK, *TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", QUICK, *tests]
     try:
         return subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, timeout=600, check=False
@@ -80,7 +99,7 @@ def survives(folder: Path, file: str, text: str, replacement: str) -> str | None
     if text not in source:
         return "the text to replace is gone: update the mutant"
     path.write_text(source.replace(text, replacement))
-    code = run_tests(folder)
+    code = run_tests(folder, ROUTER_TESTS if file == "router.py" else TESTS)
     path.write_text(source)
     # A negative code is a crash of the interpreter, which no run would overlook either.
     return None if code == 1 or code < 0 else f"survived (pytest exit code {code})"
@@ -88,21 +107,30 @@ def survives(folder: Path, file: str, text: str, replacement: str) -> str | None
 
 def main() -> int:
     """Run every mutant; print one line each."""
-    survivors = 0
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="write what became of each mutant")
+    wanted = parser.parse_args()
+    results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("src", "tests", "pyproject.toml"):
             source = ROOT / part
             (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / part)
-        if run_tests(folder) != 0:
+        if run_tests(folder, TESTS + ROUTER_TESTS) != 0:
             print("the tests fail without any mutant: nothing can be said")
             return 1
         for title, file, text, replacement in MUTANTS:
+            began = time.monotonic()
             problem = survives(folder, file, text, replacement)
-            survivors += problem is not None
+            results.append({"mutant": title, "file": file, "killed": problem is None, "note": problem or "",
+                            "seconds": round(time.monotonic() - began, 1)})  # fmt: skip
             print(f"{'ALIVE' if problem else 'dead '}  {title}{': ' + problem if problem else ''}", flush=True)
-    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants killed")
-    return 1 if survivors else 0
+    killed = sum(bool(result["killed"]) for result in results)
+    print(f"{killed} of {len(MUTANTS)} mutants killed")
+    if wanted.json:
+        machine = environment() | {"command": " ".join(["python", "tests/core/mutations.py", *sys.argv[1:]])}
+        wanted.json.write_text(json.dumps({"killed": killed, "environment": machine, "mutants": results}, indent=1) + "\n")
+    return int(killed < len(MUTANTS))
 
 
 if __name__ == "__main__":
