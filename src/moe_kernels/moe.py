@@ -113,6 +113,7 @@ def fused_experts(
         *_padded(gate_up_lora, dtype),
         *_padded(down_lora, dtype),
     )
+    _check_devices(tensors)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     args: tuple[Any, ...] = (
         *tensors,
@@ -179,6 +180,13 @@ def _check_inputs(
     for name, tensor in (("x", x), ("topk_weights", topk_weights), ("gate_up", gate_up)):
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating dtype, not {tensor.dtype}")
+
+
+def _check_devices(tensors: tuple[Tensor | None, ...]) -> None:
+    device = tensors[3].device  # type: ignore[union-attr]
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"the expert weights are on {device}, another tensor on {tensor.device}: move it there")
 
 
 def _check_experts(
@@ -323,7 +331,7 @@ def _backward_steps(
     plan = RoutingPlan.from_packed(packed_plan, tokens, top_k, experts, group_size)
     gate = _gate(gate_up, down, activation, parameters, interleaved)
     need = dict(zip(_DIFFERENTIABLE, needs, strict=True))
-    grads = {name: x.new_empty(0) for name in _DIFFERENTIABLE}
+    grads = {name: x.new_empty(0) for name, needed in need.items() if not needed}
 
     if recompute:
         z, _ = steps.up(x, gate_up, plan, gate, persistent, True, gate_up_bias, _pair(x_low, gate_up_left))
