@@ -62,7 +62,7 @@ def _layout(rows: int, experts: int) -> list[int]:
 
 def plan_elements(rows: int, experts: int) -> int:
     """Number of int32 elements of a packed plan: a function of R = T*K and E, never of the routing."""
-    return sum(_layout(rows, experts))
+    return sum(_aligned(n) for n in _field_sizes(rows, experts))
 
 
 @dataclass(frozen=True)
