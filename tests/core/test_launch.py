@@ -29,6 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import moe_kernels
 from moe_kernels.activation import Activation
+from moe_kernels.cli import doctor
 from moe_kernels.kernels.triton import launch as module
 from moe_kernels.kernels.triton.launch import Descriptor, descriptor, launch, launch_counts, refusal
 from moe_kernels.testing.problems import Case, make_inputs, run
@@ -294,6 +295,21 @@ def test_the_way_is_said_and_chosen(driver, choose, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         patch.setattr(driver, "get_current_target", lambda: GPUTarget("hip", "gfx942", 64))
         assert "no NVIDIA GPU" in reason()
+
+
+def test_doctor_says_how_kernels_are_launched(driver, choose, monkeypatch):
+    def finding():
+        (found,) = doctor._launcher()
+        return found.status, found.detail
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert finding() == ("ok", "direct, from the second launch of a kernel on")
+    choose("triton")
+    assert finding() == ("note", "through Triton: MOE_KERNELS_LAUNCHER=triton")
+    choose("fast")
+    assert finding() == ("broken", "MOE_KERNELS_LAUNCHER='fast' is not one of direct, triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor._launcher() == []
 
 
 def test_many_threads_and_streams(driver):

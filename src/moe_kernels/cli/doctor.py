@@ -60,7 +60,7 @@ def examine() -> list[Finding]:
     ]
     if any(finding.status == BROKEN for finding in findings):
         return findings
-    return [*findings, _gpu(), *_compiler(), *_backends(), _transformers(), *_axolotl(), _report()]
+    return [*findings, _gpu(), *_compiler(), *_launcher(), *_backends(), _transformers(), *_axolotl(), _report()]
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -106,6 +106,25 @@ def _compiler() -> list[Finding]:
     if compiler is None:
         return [Finding("C compiler", BROKEN, "none found; Triton needs one", "apt install gcc")]
     return [Finding("C compiler", OK, compiler)]
+
+
+def _launcher() -> list[Finding]:
+    """How compiled kernels are launched; without a GPU none is, except in Triton's interpreter."""
+    import torch
+
+    from moe_kernels.kernels.triton import launch
+
+    if not torch.cuda.is_available() and not launch.interpreting():
+        return []
+    what = "kernel launches"
+    try:
+        reason = launch.refusal()
+    except ValueError as error:
+        return [Finding(what, BROKEN, str(error), f"unset {launch.LAUNCHER_VARIABLE}")]
+    if reason is None:
+        return [Finding(what, OK, "direct, from the second launch of a kernel on")]
+    cure = "nothing, if the GPU is the bottleneck: it costs host time, about a millisecond a layer and step"
+    return [Finding(what, NOTE, f"through Triton: {reason}", cure)]
 
 
 def _backends() -> list[Finding]:
