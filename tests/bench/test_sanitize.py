@@ -87,7 +87,15 @@ def test_a_log_without_an_end_is_not_clean(sanitize):
 
 
 def test_every_kernel_is_known(sanitize):
-    assert {"up_kernel", "grouped_gemm_kernel", "wgrad_kernel", "route_kernel"} <= sanitize.package_kernels()
+    kernels = sanitize.package_kernels("cpu")
+    assert {"up_kernel", "grouped_gemm_kernel", "wgrad_kernel", "route_kernel"} <= kernels
+    assert not any("hopper" in kernel for kernel in kernels)
+
+
+def test_on_hopper_its_own_kernels_must_run(sanitize, monkeypatch):
+    monkeypatch.setattr(sanitize.torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert "hopper_gemm_kernel" in sanitize.package_kernels("cuda")
+    assert all(sanitize.runs_on(name, "cuda") for name in sanitize.NAMES)
 
 
 FAKE = """#!{python}
