@@ -35,6 +35,7 @@ from moe_kernels.kernels.triton.launch import Descriptor, descriptor, launch, la
 from moe_kernels.testing.problems import Case, make_inputs, run
 
 pytestmark = pytest.mark.plain_memory
+ONE_BY_ONE = hasattr(nvidia, "_BASE_ARGS_FORMAT")  # triton 3.6
 HOPPER = GPUTarget("cuda", 90, 32)
 
 
@@ -83,11 +84,16 @@ class Kernel:
         signature = {i: "tensordesc<bf16[16, 16]>" if i >= run_time - tensor_maps else "i32" for i in range(run_time)}
         meta = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "fp4_padded": False}
         metas = [{**meta, "block_size": [16, 16 * (i + 1)]} for i in range(tensor_maps)]
-        call = nvidia.wrap_handle_tensordesc(lambda *args: self.direct.append(args), signature, metas)
+
+        def record(*args):
+            # triton 3.7 passes two descriptions of the arguments, and the arguments in one
+            self.direct.append(args if ONE_BY_ONE else (*args[:-3], *args[-1]))
+
+        call = nvidia.wrap_handle_tensordesc(record, signature, metas)
         self.compiled = SimpleNamespace(
             run=SimpleNamespace(
                 launch=call, global_scratch_size=scratch, profile_scratch_size=0, launch_cooperative_grid=False,
-                launch_pdl=False,
+                launch_pdl=False, arg_annotations=[], kernel_signature=b"",
             ),
             metadata=SimpleNamespace(tensordesc_meta=metas), function=4096, packed_metadata=(4, 1, 0),
         )  # fmt: skip
@@ -104,12 +110,17 @@ class Kernel:
 def driver(monkeypatch, choose):
     """A driver for stubs: ``stream`` is a thread's current one, ``encoded`` lists the tensor maps that were made."""
     encoded, streams = [], threading.local()
+
+    def encode(*args):
+        encoded.append(args)
+        return args
+
     active = SimpleNamespace(
         encoded=encoded,
         streams=streams,
         get_current_stream=lambda device: getattr(streams, "current", 7),
         get_current_target=lambda: HOPPER,
-        utils=SimpleNamespace(fill_tma_descriptor=lambda *args: encoded.append(args) or args),
+        utils=SimpleNamespace(fill_tma_descriptor=encode, fill_tma_descriptor_tiled=encode),
     )
     monkeypatch.setattr(triton.runtime.driver, "_active", active)
     monkeypatch.setattr(module, "_current_device", lambda: -1)  # where tensors of the CPU lie
@@ -176,9 +187,10 @@ def test_what_the_c_launcher_gets(driver):
     kernel, tensor = Kernel(run_time=4, compile_time=2), memory()
     for _ in range(2):
         launch(kernel, (3, 2), (tensor, 5, 0.5, None), {"B": 16, "C": "silu", "num_warps": 4})
-    base = (3, 2, 1, 7, 4096, False, False, None, None, (4, 1, 0), None, None, None)
+    metadata, nothing = ((4, 1, 0), None), (None, None)
+    rest = (*nothing, *metadata, *nothing) if ONE_BY_ONE else (*metadata, *nothing, *nothing)
+    base = (3, 2, 1, 7, 4096, False, False, *rest)
     assert kernel.direct == [(*base, tensor.data_ptr(), 5, 0.5, None, None, None)]
-    assert len(base) == len(nvidia._BASE_ARGS_FORMAT)
 
 
 def test_each_descriptor_becomes_its_own_map_shape_and_strides(driver):
@@ -233,7 +245,11 @@ def test_hooks_debugging_and_instrumentation_see_every_launch(driver, monkeypatc
     with monkeypatch.context() as patch:  # a plain function instead of the chain, as older profilers set it
         patch.setattr(knobs.runtime, "launch_enter_hook", print)
         assert direct() == 0
-    for place, name, value in ((knobs.runtime, "debug", True), (knobs.compilation, "instrumentation_mode", "x")):
+    for place, name, value in (
+        (knobs.runtime, "debug", True),
+        (knobs.runtime, "add_stages_inspection_hook", print),
+        (knobs.compilation, "instrumentation_mode", "x"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, value)
             assert direct() == 0
@@ -290,7 +306,8 @@ def test_the_way_is_said_and_chosen(driver, choose, monkeypatch, caplog):
         patch.setenv("TRITON_INTERPRET", "1")
         assert "interpreter" in reason()
     with monkeypatch.context() as patch:
-        patch.setattr(nvidia, "_BASE_ARGS_FORMAT", "iiiKKpppOOOOOO")
+        patch.setattr(module, "_ONE_BY_ONE", False)
+        patch.setattr(module, "_IN_ONE", False)
         assert "a form that is not known here" in reason()
     with monkeypatch.context() as patch:
         patch.setattr(driver, "get_current_target", lambda: GPUTarget("hip", "gfx942", 64))

@@ -32,9 +32,11 @@ logger = logging.getLogger("moe_kernels")
 
 LAUNCHER_VARIABLE = "MOE_KERNELS_LAUNCHER"
 LAUNCHERS = ("direct", "triton")
-# The leading arguments of the C launcher as triton 3.6 declares them: three of the grid, stream, function,
-# cooperative grid, PDL, two scratch buffers, metadata of kernel and launch, two hooks.
-_LAUNCHER_FORMAT = "iiiKKppOOOOOO"
+# How Triton's C launcher takes the arguments of a kernel: one by one behind thirteen of its own (triton 3.6), or all
+# in one sequence behind fifteen (3.7). The thirteen are three of the grid, stream, function, cooperative grid, PDL,
+# two scratch buffers, metadata of kernel and launch, two hooks; the other two describe the sequence.
+_ONE_BY_ONE = getattr(nvidia, "_BASE_ARGS_FORMAT", None) == "iiiKKppOOOOOO"
+_IN_ONE = triton.__version__.startswith("3.7.") and hasattr(nvidia, "make_kernel_signature")
 _TENSOR_MAPS = 1024  # kept per argument of a compiled kernel; a map is 128 bytes and some Python
 
 # What a low-rank part adds to a GEMM: low (R, r), and the factor of each expert.
@@ -172,7 +174,7 @@ class _Direct(NamedTuple):
     Attributes:
         call: the C launcher.
         stream: the current stream of a device, as a handle.
-        head: function handle to exit hook, see _LAUNCHER_FORMAT.
+        head: what the C launcher takes from the function handle to the arguments.
         tensor_maps: for each descriptor, (pointer, shape, strides) -> what the C launcher takes in its place.
         constants: placeholders of the compile-time arguments, which the C launcher skips.
         compiled: kept alive, as the function handle is its.
@@ -257,7 +259,10 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
         tensor = which.tensor
         values[place : place + 1] = tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride())
     x, y, z = (*grid, 1, 1)[:3]
-    direct.call(x, y, z, direct.stream(device), *direct.head, *values, *direct.constants)
+    if _ONE_BY_ONE:
+        direct.call(x, y, z, direct.stream(device), *direct.head, *values, *direct.constants)
+    else:
+        direct.call(x, y, z, direct.stream(device), *direct.head, (*values, *direct.constants))
     _counts["direct"] += 1
     return None
 
@@ -277,7 +282,7 @@ def refusal() -> str | None:
         reason = f"{LAUNCHER_VARIABLE}=triton"
     elif interpreting():
         reason = "Triton's interpreter runs the kernels"
-    elif getattr(nvidia, "_BASE_ARGS_FORMAT", None) != _LAUNCHER_FORMAT:
+    elif not _ONE_BY_ONE and not _IN_ONE:
         reason = f"the launcher of triton {triton.__version__} takes its arguments in a form that is not known here"
     elif triton.runtime.driver.active.get_current_target().backend != "cuda":
         reason = "this is no NVIDIA GPU"
@@ -293,6 +298,7 @@ def _watched(kernel: Any) -> bool:
         getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
         or runtime.debug
+        or runtime.add_stages_inspection_hook
         or knobs.compilation.instrumentation_mode
         or kernel.pre_run_hooks
     )
@@ -375,11 +381,12 @@ def _direct(kernel: Any, compiled: Any, arguments: int, descriptors: list[Descri
     call = launcher.launch
     if descriptors:  # Triton wraps its C launcher in a function that encodes the tensor maps
         call = inspect.getclosurevars(call).nonlocals["launcher"]
-    no_scratch, no_launch_metadata, no_hooks = (None, None), (None,), (None, None)
-    head = (
-        *(compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, *no_scratch),
-        *(compiled.packed_metadata, *no_launch_metadata, *no_hooks),
-    )
+    head = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
+    no_scratch, metadata, no_hooks = (None, None), (compiled.packed_metadata, None), (None, None)
+    if _ONE_BY_ONE:
+        head += (*no_scratch, *metadata, *no_hooks)
+    else:
+        head += (*metadata, *no_hooks, *no_scratch, launcher.arg_annotations, launcher.kernel_signature)
     tensor_maps = (
         functools.lru_cache(_TENSOR_MAPS)(
             functools.partial(_tensor_map, which.tensor.dtype, which.block, which.layout, meta)
