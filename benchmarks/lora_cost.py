@@ -34,6 +34,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from moe_kernels import backends
 from moe_kernels.bench.accuracy import what_is_wrong
 from moe_kernels.bench.environment import environment, installed_version
 from moe_kernels.bench.layer import Layer, make_layer, our_variants, transformers_experts
@@ -279,7 +280,7 @@ class Bench:
             self.shape, self.device, torch.bfloat16
         ) is None:  # fmt: skip
             self.compilers = _spawn_compilers(args, self.shape)
-        backend = "torch" if self.device.type == "cpu" else "triton"
+        backend = "torch" if self.device.type == "cpu" else "auto"
         self.registered = our_variants((128,), (True,), backend)[OURS]
         fuse_lora()
 
@@ -424,6 +425,7 @@ class Bench:
                     "seconds": time.perf_counter() - self.began,
                     "rows": [asdict(row) for row in self.rows],
                     "bars": self.bars(),
+                    "expert_calls": backends.dispatch_counts(),
                 },
                 indent=1,
             )
@@ -447,7 +449,8 @@ class Bench:
             ]  # fmt: skip
             memory = [f"{mb:.4g}" if mb is not None else "-" for mb in (row.saved_mb, row.peak_mb, row.weights_mb)]
             print(f"{head}{spans[0]:>34}{spans[1]:>34}{memory[0]:>8}{memory[1]:>8}{memory[2]:>9}")
-        print("\nrelative L2 error against float64")
+        print(f"\n{OURS} ran on {backends.dispatch_counts()}: {backends.dispatch_reason()}")
+        print("relative L2 error against float64")
         for row in self.rows:
             errors = "  ".join(f"{name} {error:.2e}" for name, error in row.rel_error.items())
             print(f"{row.base:5}{row.adapters:10}{row.implementation:18}{errors or row.note}")

@@ -1,10 +1,11 @@
-"""Write the results between the markers of README.md and docs/knobs.md from the JSON files in benchmarks/results/.
+"""Write the results between the markers of README.md, docs/knobs.md and docs/lora.md from benchmarks/results/*.json.
 
     python benchmarks/make_readme_table.py            rewrite the tables
     python benchmarks/make_readme_table.py --check    exit with 1 if they are out of date
 
-README.md shows what `moe-kernels compare` wrote, docs/knobs.md what `moe-kernels bench --json` wrote. Only results
-from a GPU appear: those from a CPU say nothing about speed. Every number is from a file that the table names.
+README.md shows what `moe-kernels compare` wrote, docs/knobs.md what `moe-kernels bench --json` wrote and docs/lora.md
+what benchmarks/lora_cost.py wrote. Only results from a GPU appear: those from a CPU say nothing about speed. Every
+number is from a file that the table names.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ COMPARE_COLUMNS = ("pair", "experts run on", "step ms (p20-p80)", "tokens/s", "p
                    "loss curves", "file")  # fmt: skip
 LAYER_COLUMNS = ("layer", "implementation", "forward ms", "forward + backward ms", "of it GPU ms", "of dense",
                  "launches", "saved MiB", "peak MiB", "error")  # fmt: skip
+LORA_COLUMNS = ("base", "adapters", "implementation", "forward ms", "forward + backward ms", "of it GPU ms",
+                "saved MiB", "peak MiB", "weights MiB", "error")  # fmt: skip
+LORA_PACKAGES = ("torch", "triton", "transformers", "peft", "axolotl", "bitsandbytes")
 
 Results = list[tuple[str, dict[str, Any]]]
 
@@ -57,7 +61,18 @@ def layers(results: Results) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-DOCUMENTS: dict[str, Callable[[Results], str]] = {"README.md": trainings, "docs/knobs.md": layers}
+def lora(results: Results) -> str:
+    """Tables of the benchmarks of one layer with LoRA, one for each file."""
+    parts = []
+    for name, data in results:
+        if data.get("kind") == "lora" and data["environment"]["gpu"]:
+            parts += [_lora_caption(name, data), _table(LORA_COLUMNS, [_lora_row(row) for row in data["rows"]])]
+    return "\n\n".join(parts) or NOTHING
+
+
+DOCUMENTS: dict[str, Callable[[Results], str]] = {
+    "README.md": trainings, "docs/knobs.md": layers, "docs/lora.md": lora,
+}  # fmt: skip
 
 
 def _is_compare(data: dict[str, Any]) -> bool:
@@ -125,6 +140,34 @@ def _layer_rows(measurements: list[dict[str, Any]]) -> list[list[str]]:
             _number(max(result["rel_error"].values(), default=None), ".1e"),
         ])  # fmt: skip
     return rows
+
+
+def _lora_caption(name: str, data: dict[str, Any]) -> str:
+    machine, shape = data["environment"], data["shape"]
+    versions = ", ".join(f"{package} {machine[package]}" for package in LORA_PACKAGES if machine[package])
+    return (
+        f"`benchmarks/results/{name}`: {machine['gpu']}, {versions}, {machine['date'][:10]}. One layer of "
+        f"{shape['name']}: T={shape['tokens']} K={shape['top_k']} E={shape['experts']} H={shape['hidden']} "
+        f"I={shape['intermediate']}, r={data['rank']}; medians of {data['repeats']}. float32 adapters run under "
+        "autocast, as PEFT and Axolotl train them unless told otherwise. Peak: above the weights. Error: the largest "
+        "relative L2 error of output and gradients against float64."
+    )
+
+
+def _lora_row(row: dict[str, Any]) -> list[str]:
+    forward, both = row["forward"], row["forward_backward"]
+    return [
+        row["base"],
+        row["adapters"],
+        row["implementation"],
+        _number(forward and forward["total"]["median"], ".2f"),
+        f"{both['total']['median']:.2f}" if both else row["note"] or "not timed",
+        _number(both and both["queued"] and both["queued"]["median"], ".2f"),
+        _number(row["saved_mb"], ".0f"),
+        _number(row["peak_mb"], ".0f"),
+        _number(row["weights_mb"], ".0f"),
+        _number(max(row["rel_error"].values(), default=None), ".1e"),
+    ]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -52,6 +52,28 @@ def compare_json(gpu):
     }  # fmt: skip
 
 
+def lora_json(gpu):
+    row = {
+        "base": "bf16", "adapters": "float32", "implementation": "moe_kernels", "note": "", "saved_mb": 1.0,
+        "forward": {"total": SPREAD, "queued": SPREAD}, "forward_backward": {"total": SPREAD, "queued": SPREAD},
+        "peak_mb": 2.0, "weights_mb": 3.0, "rel_error": {"out": 1e-3, "dx": 5.1e-3},
+    }  # fmt: skip
+    absent = {**row, "implementation": "scattermoe", "note": "not here", "forward": None, "forward_backward": None,
+              "saved_mb": None, "peak_mb": None, "weights_mb": None, "rel_error": {}}  # fmt: skip
+    machine = {"gpu": gpu, "date": "2026-01-02T03:04:05", **dict.fromkeys(tables.LORA_PACKAGES, "1")}
+    shape = dict.fromkeys(("name", "tokens", "hidden", "intermediate", "experts", "top_k"), 8)
+    return {"kind": "lora", "environment": machine, "shape": shape, "rank": 16, "repeats": 20, "rows": [row, absent]}
+
+
+def test_lora_tables():
+    text = tables.lora([("lora.json", lora_json("GPU X")), ("cpu.json", lora_json(None))])
+    assert "`benchmarks/results/lora.json`: GPU X, torch 1, triton 1" in text
+    assert "cpu.json" not in text
+    assert "| bf16 | float32 | moe_kernels | 100.04 | 100.04 | 100.04 | 1 | 2 | 3 | 5.1e-03 |" in text
+    assert "| bf16 | float32 | scattermoe |  | not here |  |  |  |  |  |" in text
+    assert tables.lora([("cpu.json", lora_json(None))]) == tables.NOTHING
+
+
 def test_readme_is_in_sync():
     subprocess.run([sys.executable, str(SCRIPT), "--check"], check=True, timeout=60)
 
