@@ -219,7 +219,8 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
     """
     if refusal() is not None or _watched(kernel):
         return _through_triton(kernel, grid, args, keywords)
-    device = _tensor(args[0]).get_device()
+    first = args[0]
+    device = (first.tensor if type(first) is Descriptor else first).get_device()
     if device != _current_device():
         if device < 0:  # Triton says what is wrong with a tensor of the CPU
             return _through_triton(kernel, grid, args, keywords)
@@ -381,7 +382,7 @@ def _direct(kernel: Any, compiled: Any, arguments: int, descriptors: list[Descri
     call = launcher.launch
     if descriptors:  # Triton wraps its C launcher in a function that encodes the tensor maps
         call = inspect.getclosurevars(call).nonlocals["launcher"]
-    head = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
+    head: tuple[Any, ...] = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
     no_scratch, metadata, no_hooks = (None, None), (compiled.packed_metadata, None), (None, None)
     if _ONE_BY_ONE:
         head += (*no_scratch, *metadata, *no_hooks)
