@@ -19,7 +19,11 @@ from moe_kernels.settings import GroupSize
 
 logger = logging.getLogger("moe_kernels")
 
-BACKENDS: dict[str, str] = {"triton": "moe_kernels.triton_backend", "torch": "moe_kernels.torch_backend"}
+BACKENDS: dict[str, str] = {
+    "triton": "moe_kernels.triton_backend",
+    "gluon": "moe_kernels.gluon_backend",
+    "torch": "moe_kernels.torch_backend",
+}
 
 
 class UnsupportedProblem(ValueError):

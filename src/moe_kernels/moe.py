@@ -83,7 +83,7 @@ def fused_experts(
             and must not require grad. ``torch.compile`` keeps them all the same.
         group_size: rows per tile, 64, 128, 256 or "auto".
         persistent: one program per multiprocessor walks all tiles, instead of one program per tile.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton", "gluon" or "torch".
 
     Returns:
         (T, H) in ``x.dtype``; (T, K, H) with ``reduce=False``, zeros in dropped slots.
@@ -337,8 +337,10 @@ def _backward_steps(
         z, _ = steps.up(x, gate_up, plan, gate, persistent, True, gate_up_bias, _pair(x_low, gate_up_left))
     dout_rows = steps.gather(dout.contiguous(), _summed(topk_weights, plan, reduce)[1])
     dout_low = None if down_left is None else steps.dgrad(dout_rows, down_left, plan, persistent)
-    da = steps.dgrad(dout_rows, down, plan, persistent, _pair(dout_low, down_right))
-    dz, wa, dw = steps.dact(da, z, topk_weights, plan, gate, overwrite_z or recompute, dout_rows, down_bias)
+    overwrite_z = overwrite_z or recompute
+    dz, wa, dw = steps.down_grad(
+        dout_rows, down, z, topk_weights, plan, gate, persistent, overwrite_z, down_bias, _pair(dout_low, down_right)
+    )
     if need["topk_weights"]:
         grads["topk_weights"] = dw
     if need["down"]:
@@ -349,7 +351,7 @@ def _backward_steps(
         grads["down_left"] = steps.wgrad(dout_rows, steps.down(wa, down_right, plan, persistent), plan)
     if need["down_right"]:
         grads["down_right"] = steps.wgrad(dout_low, wa, plan)
-    del dout_rows, da, wa  # their memory serves dXr and the gathered X
+    del dout_rows, wa  # their memory serves dXr and the gathered X
 
     dz_low = None if gate_up_left is None else steps.dgrad(dz, gate_up_left, plan, persistent)
     if need["x"]:

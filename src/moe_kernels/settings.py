@@ -7,7 +7,7 @@ from dataclasses import dataclass
 GroupSize = int | str
 
 GROUP_SIZES: tuple[GroupSize, ...] = (64, 128, 256, "auto")
-BACKEND_NAMES: tuple[str, ...] = ("auto", "triton", "torch")
+BACKEND_NAMES: tuple[str, ...] = ("auto", "triton", "gluon", "torch")
 
 
 def check_settings(group_size: GroupSize, persistent: bool, backend: str, recompute: bool = False) -> None:

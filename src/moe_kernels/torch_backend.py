@@ -143,6 +143,23 @@ def dgrad(
     return _project(rows, weight, plan, None, low_rank)
 
 
+def down_grad(
+    dout_rows: torch.Tensor,
+    weight: torch.Tensor,
+    z: torch.Tensor,
+    topk_weights: torch.Tensor,
+    plan: RoutingPlan,
+    gate: Gate,
+    persistent: bool,
+    overwrite_z: bool = False,
+    bias: torch.Tensor | None = None,
+    low_rank: LowRank | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Step 4: from dO in sorted rows (R, H), W2 (E, H, I) and Z (R, 2I): dZ (R, 2I), w * A (R, I) and dw (T, K)."""
+    da = dgrad(dout_rows, weight, plan, persistent, low_rank)
+    return dact(da, z, topk_weights, plan, gate, overwrite_z, dout_rows, bias)
+
+
 def dact(
     da: torch.Tensor,
     z: torch.Tensor,
@@ -153,7 +170,7 @@ def dact(
     dout_rows: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Step 4: from dA0 (R, I) and Z (R, 2I): dZ (R, 2I), wA = w * A (R, I) and dw = <dO, Y> (T, K)."""
+    """From dA0 (R, I) and Z (R, 2I): dZ (R, 2I), wA = w * A (R, I) and dw = <dO, Y> (T, K)."""
     acc = _accumulator(da.dtype)
     slots = plan.row_slot.long()
     kept = torch.arange(plan.rows, device=da.device) < plan.expert_start[-1]

@@ -10,7 +10,7 @@ import torch
 
 from moe_kernels.backends import Problem
 from moe_kernels.kernels.triton.combine import combine, combine_grad, gather
-from moe_kernels.kernels.triton.dact import dact
+from moe_kernels.kernels.triton.dact import dact, down_grad
 from moe_kernels.kernels.triton.expert_sum import expert_sum
 from moe_kernels.kernels.triton.grouped_gemm import dgrad, down
 from moe_kernels.kernels.triton.launch import interpreting
@@ -27,6 +27,7 @@ __all__ = [
     "dact",
     "dgrad",
     "down",
+    "down_grad",
     "expert_sum",
     "gather",
     "make_plan",

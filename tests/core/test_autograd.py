@@ -232,7 +232,7 @@ def test_bad_inputs_are_named(experts, device, what):
         ({"persistent": "yes"}, "true or false"),
         ({"activation": "tanh"}, "silu"),
         ({"activation": "clamped_glu"}, r"takes the parameters \(alpha, limit\)"),
-        ({"backend": "cuda"}, "auto, triton, torch"),
+        ({"backend": "cuda"}, "auto, triton, gluon, torch"),
     ],
     ids=str,
 )

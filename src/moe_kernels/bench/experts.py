@@ -116,7 +116,7 @@ def measure(
         repeats: timed calls of each implementation; medians are of these.
         routing: balanced, mild or heavy.
         group_sizes, persistent: knobs of moe_kernels; each combination becomes a row.
-        backend: of moe_kernels: auto, triton or torch.
+        backend: of moe_kernels: auto, triton, gluon or torch.
         seed: of the random tensors.
         progress: called with what is being done.
 

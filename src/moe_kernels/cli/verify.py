@@ -89,7 +89,7 @@ def verify(
         str | None, typer.Option(help="bf16, fp16 or fp32.", show_default="the run file's, else bf16")
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the real layers.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, triton, gluon or torch.")] = "auto",
     device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")] = "auto",
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Also write the verdicts to this file.")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 if TYPE_CHECKING:
     from moe_kernels.kernels.triton.catalog import CompileCase
@@ -95,7 +96,8 @@ def compile_case(case: CompileCase, arch: int) -> Resources:
         raise RuntimeError(f"{case.name}: kernels were imported for the interpreter; unset TRITON_INTERPRET")
     started = time.perf_counter()
     signature = {name: case.types.get(name, "constexpr") for name in inspect.signature(case.fn.fn).parameters}
-    source = ASTSource(case.fn, signature, case.constants, _attributes(case))
+    language = GluonASTSource if case.fn.is_gluon() else ASTSource
+    source = language(case.fn, signature, case.constants, _attributes(case))
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
     seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:

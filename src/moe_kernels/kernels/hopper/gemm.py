@@ -21,9 +21,11 @@ from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
     CHUNK,
+    await_turn,
     halves,
     matrix,
     new_ring,
+    pass_turn,
     schedule_of,
     tile_of,
     write_chunk,
@@ -34,7 +36,7 @@ from moe_kernels.routing import RoutingPlan
 
 
 @gluon.jit
-def _load(
+def load_tiles(
     rows_in,
     rows_ptr,
     w,
@@ -113,6 +115,7 @@ def _multiply(
     buffers,
     ready,
     empty,
+    turns,
     num_m,
     num_n,
     K,
@@ -144,6 +147,8 @@ def _multiply(
             row0 = gl.load(tile_row_ptr + m)
             row_end = gl.load(expert_start_ptr + expert + 1)
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, acc_layout)
+            if not COOPERATIVE:
+                await_turn(turns, WARPGROUP, turn // 2)
             for k0 in range(0, K, BLOCK_K):
                 stage = step % STAGES
                 mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
@@ -162,6 +167,8 @@ def _multiply(
                 step += 1
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            if not COOPERATIVE:
+                pass_turn(turns, WARPGROUP)
             if COOPERATIVE:
                 row0 += WARPGROUP * ROWS
             tma.store_wait(0)  # of the tile before: both buffers are free
@@ -177,13 +184,13 @@ def _multiply(
                 _write(right, buffers, 1, out, out_ptr, row0, row_end, n * BLOCK_N + HALF, N, N)
         else:
             step += (K + BLOCK_K - 1) // BLOCK_K
-        turn += 1
+        turn += 1  # noqa: SIM113 (Gluon has no enumerate)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _write(values, buffers, FIRST: gl.constexpr, out, out_ptr, row0, row_end, col0, col_end, width):
-    """Write values [rows, 64 or 128] at (row0, col0) of a (., width) tensor: rows below row_end, columns below col_end.
+    """Write values [rows, 64 or 128] at (row0, col0) of a (., width) tensor: rows and columns below the ends.
 
     FIRST: number of the first chunk within the tile, which decides the buffer.
     """
@@ -250,7 +257,7 @@ def hopper_gemm_kernel(
     buffers0 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     buffers1 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     # A stage is ready when TMA has brought its bytes, and each gathering thread's copies have landed.
-    ready, empty = new_ring(STAGES, 1 + (32 * LOADER_WARPS if GATHER else 0), 2 if COOPERATIVE else 1)
+    ready, empty, turns = new_ring(STAGES, 1 + (32 * LOADER_WARPS if GATHER else 0), 2 if COOPERATIVE else 1)
     num_m = gl.load(tile_count_ptr)
     COLUMNS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     num_n = (N + COLUMNS - 1) // COLUMNS
@@ -272,6 +279,7 @@ def hopper_gemm_kernel(
                     buffers0,
                     ready,
                     empty,
+                    turns,
                     num_m,
                     num_n,
                     K,
@@ -307,6 +315,7 @@ def hopper_gemm_kernel(
                     buffers1,
                     ready,
                     empty,
+                    turns,
                     num_m,
                     num_n,
                     K,
@@ -327,7 +336,7 @@ def hopper_gemm_kernel(
                 ),
             ),
             (
-                _load,
+                load_tiles,
                 (
                     rows_in,
                     rows_ptr,

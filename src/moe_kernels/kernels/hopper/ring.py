@@ -1,9 +1,9 @@
 """What the Hopper kernels share: the order of tiles, and how two multiplying groups of warps write their results.
 
-Each kernel has three groups of four warps. One loads: it fills a ring of shared memory and runs ahead into the next
-tile. Two multiply with wgmma, either the upper and the lower half of every tile (COOPERATIVE), or whole tiles in turn,
-so that one writes its results while the other multiplies. Each stage of the ring has two barriers: ``ready`` (filled)
-and ``empty`` (read by everyone).
+Each kernel has three groups of warps. One loads: it fills a ring of shared memory and runs ahead into the next tile.
+Two multiply with wgmma, either the upper and the lower half of every tile (COOPERATIVE), or whole tiles in turn, so
+that one writes its results while the other multiplies. Each stage of the ring has two barriers: ``ready`` (filled)
+and ``empty`` (read by everyone who multiplies it).
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from moe_kernels.kernels.triton.launch import Descriptor
+from moe_kernels.routing import RoutingPlan
 
 #: Rows per tile, and length of the inner blocks.
 BLOCK_M, BLOCK_K = 128, 64
@@ -34,14 +35,33 @@ def tile_of(pid, num_m, num_n, GROUP_M: gl.constexpr):
 
 @gluon.jit
 def new_ring(STAGES: gl.constexpr, READY_COUNT: gl.constexpr, EMPTY_COUNT: gl.constexpr):
-    """(ready, empty): the barriers of a ring, and how many arrivals complete each."""
+    """(ready, empty, turns): the barriers of a ring, which so many arrivals complete, and of ``await_turn``."""
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=READY_COUNT)
         mbarrier.init(empty.index(i), count=EMPTY_COUNT)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(turns.index(0), count=1)
+    mbarrier.init(turns.index(1), count=1)
     fence_async_shared()
-    return ready, empty
+    return ready, empty, turns
+
+
+@gluon.jit
+def await_turn(turns, WARPGROUP: gl.constexpr, tile):
+    """Wait, before a group multiplies the ``tile``-th tile of its own, until the other has multiplied the one before.
+
+    A wait on the ring names the parity of a barrier's phase alone: a group that looked there before its steps are
+    next would take a stage of an earlier round for its own.
+    """
+    mbarrier.wait(turns.index(WARPGROUP), (tile + 1 - WARPGROUP) & 1)
+
+
+@gluon.jit
+def pass_turn(turns, WARPGROUP: gl.constexpr):
+    """After its multiplication: the other group may start, while this one writes."""
+    mbarrier.arrive(turns.index(1 - WARPGROUP), count=1)
 
 
 @gluon.jit
@@ -135,6 +155,19 @@ def use_schedule(kernel: str, schedule: Schedule) -> Iterator[None]:
         _overrides.update(previous)
 
 
-def matrix(tensor: torch.Tensor, *block: int) -> Descriptor:
+@dataclass(frozen=True)
+class Gathered:
+    """Rows that are gathered where they are read: sorted row r is source[row_slot[r] // plan.top_k].
+
+    Attributes:
+        source: (T, H), or (R, H) with a plan of top_k 1.
+        plan: the plan.
+    """
+
+    source: torch.Tensor
+    plan: RoutingPlan
+
+
+def matrix(tensor: torch.Tensor, *block: int, layout: gl.NVMMASharedLayout = _SWIZZLED) -> Descriptor:
     """Descriptor of a contiguous tensor as a matrix: all but the last dimension are rows."""
-    return Descriptor(tensor.view(-1, tensor.shape[-1]), block, _SWIZZLED)
+    return Descriptor(tensor.view(-1, tensor.shape[-1]), block, layout)

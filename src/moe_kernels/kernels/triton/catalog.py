@@ -176,6 +176,10 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     yield from _variant_cases(table(capability, torch.bfloat16, capability >= (9, 0)), capability >= (9, 0))
     yield from _small_cases()
     yield from _router_cases()
+    if capability == (9, 0):
+        from moe_kernels.kernels.hopper.catalog import compile_cases as hopper_cases  # it imports this module
+
+        yield from hopper_cases()
 
 
 def _variant_cases(configs: dict[tuple[str, int | None], GemmConfig], tma: bool) -> Iterator[CompileCase]:

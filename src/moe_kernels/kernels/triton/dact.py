@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from moe_kernels.activation import Gate, value_and_partials
-from moe_kernels.kernels.triton.launch import cdiv, launch
+from moe_kernels.kernels.triton.grouped_gemm import dgrad
+from moe_kernels.kernels.triton.launch import LowRank, cdiv, launch
 from moe_kernels.routing import RoutingPlan
 
 
@@ -146,3 +147,23 @@ def dact(
         },
     )
     return dz, da, dw
+
+
+def down_grad(
+    dout_rows: torch.Tensor,
+    weight: torch.Tensor,
+    z: torch.Tensor,
+    topk_weights: torch.Tensor,
+    plan: RoutingPlan,
+    gate: Gate,
+    persistent: bool,
+    overwrite_z: bool = False,
+    bias: torch.Tensor | None = None,
+    low_rank: LowRank | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dO in sorted rows (R, H), W2 (E, H, I), Z (R, Z), b2 (E, H), low_rank (R, r), (E, r, I) -> dZ, wA, dw.
+
+    dZ (R, Z) is in the memory of ``z`` if overwrite_z; wA is (R, I), dw (T, K).
+    """
+    da = dgrad(dout_rows, weight, plan, persistent, low_rank)
+    return dact(da, z, topk_weights, plan, gate, overwrite_z, dout_rows, bias)

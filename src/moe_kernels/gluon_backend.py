@@ -1,0 +1,149 @@
+"""The Gluon backend, for Hopper: the Triton backend with GEMMs whose loading, multiplying and writing overlap.
+
+Rows of X and of the output's gradient are gathered inside the GEMMs, so the backward makes no sorted copies, and the
+backward of the activation is the epilogue of a GEMM. What these kernels do not cover of a layer (a bias, a low-rank
+part, weights stored by columns, gate and up interleaved or no gate) runs on the Triton backend's kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moe_kernels import triton_backend
+from moe_kernels.activation import Gate
+from moe_kernels.backends import Problem
+from moe_kernels.kernels.hopper import down_grad as hopper_down_grad
+from moe_kernels.kernels.hopper import gemm
+from moe_kernels.kernels.hopper import wgrad as hopper_wgrad
+from moe_kernels.kernels.hopper.ring import BLOCK_M, Gathered
+from moe_kernels.kernels.triton.launch import LowRank
+from moe_kernels.routing import RoutingPlan
+from moe_kernels.triton_backend import combine, combine_grad, make_plan, up_low
+
+NAME = "gluon"
+ALIGNMENT = 64  # hidden and intermediate sizes: the inner blocks, and the columns written at a time
+__all__ = [
+    "NAME",
+    "combine",
+    "combine_grad",
+    "dgrad",
+    "down",
+    "down_grad",
+    "expert_sum",
+    "gather",
+    "make_plan",
+    "up",
+    "up_low",
+    "wgrad",
+    "why_not",
+]
+Rows = torch.Tensor | Gathered
+
+
+def why_not(problem: Problem) -> str | None:
+    """None if these kernels run ``problem``, else the reason and the cure."""
+    reason = triton_backend.why_not(problem)
+    if reason is not None:
+        return reason
+    if problem.capability is None or problem.capability[0] != 9:
+        return "it is written for Hopper (H100, H200): use backend='triton'."
+    if problem.dtype == torch.float32:
+        return "it multiplies 16-bit numbers: use backend='triton' for float32."
+    if problem.group_size != BLOCK_M or not problem.persistent:
+        return f"its kernels are persistent, on tiles of {BLOCK_M} rows: set moe_group_size: {BLOCK_M} and " \
+               "moe_persistent_kernel: true, or use backend='triton'."  # fmt: skip
+    if problem.hidden % ALIGNMENT or problem.intermediate % ALIGNMENT:
+        return f"hidden size {problem.hidden} or intermediate size {problem.intermediate} is no multiple of " \
+               f"{ALIGNMENT}: use backend='triton'."  # fmt: skip
+    return None
+
+
+def _fits(*tensors: torch.Tensor) -> bool:
+    """Whole matrices, aligned, whose columns (and rows, of weights) are multiples of what the kernels work on."""
+    for t in tensors:
+        sizes = t.shape[1:]
+        if not t.is_contiguous() or t.numel() == 0 or t.data_ptr() % 16 or any(n % ALIGNMENT for n in sizes):
+            return False
+    return True
+
+
+def _sorted(rows: Rows) -> torch.Tensor:
+    """The rows as a sorted copy, for the kernels of the Triton backend."""
+    return triton_backend.gather(rows.source, rows.plan) if isinstance(rows, Gathered) else rows
+
+
+def up(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutingPlan,
+    gate: Gate,
+    persistent: bool,
+    save_z: bool,
+    bias: torch.Tensor | None = None,
+    low_rank: LowRank | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`moe_kernels.triton_backend.up`."""
+    if bias is None and low_rank is None and gate.gated and not gate.interleaved and _fits(x, weight):
+        return gemm.up(x, weight, plan, gate, save_z)
+    return triton_backend.up(x, weight, plan, gate, persistent, save_z, bias, low_rank)
+
+
+def down(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    plan: RoutingPlan,
+    persistent: bool,
+    bias: torch.Tensor | None = None,
+    low_rank: LowRank | None = None,
+) -> torch.Tensor:
+    """As :func:`moe_kernels.triton_backend.down`."""
+    if bias is None and low_rank is None and _fits(a, weight):
+        return gemm.down(a, weight, plan)
+    return triton_backend.down(a, weight, plan, persistent, bias, low_rank)
+
+
+def gather(x: torch.Tensor, plan: RoutingPlan) -> Gathered:
+    """Rows for the steps below: gathered where they are read."""
+    return Gathered(x, plan)
+
+
+def dgrad(
+    rows: Rows, weight: torch.Tensor, plan: RoutingPlan, persistent: bool, low_rank: LowRank | None = None
+) -> torch.Tensor:
+    """As :func:`moe_kernels.triton_backend.dgrad`."""
+    if isinstance(rows, torch.Tensor) and low_rank is None and _fits(rows, weight):
+        return gemm.dgrad(rows, weight, plan)
+    return triton_backend.dgrad(_sorted(rows), weight, plan, persistent, low_rank)
+
+
+def down_grad(
+    dout_rows: Rows,
+    weight: torch.Tensor,
+    z: torch.Tensor,
+    topk_weights: torch.Tensor,
+    plan: RoutingPlan,
+    gate: Gate,
+    persistent: bool,
+    overwrite_z: bool = False,
+    bias: torch.Tensor | None = None,
+    low_rank: LowRank | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`moe_kernels.triton_backend.down_grad`."""
+    plain = bias is None and low_rank is None and gate.gated and not gate.interleaved
+    if plain and isinstance(dout_rows, Gathered) and _fits(dout_rows.source, weight):
+        return hopper_down_grad.down_grad(dout_rows.source, weight, z, topk_weights, plan, gate, overwrite_z)
+    return triton_backend.down_grad(
+        _sorted(dout_rows), weight, z, topk_weights, plan, gate, persistent, overwrite_z, bias, low_rank
+    )
+
+
+def wgrad(left: Rows, right: Rows, plan: RoutingPlan) -> torch.Tensor:
+    """As :func:`moe_kernels.triton_backend.wgrad`."""
+    if _fits(*(t.source if isinstance(t, Gathered) else t for t in (left, right))):
+        return hopper_wgrad.wgrad(left, right, plan)
+    return triton_backend.wgrad(_sorted(left), _sorted(right), plan)
+
+
+def expert_sum(rows: Rows, plan: RoutingPlan, topk_weights: torch.Tensor | None = None) -> torch.Tensor:
+    """As :func:`moe_kernels.triton_backend.expert_sum`."""
+    return triton_backend.expert_sum(_sorted(rows), plan, topk_weights)

@@ -1,0 +1,84 @@
+"""Every Hopper kernel in every schedule, as arguments for ahead-of-time compilation without a GPU.
+
+The arguments are those of real calls: the functions that launch are called with small tensors and a ``launch`` that
+records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from moe_kernels.activation import Activation, Gate
+from moe_kernels.kernels.hopper import down_grad, gemm, wgrad
+from moe_kernels.kernels.hopper.ring import SCHEDULES, Gathered, use_schedule
+from moe_kernels.kernels.triton.catalog import EVERY_ACTIVATION, CompileCase
+from moe_kernels.kernels.triton.launch import Descriptor
+from moe_kernels.routing import RoutingPlan
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+_TOKENS, _TOP_K, _EXPERTS, _HIDDEN, _INTERMEDIATE = 16, 2, 4, 128, 64
+
+
+def _type(argument: Any) -> str:
+    if isinstance(argument, Descriptor):
+        block = ", ".join(map(str, argument.block))
+        return f"tensordesc<{_TYPES[argument.tensor.dtype]}[{block}],{argument.layout!r}>"
+    return f"*{_TYPES[argument.dtype]}" if isinstance(argument, torch.Tensor) else "i32"
+
+
+def _recorded(name: str, module: Any, call: Callable[[], object]) -> CompileCase:
+    """The first launch that ``call`` makes in ``module``."""
+    with mock.patch.object(module, "launch") as launch:
+        call()
+    kernel, _, arguments, keywords = launch.call_args_list[0].args
+    types = dict(zip(kernel.arg_names, map(_type, arguments), strict=False))
+    constants = {key: value for key, value in keywords.items() if key != "num_warps"}
+    options = {"num_warps": keywords["num_warps"], "num_stages": 3}
+    # Epilogues may spill a little, once per tile: down_grad's, and those of activations with many intermediates.
+    plain = constants.get("ACTIVATION", "silu") in ("silu", "identity")
+    spills = (50 if module is down_grad else 0) if plain else 250
+    return CompileCase(name, kernel, types, constants, options, uses_tma=True, spills=spills)
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """All kernels for sm_90: both 16-bit types, every activation, every schedule in use."""
+    for dtype in (torch.bfloat16, torch.float16):
+        yield from _cases(dtype, Activation("silu"))
+    for activation in EVERY_ACTIVATION:
+        if activation.name != "silu":
+            yield from (case for case in _cases(torch.bfloat16, activation) if "ACTIVATION" in case.constants)
+
+
+def _cases(dtype: torch.dtype, activation: Activation) -> Iterator[CompileCase]:
+    gate, rows = Gate(activation), _TOKENS * _TOP_K
+    x = torch.zeros(_TOKENS, _HIDDEN, dtype=dtype)
+    gate_up = torch.zeros(_EXPERTS, 2 * _INTERMEDIATE, _HIDDEN, dtype=dtype)
+    down = torch.zeros(_EXPERTS, _HIDDEN, _INTERMEDIATE, dtype=dtype)
+    z, a = torch.zeros(rows, 2 * _INTERMEDIATE, dtype=dtype), torch.zeros(rows, _INTERMEDIATE, dtype=dtype)
+    weights = torch.zeros(_TOKENS, _TOP_K)
+    plan = RoutingPlan.empty(_TOKENS, _TOP_K, _EXPERTS, 128, torch.device("cpu"))
+    gathered = Gathered(x, plan)
+    t = _TYPES[dtype]
+    for kernel, schedule in SCHEDULES.items():
+        with use_schedule(kernel, schedule):
+            label = f"hopper-{kernel}-n{schedule.block_n}{'c' if schedule.cooperative else ''}-{activation.name}-{t}"
+            if kernel == "up":
+                yield _recorded(label, gemm, lambda: gemm.up(x, gate_up, plan, gate, True))
+                yield _recorded(f"{label}-no-grad", gemm, lambda: gemm.up(x, gate_up, plan, gate, False))
+            elif kernel == "down":
+                yield _recorded(label, gemm, lambda: gemm.down(a, down, plan))
+            elif kernel == "dgrad":
+                yield _recorded(label, gemm, lambda: gemm.dgrad(z, gate_up, plan))
+            else:
+                yield _recorded(label, wgrad, lambda: wgrad.wgrad(z, a, plan))
+                yield _recorded(f"{label}-left", wgrad, lambda: wgrad.wgrad(gathered, a, plan))
+                yield _recorded(f"{label}-right", wgrad, lambda: wgrad.wgrad(z, gathered, plan))
+    yield _recorded(
+        f"hopper-down_grad-{activation.name}-{t}",
+        down_grad,
+        lambda: down_grad.down_grad(x, down, z, weights, plan, gate, True),
+    )

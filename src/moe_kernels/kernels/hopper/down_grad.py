@@ -1,0 +1,439 @@
+"""Step 4 on Hopper: dA0 = dO[token] W2[e] with the backward of the activation in its epilogue.
+
+dA0 stays in registers and in float32. Z comes by TMA under the multiplication; the epilogue turns it in place into dZ
+and writes wA. The routing weight's gradient <dA0, A> is summed per column block, and over those in a second launch:
+a fixed order, no atomics. While one group of warps is in its epilogue the other multiplies.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moe_kernels.activation import Gate, value_and_partials
+from moe_kernels.kernels.hopper.gemm import load_tiles
+from moe_kernels.kernels.hopper.ring import (
+    BLOCK_K,
+    BLOCK_M,
+    Schedule,
+    await_turn,
+    halves,
+    matrix,
+    new_ring,
+    pass_turn,
+    tile_of,
+)
+from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
+from moe_kernels.routing import RoutingPlan
+
+COLUMNS = gl.constexpr(32)  # that are finished at a time: more do not fit the registers beside the accumulator
+
+
+@gluon.jit
+def _write(values, buffer, out, out_ptr, row0, row_end, col0, width):
+    """Write values [rows, COLUMNS] at (row0, col0) of a (., width) tensor, rows below row_end, through ``buffer``."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    coalesced: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    buffer.store(gl.convert_layout(values.to(buffer.dtype), layout, assert_trivial=True))
+    if row0 + values.shape[0] <= row_end:
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out, [row0, col0], buffer)
+    else:
+        rows = row0 + gl.arange(0, values.shape[0], gl.SliceLayout(1, coalesced))
+        cols = col0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, coalesced))
+        pointers = out_ptr + rows.to(gl.int64)[:, None] * width + cols[None, :]
+        gl.store(pointers, buffer.load(coalesced), mask=(rows < row_end)[:, None])
+
+
+@gluon.jit
+def _fetch_z(z, buffers, z_arrived, SET: gl.constexpr, row0, col0, I):
+    """Start to load the gate and the up columns of Z at (row0, col0) into one set of buffers."""
+    arrived = z_arrived.index(SET)
+    mbarrier.expect(arrived, 2 * z.block_type.nbytes)
+    tma.async_copy_global_to_shared(z, [row0, col0], arrived, buffers.index(3 * SET))
+    tma.async_copy_global_to_shared(z, [row0, I + col0], arrived, buffers.index(3 * SET + 1))
+
+
+@gluon.jit
+def _finish(
+    da, weight, buffers, z_arrived, SET: gl.constexpr, z_phase, dz, dz_ptr, wa, wa_ptr, row0, row_end, col0, I,
+    ACTIVATION: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr,
+):  # fmt: skip
+    """dZ and wA of COLUMNS columns, from dA0 in registers and Z in a set of buffers; returns <dA0, A> of each row."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    mbarrier.wait(z_arrived.index(SET), z_phase)
+    da = gl.convert_layout(da, layout, assert_trivial=True)
+    gate = buffers.index(3 * SET).load(layout).to(gl.float32)
+    up = buffers.index(3 * SET + 1).load(layout).to(gl.float32)
+    a, d_gate, d_up = value_and_partials(gate, up, ACTIVATION, P0, P1)
+    dw = gl.sum(da * a, axis=1)
+    da *= weight[:, None]
+    _write(weight[:, None] * a, buffers.index(3 * SET + 2), wa, wa_ptr, row0, row_end, col0, I)
+    _write(da * d_gate, buffers.index(3 * SET), dz, dz_ptr, row0, row_end, col0, 2 * I)
+    _write(da * d_up, buffers.index(3 * SET + 1), dz, dz_ptr, row0, row_end, I + col0, 2 * I)
+    return dw
+
+
+@gluon.jit
+def _multiply(
+    WARPGROUP: gl.constexpr,
+    z,
+    dz,
+    dz_ptr,
+    wa,
+    wa_ptr,
+    dw_ptr,
+    topk_weights_ptr,
+    row_slot_ptr,
+    expert_start_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    a_ring,
+    b_ring,
+    buffers,
+    z_arrived,
+    ready,
+    empty,
+    turns,
+    num_m,
+    num_n,
+    H,
+    I,
+    R,
+    ACTIVATION: gl.constexpr,
+    P0: gl.constexpr,
+    P1: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One of the two multiplying groups of warps: every other tile."""
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16]))
+    steps_per_tile = (H + BLOCK_K - 1) // BLOCK_K
+    step = WARPGROUP * steps_per_tile
+    z_phase = 0
+    turn = 0
+    first = gl.program_id(0) + WARPGROUP * gl.num_programs(0)
+    for pid in range(first, num_m * num_n, 2 * gl.num_programs(0)):
+        m, n = tile_of(pid, num_m, num_n, GROUP_M)
+        expert = gl.load(tile_expert_ptr + m)
+        row0 = gl.load(tile_row_ptr + m)
+        row_end = gl.load(expert_start_ptr + expert + 1)
+        col0 = n * BLOCK_N
+        tma.store_wait(0)  # of the tile before: the buffers are free
+        _fetch_z(z, buffers, z_arrived, 0, row0, col0, I)
+        _fetch_z(z, buffers, z_arrived, 1, row0, col0 + COLUMNS, I)
+        rows = row0 + gl.arange(0, BLOCK_M, row_layout)
+        row_mask = rows < row_end
+        slot = gl.load(row_slot_ptr + rows, mask=row_mask, other=0)
+        weight = gl.load(topk_weights_ptr + slot, mask=row_mask, other=0.0).to(gl.float32)
+        acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, acc_layout)
+        await_turn(turns, WARPGROUP, turn)
+        for k0 in range(0, H, BLOCK_K):
+            stage = step % STAGES
+            mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+            fence_async_shared()  # wgmma is to see what ordinary copies wrote
+            acc = warpgroup_mma(a_ring.index(stage), b_ring.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            if k0 > 0:
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            step += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        pass_turn(turns, WARPGROUP)
+        step += steps_per_tile  # the other group's tile
+        turn += 1  # noqa: SIM113 (Gluon has no enumerate)
+        left, right = halves(acc)
+        da0, da1 = halves(left)
+        da2, da3 = halves(right)
+        dw = _finish(
+            da0, weight, buffers, z_arrived, 0, z_phase, dz, dz_ptr, wa, wa_ptr, row0, row_end, col0, I,
+            ACTIVATION, P0, P1,
+        )  # fmt: skip
+        more = col0 + 2 * COLUMNS < I  # I is a multiple of 64
+        if more:
+            tma.store_wait(0)
+            _fetch_z(z, buffers, z_arrived, 0, row0, col0 + 2 * COLUMNS, I)
+        dw += _finish(
+            da1, weight, buffers, z_arrived, 1, z_phase, dz, dz_ptr, wa, wa_ptr, row0, row_end, col0 + COLUMNS, I,
+            ACTIVATION, P0, P1,
+        )  # fmt: skip
+        z_phase ^= 1
+        if more:
+            tma.store_wait(0)
+            _fetch_z(z, buffers, z_arrived, 1, row0, col0 + 3 * COLUMNS, I)
+            dw += _finish(
+                da2, weight, buffers, z_arrived, 0, z_phase, dz, dz_ptr, wa, wa_ptr, row0, row_end,
+                col0 + 2 * COLUMNS, I, ACTIVATION, P0, P1,
+            )  # fmt: skip
+            dw += _finish(
+                da3, weight, buffers, z_arrived, 1, z_phase, dz, dz_ptr, wa, wa_ptr, row0, row_end,
+                col0 + 3 * COLUMNS, I, ACTIVATION, P0, P1,
+            )  # fmt: skip
+            z_phase ^= 1
+        gl.store(dw_ptr + n.to(gl.int64) * R + rows, dw, mask=row_mask)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def hopper_down_grad_kernel(
+    dout_ptr,  # (T, H)
+    w,  # (E * H, I): descriptor
+    z,  # (R, 2I): descriptor
+    dz,  # (R, 2I): descriptor, may be of the same memory as z
+    dz_ptr,
+    wa,  # (R, I): descriptor
+    wa_ptr,
+    dw_ptr,  # (column blocks, R) float32
+    topk_weights_ptr,  # (T * K,)
+    row_slot_ptr,
+    expert_start_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    tile_count_ptr,
+    H,
+    I,
+    R,
+    DOUT_TOP_K: gl.constexpr,  # rows of dout per slot: K, or 1 where every slot has its own row of dout
+    ACTIVATION: gl.constexpr,
+    P0: gl.constexpr,
+    P1: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
+    MULTIPLIER_REGISTERS: gl.constexpr,
+):
+    dtype: gl.constexpr = wa_ptr.dtype.element_ty
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], swizzled)
+    b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], swizzled)
+    narrow: gl.constexpr = gl.NVMMASharedLayout(64, 16, 2)
+    # Two sets of buffers for each group of warps: gate, up and wA.
+    buffers0 = gl.allocate_shared_memory(dtype, [6, BLOCK_M, COLUMNS], narrow)
+    buffers1 = gl.allocate_shared_memory(dtype, [6, BLOCK_M, COLUMNS], narrow)
+    z_arrived0 = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    z_arrived1 = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(z_arrived0.index(i), count=1)
+        mbarrier.init(z_arrived1.index(i), count=1)
+    ready, empty, turns = new_ring(STAGES, 1 + 128, 1)
+    num_m = gl.load(tile_count_ptr)
+    num_n = (I + BLOCK_N - 1) // BLOCK_N
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    0,
+                    z,
+                    dz,
+                    dz_ptr,
+                    wa,
+                    wa_ptr,
+                    dw_ptr,
+                    topk_weights_ptr,
+                    row_slot_ptr,
+                    expert_start_ptr,
+                    tile_expert_ptr,
+                    tile_row_ptr,
+                    a_ring,
+                    b_ring,
+                    buffers0,
+                    z_arrived0,
+                    ready,
+                    empty,
+                    turns,
+                    num_m,
+                    num_n,
+                    H,
+                    I,
+                    R,
+                    ACTIVATION,
+                    P0,
+                    P1,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    GROUP_M,
+                    STAGES,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    1,
+                    z,
+                    dz,
+                    dz_ptr,
+                    wa,
+                    wa_ptr,
+                    dw_ptr,
+                    topk_weights_ptr,
+                    row_slot_ptr,
+                    expert_start_ptr,
+                    tile_expert_ptr,
+                    tile_row_ptr,
+                    a_ring,
+                    b_ring,
+                    buffers1,
+                    z_arrived1,
+                    ready,
+                    empty,
+                    turns,
+                    num_m,
+                    num_n,
+                    H,
+                    I,
+                    R,
+                    ACTIVATION,
+                    P0,
+                    P1,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    GROUP_M,
+                    STAGES,
+                ),
+            ),
+            (
+                load_tiles,
+                (
+                    dout_ptr,
+                    dout_ptr,
+                    w,
+                    row_slot_ptr,
+                    expert_start_ptr,
+                    tile_expert_ptr,
+                    tile_row_ptr,
+                    a_ring,
+                    b_ring,
+                    ready,
+                    empty,
+                    num_m,
+                    num_n,
+                    H,
+                    I,
+                    DOUT_TOP_K,
+                    False,
+                    True,
+                    True,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    GROUP_M,
+                    STAGES,
+                ),
+            ),
+        ],
+        [4, 4],
+        [MULTIPLIER_REGISTERS, LOADER_REGISTERS],
+    )
+
+
+@triton.jit
+def sum_weight_grad_kernel(
+    parts_ptr,  # (column blocks, R) float32
+    row_slot_ptr,  # (R,)
+    routed_ptr,  # expert_start[E]: rows at or after it belong to dropped slots
+    dw_ptr,  # (T * K,)
+    R,
+    blocks,
+    BLOCK_R: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    slot = tl.load(row_slot_ptr + rows, mask=rows < R, other=0)
+    kept = rows < tl.load(routed_ptr)
+    dw = tl.zeros((BLOCK_R,), tl.float32)
+    part = parts_ptr + rows
+    for _ in range(blocks):
+        dw += tl.load(part, mask=kept, other=0.0)
+        part += R
+    tl.store(dw_ptr + slot, dw.to(dw_ptr.dtype.element_ty), mask=rows < R)
+
+
+# One schedule: two groups of warps in turn, and as many columns as leave registers for the epilogue.
+SCHEDULE = Schedule(cooperative=False, block_n=128, stages=4)
+_NARROW = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+
+
+def down_grad(
+    dout: torch.Tensor,
+    weight: torch.Tensor,
+    z: torch.Tensor,
+    topk_weights: torch.Tensor,
+    plan: RoutingPlan,
+    gate: Gate,
+    overwrite_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dZ (R, 2I), wA (R, I) and dw (T, K) from the output's gradient.
+
+    Args:
+        dout: (T, H), or (R, H) by slot where the experts' outputs were not summed.
+        weight: (E, H, I).
+        z: (R, 2I); its memory becomes dZ if overwrite_z.
+        topk_weights: (T, K).
+        plan, gate: of the forward.
+    """
+    hidden, intermediate = weight.shape[1:]
+    dz = z if overwrite_z else torch.empty_like(z)
+    wa = z.new_empty(plan.rows, intermediate)
+    dw = torch.empty_like(topk_weights)
+    blocks = cdiv(intermediate, SCHEDULE.block_n)
+    tiles = plan.max_tiles * blocks
+    if tiles == 0:
+        return dz, wa, dw
+    parts = torch.empty((blocks, plan.rows), dtype=torch.float32, device=z.device)
+    constants = SCHEDULE.constants()
+    activation = gate.constants()
+    del constants["COOPERATIVE"], activation["GATED"], activation["INTERLEAVED"]
+    launch(
+        hopper_down_grad_kernel,
+        (min(tiles, multiprocessors(z.device)),),
+        (
+            dout,
+            matrix(weight, BLOCK_K, SCHEDULE.block_n),
+            *(matrix(t, BLOCK_M, COLUMNS.value, layout=_NARROW) for t in (z, dz)),
+            dz,
+            matrix(wa, BLOCK_M, COLUMNS.value, layout=_NARROW),
+            wa,
+            parts,
+            topk_weights,
+            plan.row_slot,
+            plan.expert_start,
+            plan.tile_expert,
+            plan.tile_row,
+            plan.tile_count,
+            hidden,
+            intermediate,
+            plan.rows,
+        ),
+        {
+            "DOUT_TOP_K": plan.rows // dout.shape[0],
+            **activation,
+            **constants,
+            "LOADER_REGISTERS": 56,
+            "MULTIPLIER_REGISTERS": 224,
+            "num_warps": 4,
+        },
+    )
+    launch(
+        sum_weight_grad_kernel,
+        (cdiv(plan.rows, 1024),),
+        (parts, plan.row_slot, plan.expert_start[plan.experts :], dw, plan.rows, blocks),
+        {"BLOCK_R": 1024, "num_warps": 4},
+    )
+    return dz, wa, dw

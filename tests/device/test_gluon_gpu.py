@@ -1,0 +1,122 @@
+"""The Gluon backend on a Hopper GPU: against float64, on routings that hurt, in every schedule, twice and bitwise."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+import moe_kernels
+from moe_kernels import backends
+from moe_kernels.activation import Activation
+from moe_kernels.testing.problems import Case, check, make_inputs, run
+from moe_kernels.testing.routings import ROUTINGS
+
+pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
+if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("the Gluon kernels are for Hopper", allow_module_level=True)
+
+BF16 = torch.bfloat16
+gluon = functools.partial(moe_kernels.fused_experts, backend="gluon")
+CASE = Case(333, 4, 9, 512, 192, BF16)
+MODELS = {
+    "mixtral-1b": Case(4096, 2, 8, 1024, 3584, BF16),
+    "qwen2-moe-1b": Case(4096, 8, 64, 1024, 704, BF16, "zipf"),
+    "deepseek-v3-1b": Case(4096, 8, 128, 1024, 256, BF16),
+}
+
+
+@functools.cache
+def inputs_of(case):
+    return make_inputs(case, "cuda")
+
+
+def judge(case, record):
+    for name, measured in check(gluon, inputs_of(case), str(case)).items():
+        record(f"{name}_rms_ratio", round(measured.rms_ratio, 3))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models(model, record_property):
+    judge(MODELS[model], record_property)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_hostile_routings(routing, dtype, record_property):
+    judge(dataclasses.replace(CASE, routing=routing, dtype=dtype), record_property)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 64, 64), (1, 8, 64, 1024, 704), (129, 2, 5, 1024, 192), (64, 1, 2, 64, 128), (1000, 8, 300, 256, 64)],
+    ids=str,
+)
+def test_sizes(sizes, record_property):
+    tokens, top_k, experts, hidden, intermediate = sizes
+    judge(Case(tokens, top_k, experts, hidden, intermediate, BF16), record_property)
+
+
+@pytest.mark.parametrize("kernel", ["up", "down", "dgrad", "wgrad"])
+@pytest.mark.parametrize("schedule", ["cooperative", "in turn", "three stages"])
+@pytest.mark.parametrize("routing", ["zipf", "sentinels"])
+def test_every_schedule(kernel, schedule, routing, record_property):
+    from moe_kernels.kernels.hopper.ring import Schedule, use_schedule
+
+    chosen = {
+        "cooperative": Schedule(True, 256, 4),
+        "in turn": Schedule(False, 128, 5),
+        "three stages": Schedule(True, 256, 3),
+    }[schedule]
+    with use_schedule(kernel, chosen):
+        judge(dataclasses.replace(CASE, routing=routing), record_property)
+
+
+KINDS = {
+    "gelu": {"activation": "gelu"},
+    "softcapped": {"activation": Activation("softcapped_silu", (0.8, 1.5))},
+    "clamped_silu": {"activation": Activation("clamped_silu", (0.5,))},
+    "unreduced": {"reduce": False},
+    # What follows runs in part, or as a whole, on the kernels of the Triton backend.
+    "lora": {"lora_rank": 16},
+    "lora-64": {"lora_rank": 64},
+    "bias": {"bias": True},
+    "stored by columns": {"transposed": True},
+    "interleaved": {"interleaved": True},
+    "gateless": {"gated": False, "activation": "relu2"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_experts(kind, record_property):
+    judge(dataclasses.replace(CASE, routing="zipf", **KINDS[kind]), record_property)
+
+
+def test_it_is_this_backend_that_runs():
+    backends.reset_dispatch_counts()
+    run(gluon, inputs_of(CASE))
+    assert set(backends.dispatch_counts()) == {"gluon"}
+
+
+def test_fifty_runs_are_equal_to_the_bit():
+    inputs = inputs_of(MODELS["qwen2-moe-1b"])
+    first = run(gluon, inputs)
+    for _ in range(50):
+        again = run(gluon, inputs)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_nan_stays_in_its_expert():
+    """Rows of one expert border on those of the next inside a tile: nothing may leak."""
+    inputs = inputs_of(dataclasses.replace(CASE, top_k=1))
+    clean = run(gluon, inputs)
+    poisoned = dataclasses.replace(inputs, x=inputs.x.clone())
+    expert = int(inputs.topk_ids[7, 0])
+    poisoned.x[7] = float("nan")
+    result = run(gluon, poisoned)
+    others = [e for e in range(CASE.experts) if e != expert]
+    for name in ("dgate_up", "ddown"):
+        assert torch.equal(result[name][others], clean[name][others]), name
+    tokens = torch.arange(CASE.tokens, device="cuda") != 7
+    assert torch.equal(result["out"][tokens], clean["out"][tokens])
+    assert torch.equal(result["dx"][tokens], clean["dx"][tokens])
