@@ -109,3 +109,35 @@ def test_the_heat_map_says_in_words_what_it_shows(page: Path) -> None:
     assert "Heat map of the load of 8 experts in 2 layers from step 1 to 40" in text
     assert "Experts unused at the end: 1; the busiest has 3.00 times the mean." in text
     assert '<th scope="row">layers.0</th>' in text
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rgb or #rrggbb, as the accessibility guidelines (WCAG 2) define it."""
+    digits = color.lstrip("#")
+    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
+    parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_every_word_stands_out_from_its_ground(page: Path, mode: str) -> None:
+    light, dark = re.findall(r":root \{(.*?)\}", page.read_text(), re.DOTALL)
+    colors = dict(re.findall(r"--([\w-]+): (#\w+);", light if mode == "light" else dark))
+    pairs = [(word, ground) for word in ("ink", "soft") for ground in ("bg", "card")]
+    pairs += [("soft", "dim-bg"), ("good", "good-bg"), ("bad", "bad-bg"), ("warn", "warn-bg")]
+    for word, ground in pairs:
+        lighter, darker = sorted((luminance(colors[word]), luminance(colors[ground])), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, f"{mode}: --{word} on --{ground}"
+
+
+@needs_browser
+@pytest.mark.parametrize(("setting", "ground"), [(1, "rgb(255, 255, 255)"), (0, "rgb(18, 22, 28)")])
+def test_dark_where_the_reader_wants_it_dark(page: Path, setting: int, ground: str) -> None:
+    probe = page.with_name(f"mode-{setting}.html")
+    script = "document.title = getComputedStyle(document.body).backgroundColor"
+    probe.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    assert (
+        f"<title>{ground}</title>"
+        in browse(probe, "--dump-dom", f"--blink-settings=preferredColorScheme={setting}").stdout
+    )
