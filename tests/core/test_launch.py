@@ -621,6 +621,7 @@ def test_the_backward_thread_launches_directly(choose, counted):
     x = inputs.x.clone().requires_grad_()
     weights = inputs.gate_up.clone().requires_grad_()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     threads = set()
     weights.register_hook(lambda _: threads.add(threading.get_ident()))
     with torch.cuda.stream(stream):
