@@ -75,6 +75,17 @@ class Reader(html.parser.HTMLParser):
         self.levels = [0]
         self.references: list[str] = []
         self.language = ""
+        self.header: str | None = None
+
+    def handle_data(self, data: str) -> None:
+        if self.header is not None:
+            self.header += data.strip()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "th":
+            if not self.header:
+                self.problems.append("a table header without words")
+            self.header = None
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
@@ -85,6 +96,8 @@ class Reader(html.parser.HTMLParser):
             self.problems.append(f"an image without words: {found}")
         if tag == "th" and found.get("scope") not in ("col", "row"):
             self.problems.append(f"a table header without scope: {found}")
+        if tag == "th":
+            self.header = ""
         if tag == "svg" and found.get("aria-hidden") != "true":
             self.problems.append("a plot that is read out letter by letter")
         if re.fullmatch(r"h[1-6]", tag):

@@ -203,7 +203,7 @@ def summary_table(analyses: Sequence[Analysis]) -> Table:
     names = tuple(analysis.comparison.name for analysis in analyses)
     columns = [_summary(analysis) for analysis in analyses]
     rows = [(what, *(column[what] for column in columns)) for what in columns[0]]
-    return Table("Summary", ("", *names), tuple(row for row in rows if set(row[1:]) != {NONE}))
+    return Table("Summary", ("what", *names), tuple(row for row in rows if set(row[1:]) != {NONE}))
 
 
 def _summary(analysis: Analysis) -> dict[str, str]:
@@ -277,7 +277,7 @@ def training_table(analysis: Analysis) -> Table:
     notes = {run.role: run.samples.note for run in analysis.comparison.runs if run.samples.note}
     if analysis.on_gpu and notes:
         rows.append(("note of the GPU sampling", *(notes.get(role, NONE) for role in roles), ""))
-    return Table("Training", ("", *(COLUMNS[role] for role in roles), "against baseline"), tuple(rows))
+    return Table("Training", ("what", *(COLUMNS[role] for role in roles), "against baseline"), tuple(rows))
 
 
 def layer_table(analysis: Analysis) -> Table:
@@ -333,7 +333,7 @@ def layer_table(analysis: Analysis) -> Table:
         if layer and names
         else ""
     )
-    return Table(f"One expert layer ({shape})", ("", *names), tuple(rows))
+    return Table(f"One expert layer ({shape})", ("what", *names), tuple(rows))
 
 
 def share_table(analysis: Analysis) -> Table:
@@ -376,7 +376,7 @@ def loss_table(analysis: Analysis) -> Table:
 
     return Table(
         f"Loss agreement: {loss.verdict}",
-        ("", "moe-kernels − baseline", "baseline again − baseline", "tolerance"),
+        ("what", "moe-kernels − baseline", "baseline again − baseline", "tolerance"),
         (
             row("first step", loss.first, loss.noise_first, loss.first_tolerance),
             row("mean |difference|, smoothed", loss.mean, loss.noise_mean, loss.tolerance),
@@ -442,7 +442,7 @@ def versions_table(analyses: Sequence[Analysis]) -> Table:
         ("processor", *(analysis.comparison.cpu for analysis in analyses)),
         ("measured (UTC)", *(analysis.comparison.created for analysis in analyses)),
     ]
-    return Table("Machine and versions", ("", *(analysis.comparison.name for analysis in analyses)), tuple(rows))
+    return Table("Machine and versions", ("what", *(analysis.comparison.name for analysis in analyses)), tuple(rows))
 
 
 def _overrides(analysis: Analysis) -> str:
