@@ -1,8 +1,8 @@
 """Makes the adapter that every run of a LoRA comparison starts from, in a process of its own.
 
 Run as ``python -m moe_kernels.compare.adapter CONFIG.json``: the settings of a run, of which ``base_model`` and the
-keys of :func:`moe_kernels.compare.plan.lora_overrides` are read. The adapter is PEFT's own, seeded. B is drawn too: as
-zero it would hide, at the first step, whatever is wrong with it.
+keys of :func:`moe_kernels.compare.plan.lora_overrides` are read. The adapter is PEFT's own, seeded. B is drawn too:
+as zero it would hide, at the first step, whatever is wrong with it.
 """
 
 from __future__ import annotations

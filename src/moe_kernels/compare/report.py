@@ -354,7 +354,7 @@ def share_table(analysis: Analysis) -> Table:
             f"measured {_ms(analysis.shares[OPTIMIZED].step_ms)}", "",
         ))  # fmt: skip
     head = (
-        "",
+        "side",
         "experts run on",
         "experts' part of a step",
         "share",
