@@ -1,4 +1,4 @@
-"""The real thing once: `moe-kernels compare` of one tiny pair, with Axolotl, W&B and the plugin."""
+"""The real thing: `moe-kernels compare` of one tiny pair, with Axolotl, W&B and the plugin; then with LoRA."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,14 +18,33 @@ if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axol
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 
 
-def test_a_tiny_pair_from_nothing_to_the_report(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "moe_kernels", "compare", "qwen2-moe", "--size", "tiny", "--no-noise"]
-    command += ["--steps", "6", "--warmup-steps", "2", "--out", "out"]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Empty at first; model and data that one test makes serve the next."""
+    return tmp_path_factory.mktemp("compare")
 
-    data = json.loads((tmp_path / "out" / "qwen2-moe.json").read_text())
+
+def compare(folder: Path, name: str, *arguments: str) -> tuple[dict[str, Any], str]:
+    """The report's JSON and page."""
+    command = [
+        sys.executable,
+        "-m",
+        "moe_kernels",
+        "compare",
+        "qwen2-moe",
+        "--size",
+        "tiny",
+        "--no-noise",
+        *arguments,
+    ]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([*command, "--out", name], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((folder / name / f"{name}.json").read_text()), (folder / name / "report.html").read_text()
+
+
+def test_a_tiny_pair_from_nothing_to_the_report(folder: Path) -> None:
+    data, page = compare(folder, "qwen2-moe", "--steps", "6", "--warmup-steps", "2")
     baseline, optimized = data["runs"]
     assert baseline["wandb"]["project"] == "moe-baseline"
     assert optimized["wandb"]["project"] == "moe-kernels"
@@ -41,7 +61,23 @@ def test_a_tiny_pair_from_nothing_to_the_report(tmp_path: Path) -> None:
     assert measured["moe_kernels"]["ok"]
     assert data["experts"]["moe_layers"] == 2
 
-    page = (tmp_path / "out" / "report.html").read_text()
     assert "Pipeline check, not a benchmark" in page
     assert page.count("<svg") >= 5
-    assert (tmp_path / "artifacts/runs/compare/qwen2-moe-tiny/optimized-1/result.json").is_file()
+    assert (folder / "artifacts/runs/compare/qwen2-moe-tiny/optimized-1/result.json").is_file()
+
+
+def test_lora(folder: Path) -> None:
+    data, page = compare(folder, "qwen2-moe-lora8", "--lora", "8", "--steps", "4", "--warmup-steps", "1")
+    judged = data["judged"]
+    assert judged["sides"]["optimized"]["expert_calls"] == 8, "two expert layers, four steps"
+    assert judged["sides"]["baseline"]["expert_calls"] is None
+    assert judged["implementation"] == {"baseline": "grouped_mm", "optimized": "moe_kernels"}
+    assert judged["loss"]["verdict"] == "confirmed"
+    assert judged["loss"]["first_gradient"] < 1e-4
+    assert data["experts"]["measurements"] == [], "the layer's benchmark is of a full training"
+    logs = [(folder / run["log"]).read_text() for run in data["runs"]]
+    assert "LoRA of 4 expert weights runs inside the kernels" in logs[1]
+    trainable = [next(line for line in log.splitlines() if "trainable params" in line) for log in logs]
+    assert trainable[0].split("trainable params")[1] == trainable[1].split("trainable params")[1]
+    assert "qwen2-moe-lora8" in page
+    assert "lora_target_parameters" in page, "the report shows what was changed in the run files"
