@@ -9,7 +9,8 @@ each tensor is an allocation of its own with exactly its size.
 
 A tool that reports nothing proves something only if it sees a fault: each first runs a kernel with a planted one, and
 not finding that is a failure. Reports count where they name one of this package's kernels; those of other kernels,
-torch's above all, are listed apart. The exit code is 0 if every tool finished, found its planted fault and reported
+torch's above all, are listed apart. So is what two tools cannot follow in the kernels for Hopper, and why: see
+``NOT_FOLLOWED``. The exit code is 0 if every tool finished, found its planted fault and reported
 none of our kernels, and if every kernel of the package ran under every tool; 1 if not; 3 without an NVIDIA GPU or
 without compute-sanitizer.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -31,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,7 +43,10 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.runtime.jit import KernelInterface
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import moe_kernels.kernels
 from moe_kernels import router
@@ -223,6 +228,72 @@ def planted_synccheck(data, out, BLOCK: tl.constexpr):
     tl.store(out + at, tl.inline_asm_elementwise(WAIT, "=r,r", [values], tl.int32, is_pure=False, pack=1))
 
 
+# ------------------------------------------------------------------------------------- what a tool cannot follow
+#: By tool: what it reports though nothing is wrong. A control shows that the tool on this machine does so.
+NOT_FOLLOWED = {
+    "racecheck": "gl.warp_specialize hands its groups of warps their work through words of shared memory, between "
+    "barriers that all threads of a program pass: barrier.sync 1 in the PTX, which tests/aot/test_dispatch.py reads. "
+    "racecheck takes that for races. Reports are set aside where every access in them is the dispatch's own.",
+    "initcheck": "memory that a tensor-memory store wrote stays uninitialised for initcheck. Reports of problems "
+    "that run on the kernels for Hopper are set aside if the control is reported too; moe-kernels verify runs the "
+    "same kernels on memory filled with NaN.",
+}
+
+
+@gluon.jit
+def _add(out, count, VALUE: gl.constexpr):
+    for _ in range(count):
+        gl.store(out + gl.program_id(0), VALUE)
+
+
+@gluon.jit
+def control_racecheck(out, count_ptr):
+    count = gl.load(count_ptr)  # handed to the groups through shared memory
+    programs = gl.num_programs(0)
+    gl.warp_specialize(
+        [(_add, (out, count, 1)), (_add, (out + programs, count, 2)), (_add, (out + 2 * programs, count, 3))],
+        [4, 1],
+        [216, 40],
+    )
+
+
+@triton.jit
+def _write_by_tensor_memory(descriptor, BLOCK: tl.constexpr):
+    descriptor.store([0, 0], tl.full((BLOCK, BLOCK), 1, tl.int32))
+
+
+@triton.jit
+def control_initcheck(data, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK * BLOCK)
+    tl.store(out + at, tl.load(data + at))
+
+
+def run_control(tool: str) -> None:
+    """Launch what is right and what ``tool`` may report nevertheless."""
+    if tool == "racecheck":
+        out, count = torch.zeros(3 * 4096, dtype=torch.int32).to("cuda"), torch.full((1,), 20).to("cuda")
+        for _ in range(10):
+            control_racecheck[(4096,)](out, count, num_warps=4)
+    else:
+        data, out = (torch.empty(32, 32, dtype=torch.int32, device="cuda") for _ in range(2))
+        _write_by_tensor_memory[(1,)](TensorDescriptor(data, [32, 32], [32, 1], [32, 32]), BLOCK=32)
+        control_initcheck[(1,)](data, out, BLOCK=32)
+    torch.cuda.synchronize()
+
+
+def dispatch_lines() -> set[str]:
+    """``file:line`` that the compiler gives the dispatch of warp_specialize in our kernels: the def's, the call's."""
+    found = set()
+    for module in pkgutil.iter_modules(importlib.import_module(HOPPER.rstrip(".")).__path__, HOPPER):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, KernelInterface) and value.__name__.endswith("_kernel"):
+                lines, first = inspect.getsourcelines(value.fn)
+                file = Path(inspect.getfile(value.fn)).name
+                marks = ("def ", "gl.warp_specialize(")
+                found |= {f"{file}:{first + i}" for i, line in enumerate(lines) if line.strip().startswith(marks)}
+    return found
+
+
 PLANTED = {
     "memcheck": planted_memcheck,
     "racecheck": planted_racecheck,
@@ -278,6 +349,7 @@ class Log:
     Attributes:
         finished: the summary line is there.
         ours, others: number of reports by "kernel: kind" and by the report's first lines.
+        dispatch: those of ours in which every access is one of warp_specialize's own.
         broken: lines in which the tool says that it failed itself.
         samples: the first report of each kind that names one of our kernels, in full.
     """
@@ -285,12 +357,15 @@ class Log:
     finished: bool
     ours: Counter[str] = field(default_factory=Counter)
     others: Counter[str] = field(default_factory=Counter)
+    dispatch: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
     samples: dict[str, str] = field(default_factory=dict)
 
 
-def read_log(text: str, kernels: set[str]) -> Log:
+def read_log(text: str, kernels: set[str], dispatch: Set[str] = frozenset()) -> Log:
     """Sort the reports in ``text`` into those that name one of ``kernels`` and the rest.
+
+    ``dispatch``: see :func:`dispatch_lines`.
 
     A report is a line that begins with nine equal signs and one space, and the lines after it that are indented more.
     """
@@ -311,8 +386,12 @@ def read_log(text: str, kernels: set[str]) -> Log:
             log.broken.append(block[0])
         elif found is not None:
             kind = f"{found[1]}: {_kind(block[0])}"
-            log.ours[kind] += 1
-            log.samples.setdefault(kind, text)
+            places = set(re.findall(r" in (\S+:\d+)", text))
+            if "Race reported" in block[0] and places and places <= dispatch:
+                log.dispatch[kind] += 1
+            else:
+                log.ours[kind] += 1
+                log.samples.setdefault(kind, text)
         else:
             log.others["; ".join([_kind(block[0]), *block[1:2]])] += 1
     return log
@@ -411,20 +490,28 @@ def make_process(folder: Path, name: str, tool: str, program: str | None, argume
 
 
 def judge(
-    tool: str, planted: Process | None, processes: list[Process], names: list[str], kernels: set[str], every: bool
+    tool: str, special: dict[str, Process], processes: list[Process], names: list[str], kernels: set[str], every: bool
 ) -> dict[str, Any]:
     """The verdict on one tool, as plain JSON values; ``problems`` is empty if all is well.
 
-    ``every``: all jobs were asked for, so that each of ``kernels`` must have run.
+    ``special``: the processes with the planted fault and with the control. ``every``: all jobs were asked for, so
+    that each of ``kernels`` must have run.
     """
     problems: list[str] = []
-    ours, others, seen, done = Counter(), Counter(), Counter(), list[str]()
+    ours, others, unfollowed = Counter[str](), Counter[str](), Counter[str]()
+    seen, done = Counter[str](), list[str]()
     samples: dict[str, str] = {}
+    control = read_log(special["control"].log, {f"control_{tool}"}).ours if "control" in special else Counter[str]()
+    dispatch = dispatch_lines() if "control" in special else set()
     for process in processes:
-        log = read_log(process.log, kernels)
-        ours += log.ours
+        log = read_log(process.log, kernels, dispatch if tool == "racecheck" else frozenset())
+        if tool == "initcheck" and control and process.name.startswith("initcheck-hopper"):
+            unfollowed += log.ours
+        else:
+            ours += log.ours
+            samples = log.samples | samples
+        unfollowed += log.dispatch
         others += log.others
-        samples = log.samples | samples
         seen.update(process.seen["kernels"])
         done += process.seen["done"]
         problems += [f"{process.name}: {line}" for line in log.broken]
@@ -432,9 +519,9 @@ def judge(
             summary = "and a summary" if log.finished else "without a summary"
             problems.append(f"{process.name}: exit code {process.exit_code}, {summary}: {process.output[-500:]}")
     found = None
-    if planted is not None:
-        planted_log = read_log(planted.log, {PLANTED[tool].__name__})
-        found = dict(planted_log.ours)
+    if "planted" in special:
+        planted = special["planted"]
+        found = dict(read_log(planted.log, {PLANTED[tool].__name__}).ours)
         if not found:
             problems.append(f"the planted fault was not found: {planted.log[-500:]} {planted.output[-500:]}")
     problems += [f"{count} reports of {kind}" for kind, count in ours.items()]
@@ -446,6 +533,9 @@ def judge(
         "reports": ours,
         "samples": samples,
         "reports_of_other_kernels": others,
+        "not_followed": unfollowed,
+        "not_followed_because": NOT_FOLLOWED[tool] if unfollowed else "",
+        "control": control,
         "planted_fault": found,
         "kernels": dict(sorted(seen.items())),
         "jobs": sorted(done),
@@ -466,10 +556,11 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with TRITON_INTERPRET=1 to test this program")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--plant", help=argparse.SUPPRESS)
+    parser.add_argument("--control", help=argparse.SUPPRESS)
     parser.add_argument("--seen", type=Path, help=argparse.SUPPRESS)
     wanted = parser.parse_args()
-    if wanted.plant:
-        run_planted(wanted.plant)
+    if wanted.plant or wanted.control:
+        run_planted(wanted.plant) if wanted.plant else run_control(wanted.control)
         return 0
     names = (wanted.work or wanted.only).split(",")
     unknown = [name for name in (*names, *wanted.tools.split(",")) if name not in (*NAMES, *TOOLS)]
@@ -492,7 +583,7 @@ def run_tools(wanted: argparse.Namespace, names: list[str], program: str, folder
     deadline = begun + wanted.limit
     tools, kernels = wanted.tools.split(","), package_kernels(wanted.device)
 
-    def shards(count: int) -> list[str]:
+    def shards(count: int, names: list[str] = names) -> list[str]:
         return [",".join(part) for part in (names[i::count] for i in range(count)) if part]
 
     print(f"{len(names)} problems without a tool: compiling", flush=True)
@@ -504,21 +595,27 @@ def run_tools(wanted: argparse.Namespace, names: list[str], program: str, folder
     for process in failed:
         print(f"FAILED without a tool: {process.name}: {process.output}", flush=True)
 
-    under: dict[str, list[Process]] = {
-        tool: [make_process(folder, f"{tool}-{i}", tool, program, ["--work", part, *device])
-               for i, part in enumerate(shards(max(1, wanted.jobs // (len(tools) + 1))))]
-        for tool in tools
-    }  # fmt: skip
-    planted = {
-        tool: make_process(folder, f"{tool}-planted", tool, program, ["--plant", tool])
-        for tool in (tools if wanted.device == "cuda" else [])
-    }
+    hopper = [name for name in names if name.startswith("hopper")]
+    others = [name for name in names if name not in hopper]
+    count = max(1, wanted.jobs // (len(tools) + 1) - 1)
+    under: dict[str, list[Process]] = {tool: [] for tool in tools}
+    special: dict[str, dict[str, Process]] = {tool: {} for tool in tools}
+    for tool in tools:
+        parts = [(str(i), part) for i, part in enumerate(shards(count, others))]
+        parts += [(f"hopper-{i}", part) for i, part in enumerate(shards(2, hopper))]
+        for name, part in parts:
+            under[tool].append(make_process(folder, f"{tool}-{name}", tool, program, ["--work", part, *device]))
+        if wanted.device == "cuda":
+            special[tool]["planted"] = make_process(folder, f"{tool}-planted", tool, program, ["--plant", tool])
+            if hopper and tool in NOT_FOLLOWED:
+                special[tool]["control"] = make_process(folder, f"{tool}-control", tool, program, ["--control", tool])
     print(f"under {', '.join(tools)}", flush=True)
     interleaved = [p for group in zip(*under.values(), strict=True) for p in group]
-    run_side_by_side([*interleaved, *planted.values()], wanted.jobs, deadline)
+    interleaved += [p for processes in special.values() for p in processes.values()]
+    run_side_by_side(interleaved, wanted.jobs, deadline)
 
     every = set(names) == {name for name in NAMES if runs_on(name, wanted.device)}
-    verdicts = {tool: judge(tool, planted.get(tool), under[tool], names, kernels, every) for tool in tools}
+    verdicts = {tool: judge(tool, special[tool], under[tool], names, kernels, every) for tool in tools}
     for tool, verdict in verdicts.items():
         state = "clean" if not verdict["problems"] else "FAILED"
         print(
@@ -528,6 +625,9 @@ def run_tools(wanted: argparse.Namespace, names: list[str], program: str, folder
         )
         for problem in verdict["problems"]:
             print(f"  {problem}")
+        if verdict["not_followed"]:
+            print(f"  not followed: {dict(verdict['not_followed'])}; the control: {dict(verdict['control'])}")
+            print(f"  {verdict['not_followed_because']}")
         for sample in verdict["samples"].values():
             print("    " + sample.replace("\n", "\n    "))
         for kind, count in verdict["reports_of_other_kernels"].most_common(5):

@@ -81,6 +81,26 @@ def test_a_report_belongs_to_the_kernel_it_names(sanitize, text, ours, others):
     assert set(log.samples) == set(ours)
 
 
+DISPATCH = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Read access at up_kernel+0x1f0 in gemm.py:216
+=========     and Write access at up_kernel+0x9790 in gemm.py:216 [7 hazards]
+=========     and Write access at up_kernel+0x11140 in gemm.py:{line} [10 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+def test_only_the_dispatchs_own_accesses_are_set_aside(sanitize):
+    dispatch = {"gemm.py:216", "gemm.py:264"}
+    log = sanitize.read_log(DISPATCH.format(line=264), OURS, dispatch)
+    assert (log.ours.total(), log.dispatch.total()) == (0, 1)
+    log = sanitize.read_log(DISPATCH.format(line=150), OURS, dispatch)  # one access is the kernel's
+    assert (log.ours.total(), log.dispatch.total()) == (1, 0)
+    log = sanitize.read_log(DISPATCH.format(line=264), OURS)
+    assert (log.ours.total(), log.dispatch.total()) == (1, 0)
+
+
 def test_a_log_without_an_end_is_not_clean(sanitize):
     assert not sanitize.read_log("========= COMPUTE-SANITIZER\n", OURS).finished
     assert sanitize.read_log("========= Internal Sanitizer Error: no memory\n" + CLEAN, OURS).broken
