@@ -290,7 +290,8 @@ def dispatch_lines() -> set[str]:
                 lines, first = inspect.getsourcelines(value.fn)
                 file = Path(inspect.getfile(value.fn)).name
                 marks = ("def ", "gl.warp_specialize(")
-                found |= {f"{file}:{first + i}" for i, line in enumerate(lines) if line.strip().startswith(marks)}
+                places = {f"{file}:{first + i}" for i, line in enumerate(lines) if line.strip().startswith(marks)}
+                found |= places if len(places) > 1 else set()
     return found
 
 
