@@ -8,6 +8,7 @@ which is the same formula with ``up = 1``. This is the only place an activation 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,35 @@ import torch
 import triton
 import triton.language as tl
 
-
 # ------------------------------------------------------------------------------------------------- device code
+# Triton's interpreter has no inline assembly.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
 @triton.jit
 def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
+    """1 / (1 + exp(-z)) to two units in the last place: five instructions, a third of what the plain formula takes.
+
+    It is most of the arithmetic in the epilogues. Results below 2^-126 are zero.
+    """
+    if _INTERPRETED:
+        s = 1.0 / (1.0 + tl.exp(-z))
+    else:
+        s = tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            mul.ftz.f32 t, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 t, t;
+            add.ftz.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t;
+            }""",  # the first factor is -log2(e)
+            "=f,f",
+            [z],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return s
 
 
 @triton.jit

@@ -1,7 +1,6 @@
 """The Gluon backend, for Hopper: the Triton backend with GEMMs whose loading, multiplying and writing overlap.
 
-Rows of X and of the output's gradient are gathered inside the GEMMs, so the backward makes no sorted copies, and the
-backward of the activation is the epilogue of a GEMM. What these kernels do not cover of a layer (a bias, a low-rank
+Rows of X are gathered inside the up projection, and the backward of the activation is the epilogue of a GEMM. What these kernels do not cover of a layer (a bias, a low-rank
 part, weights stored by columns, gate and up interleaved or no gate) runs on the Triton backend's kernels.
 """
 
@@ -15,10 +14,10 @@ from moe_kernels.backends import Problem
 from moe_kernels.kernels.hopper import down_grad as hopper_down_grad
 from moe_kernels.kernels.hopper import gemm
 from moe_kernels.kernels.hopper import wgrad as hopper_wgrad
-from moe_kernels.kernels.hopper.ring import BLOCK_M, Gathered
+from moe_kernels.kernels.hopper.ring import BLOCK_M
 from moe_kernels.kernels.triton.launch import LowRank
 from moe_kernels.routing import RoutingPlan
-from moe_kernels.triton_backend import combine, combine_grad, make_plan, up_low
+from moe_kernels.triton_backend import combine, combine_grad, expert_sum, gather, make_plan, up_low
 
 NAME = "gluon"
 ALIGNMENT = 64  # hidden and intermediate sizes: the inner blocks, and the columns written at a time
@@ -37,7 +36,6 @@ __all__ = [
     "wgrad",
     "why_not",
 ]
-Rows = torch.Tensor | Gathered
 
 
 def why_not(problem: Problem) -> str | None:
@@ -65,11 +63,6 @@ def _fits(*tensors: torch.Tensor) -> bool:
         if not t.is_contiguous() or t.numel() == 0 or t.data_ptr() % 16 or any(n % ALIGNMENT for n in sizes):
             return False
     return True
-
-
-def _sorted(rows: Rows) -> torch.Tensor:
-    """The rows as a sorted copy, for the kernels of the Triton backend."""
-    return triton_backend.gather(rows.source, rows.plan) if isinstance(rows, Gathered) else rows
 
 
 def up(
@@ -102,22 +95,17 @@ def down(
     return triton_backend.down(a, weight, plan, persistent, bias, low_rank)
 
 
-def gather(x: torch.Tensor, plan: RoutingPlan) -> Gathered:
-    """Rows for the steps below: gathered where they are read."""
-    return Gathered(x, plan)
-
-
 def dgrad(
-    rows: Rows, weight: torch.Tensor, plan: RoutingPlan, persistent: bool, low_rank: LowRank | None = None
+    rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: bool, low_rank: LowRank | None = None
 ) -> torch.Tensor:
     """As :func:`moe_kernels.triton_backend.dgrad`."""
-    if isinstance(rows, torch.Tensor) and low_rank is None and _fits(rows, weight):
+    if low_rank is None and _fits(rows, weight):
         return gemm.dgrad(rows, weight, plan)
-    return triton_backend.dgrad(_sorted(rows), weight, plan, persistent, low_rank)
+    return triton_backend.dgrad(rows, weight, plan, persistent, low_rank)
 
 
 def down_grad(
-    dout_rows: Rows,
+    dout_rows: torch.Tensor,
     weight: torch.Tensor,
     z: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -130,20 +118,15 @@ def down_grad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`moe_kernels.triton_backend.down_grad`."""
     plain = bias is None and low_rank is None and gate.gated and not gate.interleaved
-    if plain and isinstance(dout_rows, Gathered) and _fits(dout_rows.source, weight):
-        return hopper_down_grad.down_grad(dout_rows.source, weight, z, topk_weights, plan, gate, overwrite_z)
+    if plain and _fits(dout_rows, weight):
+        return hopper_down_grad.down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z)
     return triton_backend.down_grad(
-        _sorted(dout_rows), weight, z, topk_weights, plan, gate, persistent, overwrite_z, bias, low_rank
+        dout_rows, weight, z, topk_weights, plan, gate, persistent, overwrite_z, bias, low_rank
     )
 
 
-def wgrad(left: Rows, right: Rows, plan: RoutingPlan) -> torch.Tensor:
+def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     """As :func:`moe_kernels.triton_backend.wgrad`."""
-    if _fits(*(t.source if isinstance(t, Gathered) else t for t in (left, right))):
+    if _fits(left, right):
         return hopper_wgrad.wgrad(left, right, plan)
-    return triton_backend.wgrad(_sorted(left), _sorted(right), plan)
-
-
-def expert_sum(rows: Rows, plan: RoutingPlan, topk_weights: torch.Tensor | None = None) -> torch.Tensor:
-    """As :func:`moe_kernels.triton_backend.expert_sum`."""
-    return triton_backend.expert_sum(_sorted(rows), plan, topk_weights)
+    return triton_backend.wgrad(left, right, plan)

@@ -64,6 +64,8 @@ KINDS = {
     "relu": {"activation": "relu"},
     "unreduced": {"reduce": False},
     "lora": {"lora_rank": 16},
+    "lora64": {"lora_rank": 64},
+    "lora128": {"lora_rank": 128},
     "gpt-oss-lora": {"transposed": True, "interleaved": True, "bias": True, "activation": CLAMPED, "lora_rank": 8},
 }
 

@@ -14,7 +14,6 @@ import torch
 
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.hopper import down_grad, gemm, wgrad
-from moe_kernels.kernels.hopper.ring import SCHEDULES, Gathered, use_schedule
 from moe_kernels.kernels.triton.catalog import EVERY_ACTIVATION, CompileCase
 from moe_kernels.kernels.triton.launch import Descriptor
 from moe_kernels.routing import RoutingPlan
@@ -59,26 +58,18 @@ def _cases(dtype: torch.dtype, activation: Activation) -> Iterator[CompileCase]:
     gate_up = torch.zeros(_EXPERTS, 2 * _INTERMEDIATE, _HIDDEN, dtype=dtype)
     down = torch.zeros(_EXPERTS, _HIDDEN, _INTERMEDIATE, dtype=dtype)
     z, a = torch.zeros(rows, 2 * _INTERMEDIATE, dtype=dtype), torch.zeros(rows, _INTERMEDIATE, dtype=dtype)
-    weights = torch.zeros(_TOKENS, _TOP_K)
+    weights, dout_rows = torch.zeros(_TOKENS, _TOP_K), torch.zeros(rows, _HIDDEN, dtype=dtype)
     plan = RoutingPlan.empty(_TOKENS, _TOP_K, _EXPERTS, 128, torch.device("cpu"))
-    gathered = Gathered(x, plan)
     t = _TYPES[dtype]
-    for kernel, schedule in SCHEDULES.items():
-        with use_schedule(kernel, schedule):
-            label = f"hopper-{kernel}-n{schedule.block_n}{'c' if schedule.cooperative else ''}-{activation.name}-{t}"
-            if kernel == "up":
-                yield _recorded(label, gemm, lambda: gemm.up(x, gate_up, plan, gate, True))
-                yield _recorded(f"{label}-no-grad", gemm, lambda: gemm.up(x, gate_up, plan, gate, False))
-            elif kernel == "down":
-                yield _recorded(label, gemm, lambda: gemm.down(a, down, plan))
-            elif kernel == "dgrad":
-                yield _recorded(label, gemm, lambda: gemm.dgrad(z, gate_up, plan))
-            else:
-                yield _recorded(label, wgrad, lambda: wgrad.wgrad(z, a, plan))
-                yield _recorded(f"{label}-left", wgrad, lambda: wgrad.wgrad(gathered, a, plan))
-                yield _recorded(f"{label}-right", wgrad, lambda: wgrad.wgrad(z, gathered, plan))
+    suffix = f"{activation.name}-{t}"
+    yield _recorded(f"hopper-up-{suffix}", gemm, lambda: gemm.up(x, gate_up, plan, gate, True))
+    yield _recorded(f"hopper-up-no-grad-{suffix}", gemm, lambda: gemm.up(x, gate_up, plan, gate, False))
+    yield _recorded(f"hopper-down-{suffix}", gemm, lambda: gemm.down(a, down, plan))
+    yield _recorded(f"hopper-dgrad-{suffix}", gemm, lambda: gemm.dgrad(z, gate_up, plan))
+    yield _recorded(f"hopper-wgrad-{suffix}", wgrad, lambda: wgrad.wgrad(z, a, plan))
+    yield _recorded(f"hopper-wgrad-odd-{suffix}", wgrad, lambda: wgrad.wgrad(a, z, plan))
     yield _recorded(
-        f"hopper-down_grad-{activation.name}-{t}",
+        f"hopper-down_grad-{suffix}",
         down_grad,
-        lambda: down_grad.down_grad(x, down, z, weights, plan, gate, True),
+        lambda: down_grad.down_grad(dout_rows, down, z, weights, plan, gate, True),
     )

@@ -1,4 +1,4 @@
-"""Step 4 on Hopper: dA0 = dO[token] W2[e] with the backward of the activation in its epilogue.
+"""Step 4 on Hopper: dA0 = dOs W2[e] with the backward of the activation in its epilogue.
 
 dA0 stays in registers and in float32. Z comes by TMA under the multiplication; the epilogue turns it in place into dZ
 and writes wA. The routing weight's gradient <dA0, A> is summed per column block, and over those in a second launch:
@@ -143,7 +143,6 @@ def _multiply(
         for k0 in range(0, H, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-            fence_async_shared()  # wgmma is to see what ordinary copies wrote
             acc = warpgroup_mma(a_ring.index(stage), b_ring.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             if k0 > 0:
@@ -188,7 +187,7 @@ def _multiply(
 
 @gluon.jit
 def hopper_down_grad_kernel(
-    dout_ptr,  # (T, H)
+    dout_rows,  # (R, H): descriptor
     w,  # (E * H, I): descriptor
     z,  # (R, 2I): descriptor
     dz,  # (R, 2I): descriptor, may be of the same memory as z
@@ -205,7 +204,6 @@ def hopper_down_grad_kernel(
     H,
     I,
     R,
-    DOUT_TOP_K: gl.constexpr,  # rows of dout per slot: K, or 1 where every slot has its own row of dout
     ACTIVATION: gl.constexpr,
     P0: gl.constexpr,
     P1: gl.constexpr,
@@ -230,7 +228,7 @@ def hopper_down_grad_kernel(
     for i in gl.static_range(2):
         mbarrier.init(z_arrived0.index(i), count=1)
         mbarrier.init(z_arrived1.index(i), count=1)
-    ready, empty, turns = new_ring(STAGES, 1 + 128, 1)
+    ready, empty, turns = new_ring(STAGES, 1, 1)
     num_m = gl.load(tile_count_ptr)
     num_n = (I + BLOCK_N - 1) // BLOCK_N
     gl.warp_specialize(
@@ -312,8 +310,8 @@ def hopper_down_grad_kernel(
             (
                 load_tiles,
                 (
-                    dout_ptr,
-                    dout_ptr,
+                    dout_rows,
+                    wa_ptr,
                     w,
                     row_slot_ptr,
                     expert_start_ptr,
@@ -327,9 +325,9 @@ def hopper_down_grad_kernel(
                     num_n,
                     H,
                     I,
-                    DOUT_TOP_K,
+                    1,
                     False,
-                    True,
+                    False,
                     True,
                     BLOCK_M,
                     BLOCK_N,
@@ -339,7 +337,7 @@ def hopper_down_grad_kernel(
                 ),
             ),
         ],
-        [4, 4],
+        [4, 1],
         [MULTIPLIER_REGISTERS, LOADER_REGISTERS],
     )
 
@@ -371,7 +369,7 @@ _NARROW = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=
 
 
 def down_grad(
-    dout: torch.Tensor,
+    dout_rows: torch.Tensor,
     weight: torch.Tensor,
     z: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -382,7 +380,7 @@ def down_grad(
     """dZ (R, 2I), wA (R, I) and dw (T, K) from the output's gradient.
 
     Args:
-        dout: (T, H), or (R, H) by slot where the experts' outputs were not summed.
+        dout_rows: (R, H), sorted by expert.
         weight: (E, H, I).
         z: (R, 2I); its memory becomes dZ if overwrite_z.
         topk_weights: (T, K).
@@ -404,7 +402,7 @@ def down_grad(
         hopper_down_grad_kernel,
         (min(tiles, multiprocessors(z.device)),),
         (
-            dout,
+            matrix(dout_rows, BLOCK_M, BLOCK_K),
             matrix(weight, BLOCK_K, SCHEDULE.block_n),
             *(matrix(t, BLOCK_M, COLUMNS.value, layout=_NARROW) for t in (z, dz)),
             dz,
@@ -422,11 +420,10 @@ def down_grad(
             plan.rows,
         ),
         {
-            "DOUT_TOP_K": plan.rows // dout.shape[0],
             **activation,
             **constants,
-            "LOADER_REGISTERS": 56,
-            "MULTIPLIER_REGISTERS": 224,
+            "LOADER_REGISTERS": 40,
+            "MULTIPLIER_REGISTERS": 232,
             "num_warps": 4,
         },
     )

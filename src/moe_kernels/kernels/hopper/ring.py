@@ -16,7 +16,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from moe_kernels.kernels.triton.launch import Descriptor
-from moe_kernels.routing import RoutingPlan
 
 #: Rows per tile, and length of the inner blocks.
 BLOCK_M, BLOCK_K = 128, 64
@@ -134,7 +133,15 @@ class Schedule:
 
 
 _COOPERATIVE = Schedule(cooperative=True, block_n=256, stages=4)
-SCHEDULES = {"up": _COOPERATIVE, "down": _COOPERATIVE, "dgrad": _COOPERATIVE, "wgrad": _COOPERATIVE}
+_IN_TURN = Schedule(cooperative=False, block_n=128, stages=5)
+#: Measured on an H200: benchmarks/results/h200-steps.json. "wgrad, odd": weights whose rows are no multiple of BLOCK_M.
+SCHEDULES = {
+    "up": _COOPERATIVE,
+    "down": _IN_TURN,
+    "dgrad": _IN_TURN,
+    "wgrad": _IN_TURN,
+    "wgrad, odd": _COOPERATIVE,
+}
 _overrides: dict[str, Schedule] = {}
 
 
@@ -153,19 +160,6 @@ def use_schedule(kernel: str, schedule: Schedule) -> Iterator[None]:
     finally:
         _overrides.clear()
         _overrides.update(previous)
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """Rows that are gathered where they are read: sorted row r is source[row_slot[r] // plan.top_k].
-
-    Attributes:
-        source: (T, H), or (R, H) with a plan of top_k 1.
-        plan: the plan.
-    """
-
-    source: torch.Tensor
-    plan: RoutingPlan
 
 
 def matrix(tensor: torch.Tensor, *block: int, layout: gl.NVMMASharedLayout = _SWIZZLED) -> Descriptor:

@@ -20,7 +20,6 @@ from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
     CHUNK,
-    Gathered,
     await_turn,
     halves,
     matrix,
@@ -35,20 +34,14 @@ from moe_kernels.routing import RoutingPlan
 
 
 @gluon.jit
-def _copy_rows(buffer, base, row_slot_ptr, row0, row_end, col0, width, GATHERED: gl.constexpr, TOP_K: gl.constexpr):
-    """Sorted rows [row0, row0 + BLOCK_K) at column col0 into ``buffer``; zeros outside.
-
-    base is (R, width), or (T, width) if GATHERED.
-    """
+def _copy_rows(buffer, base, row0, row_end, col0, width):
+    """Rows [row0, row0 + BLOCK_K) of a (R, width) tensor at column col0 into ``buffer``; zeros outside."""
     COLS: gl.constexpr = buffer.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
     rows = row0 + gl.arange(0, buffer.shape[0], gl.SliceLayout(1, layout))
     cols = col0 + gl.arange(0, COLS, gl.SliceLayout(0, layout))
-    inside = rows < row_end
-    if GATHERED:
-        rows = gl.load(row_slot_ptr + rows, mask=inside, other=0) // TOP_K
     pointers = base + rows.to(gl.int64)[:, None] * width + cols[None, :]
-    async_copy.async_copy_global_to_shared(buffer, pointers, mask=inside[:, None] & (cols < width)[None, :])
+    async_copy.async_copy_global_to_shared(buffer, pointers, mask=(rows < row_end)[:, None] & (cols < width)[None, :])
 
 
 @gluon.jit
@@ -57,7 +50,6 @@ def _load(
     right,
     left_ptr,
     right_ptr,
-    row_slot_ptr,
     expert_start_ptr,
     a_ring,
     b_ring,
@@ -68,9 +60,6 @@ def _load(
     num_n,
     M,
     N,
-    LEFT_GATHERED: gl.constexpr,
-    RIGHT_GATHERED: gl.constexpr,
-    TOP_K: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -90,26 +79,16 @@ def _load(
             a = a_ring.index(stage)
             b = b_ring.index(stage)
             bar = ready.index(stage)
-            whole = row + BLOCK_K <= end
-            if whole:
-                LEFT_BYTES: gl.constexpr = 0 if LEFT_GATHERED else BLOCK_M * BLOCK_K * 2
-                RIGHT_BYTES: gl.constexpr = 0 if RIGHT_GATHERED else BLOCK_N * BLOCK_K * 2
-                mbarrier.expect(bar, LEFT_BYTES + RIGHT_BYTES)
-                if not LEFT_GATHERED:
-                    tma.async_copy_global_to_shared(left, [row, m * BLOCK_M], bar, a)
-                if not RIGHT_GATHERED:
-                    tma.async_copy_global_to_shared(right, [row, n * BLOCK_N], bar, b)
+            if row + BLOCK_K <= end:
+                mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
+                tma.async_copy_global_to_shared(left, [row, m * BLOCK_M], bar, a)
+                tma.async_copy_global_to_shared(right, [row, n * BLOCK_N], bar, b)
+                mbarrier.arrive(bar, count=128)
             else:
+                _copy_rows(a, left_ptr, row, end, m * BLOCK_M, M)
+                _copy_rows(b, right_ptr, row, end, n * BLOCK_N, N)
+                async_copy.mbarrier_arrive(bar, increment_count=False)
                 mbarrier.arrive(bar, count=1)
-                if not LEFT_GATHERED:
-                    _copy_rows(a, left_ptr, row_slot_ptr, row, end, m * BLOCK_M, M, False, TOP_K)
-                if not RIGHT_GATHERED:
-                    _copy_rows(b, right_ptr, row_slot_ptr, row, end, n * BLOCK_N, N, False, TOP_K)
-            if LEFT_GATHERED:
-                _copy_rows(a, left_ptr, row_slot_ptr, row, end, m * BLOCK_M, M, True, TOP_K)
-            if RIGHT_GATHERED:
-                _copy_rows(b, right_ptr, row_slot_ptr, row, end, n * BLOCK_N, N, True, TOP_K)
-            async_copy.mbarrier_arrive(bar, increment_count=False)
             step += 1
 
 
@@ -135,7 +114,6 @@ def _multiply(
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
-    GATHERED: gl.constexpr,
 ):
     """One of the two multiplying groups of warps: consume the ring, write the tile."""
     ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M
@@ -154,7 +132,7 @@ def _multiply(
             for row in range(start, end, BLOCK_K):
                 stage = step % STAGES
                 mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-                if GATHERED or row + BLOCK_K > end:
+                if row + BLOCK_K > end:
                     fence_async_shared()  # wgmma is to see what ordinary copies wrote
                 a = a_ring.index(stage)
                 if COOPERATIVE:
@@ -198,17 +176,13 @@ def _write(values, buffers, FIRST: gl.constexpr, out, row, col):
 def hopper_wgrad_kernel(
     left,  # (R, M): descriptor
     right,  # (R, N): descriptor
-    left_ptr,  # the same tensors by pointer, for the partial block of rows; (T, M) if LEFT_GATHERED
-    right_ptr,  # (T, N) if RIGHT_GATHERED
+    left_ptr,  # the same tensors by pointer, for the partial block of rows
+    right_ptr,
     out,  # (E * M, N): descriptor
-    row_slot_ptr,
     expert_start_ptr,
     E,
     M,
     N,
-    LEFT_GATHERED: gl.constexpr,
-    RIGHT_GATHERED: gl.constexpr,
-    TOP_K: gl.constexpr,
     COOPERATIVE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -254,7 +228,6 @@ def hopper_wgrad_kernel(
                     BLOCK_K,
                     GROUP_M,
                     STAGES,
-                    LEFT_GATHERED or RIGHT_GATHERED,
                 ),
             ),
             (
@@ -280,7 +253,6 @@ def hopper_wgrad_kernel(
                     BLOCK_K,
                     GROUP_M,
                     STAGES,
-                    LEFT_GATHERED or RIGHT_GATHERED,
                 ),
             ),
             (
@@ -290,7 +262,6 @@ def hopper_wgrad_kernel(
                     right,
                     left_ptr,
                     right_ptr,
-                    row_slot_ptr,
                     expert_start_ptr,
                     a_ring,
                     b_ring,
@@ -301,9 +272,6 @@ def hopper_wgrad_kernel(
                     num_n,
                     M,
                     N,
-                    LEFT_GATHERED,
-                    RIGHT_GATHERED,
-                    TOP_K,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -317,41 +285,26 @@ def hopper_wgrad_kernel(
     )
 
 
-def wgrad(left: torch.Tensor | Gathered, right: torch.Tensor | Gathered, plan: RoutingPlan) -> torch.Tensor:
-    """left (R, M) and right (R, N), sorted by expert or gathered on the way -> (E, M, N)."""
-    left_rows, right_rows = (t.source if isinstance(t, Gathered) else t for t in (left, right))
-    gathered = [t for t in (left, right) if isinstance(t, Gathered)]
-    m, n = left_rows.shape[1], right_rows.shape[1]
-    out = left_rows.new_empty(plan.experts, m, n)
-    schedule = schedule_of("wgrad")
-    if m % schedule.rows:
-        raise ValueError(
-            f"{m} rows of a weight gradient are no multiple of {schedule.rows}: use a cooperative schedule"
-        )
+def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """left (R, M) and right (R, N), sorted by expert -> (E, M, N)."""
+    m, n = left.shape[1], right.shape[1]
+    out = left.new_empty(plan.experts, m, n)
+    schedule = schedule_of("wgrad" if m % BLOCK_M == 0 else "wgrad, odd")
     tiles = plan.experts * cdiv(m, BLOCK_M) * cdiv(n, schedule.block_n)
     launch(
         hopper_wgrad_kernel,
         (min(tiles, multiprocessors(out.device)),),
         (
-            left_rows if isinstance(left, Gathered) else matrix(left, BLOCK_K, BLOCK_M),
-            right_rows if isinstance(right, Gathered) else matrix(right, BLOCK_K, schedule.block_n),
-            left_rows,
-            right_rows,
+            matrix(left, BLOCK_K, BLOCK_M),
+            matrix(right, BLOCK_K, schedule.block_n),
+            left,
+            right,
             matrix(out, schedule.rows, CHUNK.value),
-            plan.row_slot,
             plan.expert_start,
             plan.experts,
             m,
             n,
         ),
-        {
-            "LEFT_GATHERED": isinstance(left, Gathered),
-            "RIGHT_GATHERED": isinstance(right, Gathered),
-            "TOP_K": gathered[0].plan.top_k if gathered else 1,
-            **schedule.constants(),
-            "LOADER_REGISTERS": 96,
-            "MULTIPLIER_REGISTERS": 208,
-            "num_warps": 4,
-        },
+        {**schedule.constants(), "LOADER_REGISTERS": 96, "MULTIPLIER_REGISTERS": 208, "num_warps": 4},
     )
     return out

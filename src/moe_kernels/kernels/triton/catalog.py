@@ -15,7 +15,7 @@ from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
 from moe_kernels.kernels.triton.expert_sum import expert_sum_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
-from moe_kernels.kernels.triton.launch import fit_columns
+from moe_kernels.kernels.triton.launch import fit_columns, fit_rank
 from moe_kernels.kernels.triton.plan import count_kernel, place_kernel, plan_blocks
 from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, route_grad_kernel, route_kernel
 from moe_kernels.kernels.triton.up import up_kernel
@@ -106,6 +106,8 @@ VARIANTS = (
     Variant("gpt-oss", _CLAMPED, interleaved=True, transposed=True, bias=True),
     Variant("privacy-filter", _CLAMPED, transposed=True, bias=True),
     Variant("lora", rank=16),
+    Variant("lora64", rank=64),
+    Variant("lora128", rank=128),
     Variant("gpt-oss-lora", _CLAMPED, interleaved=True, transposed=True, bias=True, rank=16),
 )
 
@@ -126,6 +128,7 @@ def gemm_case(
     """
     t = _TYPES[dtype]
     pointer = f"*{t}"
+    config = fit_rank(config, variant.rank)
     m, n, k = config.block_m, config.block_n, config.block_k
 
     def weight(columns: int, by_columns: bool) -> str:

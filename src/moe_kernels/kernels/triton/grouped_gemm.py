@@ -9,6 +9,7 @@ from moe_kernels.kernels.triton.launch import (
     descriptor,
     dot_precision,
     fit_columns,
+    fit_rank,
     launch_tiles,
     low_rank_arguments,
     stored,
@@ -97,6 +98,7 @@ def _grouped_gemm(
     config = fit_columns(select_config(kernel_name, weight.device, rows_in.dtype, plan.group_size, tma, sizes), width)
     block = (config.block_k, config.block_n) if w_is_kn else (config.block_n, config.block_k)
     low, factor, rank = low_rank_arguments(low_rank, out)
+    config = fit_rank(config, rank)
     launch_tiles(
         grouped_gemm_kernel,
         config,

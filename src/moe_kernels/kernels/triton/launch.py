@@ -118,6 +118,16 @@ def fit_columns(config: GemmConfig, width: int) -> GemmConfig:
     return _narrowed(config, width)
 
 
+def fit_rank(config: GemmConfig, rank: int) -> GemmConfig:
+    """``config`` with fewer stages where the factors of a low-rank part need their shared memory."""
+    return config if config.num_stages <= 4 - rank // 64 else _shortened(config, rank)
+
+
+@functools.cache
+def _shortened(config: GemmConfig, rank: int) -> GemmConfig:
+    return dataclasses.replace(config, num_stages=4 - rank // 64)
+
+
 @functools.cache
 def _narrowed(config: GemmConfig, width: int) -> GemmConfig:
     return dataclasses.replace(config, block_n=max(16, triton.next_power_of_2(width)))

@@ -14,6 +14,7 @@ from moe_kernels.kernels.triton.launch import (
     descriptor,
     dot_precision,
     fit_columns,
+    fit_rank,
     launch_tiles,
     low_rank_arguments,
     stored,
@@ -170,6 +171,7 @@ def _launch(
     columns = config.block_n * (2 if gate["INTERLEAVED"] else 1)
     block = (config.block_k, columns) if w_is_kn else (columns, config.block_k)
     low, left, rank = low_rank_arguments(low_rank, a)
+    config = fit_rank(config, rank)
     launch_tiles(
         up_kernel,
         config,
