@@ -121,6 +121,7 @@ class Adapted:
 
     def weight(self, name: str) -> Tensor:
         """All experts' base weight, dequantised where it is packed."""
+        self.take_off_proxies()
         return getattr(self.experts, name).detach()
 
     def call(self, implementation: str, autocast: bool) -> Callable[[], Tensor]:
@@ -128,11 +129,17 @@ class Adapted:
         layer, device = self.layer, self.layer.x.device.type
 
         def forward() -> Tensor:
+            self.take_off_proxies()
             self.experts.config._experts_implementation = implementation
             with torch.autocast(device, torch.bfloat16, enabled=autocast):
                 return self.wrapper(layer.x, layer.topk_ids, layer.topk_weights)
 
         return forward
+
+    def take_off_proxies(self) -> None:
+        """PEFT 0.21.0 leaves its factors on a 4-bit weight after a forward, and would add them again in the next."""
+        for chain in getattr(self.experts, "parametrizations", {}).values():
+            del chain[1:]
 
     def leaves(self) -> dict[str, Tensor]:
         """What gets a gradient, by the name under which its error is reported."""

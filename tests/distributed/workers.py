@@ -389,11 +389,15 @@ def no_delta() -> Iterator[None]:
     def formed(*_: Any) -> None:
         raise AssertionError("the dense delta BA was formed")
 
-    real, ParamWrapper.get_delta_weight = ParamWrapper.get_delta_weight, formed
+    names = [name for name in ("get_delta_weight", "get_delta_factors") if hasattr(ParamWrapper, name)]  # 0.20, 0.21
+    real = {name: getattr(ParamWrapper, name) for name in names}
     try:
+        for name in names:
+            setattr(ParamWrapper, name, formed)
         yield
     finally:
-        ParamWrapper.get_delta_weight = real
+        for name in names:
+            setattr(ParamWrapper, name, real[name])
 
 
 def one_idle_rank(family: str) -> dict[str, Any]:

@@ -219,6 +219,28 @@ def test_lora_of_a_4_bit_base(kind: str) -> None:
     assert backends.dispatch_counts() == {"torch": blocks}
 
 
+def test_factors_that_peft_left_in_a_weight_are_refused() -> None:
+    """PEFT 0.21.0 does so in a forward of 4-bit weights without fuse_lora."""
+    mk_peft = pytest.importorskip("moe_kernels.integrations.peft")
+
+    class Left(nn.Identity):
+        __module__ = "peft.tuners.lora.layer"
+
+    holder = nn.Module()
+    holder.experts = in_4_bits(conformance.build(DISTINCT["gate_up | silu"].cls))
+    holder.experts.config._experts_implementation = "moe_kernels"
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    plain = conformance.build(DISTINCT["gate_up | silu"].cls)
+    packed, holder.experts = holder.experts, plain
+    model = peft.get_peft_model(holder, config)
+    wrapper = model.base_model.model.experts
+    wrapper.base_layer = packed
+    assert mk_peft.check_lora(model) == 1
+    packed.parametrizations["gate_up_proj"].append(Left())
+    with pytest.raises(ValueError, match=r"left its factors on gate_up_proj.*load the model again"):
+        mk_peft.check_lora(model)
+
+
 def test_triton_backend() -> None:
     mk.register(backend="triton")
     packed = in_4_bits(conformance.build(DISTINCT["gate_up | silu"].cls))

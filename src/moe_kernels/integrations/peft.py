@@ -63,7 +63,8 @@ def check_lora(model: torch.nn.Module) -> int:
     """The number of expert weights of ``model`` whose LoRA runs inside the kernels.
 
     Raises:
-        ValueError: an adapter has a higher rank than the kernels take, or a dropout that would not happen.
+        ValueError: an adapter has a higher rank than the kernels take, or a dropout that would not happen, or PEFT
+            has left an adapter in the weight.
     """
     # PEFT refuses dropout; Axolotl switches that off where PEFT turns target_modules into target_parameters.
     configs = getattr(model, "peft_config", {})
@@ -77,6 +78,14 @@ def check_lora(model: torch.nn.Module) -> int:
             raise ValueError(
                 f"{name}: LoRA of rank {max(wrapper.r.values())} on {wrapper.parameter_name}, the kernels take at "
                 f"most {MAX_RANK}: lower lora_r, or train without moe_kernels."
+            )
+        # 0.21.0 does so in a forward of 4-bit weights.
+        chains = getattr(wrapper.get_base_layer(), "parametrizations", {})
+        chain = chains[wrapper.parameter_name] if wrapper.parameter_name in chains else ()
+        if any(type(part).__module__.startswith("peft.") for part in chain):
+            raise ValueError(
+                f"{name}: PEFT has run without fuse_lora() and left its factors on {wrapper.parameter_name}, where "
+                "they would count twice: load the model again and call fuse_lora() before its first forward."
             )
         dropout = max((configs[adapter].lora_dropout for adapter in wrapper.lora_A if adapter in configs), default=0)
         if dropout:
