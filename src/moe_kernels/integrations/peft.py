@@ -80,8 +80,7 @@ def check_lora(model: torch.nn.Module) -> int:
                 f"most {MAX_RANK}: lower lora_r, or train without moe_kernels."
             )
         # 0.21.0 does so in a forward of 4-bit weights.
-        chains = getattr(wrapper.get_base_layer(), "parametrizations", {})
-        chain = chains[wrapper.parameter_name] if wrapper.parameter_name in chains else ()
+        chain = dict(getattr(wrapper.get_base_layer(), "parametrizations", {})).get(wrapper.parameter_name, ())
         if any(type(part).__module__.startswith("peft.") for part in chain):
             raise ValueError(
                 f"{name}: PEFT has run without fuse_lora() and left its factors on {wrapper.parameter_name}, where "
