@@ -23,6 +23,7 @@ backward writes dZ over Z, unless the graph is kept for another backward.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from moe_kernels import backends
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.kernels.triton.replay import replayed
 from moe_kernels.memory import explains_out_of_memory
 from moe_kernels.reference import LowRankPair
 from moe_kernels.routing import AUTO_GROUP_SIZE, RoutingPlan, plan_elements, resolve_group_size
@@ -132,7 +134,7 @@ def fused_experts(
     elif needs_grad:
         out = _Experts.apply(*args, reload)
     else:
-        out = _forward_steps(*args)[0]
+        out = _forward(*args)[0]
     return (out if reduce else out.view(*topk_ids.shape, -1)).to(x.dtype)
 
 
@@ -422,13 +424,25 @@ def _grads(
     return (dx, None, *others, *(None,) * 9)
 
 
+def _count(x: Tensor, topk_ids: Tensor, *rest: Any) -> None:
+    """What a forward that is replayed does beside its launches."""
+    down, (activation, *_), (group_size, persistent, backend, _) = rest[2], rest[9:], rest[-4:]
+    group_size = resolve_group_size(group_size, topk_ids.numel(), down.shape[0])
+    backends.count_dispatch(_steps(down, topk_ids.shape[1], activation, group_size, persistent, backend).NAME)
+
+
+# The eager path replays steps of known sizes.
+_forward = explains_out_of_memory("forward pass")(replayed(inspect.unwrap(_forward_steps), _count))
+_backward = explains_out_of_memory("backward pass")(replayed(inspect.unwrap(_backward_steps)))
+
+
 class _Experts(torch.autograd.Function):
     """The eager path: a custom op costs some tenths of a millisecond more host time a call (torch 2.11)."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, ctx.reload = args
-        out, z, x_low, packed_plan = _forward_steps(*inputs)
+        out, z, x_low, packed_plan = _forward(*inputs)
         if ctx.reload is not None:
             inputs[3:5] = None, None
         _save(ctx, inputs, z, x_low, packed_plan)
@@ -439,7 +453,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         # Z dies with the graph. torch's own donated buffers ask the same question in the same way.
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        return *_grads(ctx, dout, _backward_steps, not keep_graph, ctx.reload), None
+        return *_grads(ctx, dout, _backward, not keep_graph, ctx.reload), None
 
 
 # The compiled path: the same steps as two ops that torch.compile need not look into.

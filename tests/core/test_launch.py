@@ -10,7 +10,6 @@ import logging
 import threading
 from types import SimpleNamespace
 
-import fake_cuda
 import pytest
 import torch
 import triton
@@ -31,7 +30,8 @@ import moe_kernels
 from moe_kernels.activation import Activation
 from moe_kernels.cli import doctor
 from moe_kernels.kernels.triton import launch as module
-from moe_kernels.kernels.triton.launch import Descriptor, descriptor, launch, launch_counts, refusal
+from moe_kernels.kernels.triton.launch import Descriptor, descriptor, launch, launch_counts, launcher, refusal
+from moe_kernels.testing import fake_cuda
 from moe_kernels.testing.problems import Case, make_inputs, run
 
 pytestmark = pytest.mark.plain_memory
@@ -45,23 +45,26 @@ def choose(monkeypatch):
 
     def chosen(way):
         monkeypatch.setenv(module.LAUNCHER_VARIABLE, way)
+        launcher.cache_clear()
         refusal.cache_clear()
 
     chosen("direct")
     yield chosen
     monkeypatch.undo()
+    launcher.cache_clear()
     refusal.cache_clear()
 
 
 @pytest.fixture
 def counted():
-    """counted() is (direct launches, launches through Triton) since it was last called."""
+    """counted() is (direct launches and replayed ones, launches through Triton) since it was last called."""
     seen = {}
 
     def since():
         before, now = dict(seen), launch_counts()
         seen.update(now)
-        return tuple(now.get(way, 0) - before.get(way, 0) for way in ("direct", "triton"))
+        direct, replayed, triton = (now.get(way, 0) - before.get(way, 0) for way in ("direct", "replay", "triton"))
+        return direct + replayed, triton
 
     since()
     return since
@@ -282,6 +285,7 @@ def test_kernels_that_only_triton_can_launch(driver, caplog):
 
 def test_the_way_is_said_and_chosen(driver, choose, monkeypatch, caplog):
     def reason():
+        launcher.cache_clear()
         refusal.cache_clear()
         caplog.clear()
         with caplog.at_level(logging.INFO, "moe_kernels"):
@@ -299,7 +303,7 @@ def test_the_way_is_said_and_chosen(driver, choose, monkeypatch, caplog):
         launch(kernel, (1,), (memory(), 5), {})
     assert (kernel.through_triton, kernel.direct) == (3, [])
     choose("fast")
-    with pytest.raises(ValueError, match="'fast' is not one of direct, triton"):
+    with pytest.raises(ValueError, match="'fast' is not one of replay, direct, triton"):
         refusal()
     choose("direct")
     with monkeypatch.context() as patch:
@@ -324,7 +328,7 @@ def test_doctor_says_how_kernels_are_launched(driver, choose, monkeypatch):
     choose("triton")
     assert finding() == ("note", "through Triton: MOE_KERNELS_LAUNCHER=triton")
     choose("fast")
-    assert finding() == ("broken", "MOE_KERNELS_LAUNCHER='fast' is not one of direct, triton")
+    assert finding() == ("broken", "MOE_KERNELS_LAUNCHER='fast' is not one of replay, direct, triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert doctor._launcher() == []
 

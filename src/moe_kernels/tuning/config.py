@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +92,14 @@ def table(
 
 
 _overrides: dict[str, GemmConfig] = {}
+# Called when the same sizes may get other tiles than before.
+on_change: list[Callable[[], None]] = []
+
+
+def changed() -> None:
+    """Tell everyone who remembers what was chosen."""
+    for forget in on_change:
+        forget()
 
 
 @contextlib.contextmanager
@@ -99,11 +107,13 @@ def use_config(kernel: str, config: GemmConfig) -> Iterator[None]:
     """Within this context ``kernel`` uses ``config``: for measuring candidates and for tests, not for training."""
     previous = dict(_overrides)
     _overrides[kernel] = config
+    changed()
     try:
         yield
     finally:
         _overrides.clear()
         _overrides.update(previous)
+        changed()
 
 
 def select_config(
@@ -153,3 +163,4 @@ def forget_tuned_tiles() -> None:
     """Read the files of tuned tiles again at the next launch."""
     tuned.tiles_of.cache_clear()
     _choose.cache_clear()
+    changed()

@@ -14,6 +14,7 @@ import functools
 import inspect
 import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ from moe_kernels.tuning.config import GemmConfig
 logger = logging.getLogger("moe_kernels")
 
 LAUNCHER_VARIABLE = "MOE_KERNELS_LAUNCHER"
-LAUNCHERS = ("direct", "triton")
+LAUNCHERS = ("replay", "direct", "triton")
+DEFAULT_LAUNCHER = "direct"
 # How Triton's C launcher takes the arguments of a kernel: one by one behind thirteen of its own (triton 3.6), or all
 # in one sequence behind fifteen (3.7). The thirteen are three of the grid, stream, function, cooperative grid, PDL,
 # two scratch buffers, metadata of kernel and launch, two hooks; the other two describe the sequence.
@@ -203,10 +205,13 @@ _plain = torch.Tensor
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _known: dict[tuple[Any, ...], _Direct | None] = {}
 _counts: collections.Counter[str] = collections.Counter()
+# Who follows the launches of a thread, see replay.py: called with the kernel, its direct launch (None if Triton made
+# it), the grid and the arguments.
+_followers: dict[int, Callable[..., None]] = {}
 
 
 def launch_counts() -> dict[str, int]:
-    """Launches since the start, by way: "direct" or "triton"."""
+    """Launches since the start, by way: "replay", "direct" or "triton"."""
     return dict(_counts)
 
 
@@ -244,10 +249,10 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
         if kind is _plain or (kind is not int and isinstance(arg, torch.Tensor)):
             pointer = arg.data_ptr()
             values.append(pointer)
-            key.append((arg.dtype,) if pointer % 16 else arg.dtype)
+            key.append((arg.dtype,) if pointer & 15 else arg.dtype)
         elif kind is int:
             values.append(arg)
-            key.append(1 if arg == 1 else 16 if arg % 16 == 0 else 0)
+            key.append(1 if arg == 1 else 16 if arg & 15 == 0 else 0)
             if not -0x80000000 <= arg < 0x80000000:
                 key.append("i64" if -(2**63) <= arg < 2**63 else "u64")
         elif kind is Descriptor:
@@ -275,20 +280,35 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
     else:
         direct.call(x, y, z, direct.stream(device), *direct.head, (*values, *direct.constants))
     _counts["direct"] += 1
+    if _followers and (follow := _followers.get(threading.get_ident())) is not None:
+        follow(kernel, direct, (x, y, z), args)
     return None
 
 
 @functools.cache
-def refusal() -> str | None:
-    """Why no kernel of this process is launched directly, or None: then they are, from the second launch on.
+def launcher() -> str:
+    """The way of launching that is asked for: "triton", "direct", or "replay" which is direct and more (replay.py).
 
     Raises:
-        ValueError: MOE_KERNELS_LAUNCHER is neither "direct" nor "triton".
+        ValueError: MOE_KERNELS_LAUNCHER is none of these.
     """
-    asked = os.environ.get(LAUNCHER_VARIABLE, "direct")
+    asked = os.environ.get(LAUNCHER_VARIABLE, DEFAULT_LAUNCHER)
     if asked not in LAUNCHERS:
         raise ValueError(f"{LAUNCHER_VARIABLE}={asked!r} is not one of {', '.join(LAUNCHERS)}")
-    reason = None
+    return asked
+
+
+def choose_launcher(name: str) -> None:
+    """Launch by ``name`` from now on, as if MOE_KERNELS_LAUNCHER had been that from the start: for measurements."""
+    os.environ[LAUNCHER_VARIABLE] = name
+    launcher.cache_clear()
+    refusal.cache_clear()
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Why no kernel of this process is launched directly, or None: then they are, from the second launch on."""
+    asked, reason = launcher(), None
     if asked == "triton":
         reason = f"{LAUNCHER_VARIABLE}=triton"
     elif interpreting():
@@ -301,7 +321,7 @@ def refusal() -> str | None:
     return reason
 
 
-def _watched(kernel: Any) -> bool:
+def _watched(kernel: Any = None) -> bool:
     """True while launches have an observer or must run otherwise: profilers' hooks, debugging, instrumentation."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -311,7 +331,7 @@ def _watched(kernel: Any) -> bool:
         or runtime.debug
         or runtime.add_stages_inspection_hook
         or knobs.compilation.instrumentation_mode
-        or kernel.pre_run_hooks
+        or (kernel is not None and kernel.pre_run_hooks)
     )
 
 
@@ -322,6 +342,8 @@ def _tensor(arg: Any) -> torch.Tensor:
 def _through_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """Triton's own launch; returns the compiled kernel."""
     _counts["triton"] += 1
+    if _followers and (follow := _followers.get(threading.get_ident())) is not None:
+        follow(kernel, None, grid, args)
     bound = (
         _host_descriptor(arg.tensor, arg.tensor.shape, arg.tensor.stride(), arg.block, arg.layout)
         if isinstance(arg, Descriptor)

@@ -10,8 +10,9 @@ import ctypes
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -107,7 +108,9 @@ class FakeCuda:
 
     def expect(self, *sizes: int) -> None:
         """Bytes of each argument of the kernels launched from now on."""
-        (ctypes.c_int * 64).in_dll(self._library, "fake_sizes")[: len(sizes)] = sizes
+        known = (ctypes.c_int * 64).in_dll(self._library, "fake_sizes")
+        for i, size in enumerate(sizes):
+            known[i] = size
         ctypes.c_int.in_dll(self._library, "fake_count").value = len(sizes)
         self._bytes = sum(sizes)
 
@@ -154,7 +157,7 @@ def why_not() -> str | None:
 
 
 @contextlib.contextmanager
-def install(folder: Path, monkeypatch):
+def install(folder: Path, monkeypatch: Any) -> Iterator[FakeCuda]:
     """Within this context Triton launches kernels on the fake driver; gives it as a FakeCuda."""
     source, library = folder / "fake_cuda.c", folder / "libcuda.so.1"
     source.write_text(SOURCE)

@@ -1,0 +1,270 @@
+"""Steps of the op whose launches are known by heart.
+
+What a forward or a backward of the op allocates and launches follows from the shapes, strides and dtypes of its
+tensors and from its settings: nothing depends on what the tensors hold. So the second call of a signature is
+followed, and from the third on the same memory is allocated and the same kernels are launched without the Python that
+decides it: tile choices, descriptors, constants, views. Only addresses differ from call to call. Unlike a CUDA graph
+this copies nothing, keeps no memory between calls, and runs under any stream, capture or thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_kernels.kernels.triton import launch as launches
+from moe_kernels.kernels.triton.launch import Descriptor
+from moe_kernels.tuning import config
+
+logger = logging.getLogger("moe_kernels")
+
+_aten = torch.ops.aten
+_ALLOCATIONS = {
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+}
+_VIEWS = {
+    _aten.alias.default,
+    _aten.as_strided.default,
+    _aten.detach.default,
+    _aten.slice.Tensor,
+    _aten.split_with_sizes.default,
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.view.default,
+}
+_SIGNATURES = 512  # kept in mind; more than that come of sizes that do not repeat
+_TRIES = 4  # calls until steps are replayed or never will be
+
+
+class _Place(NamedTuple):
+    """An address: the number of an input or an allocation, and bytes from its start."""
+
+    memory: int
+    offset: int
+
+
+class _Launch(NamedTuple):
+    """One launch: C launcher, its leading arguments, the kernel's as far as they are known, and what fills the rest.
+
+    ``pointers`` are (index, place); ``tensor_maps`` (index, map, place, shape, strides), the last index first, as
+    each takes the place of one argument with several. ``new`` and ``dead`` number the allocations that begin and end.
+    """
+
+    call: Callable[..., None]
+    grid: tuple[int, int, int]
+    head: tuple[Any, ...]
+    values: list[Any]
+    pointers: list[tuple[int, _Place]]
+    tensor_maps: list[tuple[int, Callable[..., tuple[Any, ...]], _Place, tuple[int, ...], tuple[int, ...]]]
+    new: list[int]
+    dead: list[int]
+
+
+class _Memory(NamedTuple):
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Follower(TorchDispatchMode):
+    """Follows steps while they run: what they allocate, and what they launch on it.
+
+    Attributes:
+        obstacle: why this cannot be replayed; empty if it can.
+        passing: the obstacle was a kernel that Triton had to launch for its first time.
+    """
+
+    def __init__(self, inputs: list[Tensor | None]) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.allocated: list[_Memory] = []
+        self.launched: list[_Launch] = []
+        self.directs: list[Any] = []
+        self.kernels: list[Any] = []
+        self.obstacle, self.passing = "", False
+        given = {i: t.untyped_storage()._cdata for i, t in enumerate(inputs) if t is not None and t.numel()}
+        self.memory = {storage: number for number, storage in given.items()}
+        if len(self.memory) < len(given):
+            self.obstacle = "two inputs share a storage"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS:
+            self.memory[out.untyped_storage()._cdata] = len(self.inputs) + len(self.allocated)
+            self.allocated.append(_Memory(tuple(out.shape), out.stride(), out.dtype))
+        elif func not in _VIEWS:
+            self.obstacle = str(func)
+        return out
+
+    def place(self, tensor: Tensor) -> _Place:
+        """Where ``tensor`` begins."""
+        storage = tensor.untyped_storage()
+        number = self.memory.get(storage._cdata)
+        if number is None:
+            self.obstacle = "memory from elsewhere"
+            return _Place(0, 0)
+        given = self.inputs[number] if number < len(self.inputs) else None
+        start = storage.data_ptr() if given is None else given.data_ptr()
+        return _Place(number, tensor.data_ptr() - start)
+
+    def launch(self, kernel: Any, direct: Any, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        """One launch, just made."""
+        if direct is None:
+            self.obstacle, self.passing = "a launch through Triton", True
+            return
+        pointers, tensor_maps = [], []
+        maps = iter(direct.tensor_maps[::-1])
+        for index, arg in enumerate(args):
+            if isinstance(arg, Descriptor):
+                tensor = arg.tensor
+                tensor_maps.append((index, next(maps), self.place(tensor), tuple(tensor.shape), tensor.stride()))
+            elif isinstance(arg, Tensor):
+                pointers.append((index, self.place(arg)))
+        values = [None if isinstance(arg, Tensor | Descriptor) else arg for arg in args]
+        self.directs.append(direct)
+        self.kernels.append(kernel)
+        self.launched.append(
+            _Launch(direct.call, grid, direct.head, [*values, *direct.constants], pointers, tensor_maps[::-1], [], [])
+        )
+
+
+class _Program:
+    """What a follower saw, to be done again on other tensors of the same signature."""
+
+    def __init__(self, follower: _Follower, outputs: tuple[Tensor, ...]) -> None:
+        self.inputs = len(follower.inputs)
+        self.allocated, self.launches = follower.allocated, follower.launched
+        self.directs, self.kernels = follower.directs, follower.kernels  # keep what is compiled alive
+        # An output is an allocation, a view of one, or without elements: then one tensor serves all calls.
+        self.outputs: list[tuple[int, tuple[Any, ...] | None, Tensor | None]] = []
+        for out in outputs:
+            number = follower.place(out).memory - self.inputs
+            if not out.numel():
+                self.outputs.append((0, None, out))
+            elif number < 0:
+                follower.obstacle = "an output that is an input"
+            else:
+                whole = self.allocated[number] == (tuple(out.shape), out.stride(), out.dtype)
+                view = (tuple(out.shape), out.stride(), out.storage_offset())
+                self.outputs.append((number, None if whole and not out.storage_offset() else view, None))
+        kept = {number for number, _, empty in self.outputs if empty is None}
+        used: dict[int, list[int]] = {}
+        for step, launch in enumerate(self.launches):
+            for place in (*(p for _, p in launch.pointers), *(p for _, _, p, _, _ in launch.tensor_maps)):
+                if place.memory >= self.inputs:
+                    used.setdefault(place.memory - self.inputs, []).append(step)
+        if kept - set(used):
+            follower.obstacle = "an output that no kernel writes"
+        for number, uses in used.items():
+            self.launches[uses[0]].new.append(number)
+            if number not in kept:
+                self.launches[uses[-1]].dead.append(number)
+
+    def __call__(self, addresses: list[int], device: torch.device) -> tuple[Tensor, ...]:
+        """The outputs, of inputs at these addresses."""
+        stream = self.directs[0].stream(launches._current_device())
+        inputs = self.inputs
+        addresses += [0] * len(self.allocated)
+        live: list[Any] = [None] * len(self.allocated)
+        for call, grid, head, known, pointers, tensor_maps, new, dead in self.launches:
+            for number in new:
+                shape, strides, dtype = self.allocated[number]
+                live[number] = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+                addresses[inputs + number] = live[number].data_ptr()
+            values = known.copy()
+            for index, (start, offset) in pointers:
+                values[index] = addresses[start] + offset
+            for index, tensor_map, (start, offset), shape, strides in tensor_maps:
+                values[index : index + 1] = tensor_map(addresses[start] + offset, shape, strides)
+            if launches._ONE_BY_ONE:
+                call(*grid, stream, *head, *values)
+            else:
+                call(*grid, stream, *head, values)
+            for number in dead:
+                live[number] = None
+        launches._counts["replay"] += len(self.launches)
+        return tuple(
+            [
+                empty if empty is not None else live[number] if view is None else live[number].as_strided(*view)
+                for number, view, empty in self.outputs
+            ]
+        )
+
+
+# By signature: a program, or how often the steps ran without one.
+_programs: dict[tuple[Any, ...], _Program | int] = {}
+config.on_change.append(_programs.clear)
+
+
+def replayed(steps: Callable[..., Any], before: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """``steps``, replayed from the third call of a signature on.
+
+    ``steps`` takes tensors, None and settings by position and returns tensors, all of which it allocates. What it
+    does must follow from its arguments' shapes, strides and dtypes, its settings and ``tuning.config`` alone.
+    ``before`` is called with the same arguments before a replay: for what a call has to do beside.
+    """
+
+    @functools.wraps(steps)
+    def call(*args: Any) -> Any:
+        if launches.launcher() != "replay" or launches.refusal() is not None or launches._watched():
+            return steps(*args)
+        device = args[0].device
+        key: list[Any] = [steps, device, launches.dot_precision(args[0].dtype)]
+        addresses: list[int] = []
+        bits = 0
+        for arg in args:
+            if isinstance(arg, Tensor):
+                address = arg.data_ptr()
+                addresses.append(address)
+                bits |= address
+                key += arg.shape, arg.stride(), arg.dtype
+            elif arg is None:
+                addresses.append(0)
+                key.append(None)
+            else:
+                key.append(tuple(arg) if type(arg) is list else arg)
+        if bits & 15 or args[0].get_device() != launches._current_device():
+            return steps(*args)
+        signature = tuple(key)
+        program = _programs.get(signature, 0)
+        if isinstance(program, _Program):
+            if before is not None:
+                before(*args)
+            return program(addresses, device)
+        if len(_programs) >= _SIGNATURES:
+            _programs.clear()
+        _programs[signature] = program + 1
+        if not 1 <= program < _TRIES:
+            return steps(*args)
+        return _followed(signature, steps, args)
+
+    return call
+
+
+def _followed(signature: tuple[Any, ...], steps: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """The outputs of ``steps``, and a program for the next call of the signature if they can be repeated."""
+    follower = _Follower([arg for arg in args if arg is None or isinstance(arg, Tensor)])
+    thread = threading.get_ident()
+    launches._followers[thread] = follower.launch
+    try:
+        with follower:
+            outputs = steps(*args)
+    finally:
+        del launches._followers[thread]
+    program = _Program(follower, outputs)
+    if not follower.obstacle:
+        _programs[signature] = program
+    elif not follower.passing:
+        _programs[signature] = _TRIES
+    logger.debug("%s: %s", steps.__name__, follower.obstacle or f"{len(program.launches)} launches to replay")
+    return outputs
