@@ -57,14 +57,13 @@ def choose(monkeypatch):
 
 @pytest.fixture
 def counted():
-    """counted() is (direct launches and replayed ones, launches through Triton) since it was last called."""
+    """counted() is the number of launches since it was last called: .direct, .replay, .triton."""
     seen = {}
 
     def since():
         before, now = dict(seen), launch_counts()
         seen.update(now)
-        direct, replayed, triton = (now.get(way, 0) - before.get(way, 0) for way in ("direct", "replay", "triton"))
-        return direct + replayed, triton
+        return SimpleNamespace(**{way: now.get(way, 0) - before.get(way, 0) for way in module.LAUNCHERS})
 
     since()
     return since
@@ -527,124 +526,158 @@ def outcome(inputs, **settings):
     return {name: value for name, value in run(experts, inputs).items() if value is not None}
 
 
-def both_ways(choose, counted, inputs, **settings):
-    """Results of Triton's launches and of direct ones, once all were compiled."""
+def every_way(choose, counted, call):
+    """``call`` gives the same tensors when Triton launches, with direct launches, and replayed."""
     choose("triton")
-    expected = outcome(inputs, **settings)
-    choose("direct")
-    outcome(inputs, **settings)
-    counted()
-    actual = outcome(inputs, **settings)
-    direct, through_triton = counted()
-    assert direct >= 10
-    assert through_triton == 0
-    assert expected.keys() == actual.keys()
-    for name in expected:
-        assert torch.equal(expected[name], actual[name]), name
+    expected = call()
+    for way in ("direct", "replay"):
+        choose(way)
+        for _ in range(3):  # compiled kernels are looked up, calls are followed
+            call()
+        counted()
+        actual = call()
+        launches = counted()
+        assert launches.triton == 0
+        assert getattr(launches, way) >= 10
+        assert launches.direct == 0 or way == "direct"
+        assert expected.keys() == actual.keys()
+        for name in expected:
+            assert torch.equal(expected[name], actual[name]), f"{way} {name}"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_results_are_equal_to_the_bit(choose, counted, case):
-    both_ways(choose, counted, make_inputs(CASES[case], "cuda"))
+    inputs = make_inputs(CASES[case], "cuda")
+    every_way(choose, counted, lambda: outcome(inputs))
 
 
 @pytest.mark.gpu
-def test_settings_are_equal_to_the_bit(choose, counted):
+@pytest.mark.parametrize("settings", [{"group_size": 64, "persistent": False}, {"recompute": True}], ids=str)
+def test_settings_are_equal_to_the_bit(choose, counted, settings):
     inputs = make_inputs(CASES["plain"], "cuda")
-    both_ways(choose, counted, inputs, group_size=64, persistent=False, recompute=True)
+    every_way(choose, counted, lambda: outcome(inputs, **settings))
+
+
+def step_of(inputs):
+    """A forward and backward on tensors that stay where they are."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves().items()}
+
+    def step():
+        args = (leaves["x"], inputs.topk_ids, leaves["topk_weights"], leaves["gate_up"], leaves["down"])
+        out = moe_kernels.fused_experts(*args, backend="triton")
+        grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad)
+        return dict(zip(("out", *leaves), (out.detach(), *grads), strict=True))
+
+    return step
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("moved", ["x", "topk_ids", "topk_weights", "gate_up", "down"])
 def test_unaligned_tensors_get_kernels_of_their_own(choose, counted, moved):
     inputs = make_inputs(CASES["plain"], "cuda")
-    outcome(inputs)  # what is compiled for aligned tensors is known
+    for way in ("direct", "replay"):
+        choose(way)
+        for _ in range(3):
+            outcome(inputs)  # what is compiled for aligned tensors is known
     tensor = getattr(inputs, moved)
     off = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
     assert off.data_ptr() % 16
-    shifted = dataclasses.replace(inputs, **{moved: off})
-
-    def results():
-        leaves = {name: leaf.detach().requires_grad_() for name, leaf in shifted.leaves().items()}
-        args = (leaves["x"], shifted.topk_ids, leaves["topk_weights"], leaves["gate_up"], leaves["down"])
-        out = moe_kernels.fused_experts(*args, backend="triton")
-        return [out, *torch.autograd.grad(out, list(leaves.values()), shifted.grad)]
-
+    step = step_of(dataclasses.replace(inputs, **{moved: off}))
     choose("triton")
-    expected = results()
-    choose("direct")
-    results()
-    counted()
-    assert all(torch.equal(a, b) for a, b in zip(expected, results(), strict=True))
-    assert counted()[1] == 0
+    expected = step()
+    for way in ("direct", "replay"):
+        choose(way)
+        step()
+        counted()
+        actual = step()
+        assert counted().triton == 0
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 @pytest.mark.gpu
 def test_reused_addresses(choose, counted):
     """Freed memory comes back with other shapes at the same addresses, where tensor maps of before are still kept."""
-    cases = [
-        dataclasses.replace(CASES["plain"], tokens=tokens, hidden=256 + 64 * (tokens % 3))
-        for tokens in range(500, 512)
-    ]
-    for case in cases * 2:
-        both_ways(choose, counted, make_inputs(case, "cuda"))
+    for turn in range(24):
+        case = dataclasses.replace(CASES["plain"], tokens=500 + turn % 12, hidden=256 + 64 * (turn % 3))
+        inputs = make_inputs(case, "cuda")
+        every_way(choose, counted, lambda inputs=inputs: outcome(inputs))
         torch.cuda.empty_cache()
 
 
 @pytest.mark.gpu
-def test_a_graph_captures_direct_launches(choose, counted):
-    inputs = make_inputs(CASES["plain"], "cuda")
-    leaves = {name: leaf.clone().requires_grad_() for name, leaf in inputs.leaves().items()}
-
-    def step():
-        args = (leaves["x"], inputs.topk_ids, leaves["topk_weights"], leaves["gate_up"], leaves["down"])
-        out = moe_kernels.fused_experts(*args, backend="triton")
-        return [out, *torch.autograd.grad(out, list(leaves.values()), inputs.grad)]
-
+@pytest.mark.parametrize("way", ["direct", "replay"])
+def test_a_graph_captures_the_launches(choose, counted, way):
+    step = step_of(make_inputs(CASES["plain"], "cuda"))
+    choose(way)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        expected = [value.clone() for value in step()]
+        for _ in range(3):
+            expected = {name: value.clone() for name, value in step().items()}
     torch.cuda.current_stream().wait_stream(side)
     counted()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    assert counted()[1] == 0
-    for value in captured:
+    launches = counted()
+    assert launches.triton == 0
+    assert getattr(launches, way) >= 10
+    for value in captured.values():
         value.zero_()
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(expected, captured, strict=True))
+    assert all(torch.equal(expected[name], captured[name]) for name in expected)
 
 
 @pytest.mark.gpu
-def test_the_backward_thread_launches_directly(choose, counted):
+@pytest.mark.parametrize("way", ["direct", "replay"])
+def test_the_backward_thread_launches_too(choose, counted, way):
     inputs = make_inputs(CASES["plain"], "cuda")
-    outcome(inputs)
-    x = inputs.x.clone().requires_grad_()
-    weights = inputs.gate_up.clone().requires_grad_()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    choose(way)
+    x, weights = inputs.x.clone().requires_grad_(), inputs.gate_up.clone().requires_grad_()
     threads = set()
     weights.register_hook(lambda _: threads.add(threading.get_ident()))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        out = moe_kernels.fused_experts(
-            x, inputs.topk_ids, inputs.topk_weights, weights, inputs.down, backend="triton"
-        )
-        counted()
-        out.backward(inputs.grad)
+        for _ in range(4):
+            x.grad = weights.grad = None
+            out = moe_kernels.fused_experts(
+                x, inputs.topk_ids, inputs.topk_weights, weights, inputs.down, backend="triton"
+            )
+            counted()
+            out.backward(inputs.grad)
+            launches = counted()
     assert threads
     assert threading.get_ident() not in threads
-    assert counted()[0] >= 6
+    assert getattr(launches, way) >= 6
+    assert launches.triton == 0
     stream.synchronize()
     assert torch.equal(x.grad, outcome(inputs)["dx"])
 
 
 @pytest.mark.gpu
-def test_a_profilers_hook_sees_every_launch(choose, counted):
-    inputs, seen = make_inputs(CASES["plain"], "cuda"), []
+def test_a_graph_that_is_kept_is_walked_twice(choose):
+    inputs = make_inputs(CASES["plain"], "cuda")
+    choose("replay")
     expected = outcome(inputs)
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves().items()}
+    args = (leaves["x"], inputs.topk_ids, leaves["topk_weights"], leaves["gate_up"], leaves["down"])
+    for _ in range(4):
+        out = moe_kernels.fused_experts(*args, backend="triton")
+        for keep in (True, True, False):
+            grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad, retain_graph=keep)
+            for name, grad in zip(leaves, grads, strict=True):
+                assert torch.equal(grad, expected[f"d{name}"]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["direct", "replay"])
+def test_a_profilers_hook_sees_every_launch(choose, counted, way):
+    inputs, seen = make_inputs(CASES["plain"], "cuda"), []
+    choose(way)
+    for _ in range(3):
+        expected = outcome(inputs)
 
     def hook(metadata):
         seen.append(metadata.get()["name"])
@@ -655,9 +688,26 @@ def test_a_profilers_hook_sees_every_launch(choose, counted):
         actual = outcome(inputs)
     finally:
         knobs.runtime.launch_enter_hook.remove(hook)
-    assert counted() == (0, len(seen))
+    assert vars(counted()) == {"direct": 0, "replay": 0, "triton": len(seen)}
     assert "up_kernel" in seen
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.gpu
+def test_a_replay_needs_no_more_memory(choose):
+    inputs = make_inputs(dataclasses.replace(CASES["plain"], tokens=4096), "cuda")
+    step, peaks = step_of(inputs), {}
+    for way in ("direct", "replay"):
+        choose(way)
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peaks[way] = torch.cuda.max_memory_allocated() - before
+        assert torch.cuda.memory_allocated() == before
+    assert peaks["replay"] <= peaks["direct"]
 
 
 @pytest.mark.gpu
@@ -672,4 +722,4 @@ def test_gluon_kernels(choose, counted):
             launch(gluon_copy_tile, (1,), args, {"BLOCK": 32, "num_warps": 4})
             assert torch.equal(target[:, :32], source[-32:, :32])
             assert not target[:, 32:].any()
-    assert counted()[0] >= 3
+    assert counted().direct >= 3
