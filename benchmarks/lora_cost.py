@@ -263,7 +263,7 @@ def _frozen(layer: Layer) -> Layer:
 
 
 def _spawn_compilers(args: argparse.Namespace, shape: LayerShape) -> list[subprocess.Popen[bytes]]:
-    jobs = min(args.jobs, os.cpu_count() or 1)
+    jobs = max(1, min(args.jobs, os.cpu_count() or 1))
     command = [sys.executable, __file__, "--rank", str(args.rank), "--tokens", "512", "--shape", shape.name]
     return [
         subprocess.Popen([*command, "--compile-share", str(n), str(jobs)], stdout=subprocess.DEVNULL)
@@ -282,11 +282,6 @@ class Bench:
         self.shape = LayerShape(shape.name, tokens, shape.hidden, shape.intermediate, shape.experts, shape.top_k)
         self.rows: list[Row] = []
         self.began = time.perf_counter()
-        self.compilers: list[subprocess.Popen[bytes]] = []
-        if self.device.type == "cuda" and args.jobs and PEERS["scattermoe"].why_not(
-            self.shape, self.device, torch.bfloat16
-        ) is None:  # fmt: skip
-            self.compilers = _spawn_compilers(args, self.shape)
         backend = "torch" if self.device.type == "cpu" else "auto"
         self.registered = our_variants((128,), (True,), backend)[OURS]
         fuse_lora()
@@ -296,20 +291,33 @@ class Bench:
         print(f"[{time.perf_counter() - self.began:5.1f} s] {text}", flush=True)
 
     def run(self, variants: list[tuple[str, str]]) -> None:
-        """Every variant, each written to --out when it is done."""
-        layer = _frozen(make_layer(self.shape, "mild", self.device, torch.bfloat16))
-        for base, adapters in variants:
-            self._variant(layer, base, adapters)
-            self.write()
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+        """Every variant without scattermoe, then, if it can run, every one again with it; written after each.
 
-    def _variant(self, layer: Layer, base: str, adapters: str) -> None:
+        Its kernels take longer to compile than all the rest: what is measured first is there whatever becomes of it.
+        """
+        layer = _frozen(make_layer(self.shape, "mild", self.device, torch.bfloat16))
+        absent = why_not(AXOLOTL, "bf16", self.shape, self.device)
+        if self.args.without:
+            absent = "left out by --without-scattermoe"
+        for reason in [absent] if absent else ["not yet measured", ""]:
+            if not reason:
+                self._compile_scattermoe()
+            for base, adapters in variants:
+                self._variant(layer, base, adapters, reason)
+                self.write()
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+    def _variant(self, layer: Layer, base: str, adapters: str, absent: str) -> None:
         rows = {name: Row(base, adapters, name) for name in (OURS, PEFT, AXOLOTL, PLAIN)}
-        self.rows += rows.values()
+        self._measure(layer, rows, base, adapters, absent)
+        self.rows = [row for row in self.rows if (row.base, row.adapters) != (base, adapters)] + list(rows.values())
+
+    def _measure(self, layer: Layer, rows: dict[str, Row], base: str, adapters: str, absent: str) -> None:
         for name, row in rows.items():
-            row.note = why_not(name, base, self.shape, self.device) or ""
+            row.note = absent if name == AXOLOTL else ""
+            row.note = row.note or why_not(name, base, self.shape, self.device) or ""
             row.ok = not row.note
         if not any(row.ok for row in rows.values()):
             return
@@ -318,7 +326,6 @@ class Bench:
         exact = truth(adapted)
         weights_mb = sum(p.nbytes for p in adapted.experts.parameters()) / MIB
         calls: dict[str, Callable[[], Tensor]] = {}
-        # scattermoe last: its compilers need the time, and it waits for them.
         for name in (OURS, PLAIN, PEFT, AXOLOTL):
             row = rows[name]
             if not row.ok:
@@ -339,8 +346,6 @@ class Bench:
 
     def _check(self, adapted: Adapted, row: Row, forward: Callable[[], Tensor], exact: dict[str, Tensor]) -> None:
         try:
-            if row.implementation == AXOLOTL:
-                self._await_compilers()
             row.rel_error = relative_errors(adapted, forward, exact)
         except PEER_FAILURES as error:  # out of memory is one of them
             if row.implementation == OURS:
@@ -350,8 +355,10 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _await_compilers(self) -> None:
-        for process in self.compilers:
+    def _compile_scattermoe(self) -> None:
+        """Fill Triton's cache in many processes at once, then let each candidate run 20 ms instead of 100."""
+        self.say(f"{self.args.jobs} processes compile scattermoe's candidates")
+        for process in _spawn_compilers(self.args, self.shape):
             try:
                 if process.wait(timeout=self.args.patience) != 0:
                     self.say(f"a compiler ended with {process.returncode}; what it did not compile is compiled now")
@@ -359,10 +366,9 @@ class Bench:
                 process.kill()
                 process.wait()
                 self.say("a compiler was too slow; what it did not compile is compiled now")
-        self.compilers = []
+        self.say("done")
         import triton
 
-        # Each candidate for 20 ms instead of 100: enough to tell them apart.
         for tuner in _tuners():
             tuner._do_bench = functools.partial(triton.testing.do_bench, warmup=5, rep=20)
 
@@ -489,7 +495,8 @@ def main() -> int:
     names = [f"{base}-{adapters}" for base, adapters in VARIANTS]
     parser.add_argument("--variants", default=",".join(names), help=f"of {', '.join(names)}")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile scattermoe's candidates ahead")
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for them")
+    parser.add_argument("--without-scattermoe", dest="without", action="store_true", help="it compiles for a minute")
+    parser.add_argument("--patience", type=float, default=90.0, help="seconds to wait for them")
     parser.add_argument("--out", type=Path, default=Path("lora.json"))
     parser.add_argument("--compile-share", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -25,7 +25,15 @@ EVERY = {"out", "dx", "dw", "dA_gate_up_proj", "dB_gate_up_proj", "dA_down_proj"
 
 def bench(tmp_path: Path, *variants: tuple[str, str]):
     args = argparse.Namespace(
-        device="cpu", shape=None, tokens=None, rank=4, repeats=1, jobs=0, patience=1.0, out=tmp_path / "lora.json"
+        device="cpu",
+        shape=None,
+        tokens=None,
+        rank=4,
+        repeats=1,
+        jobs=0,
+        patience=1.0,
+        without=False,
+        out=tmp_path / "lora.json",
     )
     made = lora_cost.Bench(args)
     made.run(list(variants))
