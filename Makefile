@@ -44,7 +44,8 @@ $(NEWEST_READY): $(READY)
 compare: $(READY)
 	$(BIN)/python -m moe_kernels compare $(FAMILY) $(ARGS)
 
-test: test-compiled test-newest test-main
+# `make -j2 test` runs two of the three at a time: each keeps one core busy.
+test: test-main test-compiled test-newest
 
 # Without a GPU the kernels run in triton's interpreter (tests/conftest.py).
 test-main: $(READY)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from network_guard import asked, guarded_environment
 
 SRC = Path(__file__).parents[1] / "src"
 FILES = sorted(path for path in [*SRC.rglob("*.py"), *(SRC.parent / "benchmarks").rglob("*.py")])
@@ -64,45 +64,15 @@ def test_templates_escape() -> None:
     assert "autoescape false" not in template
 
 
-GUARD = """
-import os, sys
-LOCAL = ("127.", "::1", "localhost", "0.0.0.0")
-def audit(event, arguments):
-    if event == "socket.connect" and isinstance(arguments[1], tuple):
-        host = str(arguments[1][0])
-    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
-        host = str(arguments[0])
-    else:
-        return
-    if not host.startswith(LOCAL) and host != "None":
-        with open(os.environ["ASKED"], "a") as file:
-            file.write(f"{event} {host} {sys.argv}\\n")
-        raise ConnectionError(f"the test allows no network: {host}")
-sys.addaudithook(audit)
-"""
-
-
 @pytest.fixture
 def guarded(tmp_path: Path) -> dict[str, str]:
-    """The environment of a process that may not reach beyond this machine; what it asked for is in $ASKED."""
-    (tmp_path / "guard").mkdir()
-    (tmp_path / "guard" / "sitecustomize.py").write_text(GUARD)
-    paths = [str(tmp_path / "guard"), str(SRC), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    asked = {"ASKED": str(tmp_path / "asked"), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    # No help from the switches that continuous integration sets.
-    kept = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}
-    return kept | asked | {"HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""}
+    return guarded_environment(tmp_path)
 
 
 def run(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
-
-
-def asked(environment: dict[str, str]) -> str:
-    path = Path(environment["ASKED"])
-    return path.read_text() if path.exists() else ""
 
 
 def test_the_guard_works(guarded: dict[str, str], tmp_path: Path) -> None:
@@ -131,21 +101,6 @@ def test_a_data_set_that_is_asked_for_asks_the_network_and_says_so(guarded: dict
     assert "huggingface.co" in asked(guarded)
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "artifacts").rglob("*.jsonl"))
-
-
-@pytest.mark.slow
-@pytest.mark.axolotl
-@pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="needs axolotl")
-def test_a_training_asks_no_network(guarded: dict[str, str], tmp_path: Path) -> None:
-    """With the plugin and its telemetry, and offline W&B; Axolotl's own telemetry is switched off by compare."""
-    configs = SRC.parent / "configs" / "moe"
-    (tmp_path / "configs").symlink_to(configs.parent)
-    command = ("compare", "mixtral", "--size", "tiny", "--steps", "4", "--warmup-steps", "1", "--no-noise")
-    done = run(guarded, tmp_path, "moe_kernels", *command)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert asked(guarded) == ""
-    page = (tmp_path / "artifacts/compare/mixtral/report.html").read_text()
-    assert "Load of every expert over time" in page
 
 
 def test_a_model_that_brings_code_is_not_run(tmp_path: Path) -> None:

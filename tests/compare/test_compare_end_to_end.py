@@ -1,16 +1,20 @@
-"""The real thing: `moe-kernels compare` of one tiny pair, with Axolotl, W&B and the plugin; then with LoRA."""
+"""The real thing: `moe-kernels compare` of one tiny pair, with Axolotl, W&B and the plugin; then with LoRA.
+
+Nothing of it may ask the network: W&B is offline, and compare switches Axolotl's own telemetry off.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from network_guard import asked, guarded_environment
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
     pytest.skip("axolotl is not installed: pip install 'moe-kernels[axolotl]'", allow_module_level=True)
@@ -19,12 +23,19 @@ pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    found = guarded_environment(tmp_path_factory.mktemp("guard"))
+    found.pop("TRITON_INTERPRET", None)
+    return found
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Empty at first; model and data that one test makes serve the next."""
     return tmp_path_factory.mktemp("compare")
 
 
-def compare(folder: Path, name: str, *arguments: str) -> tuple[dict[str, Any], str]:
+def compare(environment: dict[str, str], folder: Path, name: str, *arguments: str) -> tuple[dict[str, Any], str]:
     """The report's JSON and page."""
     command = [
         sys.executable,
@@ -37,14 +48,14 @@ def compare(folder: Path, name: str, *arguments: str) -> tuple[dict[str, Any], s
         "--no-noise",
         *arguments,
     ]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([*command, "--out", name], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run([*command, "--out", name], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert asked(environment) == ""
     return json.loads((folder / name / f"{name}.json").read_text()), (folder / name / "report.html").read_text()
 
 
-def test_a_tiny_pair_from_nothing_to_the_report(folder: Path) -> None:
-    data, page = compare(folder, "qwen2-moe", "--steps", "6", "--warmup-steps", "2")
+def test_a_tiny_pair_from_nothing_to_the_report(environment: dict[str, str], folder: Path) -> None:
+    data, page = compare(environment, folder, "qwen2-moe", "--steps", "6", "--warmup-steps", "2")
     baseline, optimized = data["runs"]
     assert baseline["wandb"]["project"] == "moe-baseline"
     assert optimized["wandb"]["project"] == "moe-kernels"
@@ -63,11 +74,12 @@ def test_a_tiny_pair_from_nothing_to_the_report(folder: Path) -> None:
 
     assert "Pipeline check, not a benchmark" in page
     assert page.count("<svg") >= 5
+    assert "Load of every expert over time" in page, "the router's telemetry is on"
     assert (folder / "artifacts/runs/compare/qwen2-moe-tiny/optimized-1/result.json").is_file()
 
 
-def test_lora(folder: Path) -> None:
-    data, page = compare(folder, "qwen2-moe-lora8", "--lora", "8", "--steps", "4", "--warmup-steps", "1")
+def test_lora(environment: dict[str, str], folder: Path) -> None:
+    data, page = compare(environment, folder, "qwen2-moe-lora8", "--lora", "8", "--steps", "4", "--warmup-steps", "1")
     judged = data["judged"]
     assert judged["sides"]["optimized"]["expert_calls"] == 8, "two expert layers, four steps"
     assert judged["sides"]["baseline"]["expert_calls"] is None
