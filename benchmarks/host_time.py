@@ -1,10 +1,12 @@
-"""Time the host's share of the op on this GPU, with the direct launcher and with Triton's own.
+"""Time the host's share of the op on this GPU, by way of launching: replayed, direct, and through Triton.
 
     python benchmarks/host_time.py --out host-time.json
 
 Host time is what a call takes until it returns, nothing awaited, from an idle GPU: with few tokens the GPU never
-holds it up. Inputs are bfloat16, every weight is trained. The calls take turns, so that a drift of the machine's
-clocks meets all alike. ``--profile`` adds where the direct launcher's call spends its time, by function.
+holds it up. ``forward`` (without gradients) and ``forward_backward`` are single calls, so that the second wakes
+autograd's thread; ``layer_in_stack`` is a forward and backward through a stack of layers, divided by their number, as
+in a training. Inputs are bfloat16, every weight is trained. The ways take turns, so that a drift of the machine's
+clocks meets all alike. ``--profile`` adds where replayed calls spend their time, by function.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import argparse
 import cProfile
 import io
 import json
-import os
 import pstats
 import time
 from collections.abc import Callable
@@ -25,43 +26,56 @@ import torch
 import moe_kernels
 from moe_kernels.bench.environment import environment
 from moe_kernels.bench.timing import Spread
-from moe_kernels.kernels.triton.launch import LAUNCHER_VARIABLE, LAUNCHERS, launch_counts, refusal
+from moe_kernels.kernels.triton.launch import LAUNCHERS, choose_launcher, launch_counts, refusal
 from moe_kernels.shapes import FAMILIES, LayerShape
 
 Step = Callable[[], None]
 
 
-def choose(launcher: str) -> None:
+def choose(way: str) -> None:
     """Every launch from now on goes this way."""
-    os.environ[LAUNCHER_VARIABLE] = launcher
-    refusal.cache_clear()
+    choose_launcher(way)
+    refusal()  # found out here, not in the call that is measured
 
 
-def steps(shape: LayerShape, backend: str) -> dict[str, tuple[Step, Step]]:
-    """(call, what to clear after it) of a forward under no_grad, and of a forward with its backward."""
-    g = torch.Generator(device="cuda").manual_seed(0)
+class Stack:
+    """Expert layers of one shape, one after the other; the routing is that of random ids."""
 
-    def normal(*sizes: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*sizes, device="cuda", generator=g) * scale).bfloat16().requires_grad_()
+    def __init__(self, shape: LayerShape, layers: int, backend: str) -> None:
+        self.backend = backend
+        g = torch.Generator(device="cuda").manual_seed(0)
 
-    x = normal(shape.tokens, shape.hidden)
-    ids = torch.rand(shape.tokens, shape.experts, device="cuda", generator=g).topk(shape.top_k).indices
-    weights = torch.rand(shape.tokens, shape.top_k, device="cuda", generator=g).requires_grad_()
-    gate_up = normal(shape.experts, 2 * shape.intermediate, shape.hidden, scale=shape.hidden**-0.5)
-    down = normal(shape.experts, shape.hidden, shape.intermediate, scale=shape.intermediate**-0.5)
-    dout = torch.randn_like(x)
+        def normal(*sizes: int, scale: float = 1.0) -> torch.Tensor:
+            return (torch.randn(*sizes, device="cuda", generator=g) * scale).bfloat16().requires_grad_()
 
-    def forward() -> None:
-        with torch.no_grad():
-            moe_kernels.fused_experts(x, ids, weights, gate_up, down, backend=backend)
+        experts, hidden, intermediate = shape.experts, shape.hidden, shape.intermediate
+        self.x, self.dout = normal(shape.tokens, hidden), normal(shape.tokens, hidden).detach()
+        self.ids = torch.rand(shape.tokens, experts, device="cuda", generator=g).topk(shape.top_k).indices
+        self.weights = torch.rand(shape.tokens, shape.top_k, device="cuda", generator=g).requires_grad_()
+        self.layers = [
+            (
+                normal(experts, 2 * intermediate, hidden, scale=hidden**-0.5),
+                normal(experts, hidden, intermediate, scale=intermediate**-0.5),
+            )
+            for _ in range(layers)
+        ]
 
-    def both() -> None:
-        moe_kernels.fused_experts(x, ids, weights, gate_up, down, backend=backend).backward(dout)
+    def forward(self) -> torch.Tensor:
+        out = self.x
+        for gate_up, down in self.layers:
+            out = moe_kernels.fused_experts(out, self.ids, self.weights, gate_up, down, backend=self.backend)
+        return out
 
-    def clear() -> None:
-        x.grad = weights.grad = gate_up.grad = down.grad = None
+    @torch.no_grad()
+    def forward_alone(self) -> None:
+        self.forward()
 
-    return {"forward": (forward, lambda: None), "forward_backward": (both, clear)}
+    def forward_backward(self) -> None:
+        self.forward().backward(self.dout)
+
+    def clear(self) -> None:
+        for tensor in (self.x, self.weights, *(weight for layer in self.layers for weight in layer)):
+            tensor.grad = None
 
 
 def host_us(call: Step, clear: Step) -> float:
@@ -74,55 +88,55 @@ def host_us(call: Step, clear: Step) -> float:
     return elapsed
 
 
-def measure(shape: LayerShape, backend: str, repeats: int) -> dict[str, Any]:
-    """Host time and launches of one layer, by step and launcher."""
-    calls = steps(shape, backend)
-    times: dict[tuple[str, str], list[float]] = {}
-    launches: dict[tuple[str, str], dict[str, int]] = {}
-    for turn in range(-3, repeats):  # three to compile and to fill the caches
-        for launcher in LAUNCHERS:
-            choose(launcher)
-            for step, (call, clear) in calls.items():
-                before = launch_counts()
+def measure(shape: LayerShape, backend: str, repeats: int, layers: int) -> dict[str, Any]:
+    """Host time and launches of one layer, by step and way."""
+    one, stack = Stack(shape, 1, backend), Stack(shape, layers, backend)
+    steps: dict[str, tuple[Step, Step, int]] = {
+        "forward": (one.forward_alone, one.clear, 1),
+        "forward_backward": (one.forward_backward, one.clear, 1),
+        "layer_in_stack": (stack.forward_backward, stack.clear, layers),
+    }
+    row: dict[str, Any] = {"layer": shape.name, "tokens": shape.tokens, "backend": backend, "layers": layers}
+    times: dict[str, list[float]] = {}
+    for turn in range(-4, repeats):  # four to compile, to be followed and to fill the caches
+        for way in LAUNCHERS:
+            choose(way)
+            for step, (call, clear, calls) in steps.items():
+                name, before = f"{step}_{way}", launch_counts()
                 elapsed = host_us(call, clear)
                 if turn >= 0:
-                    times.setdefault((step, launcher), []).append(elapsed)
-                    launches[step, launcher] = {
-                        way: n - before.get(way, 0) for way, n in launch_counts().items() if n > before.get(way, 0)
-                    }
-    row: dict[str, Any] = {"layer": shape.name, "tokens": shape.tokens, "backend": backend}
-    for (step, launcher), samples in times.items():
+                    times.setdefault(name, []).append(elapsed / calls)
+                    made = {made: n - before.get(made, 0) for made, n in launch_counts().items()}
+                    row[name] = {"launches": {made: n // calls for made, n in made.items() if n}}
+    for name, samples in times.items():
         spread = Spread.of(samples)
-        row[f"{step}_{launcher}"] = {
-            "host_us": {"median": spread.median, "p20": spread.p20, "p80": spread.p80},
-            "launches": launches[step, launcher],
-        }
+        row[name]["host_us"] = {"median": spread.median, "p20": spread.p20, "p80": spread.p80}
     return row
 
 
 def profile(shape: LayerShape, backend: str, repeats: int) -> str:
-    """Where a forward and backward with direct launches spends its time, by function."""
-    choose("direct")
-    call, clear = steps(shape, backend)["forward_backward"]
-    recorder = cProfile.Profile()
+    """Where a forward and backward that is replayed spends its time, by function."""
+    choose("replay")
+    one, recorder = Stack(shape, 1, backend), cProfile.Profile()
     with torch.autograd.set_multithreading_enabled(False):  # the profiler sees one thread
-        for turn in range(-3, repeats):
+        for turn in range(-4, repeats):
             torch.cuda.synchronize()
             if turn >= 0:
                 recorder.enable()
-            call()
+            one.forward_backward()
             recorder.disable()
-            clear()
+            one.clear()
     text = io.StringIO()
     pstats.Stats(recorder, stream=text).sort_stats("tottime").print_stats(40)
     return text.getvalue()
 
 
 def main() -> None:
-    """Measure the three 1B layers and print a line for each step and launcher."""
+    """Measure the three 1B layers and print a line for each step and way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--layers", type=int, default=8, help="of the stack")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("host-time.json"))
@@ -130,13 +144,13 @@ def main() -> None:
     rows = []
     for family in FAMILIES.values():
         shape = family.sizes["1b"].layer(args.tokens)
-        rows.append(measure(shape, args.backend, args.repeats))
-        for step in ("forward", "forward_backward"):
-            for launcher in LAUNCHERS:
-                cost = rows[-1][f"{step}_{launcher}"]
+        rows.append(measure(shape, args.backend, args.repeats, args.layers))
+        for step in ("forward", "forward_backward", "layer_in_stack"):
+            for way in LAUNCHERS:
+                cost = rows[-1][f"{step}_{way}"]
                 spread = cost["host_us"]
                 times = f"{spread['median']:7.1f} us ({spread['p20']:.1f} to {spread['p80']:.1f})"
-                print(f"{shape.name:16} {step:16} {launcher:6} {times}, launches {cost['launches']}", flush=True)
+                print(f"{shape.name:16} {step:16} {way:6} {times}, launches {cost['launches']}", flush=True)
         report = {"schema": 1, "kind": "host_time", "environment": environment(), "rows": rows}
         args.out.write_text(json.dumps(report, indent=1))
     if args.profile:

@@ -23,6 +23,7 @@ backward writes dZ over Z, unless the graph is kept for another backward.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -424,15 +425,16 @@ def _grads(
     return (dx, None, *others, *(None,) * 9)
 
 
-def _count(x: Tensor, topk_ids: Tensor, *rest: Any) -> None:
-    """What a forward that is replayed does beside its launches."""
+def _counter(x: Tensor, topk_ids: Tensor, *rest: Any) -> Callable[[], None]:
+    """What a forward does beside its launches, for when it is replayed."""
     down, (activation, *_), (group_size, persistent, backend, _) = rest[2], rest[9:], rest[-4:]
     group_size = resolve_group_size(group_size, topk_ids.numel(), down.shape[0])
-    backends.count_dispatch(_steps(down, topk_ids.shape[1], activation, group_size, persistent, backend).NAME)
+    steps = _steps(down, topk_ids.shape[1], activation, group_size, persistent, backend)
+    return functools.partial(backends.count_dispatch, steps.NAME)
 
 
 # The eager path replays steps of known sizes.
-_forward = explains_out_of_memory("forward pass")(replayed(inspect.unwrap(_forward_steps), _count))
+_forward = explains_out_of_memory("forward pass")(replayed(inspect.unwrap(_forward_steps), _counter))
 _backward = explains_out_of_memory("backward pass")(replayed(inspect.unwrap(_backward_steps)))
 
 

@@ -205,8 +205,8 @@ _plain = torch.Tensor
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _known: dict[tuple[Any, ...], _Direct | None] = {}
 _counts: collections.Counter[str] = collections.Counter()
-# Who follows the launches of a thread, see replay.py: called with the kernel, its direct launch (None if Triton made
-# it), the grid and the arguments.
+# Who follows the launches of a thread, see replay.py: called with the direct launch (None if Triton made it), grid
+# and arguments.
 _followers: dict[int, Callable[..., None]] = {}
 
 
@@ -281,7 +281,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
         direct.call(x, y, z, direct.stream(device), *direct.head, (*values, *direct.constants))
     _counts["direct"] += 1
     if _followers and (follow := _followers.get(threading.get_ident())) is not None:
-        follow(kernel, direct, (x, y, z), args)
+        follow(direct, (x, y, z), args)
     return None
 
 
@@ -343,7 +343,7 @@ def _through_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], k
     """Triton's own launch; returns the compiled kernel."""
     _counts["triton"] += 1
     if _followers and (follow := _followers.get(threading.get_ident())) is not None:
-        follow(kernel, None, grid, args)
+        follow(None, grid, args)
     bound = (
         _host_descriptor(arg.tensor, arg.tensor.shape, arg.tensor.stride(), arg.block, arg.layout)
         if isinstance(arg, Descriptor)

@@ -90,7 +90,6 @@ class _Follower(TorchDispatchMode):
         self.allocated: list[_Memory] = []
         self.launched: list[_Launch] = []
         self.directs: list[Any] = []
-        self.kernels: list[Any] = []
         self.obstacle, self.passing = "", False
         given = {i: t.untyped_storage()._cdata for i, t in enumerate(inputs) if t is not None and t.numel()}
         self.memory = {storage: number for number, storage in given.items()}
@@ -117,7 +116,7 @@ class _Follower(TorchDispatchMode):
         start = storage.data_ptr() if given is None else given.data_ptr()
         return _Place(number, tensor.data_ptr() - start)
 
-    def launch(self, kernel: Any, direct: Any, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+    def launch(self, direct: Any, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         """One launch, just made."""
         if direct is None:
             self.obstacle, self.passing = "a launch through Triton", True
@@ -132,7 +131,6 @@ class _Follower(TorchDispatchMode):
                 pointers.append((index, self.place(arg)))
         values = [None if isinstance(arg, Tensor | Descriptor) else arg for arg in args]
         self.directs.append(direct)
-        self.kernels.append(kernel)
         self.launched.append(
             _Launch(direct.call, grid, direct.head, [*values, *direct.constants], pointers, tensor_maps[::-1], [], [])
         )
@@ -141,10 +139,11 @@ class _Follower(TorchDispatchMode):
 class _Program:
     """What a follower saw, to be done again on other tensors of the same signature."""
 
-    def __init__(self, follower: _Follower, outputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, follower: _Follower, outputs: tuple[Tensor, ...], beside: Callable[[], None] | None) -> None:
+        self.beside = beside
         self.inputs = len(follower.inputs)
         self.allocated, self.launches = follower.allocated, follower.launched
-        self.directs, self.kernels = follower.directs, follower.kernels  # keep what is compiled alive
+        self.directs = follower.directs  # keeps what is compiled alive
         # An output is an allocation, a view of one, or without elements: then one tensor serves all calls.
         self.outputs: list[tuple[int, tuple[Any, ...] | None, Tensor | None]] = []
         for out in outputs:
@@ -172,6 +171,8 @@ class _Program:
 
     def __call__(self, addresses: list[int], device: torch.device) -> tuple[Tensor, ...]:
         """The outputs, of inputs at these addresses."""
+        if self.beside is not None:
+            self.beside()
         stream = self.directs[0].stream(launches._current_device())
         inputs = self.inputs
         addresses += [0] * len(self.allocated)
@@ -206,12 +207,14 @@ _programs: dict[tuple[Any, ...], _Program | int] = {}
 config.on_change.append(_programs.clear)
 
 
-def replayed(steps: Callable[..., Any], before: Callable[..., Any] | None = None) -> Callable[..., Any]:
+def replayed(
+    steps: Callable[..., Any], beside: Callable[..., Callable[[], None]] | None = None
+) -> Callable[..., Any]:
     """``steps``, replayed from the third call of a signature on.
 
     ``steps`` takes tensors, None and settings by position and returns tensors, all of which it allocates. What it
     does must follow from its arguments' shapes, strides and dtypes, its settings and ``tuning.config`` alone.
-    ``before`` is called with the same arguments before a replay: for what a call has to do beside.
+    ``beside``, with the same arguments, gives what a replay has to call beside.
     """
 
     @functools.wraps(steps)
@@ -238,20 +241,23 @@ def replayed(steps: Callable[..., Any], before: Callable[..., Any] | None = None
         signature = tuple(key)
         program = _programs.get(signature, 0)
         if isinstance(program, _Program):
-            if before is not None:
-                before(*args)
             return program(addresses, device)
         if len(_programs) >= _SIGNATURES:
             _programs.clear()
         _programs[signature] = program + 1
         if not 1 <= program < _TRIES:
             return steps(*args)
-        return _followed(signature, steps, args)
+        return _followed(signature, steps, args, beside)
 
     return call
 
 
-def _followed(signature: tuple[Any, ...], steps: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _followed(
+    signature: tuple[Any, ...],
+    steps: Callable[..., Any],
+    args: tuple[Any, ...],
+    beside: Callable[..., Callable[[], None]] | None,
+) -> Any:
     """The outputs of ``steps``, and a program for the next call of the signature if they can be repeated."""
     follower = _Follower([arg for arg in args if arg is None or isinstance(arg, Tensor)])
     thread = threading.get_ident()
@@ -261,7 +267,7 @@ def _followed(signature: tuple[Any, ...], steps: Callable[..., Any], args: tuple
             outputs = steps(*args)
     finally:
         del launches._followers[thread]
-    program = _Program(follower, outputs)
+    program = _Program(follower, outputs, None if beside is None else beside(*args))
     if not follower.obstacle:
         _programs[signature] = program
     elif not follower.passing:
