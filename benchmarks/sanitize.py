@@ -67,6 +67,8 @@ TOOLS: dict[str, tuple[str, ...]] = {
 }
 #: Programs of a persistent grid: few, so that each walks several tiles of these small problems.
 PROGRAMS = 3
+#: Of each expert layer: the launcher follows the second call of a signature and replays it from the third on.
+CALLS = 3
 
 
 # ------------------------------------------------------------------------------------------------- what is run
@@ -139,7 +141,7 @@ def runs_on(name: str, device: str) -> bool:
 
 
 def run_job(name: str, device: torch.device) -> None:
-    """Forward and backward of one entry of :data:`NAMES`, waited for."""
+    """Forward and backward of one entry of :data:`NAMES`, layers CALLS times; waits for the device."""
     if name in ROUTERS:
         tokens, experts, top_k, options = ROUTERS[name]
         generator = torch.Generator().manual_seed(0)
@@ -156,7 +158,8 @@ def run_job(name: str, device: torch.device) -> None:
                 for patch in _patches("tma_fits", lambda *_: False):
                     stack.enter_context(patch)
             inputs = make_inputs(job.case, device)
-            run(functools.partial(fused_experts, backend=job.backend, **job.settings), inputs)
+            for _ in range(CALLS):
+                run(functools.partial(fused_experts, backend=job.backend, **job.settings), inputs)
     if device.type == "cuda":
         torch.cuda.synchronize()
 
