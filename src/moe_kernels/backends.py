@@ -20,8 +20,8 @@ from moe_kernels.settings import GroupSize
 logger = logging.getLogger("moe_kernels")
 
 BACKENDS: dict[str, str] = {
-    "triton": "moe_kernels.triton_backend",
     "gluon": "moe_kernels.gluon_backend",
+    "triton": "moe_kernels.triton_backend",
     "torch": "moe_kernels.torch_backend",
 }
 
@@ -105,8 +105,8 @@ def explain(problem: Problem) -> list[tuple[str, str | None]]:
 def select(problem: Problem, name: str = "auto") -> tuple[str, str]:
     """The backend that runs ``problem`` and the reason, logged once per problem.
 
-    ``auto`` takes triton where it runs, and torch only off CUDA: on a GPU the torch backend would be a silent
-    slowdown, so it must be asked for by name.
+    On a GPU ``auto`` takes gluon where it runs and triton elsewhere; torch only off CUDA: on a GPU it would be a
+    silent slowdown, so it must be asked for by name.
 
     Raises:
         UnsupportedProblem: the backend asked for, or on CUDA the Triton backend, cannot run the problem.
@@ -123,7 +123,9 @@ def select(problem: Problem, name: str = "auto") -> tuple[str, str]:
                 f"the Triton kernels cannot run this: {reason} backend='torch' runs it slowly; "
                 "experts_implementation='grouped_mm' runs it without these kernels."
             )
-        chosen, why = "triton", f"CUDA compute capability {problem.capability}"
+        slower = why_not("gluon", problem)
+        gpu = f"CUDA compute capability {problem.capability}"
+        chosen, why = ("gluon", gpu) if slower is None else ("triton", f"{gpu}; not gluon: {slower}")
     else:
         chosen, why = "torch", f"tensors are on {problem.device_type}, Triton kernels need an NVIDIA GPU"
     logger.info("expert layers run on backend %s (%s)", chosen, why)

@@ -1,12 +1,14 @@
 """The Gluon backend, for Hopper: the Triton backend with GEMMs whose loading, multiplying and writing overlap.
 
-Rows of X are gathered inside the up projection, and the backward of the activation is the epilogue of a GEMM. What these kernels do not cover of a layer (a bias, a low-rank
-part, weights stored by columns, gate and up interleaved or no gate) runs on the Triton backend's kernels.
+Rows of X are gathered inside the up projection, and the backward of the activation is the epilogue of a GEMM. What
+these kernels do not cover of a layer (a bias, a low-rank part, weights stored by columns, gate and up interleaved or no
+gate) runs on the Triton backend's kernels.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
 
 from moe_kernels import triton_backend
 from moe_kernels.activation import Gate
@@ -20,6 +22,7 @@ from moe_kernels.routing import RoutingPlan
 from moe_kernels.triton_backend import combine, combine_grad, expert_sum, gather, make_plan, up_low
 
 NAME = "gluon"
+TRITON = "3.6"  # Gluon is experimental: its functions change names and arguments between releases
 ALIGNMENT = 64  # hidden and intermediate sizes: the inner blocks, and the columns written at a time
 __all__ = [
     "NAME",
@@ -45,6 +48,10 @@ def why_not(problem: Problem) -> str | None:
         return reason
     if problem.capability is None or problem.capability[0] != 9:
         return "it is written for Hopper (H100, H200): use backend='triton'."
+    if not triton.__version__.startswith(TRITON):
+        return (
+            f"it is written for the Gluon of triton {TRITON}, and this is {triton.__version__}: use backend='triton'."
+        )
     if problem.dtype == torch.float32:
         return "it multiplies 16-bit numbers: use backend='triton' for float32."
     if problem.group_size != BLOCK_M or not problem.persistent:

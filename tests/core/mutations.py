@@ -64,7 +64,7 @@ MUTANTS = [
     ("bias gradient takes a row of the next expert", "expert_sum.py", "(rows < end)[:, None] & (cols < N)", "(rows <= end)[:, None] & (cols < N)"),
     ("bias gradient without the routing weight", "expert_sum.py", "if WEIGHTED:", "if WEIGHTED and N < 0:"),
     ("last tile of a group walked twice", "tile.py", "size_m = tl.minimum(num_m - first_m, GROUP_M)", "size_m = GROUP_M"),
-    ("gather takes another slot's token", "combine.py", "(tl.load(row_slot_ptr + row) // TOP_K)", "(tl.load(row_slot_ptr + row) % TOP_K)"),
+    ("gather loses a slot", "combine.py", "row = tl.load(slot_row_ptr + token * TOP_K + k).to(tl.int64)\n        tl.store", "row = tl.load(slot_row_ptr + token * TOP_K + TOP_K - 1 - k * 0).to(tl.int64)\n        tl.store"),
     ("gather loses the last column", "combine.py", "tl.store(out_ptr + row * H + cols, values, mask=cols < H)", "tl.store(out_ptr + row * H + cols, values, mask=cols < H - 1)"),
     ("counts of another chunk", "plan.py", "tl.where((c < chunk)[:, None], counts, 0)", "tl.where((c <= chunk)[:, None], counts, 0)"),
     ("router forgets the correction bias", "router.py", "key = _sortable(value + bias[None, :])", "key = _sortable(value)"),

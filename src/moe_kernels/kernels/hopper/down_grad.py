@@ -38,19 +38,20 @@ COLUMNS = gl.constexpr(32)  # that are finished at a time: more do not fit the r
 
 
 @gluon.jit
-def _write(values, buffer, out, out_ptr, row0, row_end, col0, width):
-    """Write values [rows, COLUMNS] at (row0, col0) of a (., width) tensor, rows below row_end, through ``buffer``."""
+def _put(values, buffer):
+    """Write values [rows, COLUMNS] to ``buffer``."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    coalesced: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
     buffer.store(gl.convert_layout(values.to(buffer.dtype), layout, assert_trivial=True))
-    if row0 + values.shape[0] <= row_end:
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out, [row0, col0], buffer)
-    else:
-        rows = row0 + gl.arange(0, values.shape[0], gl.SliceLayout(1, coalesced))
-        cols = col0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, coalesced))
-        pointers = out_ptr + rows.to(gl.int64)[:, None] * width + cols[None, :]
-        gl.store(pointers, buffer.load(coalesced), mask=(rows < row_end)[:, None])
+
+
+@gluon.jit
+def _store_masked(buffer, out_ptr, row0, row_end, col0, width):
+    """Copy ``buffer`` to (row0, col0) of a (., width) tensor: rows below row_end."""
+    coalesced: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    rows = row0 + gl.arange(0, buffer.shape[0], gl.SliceLayout(1, coalesced))
+    cols = col0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, coalesced))
+    pointers = out_ptr + rows.to(gl.int64)[:, None] * width + cols[None, :]
+    gl.store(pointers, buffer.load(coalesced), mask=(rows < row_end)[:, None])
 
 
 @gluon.jit
@@ -64,10 +65,27 @@ def _fetch_z(z, buffers, z_arrived, SET: gl.constexpr, row0, col0, I):
 
 @gluon.jit
 def _finish(
-    da, weight, buffers, z_arrived, SET: gl.constexpr, z_phase, dz, dz_ptr, wa, wa_ptr, row0, row_end, col0, I,
-    ACTIVATION: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr,
-):  # fmt: skip
-    """dZ and wA of COLUMNS columns, from dA0 in registers and Z in a set of buffers; returns <dA0, A> of each row."""
+    da,
+    weight,
+    buffers,
+    z_arrived,
+    SET: gl.constexpr,
+    z_phase,
+    fetch,
+    tensors,
+    row0,
+    row_end,
+    col0,
+    I,
+    ACTIVATION: gl.constexpr,
+    P0: gl.constexpr,
+    P1: gl.constexpr,
+):
+    """dZ and wA of COLUMNS columns, from dA0 in registers and Z in a set of buffers; returns <dA0, A> of each row.
+
+    If ``fetch``, Z of the columns after these starts to come into the other set, once its results have left.
+    """
+    z, dz, dz_ptr, wa, wa_ptr = tensors
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     mbarrier.wait(z_arrived.index(SET), z_phase)
     da = gl.convert_layout(da, layout, assert_trivial=True)
@@ -76,38 +94,37 @@ def _finish(
     a, d_gate, d_up = value_and_partials(gate, up, ACTIVATION, P0, P1)
     dw = gl.sum(da * a, axis=1)
     da *= weight[:, None]
-    _write(weight[:, None] * a, buffers.index(3 * SET + 2), wa, wa_ptr, row0, row_end, col0, I)
-    _write(da * d_gate, buffers.index(3 * SET), dz, dz_ptr, row0, row_end, col0, 2 * I)
-    _write(da * d_up, buffers.index(3 * SET + 1), dz, dz_ptr, row0, row_end, I + col0, 2 * I)
+    if fetch:
+        tma.store_wait(0)
+        _fetch_z(z, buffers, z_arrived, 1 - SET, row0, col0 + COLUMNS, I)
+    _put(da * d_gate, buffers.index(3 * SET))
+    _put(da * d_up, buffers.index(3 * SET + 1))
+    _put(weight[:, None] * a, buffers.index(3 * SET + 2))
+    if row0 + da.shape[0] <= row_end:
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dz, [row0, col0], buffers.index(3 * SET))
+        tma.async_copy_shared_to_global(dz, [row0, I + col0], buffers.index(3 * SET + 1))
+        tma.async_copy_shared_to_global(wa, [row0, col0], buffers.index(3 * SET + 2))
+    else:
+        _store_masked(buffers.index(3 * SET), dz_ptr, row0, row_end, col0, 2 * I)
+        _store_masked(buffers.index(3 * SET + 1), dz_ptr, row0, row_end, I + col0, 2 * I)
+        _store_masked(buffers.index(3 * SET + 2), wa_ptr, row0, row_end, col0, I)
     return dw
 
 
 @gluon.jit
 def _multiply(
     WARPGROUP: gl.constexpr,
-    z,
-    dz,
-    dz_ptr,
-    wa,
-    wa_ptr,
+    buffers,
+    z_arrived,
+    tensors,
     dw_ptr,
     topk_weights_ptr,
     row_slot_ptr,
-    expert_start_ptr,
-    tile_expert_ptr,
-    tile_row_ptr,
-    a_ring,
-    b_ring,
-    buffers,
-    z_arrived,
-    ready,
-    empty,
+    tiles,
+    ring,
     turns,
-    num_m,
-    num_n,
-    H,
-    I,
-    R,
+    sizes,
     ACTIVATION: gl.constexpr,
     P0: gl.constexpr,
     P1: gl.constexpr,
@@ -118,6 +135,10 @@ def _multiply(
     STAGES: gl.constexpr,
 ):
     """One of the two multiplying groups of warps: every other tile."""
+    z, _, _, _, _ = tensors
+    expert_start_ptr, tile_expert_ptr, tile_row_ptr, num_m, num_n = tiles
+    a_ring, b_ring, ready, empty = ring
+    H, I, R = sizes
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16]))
     steps_per_tile = (H + BLOCK_K - 1) // BLOCK_K
@@ -156,30 +177,38 @@ def _multiply(
         left, right = halves(acc)
         da0, da1 = halves(left)
         da2, da3 = halves(right)
-        dw = _finish(
-            da0, weight, buffers, z_arrived, 0, z_phase, dz, dz_ptr, wa, wa_ptr, row0, row_end, col0, I,
-            ACTIVATION, P0, P1,
-        )  # fmt: skip
         more = col0 + 2 * COLUMNS < I  # I is a multiple of 64
-        if more:
-            tma.store_wait(0)
-            _fetch_z(z, buffers, z_arrived, 0, row0, col0 + 2 * COLUMNS, I)
+        dw = _finish(
+            da0, weight, buffers, z_arrived, 0, z_phase, False, tensors, row0, row_end, col0, I, ACTIVATION, P0, P1
+        )
+        col0 += COLUMNS
         dw += _finish(
-            da1, weight, buffers, z_arrived, 1, z_phase, dz, dz_ptr, wa, wa_ptr, row0, row_end, col0 + COLUMNS, I,
-            ACTIVATION, P0, P1,
-        )  # fmt: skip
+            da1, weight, buffers, z_arrived, 1, z_phase, more, tensors, row0, row_end, col0, I, ACTIVATION, P0, P1
+        )
         z_phase ^= 1
         if more:
-            tma.store_wait(0)
-            _fetch_z(z, buffers, z_arrived, 1, row0, col0 + 3 * COLUMNS, I)
+            col0 += COLUMNS
             dw += _finish(
-                da2, weight, buffers, z_arrived, 0, z_phase, dz, dz_ptr, wa, wa_ptr, row0, row_end,
-                col0 + 2 * COLUMNS, I, ACTIVATION, P0, P1,
-            )  # fmt: skip
+                da2, weight, buffers, z_arrived, 0, z_phase, True, tensors, row0, row_end, col0, I, ACTIVATION, P0, P1
+            )
+            col0 += COLUMNS
             dw += _finish(
-                da3, weight, buffers, z_arrived, 1, z_phase, dz, dz_ptr, wa, wa_ptr, row0, row_end,
-                col0 + 3 * COLUMNS, I, ACTIVATION, P0, P1,
-            )  # fmt: skip
+                da3,
+                weight,
+                buffers,
+                z_arrived,
+                1,
+                z_phase,
+                False,
+                tensors,
+                row0,
+                row_end,
+                col0,
+                I,
+                ACTIVATION,
+                P0,
+                P1,
+            )
             z_phase ^= 1
         gl.store(dw_ptr + n.to(gl.int64) * R + rows, dw, mask=row_mask)
     tma.store_wait(0)
@@ -212,8 +241,6 @@ def hopper_down_grad_kernel(
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
-    LOADER_REGISTERS: gl.constexpr,
-    MULTIPLIER_REGISTERS: gl.constexpr,
 ):
     dtype: gl.constexpr = wa_ptr.dtype.element_ty
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -231,35 +258,25 @@ def hopper_down_grad_kernel(
     ready, empty, turns = new_ring(STAGES, 1, 1)
     num_m = gl.load(tile_count_ptr)
     num_n = (I + BLOCK_N - 1) // BLOCK_N
+    tensors = (z, dz, dz_ptr, wa, wa_ptr)
+    tiles = (expert_start_ptr, tile_expert_ptr, tile_row_ptr, num_m, num_n)
+    ring = (a_ring, b_ring, ready, empty)
     gl.warp_specialize(
         [
             (
                 _multiply,
                 (
                     0,
-                    z,
-                    dz,
-                    dz_ptr,
-                    wa,
-                    wa_ptr,
+                    buffers0,
+                    z_arrived0,
+                    tensors,
                     dw_ptr,
                     topk_weights_ptr,
                     row_slot_ptr,
-                    expert_start_ptr,
-                    tile_expert_ptr,
-                    tile_row_ptr,
-                    a_ring,
-                    b_ring,
-                    buffers0,
-                    z_arrived0,
-                    ready,
-                    empty,
+                    tiles,
+                    ring,
                     turns,
-                    num_m,
-                    num_n,
-                    H,
-                    I,
-                    R,
+                    (H, I, R),
                     ACTIVATION,
                     P0,
                     P1,
@@ -274,29 +291,16 @@ def hopper_down_grad_kernel(
                 _multiply,
                 (
                     1,
-                    z,
-                    dz,
-                    dz_ptr,
-                    wa,
-                    wa_ptr,
+                    buffers1,
+                    z_arrived1,
+                    tensors,
                     dw_ptr,
                     topk_weights_ptr,
                     row_slot_ptr,
-                    expert_start_ptr,
-                    tile_expert_ptr,
-                    tile_row_ptr,
-                    a_ring,
-                    b_ring,
-                    buffers1,
-                    z_arrived1,
-                    ready,
-                    empty,
+                    tiles,
+                    ring,
                     turns,
-                    num_m,
-                    num_n,
-                    H,
-                    I,
-                    R,
+                    (H, I, R),
                     ACTIVATION,
                     P0,
                     P1,
@@ -309,36 +313,11 @@ def hopper_down_grad_kernel(
             ),
             (
                 load_tiles,
-                (
-                    dout_rows,
-                    wa_ptr,
-                    w,
-                    row_slot_ptr,
-                    expert_start_ptr,
-                    tile_expert_ptr,
-                    tile_row_ptr,
-                    a_ring,
-                    b_ring,
-                    ready,
-                    empty,
-                    num_m,
-                    num_n,
-                    H,
-                    I,
-                    1,
-                    False,
-                    False,
-                    True,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    GROUP_M,
-                    STAGES,
-                ),
+                (dout_rows, w, tiles, ring, (H, I), False, False, True, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES),
             ),
         ],
         [4, 1],
-        [MULTIPLIER_REGISTERS, LOADER_REGISTERS],
+        [232, 40],
     )
 
 
@@ -422,8 +401,6 @@ def down_grad(
         {
             **activation,
             **constants,
-            "LOADER_REGISTERS": 40,
-            "MULTIPLIER_REGISTERS": 232,
             "num_warps": 4,
         },
     )

@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from moe_kernels.kernels.triton.launch import Descriptor
+from moe_kernels.tuning import config
 
 #: Rows per tile, and length of the inner blocks.
 BLOCK_M, BLOCK_K = 128, 64
@@ -134,7 +135,8 @@ class Schedule:
 
 _COOPERATIVE = Schedule(cooperative=True, block_n=256, stages=4)
 _IN_TURN = Schedule(cooperative=False, block_n=128, stages=5)
-#: Measured on an H200: benchmarks/results/h200-steps.json. "wgrad, odd": weights whose rows are no multiple of BLOCK_M.
+#: Measured on an H200: benchmarks/results/h200-steps.json. "wgrad, odd": gradients whose rows are no multiple of
+#: BLOCK_M.
 SCHEDULES = {
     "up": _COOPERATIVE,
     "down": _IN_TURN,
@@ -155,11 +157,13 @@ def use_schedule(kernel: str, schedule: Schedule) -> Iterator[None]:
     """Within this context ``kernel`` uses ``schedule``: for measuring candidates and for tests, not for training."""
     previous = dict(_overrides)
     _overrides[kernel] = schedule
+    config.changed()
     try:
         yield
     finally:
         _overrides.clear()
         _overrides.update(previous)
+        config.changed()
 
 
 def matrix(tensor: torch.Tensor, *block: int, layout: gl.NVMMASharedLayout = _SWIZZLED) -> Descriptor:

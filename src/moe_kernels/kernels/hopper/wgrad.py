@@ -51,15 +51,8 @@ def _load(
     left_ptr,
     right_ptr,
     expert_start_ptr,
-    a_ring,
-    b_ring,
-    ready,
-    empty,
-    E,
-    num_m,
-    num_n,
-    M,
-    N,
+    ring,
+    sizes,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -67,6 +60,8 @@ def _load(
     STAGES: gl.constexpr,
 ):
     """The loading warps: fill the ring, stage after stage, tile after tile."""
+    a_ring, b_ring, ready, empty = ring
+    E, num_m, num_n, M, N = sizes
     step = 0
     for pid in range(gl.program_id(0), E * num_m * num_n, gl.num_programs(0)):
         expert = pid // (num_m * num_n)
@@ -95,19 +90,12 @@ def _load(
 @gluon.jit
 def _multiply(
     WARPGROUP: gl.constexpr,
+    buffers,
     out,
     expert_start_ptr,
-    a_ring,
-    b_ring,
-    buffers,
-    ready,
-    empty,
+    ring,
     turns,
-    E,
-    num_m,
-    num_n,
-    M,
-    N,
+    sizes,
     COOPERATIVE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -116,6 +104,8 @@ def _multiply(
     STAGES: gl.constexpr,
 ):
     """One of the two multiplying groups of warps: consume the ring, write the tile."""
+    a_ring, b_ring, ready, empty = ring
+    E, num_m, num_n, M, _ = sizes
     ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     step = 0
@@ -189,8 +179,6 @@ def hopper_wgrad_kernel(
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
-    LOADER_REGISTERS: gl.constexpr,
-    MULTIPLIER_REGISTERS: gl.constexpr,
 ):
     dtype: gl.constexpr = left_ptr.dtype.element_ty
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -203,25 +191,20 @@ def hopper_wgrad_kernel(
     ready, empty, turns = new_ring(STAGES, 129, 2 if COOPERATIVE else 1)
     num_m = (M + BLOCK_M - 1) // BLOCK_M
     num_n = (N + BLOCK_N - 1) // BLOCK_N
+    ring = (a_ring, b_ring, ready, empty)
+    sizes = (E, num_m, num_n, M, N)
     gl.warp_specialize(
         [
             (
                 _multiply,
                 (
                     0,
+                    buffers0,
                     out,
                     expert_start_ptr,
-                    a_ring,
-                    b_ring,
-                    buffers0,
-                    ready,
-                    empty,
+                    ring,
                     turns,
-                    E,
-                    num_m,
-                    num_n,
-                    M,
-                    N,
+                    sizes,
                     COOPERATIVE,
                     BLOCK_M,
                     BLOCK_N,
@@ -234,19 +217,12 @@ def hopper_wgrad_kernel(
                 _multiply,
                 (
                     1,
+                    buffers1,
                     out,
                     expert_start_ptr,
-                    a_ring,
-                    b_ring,
-                    buffers1,
-                    ready,
-                    empty,
+                    ring,
                     turns,
-                    E,
-                    num_m,
-                    num_n,
-                    M,
-                    N,
+                    sizes,
                     COOPERATIVE,
                     BLOCK_M,
                     BLOCK_N,
@@ -263,15 +239,8 @@ def hopper_wgrad_kernel(
                     left_ptr,
                     right_ptr,
                     expert_start_ptr,
-                    a_ring,
-                    b_ring,
-                    ready,
-                    empty,
-                    E,
-                    num_m,
-                    num_n,
-                    M,
-                    N,
+                    ring,
+                    sizes,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -281,7 +250,7 @@ def hopper_wgrad_kernel(
             ),
         ],
         [4, 4],
-        [MULTIPLIER_REGISTERS, LOADER_REGISTERS],
+        [208, 96],
     )
 
 
@@ -305,6 +274,6 @@ def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.T
             m,
             n,
         ),
-        {**schedule.constants(), "LOADER_REGISTERS": 96, "MULTIPLIER_REGISTERS": 208, "num_warps": 4},
+        {**schedule.constants(), "num_warps": 4},
     )
     return out

@@ -47,17 +47,18 @@ def combine_kernel(
 @triton.jit
 def gather_kernel(
     x_ptr,  # (T, H)
-    row_slot_ptr,  # (R,)
+    slot_row_ptr,  # (T * K,)
     out_ptr,  # (R, H)
     H,
     TOP_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    token = (tl.load(row_slot_ptr + row) // TOP_K).to(tl.int64)
-    values = tl.load(x_ptr + token * H + cols, mask=cols < H, other=0.0)
-    tl.store(out_ptr + row * H + cols, values, mask=cols < H)
+    values = tl.load(x_ptr + token * H + cols, mask=cols < H, other=0.0)  # once, for K rows
+    for k in tl.static_range(TOP_K):
+        row = tl.load(slot_row_ptr + token * TOP_K + k).to(tl.int64)
+        tl.store(out_ptr + row * H + cols, values, mask=cols < H)
 
 
 @functools.cache
@@ -113,8 +114,8 @@ def gather(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     block_h, blocks, warps = _column_blocks(hidden)
     launch(
         gather_kernel,
-        (plan.rows, blocks),
-        (x, plan.row_slot, out, hidden),
+        (plan.tokens, blocks),
+        (x, plan.slot_row, out, hidden),
         {
             "TOP_K": plan.top_k,
             "BLOCK_H": block_h,
