@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import logging
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -30,9 +31,11 @@ import moe_kernels
 from moe_kernels.activation import Activation
 from moe_kernels.cli import doctor
 from moe_kernels.kernels.triton import launch as module
+from moe_kernels.kernels.triton import replay
 from moe_kernels.kernels.triton.launch import Descriptor, descriptor, launch, launch_counts, launcher, refusal
 from moe_kernels.testing import fake_cuda
 from moe_kernels.testing.problems import Case, make_inputs, run
+from moe_kernels.tuning import config
 
 pytestmark = pytest.mark.plain_memory
 ONE_BY_ONE = hasattr(nvidia, "_BASE_ARGS_FORMAT")  # triton 3.6
@@ -386,6 +389,195 @@ def test_it_runs_on_the_device_of_its_tensors(driver, monkeypatch):
     assert (kernel.through_triton, len(kernel.direct), streams, current) == (1, 2, [1, 1], [0])
     launch(kernel, (1,), (memory(), 5), {})  # of the CPU: for Triton to refuse
     assert (kernel.through_triton, len(kernel.direct)) == (2, 2)
+
+
+# ----------------------------------------------------------------------------------------------------- replayed steps
+@pytest.fixture
+def replaying(driver, choose):
+    choose("replay")
+    replay._programs.clear()
+    yield
+    replay._programs.clear()
+
+
+class Steps:
+    """Two launches on two allocations, and how often Python decided them."""
+
+    def __init__(self, foreign=None):
+        self.ran, self.beside = 0, []
+        self.first, self.second = Kernel(run_time=3), Kernel(run_time=3, tensor_maps=1)
+        self.foreign = foreign
+        self.call = replay.replayed(self.steps, self.make_beside)
+
+    def make_beside(self, *args):
+        return lambda: self.beside.append(args[1])
+
+    def steps(self, x, number, flags, other):
+        self.ran += 1
+        low = x.new_empty(6, 8)
+        launch(self.first, (5, 2), (x[1:], low[2:], number), {"num_warps": 4})
+        high = torch.empty_like(low, dtype=torch.float32)
+        if self.foreign is not None:
+            low = self.foreign(x, low)
+        launch(self.second, (3,), (high, number, descriptor(low.view(3, 16), 16, 16)), {"num_warps": 4})
+        return high.mT, x.new_empty(0), high
+
+
+def test_the_third_call_is_replayed(replaying, driver, counted):
+    steps = Steps()
+    for call in range(1, 6):
+        x, other = memory(), memory()
+        transposed, empty, high = steps.call(x, 48, [True, False], other)
+        assert steps.ran == min(call, 2)
+        assert transposed.shape == (8, 6)
+        assert transposed.stride() == (1, 8)
+        assert (high.shape, high.dtype, empty.shape) == ((6, 8), torch.float32, (0,))
+        assert transposed.data_ptr() == high.data_ptr()
+        if call == 1:
+            continue  # launched by Triton
+        first, second = steps.first.direct[-1], steps.second.direct[-1]
+        assert first[:5] == (5, 2, 1, 7, 4096)
+        assert second[:5] == (3, 1, 1, 7, 4096)
+        low = first[14] - 2 * 8 * 2
+        assert first[13:] == (x.data_ptr() + 128, low + 32, 48)
+        encoded = next(made for made in driver.encoded if made[0] == low)
+        assert [list(part) for part in encoded[5:7]] == [[3, 16], [16, 1]]
+        assert second[13:] == (high.data_ptr(), 48, encoded, 3, 16, 16, 1)
+    assert steps.beside == [48] * 3
+    assert (steps.first.through_triton, len(steps.first.direct)) == (1, 4)
+    assert vars(counted()) == {"replay": 6, "direct": 2, "triton": 2}
+
+
+def test_another_signature_is_another_program(replaying):
+    steps, x = Steps(), memory()
+    for _ in range(4):
+        steps.call(x, 48, [True], None)
+    assert steps.ran == 2
+    for args in (
+        (x, 64, [True], None),
+        (x, 48, [False], None),
+        (x, 48, [True], x.view(-1)[64:]),
+        (x[:32], 48, [True], None),
+        (x.mT.contiguous().mT, 48, [True], None),
+        (x.half(), 48, [True], None),
+    ):
+        before = steps.ran
+        for _ in range(5):
+            steps.call(*args)
+        assert steps.ran - before >= 2, args[1:]
+    assert steps.first.direct[-1][15] == 48
+
+
+def test_what_cannot_be_replayed_is_not(replaying):
+    elsewhere, x = torch.zeros(6, 8, dtype=torch.bfloat16), memory()
+    for foreign in (lambda x, low: low + 1, lambda x, low: elsewhere, lambda x, low: low.clone()):
+        steps = Steps(foreign)
+        for _ in range(6):
+            steps.call(x, 48, [], None)
+        assert steps.ran == 6
+    steps = Steps()
+    for _ in range(6):
+        steps.call(x[:32], 48, [], x[32:])  # whose address would it be?
+    assert steps.ran == 6
+    for _ in range(6):
+        steps.call(memory().view(-1)[1:65].view(8, 8), 48, [], None)  # unaligned
+    assert steps.ran == 12
+
+    def hands_through(x):
+        launch(steps.first, (1,), (x, x.new_empty(3), 5), {})
+        return (x,)
+
+    def writes_nothing(x):
+        launch(steps.first, (1,), (x, x, 5), {})
+        return (x.new_empty(3),)
+
+    for function in (hands_through, writes_nothing):
+        call = replay.replayed(function)
+        assert [call(x)[0].shape for _ in range(5)] == [function(x)[0].shape] * 5
+        assert not any(
+            isinstance(program, replay._Program) for key, program in replay._programs.items() if key[0] is function
+        )
+
+
+def test_other_tiles_and_observers_end_a_replay(replaying):
+    steps, x = Steps(), memory()
+
+    def ran(calls=1):
+        before = steps.ran
+        for _ in range(calls):
+            steps.call(x, 48, [], None)
+        return steps.ran - before
+
+    assert ran(4) == 2
+    with config.use_config("up", config.GemmConfig(64, 64, 64, 4, 3)):
+        assert ran(4) == 2
+    assert ran(4) == 2
+    config.forget_tuned_tiles()
+    assert ran(4) == 2
+    knobs.runtime.launch_enter_hook.add(print)
+    try:
+        assert ran(4) == 4
+    finally:
+        knobs.runtime.launch_enter_hook.remove(print)
+    assert ran(4) == 0
+
+
+def test_sizes_that_never_repeat_are_forgotten(replaying, monkeypatch):
+    monkeypatch.setattr(replay, "_SIGNATURES", 8)
+    steps, x = Steps(), memory()
+    for number in range(100):
+        steps.call(x, number, [], None)
+    assert len(replay._programs) <= 8
+
+
+def test_temporaries_live_as_long_as_they_are_needed(replaying, monkeypatch):
+    steps, x = Steps(), memory()
+    for _ in range(2):
+        steps.call(x, 48, [], None)
+    made, alive = [], []
+    allocate = torch.empty_strided
+
+    def followed(*args, **options):
+        tensor = allocate(*args, **options)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    def record(*args):
+        alive.append([ref() is not None for ref in made])
+
+    (program,) = (entry for entry in replay._programs.values() if isinstance(entry, replay._Program))
+    program.launches[:] = [each._replace(call=record) for each in program.launches]
+    monkeypatch.setattr(torch, "empty_strided", followed)
+    outputs = steps.call(x, 48, [], None)
+    assert alive == [[True], [True, True]]
+    assert [ref() is not None for ref in made] == [False, True]
+    del outputs
+    assert [ref() is not None for ref in made] == [False, False]
+
+
+def test_threads_replay_one_program(replaying, driver):
+    steps, wrong = Steps(), []
+    for _ in range(3):
+        steps.call(memory(), 48, [], None)
+
+    def work(number):
+        driver.streams.current = number
+        inputs = [memory() for _ in range(5)]
+        for turn in range(200):
+            x = inputs[turn % 5]
+            high = steps.call(x, 48, [], None)[2]
+            mine = [args for args in list(steps.second.direct) if args[3] == number][-1]
+            if mine[13] != high.data_ptr():
+                wrong.append((number, turn))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(20, 24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert steps.ran == 2
+    assert len(steps.first.direct) == 2 + 4 * 200
 
 
 # ------------------------------------------------------------------- Triton's real launcher on a driver that records
