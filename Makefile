@@ -18,7 +18,7 @@ ARGS ?=
 # The newest transformers the integration is tested with, and the two packages it pins.
 NEWEST_TRANSFORMERS := transformers==5.23.0 tokenizers==0.23.2 huggingface_hub==1.33.0
 
-.PHONY: help compare test test-main test-compiled test-newest fuzz mutants sanitize wheel lint docs clean
+.PHONY: help compare test test-main test-runs test-compiled test-newest fuzz mutants sanitize wheel lint docs clean
 help:
 	@sed -n '1,3p' Makefile
 	@echo "# make lint | docs | fuzz | mutants | sanitize | wheel | clean"
@@ -44,13 +44,20 @@ $(NEWEST_READY): $(READY)
 compare: $(READY)
 	$(BIN)/python -m moe_kernels compare $(FAMILY) $(ARGS)
 
-# `make -j2 test` runs two of the three at a time: each keeps one core busy.
-test: test-main test-compiled test-newest
+# `make -j2 test` runs two of the four at a time: each keeps one core busy. The longest come first.
+test: test-runs test-main test-newest test-compiled
+
+# Those that start trainings, several ranks, or kill what they started.
+RUNS := tests/integrations/test_axolotl_train.py tests/compare/test_compare_end_to_end.py tests/distributed tests/fuzz
 
 # Without a GPU the kernels run in triton's interpreter (tests/conftest.py).
 test-main: $(READY)
 	@echo "== the suite"
-	$(BIN)/python -m pytest tests --ignore=tests/aot
+	$(BIN)/python -m pytest tests --ignore=tests/aot $(RUNS:%=--ignore=%)
+
+test-runs: $(READY)
+	@echo "== trainings, several ranks, fuzzing"
+	$(BIN)/python -m pytest $(RUNS)
 
 # A process of its own: the interpreter is chosen when a kernel is defined, and the compiler needs it off.
 test-compiled: $(READY)
@@ -59,7 +66,7 @@ test-compiled: $(READY)
 
 test-newest: $(NEWEST_READY)
 	@echo "== the transformers integration and every experts class of $(firstword $(NEWEST_TRANSFORMERS))"
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest tests/integrations/test_transformers.py tests/integrations/test_peft.py tests/integrations/test_quantized.py tests/router tests/conformance tests/distributed/test_transformers_engines.py
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest tests/integrations/test_transformers.py tests/integrations/test_peft.py tests/integrations/test_quantized.py tests/conformance tests/router/test_router_models.py tests/router/test_router.py::test_as_close_to_the_truth_as_the_model_itself tests/distributed/test_transformers_engines.py
 
 # More than 10,000 inputs, new ones each time (about 20 minutes on two cores); the suite tries some hundreds of them.
 fuzz: $(READY)
