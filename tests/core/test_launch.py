@@ -5,6 +5,7 @@ Three kinds of tests: stubs that tell which way a launch went; Triton's real lau
 """
 
 import dataclasses
+import gc
 import itertools
 import logging
 import threading
@@ -327,6 +328,8 @@ def test_doctor_says_how_kernels_are_launched(driver, choose, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert finding() == ("ok", "direct, from the second launch of a kernel on")
+    choose("replay")
+    assert finding() == ("ok", "direct, from the second launch of a kernel on; calls of known sizes are replayed")
     choose("triton")
     assert finding() == ("note", "through Triton: MOE_KERNELS_LAUNCHER=triton")
     choose("fast")
@@ -893,6 +896,7 @@ def test_a_replay_needs_no_more_memory(choose):
         choose(way)
         for _ in range(3):
             step()
+        gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -122,7 +122,9 @@ def _launcher() -> list[Finding]:
     except ValueError as error:
         return [Finding(what, BROKEN, str(error), f"unset {launch.LAUNCHER_VARIABLE}")]
     if reason is None:
-        return [Finding(what, OK, "direct, from the second launch of a kernel on")]
+        detail = "direct, from the second launch of a kernel on"
+        replayed = "; calls of known sizes are replayed" if launch.launcher() == "replay" else ""
+        return [Finding(what, OK, detail + replayed)]
     cure = "nothing, if the GPU is the bottleneck: it costs host time, about a millisecond a layer and step"
     return [Finding(what, NOTE, f"through Triton: {reason}", cure)]
 
