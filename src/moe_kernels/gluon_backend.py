@@ -1,8 +1,8 @@
 """The Gluon backend, for Hopper: the Triton backend with GEMMs whose loading, multiplying and writing overlap.
 
 Rows of X are gathered inside the up projection, and the backward of the activation is the epilogue of a GEMM. What
-these kernels do not cover of a layer (a bias, a low-rank part, weights stored by columns, gate and up interleaved or no
-gate) runs on the Triton backend's kernels.
+these kernels do not cover of a layer (a bias, a low-rank part, weights stored by columns, gate and up interleaved or
+no gate) runs on the Triton backend's kernels.
 """
 
 from __future__ import annotations

@@ -34,17 +34,17 @@ from moe_kernels.kernels.hopper.ring import (
 from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
 from moe_kernels.routing import RoutingPlan
 
-# With the loading warp they are part of one group of four: more would leave the others too few registers.
-GATHERING_WARPS = gl.constexpr(2)
-
 
 @gluon.jit
 def load_tiles(
     rows_in,
+    rows_ptr,
     w,
+    row_slot_ptr,
     tiles,
     ring,
     sizes,
+    TOP_K: gl.constexpr,
     GATED: gl.constexpr,
     GATHER: gl.constexpr,
     W_IS_KN: gl.constexpr,
@@ -54,18 +54,27 @@ def load_tiles(
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The loading warp: fill the ring by TMA, stage after stage, tile after tile; weights alone if GATHER."""
-    _, tile_expert_ptr, tile_row_ptr, num_m, num_n = tiles
+    """The loading warps: fill the ring, stage after stage, tile after tile."""
+    expert_start_ptr, tile_expert_ptr, tile_row_ptr, num_m, num_n = tiles
     a_ring, b_ring, ready, empty = ring
     K, N = sizes
+    gathered: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     step = 0
     for pid in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         m, n = tile_of(pid, num_m, num_n, GROUP_M)
         expert = gl.load(tile_expert_ptr + m)
         row0 = gl.load(tile_row_ptr + m)
+        if GATHER:
+            rows = row0 + gl.arange(0, BLOCK_M, gl.SliceLayout(1, gathered))
+            row_end = gl.load(expert_start_ptr + expert + 1)
+            # Rows of the next expert read slot 0: a valid token whose result is not written.
+            slot = gl.load(row_slot_ptr + rows, mask=rows < row_end, other=0)
+            cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, gathered))
+            pointers = rows_ptr + (slot // TOP_K).to(gl.int64)[:, None] * K + cols[None, :]
         for k0 in range(0, K, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            a = a_ring.index(stage)
             b = b_ring.index(stage)
             bar = ready.index(stage)
             mbarrier.expect(bar, (BLOCK_N + (0 if GATHER else BLOCK_M)) * BLOCK_K * 2)
@@ -78,43 +87,11 @@ def load_tiles(
                 tma.async_copy_global_to_shared(w, [expert * K + k0, n * BLOCK_N], bar, b)
             else:
                 tma.async_copy_global_to_shared(w, [expert * N + n * BLOCK_N, k0], bar, b)
-            if not GATHER:
-                tma.async_copy_global_to_shared(rows_in, [row0, k0], bar, a_ring.index(stage))
-            step += 1
-
-
-@gluon.jit
-def _gather_rows(
-    rows_ptr,
-    row_slot_ptr,
-    tiles,
-    ring,
-    sizes,
-    TOP_K: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """The gathering warps: fill the ring with rows of X, four rows of 128 bytes an instruction."""
-    expert_start_ptr, tile_expert_ptr, tile_row_ptr, num_m, num_n = tiles
-    a_ring, _, ready, empty = ring
-    K, _ = sizes
-    gathered: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [GATHERING_WARPS, 1], [1, 0])
-    step = 0
-    for pid in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        m, _ = tile_of(pid, num_m, num_n, GROUP_M)
-        expert = gl.load(tile_expert_ptr + m)
-        rows = gl.load(tile_row_ptr + m) + gl.arange(0, BLOCK_M, gl.SliceLayout(1, gathered))
-        # Rows of the next expert read slot 0: a valid token whose result is not written.
-        slot = gl.load(row_slot_ptr + rows, mask=rows < gl.load(expert_start_ptr + expert + 1), other=0)
-        cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, gathered))
-        pointers = rows_ptr + (slot // TOP_K).to(gl.int64)[:, None] * K + cols[None, :]
-        for k0 in range(0, K, BLOCK_K):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            async_copy.async_copy_global_to_shared(a_ring.index(stage), pointers + k0)
-            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+            if GATHER:
+                async_copy.async_copy_global_to_shared(a, pointers + k0)
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+            else:
+                tma.async_copy_global_to_shared(rows_in, [row0, k0], bar, a)
             step += 1
 
 
@@ -265,168 +242,92 @@ def hopper_gemm_kernel(
     buffers0 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     buffers1 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     # A stage is ready when TMA has brought its bytes, and each gathering thread's copies have landed.
-    ready, empty, turns = new_ring(STAGES, 1 + (32 * GATHERING_WARPS if GATHER else 0), 2 if COOPERATIVE else 1)
+    ready, empty, turns = new_ring(STAGES, 1 + (128 if GATHER else 0), 2 if COOPERATIVE else 1)
     num_m = gl.load(tile_count_ptr)
     COLUMNS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     num_n = (N + COLUMNS - 1) // COLUMNS
     tensors = (z, z_ptr, out, out_ptr)
     tiles = (expert_start_ptr, tile_expert_ptr, tile_row_ptr, num_m, num_n)
     ring = (a_ring, b_ring, ready, empty)
-    # Registers a thread of each group of four warps: 512 in all.
-    if GATHER:
-        gl.warp_specialize(
-            [
+    # Registers a thread of each group of four warps: 512 in all. Gathering warps keep pointers in theirs; one warp is
+    # enough to start TMA copies.
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
                 (
-                    _multiply,
-                    (
-                        0,
-                        buffers0,
-                        tensors,
-                        tiles,
-                        ring,
-                        turns,
-                        (K, N),
-                        ACTIVATION,
-                        P0,
-                        P1,
-                        GATED,
-                        GATHER,
-                        SAVE_Z,
-                        W_IS_KN,
-                        COOPERATIVE,
-                        BLOCK_M,
-                        BLOCK_N,
-                        BLOCK_K,
-                        GROUP_M,
-                        STAGES,
-                    ),
+                    0,
+                    buffers0,
+                    tensors,
+                    tiles,
+                    ring,
+                    turns,
+                    (K, N),
+                    ACTIVATION,
+                    P0,
+                    P1,
+                    GATED,
+                    GATHER,
+                    SAVE_Z,
+                    W_IS_KN,
+                    COOPERATIVE,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    GROUP_M,
+                    STAGES,
                 ),
+            ),
+            (
+                _multiply,
                 (
-                    _multiply,
-                    (
-                        1,
-                        buffers1,
-                        tensors,
-                        tiles,
-                        ring,
-                        turns,
-                        (K, N),
-                        ACTIVATION,
-                        P0,
-                        P1,
-                        GATED,
-                        GATHER,
-                        SAVE_Z,
-                        W_IS_KN,
-                        COOPERATIVE,
-                        BLOCK_M,
-                        BLOCK_N,
-                        BLOCK_K,
-                        GROUP_M,
-                        STAGES,
-                    ),
+                    1,
+                    buffers1,
+                    tensors,
+                    tiles,
+                    ring,
+                    turns,
+                    (K, N),
+                    ACTIVATION,
+                    P0,
+                    P1,
+                    GATED,
+                    GATHER,
+                    SAVE_Z,
+                    W_IS_KN,
+                    COOPERATIVE,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    GROUP_M,
+                    STAGES,
                 ),
+            ),
+            (
+                load_tiles,
                 (
-                    load_tiles,
-                    (
-                        rows_in,
-                        w,
-                        tiles,
-                        ring,
-                        (K, N),
-                        GATED,
-                        GATHER,
-                        W_IS_KN,
-                        BLOCK_M,
-                        BLOCK_N,
-                        BLOCK_K,
-                        GROUP_M,
-                        STAGES,
-                    ),
+                    rows_in,
+                    rows_ptr,
+                    w,
+                    row_slot_ptr,
+                    tiles,
+                    ring,
+                    (K, N),
+                    TOP_K,
+                    GATED,
+                    GATHER,
+                    W_IS_KN,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    GROUP_M,
+                    STAGES,
                 ),
-                (
-                    _gather_rows,
-                    (rows_ptr, row_slot_ptr, tiles, ring, (K, N), TOP_K, BLOCK_M, BLOCK_K, GROUP_M, STAGES),
-                ),
-            ],
-            [4, 1, GATHERING_WARPS],
-            [216, 80, 80],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _multiply,
-                    (
-                        0,
-                        buffers0,
-                        tensors,
-                        tiles,
-                        ring,
-                        turns,
-                        (K, N),
-                        ACTIVATION,
-                        P0,
-                        P1,
-                        GATED,
-                        GATHER,
-                        SAVE_Z,
-                        W_IS_KN,
-                        COOPERATIVE,
-                        BLOCK_M,
-                        BLOCK_N,
-                        BLOCK_K,
-                        GROUP_M,
-                        STAGES,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        1,
-                        buffers1,
-                        tensors,
-                        tiles,
-                        ring,
-                        turns,
-                        (K, N),
-                        ACTIVATION,
-                        P0,
-                        P1,
-                        GATED,
-                        GATHER,
-                        SAVE_Z,
-                        W_IS_KN,
-                        COOPERATIVE,
-                        BLOCK_M,
-                        BLOCK_N,
-                        BLOCK_K,
-                        GROUP_M,
-                        STAGES,
-                    ),
-                ),
-                (
-                    load_tiles,
-                    (
-                        rows_in,
-                        w,
-                        tiles,
-                        ring,
-                        (K, N),
-                        GATED,
-                        GATHER,
-                        W_IS_KN,
-                        BLOCK_M,
-                        BLOCK_N,
-                        BLOCK_K,
-                        GROUP_M,
-                        STAGES,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [232, 40],
-        )
+            ),
+        ],
+        [4, 4 if GATHER else 1],
+        [216 if GATHER else 232, 72 if GATHER else 40],
+    )
 
 
 _IDENTITY = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "GATHER": False, "SAVE_Z": False}

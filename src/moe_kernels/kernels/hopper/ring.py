@@ -134,7 +134,7 @@ class Schedule:
 
 
 _COOPERATIVE = Schedule(cooperative=True, block_n=256, stages=4)
-_IN_TURN = Schedule(cooperative=False, block_n=128, stages=5)
+_IN_TURN = Schedule(cooperative=False, block_n=128, stages=5, group_m=4)
 #: Measured on an H200: benchmarks/results/h200-steps.json. "wgrad, odd": gradients whose rows are no multiple of
 #: BLOCK_M.
 SCHEDULES = {
