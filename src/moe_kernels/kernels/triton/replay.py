@@ -76,6 +76,14 @@ class _Memory(NamedTuple):
     dtype: torch.dtype
 
 
+def _span(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if not tensor.numel():
+        return 0
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in sizes)) * tensor.element_size()
+
+
 class _Follower(TorchDispatchMode):
     """Follows steps while they run: what they allocate, and what they launch on it.
 
@@ -91,10 +99,7 @@ class _Follower(TorchDispatchMode):
         self.launched: list[_Launch] = []
         self.directs: list[Any] = []
         self.obstacle, self.passing = "", False
-        given = {i: t.untyped_storage()._cdata for i, t in enumerate(inputs) if t is not None and t.numel()}
-        self.memory = {storage: number for number, storage in given.items()}
-        if len(self.memory) < len(given):
-            self.obstacle = "two inputs share a storage"
+        self.memory: dict[int, int] = {}  # storages allocated meanwhile
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -107,14 +112,18 @@ class _Follower(TorchDispatchMode):
 
     def place(self, tensor: Tensor) -> _Place:
         """Where ``tensor`` begins."""
-        storage = tensor.untyped_storage()
-        number = self.memory.get(storage._cdata)
-        if number is None:
-            self.obstacle = "memory from elsewhere"
+        storage, address = tensor.untyped_storage(), tensor.data_ptr()
+        if storage._cdata in self.memory:
+            return _Place(self.memory[storage._cdata], address - storage.data_ptr())
+        places = [
+            _Place(number, address - given.data_ptr())
+            for number, given in enumerate(self.inputs)
+            if given is not None and given.data_ptr() <= address < given.data_ptr() + _span(given)
+        ]
+        if len(places) != 1:
+            self.obstacle = "an address of none of the inputs, or of several"
             return _Place(0, 0)
-        given = self.inputs[number] if number < len(self.inputs) else None
-        start = storage.data_ptr() if given is None else given.data_ptr()
-        return _Place(number, tensor.data_ptr() - start)
+        return places[0]
 
     def launch(self, direct: Any, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         """One launch, just made."""
