@@ -8,6 +8,9 @@ import dataclasses
 import gc
 import itertools
 import logging
+import os
+import subprocess
+import sys
 import threading
 import weakref
 from types import SimpleNamespace
@@ -396,8 +399,9 @@ def test_it_runs_on_the_device_of_its_tensors(driver, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------- replayed steps
 @pytest.fixture
-def replaying(driver, choose):
+def replaying(driver, choose, monkeypatch):
     choose("replay")
+    monkeypatch.setattr(replay, "_on_gpu", lambda tensor: True)
     replay._programs.clear()
     yield
     replay._programs.clear()
@@ -513,6 +517,18 @@ def test_what_cannot_be_replayed_is_not(replaying):
         assert not any(
             isinstance(program, replay._Program) for key, program in replay._programs.items() if key[0] is function
         )
+
+
+def test_the_cpu_needs_no_driver(tmp_path):
+    """The torch backend asks nothing of Triton, which has no driver on a machine without a GPU."""
+    code = """if True:
+        import torch, moe_kernels
+        from moe_kernels.testing.problems import Case, make_inputs, run
+        for _ in range(4):
+            run(moe_kernels.fused_experts, make_inputs(Case(8, 2, 4, 16, 16)))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_other_tiles_and_observers_end_a_replay(replaying):

@@ -18,6 +18,8 @@ import torch
 import triton
 from triton.backends.nvidia import driver as nvidia
 
+from moe_kernels.kernels.triton import replay
+
 SOURCE = r"""
 #include "cuda.h"
 #include <string.h>
@@ -167,6 +169,7 @@ def install(folder: Path, monkeypatch: Any) -> Iterator[FakeCuda]:
     monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(folder))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(replay, "_on_gpu", lambda tensor: True)
     loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     config = triton.runtime.driver
     previous = config._active

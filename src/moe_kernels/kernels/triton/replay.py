@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ _VIEWS = {
     _aten.transpose.int,
     _aten.view.default,
 }
+_on_gpu = operator.attrgetter("is_cuda")  # of a tensor
 _SIGNATURES = 512  # kept in mind; more than that come of sizes that do not repeat
 _TRIES = 4  # calls until steps are replayed or never will be
 
@@ -228,7 +230,9 @@ def replayed(
 
     @functools.wraps(steps)
     def call(*args: Any) -> Any:
-        if launches.launcher() != "replay" or launches.refusal() is not None or launches._watched():
+        if not _on_gpu(args[0]) or launches.launcher() != "replay":
+            return steps(*args)
+        if launches.refusal() is not None or launches._watched():
             return steps(*args)
         device = args[0].device
         key: list[Any] = [steps, device, launches.dot_precision(args[0].dtype)]
