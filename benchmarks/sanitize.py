@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import inspect
 import json
 import os
 import pkgutil
@@ -235,8 +234,9 @@ def planted_synccheck(data, out, BLOCK: tl.constexpr):
 #: By tool: what it reports though nothing is wrong. A control shows that the tool on this machine does so.
 NOT_FOLLOWED = {
     "racecheck": "gl.warp_specialize hands its groups of warps their work through words of shared memory, between "
-    "barriers that all threads of a program pass: barrier.sync 1 in the PTX, which tests/aot/test_dispatch.py reads. "
-    "racecheck takes that for races. Reports are set aside where every access in them is the dispatch's own.",
+    "barriers that all threads of a program pass (barrier.sync 1 in the PTX). racecheck 2025.3 takes that for races "
+    "now and then; NVIDIA's release notes name false reports with barriers of warpgroups on Hopper as mended in 2026.1. "
+    "Reports are set aside where every access in them is next to such a barrier in the PTX of the kernel that ran.",
     "initcheck": "memory that a tensor-memory store wrote stays uninitialised for initcheck. Reports of problems "
     "that run on the kernels for Hopper are set aside if the control is reported too; moe-kernels verify runs the "
     "same kernels on memory filled with NaN.",
@@ -244,17 +244,19 @@ NOT_FOLLOWED = {
 
 
 @gluon.jit
-def _add(out, count, VALUE: gl.constexpr):
-    for _ in range(count):
-        gl.store(out + gl.program_id(0), VALUE)
+def _add(out, count, VALUE: gl.constexpr, WARPS: gl.constexpr):
+    at = gl.arange(0, 512, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    for i in range(count):
+        # The sum goes through shared memory, with a barrier of this group of warps.
+        gl.store(out + gl.program_id(0), gl.sum(at * i, 0) + VALUE)
 
 
 @gluon.jit
 def control_racecheck(out, count_ptr):
     count = gl.load(count_ptr)  # handed to the groups through shared memory
-    programs = gl.num_programs(0)
+    n = gl.num_programs(0)
     gl.warp_specialize(
-        [(_add, (out, count, 1)), (_add, (out + programs, count, 2)), (_add, (out + 2 * programs, count, 3))],
+        [(_add, (out, count, 1, 4)), (_add, (out + n, count, 2, 4)), (_add, (out + 2 * n, count, 3, 1))],
         [4, 1],
         [216, 40],
     )
@@ -284,17 +286,28 @@ def run_control(tool: str) -> None:
     torch.cuda.synchronize()
 
 
-def dispatch_lines() -> set[str]:
-    """``file:line`` that the compiler gives the dispatch of warp_specialize in our kernels: the def's, the call's."""
-    found = set()
-    for module in pkgutil.iter_modules(importlib.import_module(HOPPER.rstrip(".")).__path__, HOPPER):
-        for value in vars(importlib.import_module(module.name)).values():
-            if isinstance(value, KernelInterface) and value.__name__.endswith("_kernel"):
-                lines, first = inspect.getsourcelines(value.fn)
-                file = Path(inspect.getfile(value.fn)).name
-                marks = ("def ", "gl.warp_specialize(")
-                places = {f"{file}:{first + i}" for i, line in enumerate(lines) if line.strip().startswith(marks)}
-                found |= places if len(places) > 1 else set()
+def dispatch_places(ptx: str) -> set[str]:
+    """``file:line`` of the accesses to shared memory next to a barrier of all threads: those of warp_specialize.
+
+    It writes before the barrier, reads the number of a group right after it, and what it hands over before the next.
+    """
+    files = dict(re.findall(r'\.file\s+(\d+) "(?:.*/)?([^"/]+)"', ptx))
+    place, found = "", set()
+    accesses: list[tuple[str, str]] = []  # since the last barrier, branch or label
+    after_barrier = False
+    for line in map(str.strip, ptx.splitlines()):
+        if match := re.match(r"\.loc\s+(\d+) (\d+)", line):
+            place = f"{files[match[1]]}:{match[2]}" if match[2] != "0" else place
+        elif re.match(r"(st|ld)\.shared", line):
+            if after_barrier and line.startswith("ld.shared.b8"):
+                found.add(place)
+            accesses.append((line[:2], place))
+            after_barrier = False
+        elif line.startswith("barrier.sync"):
+            found |= {where for _, where in accesses}
+            accesses, after_barrier = [], True
+        elif re.match(r"bar\.|bra|brx|ret|@?!?%p\d+ bra|\$L__BB.*:$|mbarrier|cp\.async", line):
+            accesses, after_barrier = [], False
     return found
 
 
@@ -321,8 +334,15 @@ def run_planted(tool: str) -> None:
 def work(names: list[str], device: str, seen: Path) -> int:
     """Run the named jobs in this process; ``seen`` says which ended and which kernels were loaded for them."""
     kernels: Counter[str] = Counter()
-    # A kernel is loaded when it is launched first: one call for each compiled variant.
-    triton.knobs.runtime.kernel_load_end_hook.add(lambda module, function, name, *_: kernels.update([name]))
+    dispatch: set[str] = set()
+
+    def loaded(module: Any, function: Any, name: str, files: dict[str, str], *_: Any) -> None:
+        """When a kernel is launched first: one call for each compiled variant."""
+        kernels.update([name])
+        ptx = next(Path(path).read_text() for file, path in files.items() if file.endswith(".ptx"))
+        dispatch.update(dispatch_places(ptx))
+
+    triton.knobs.runtime.kernel_load_end_hook.add(loaded)
     if interpreting():
         interpreter.install()
     done, failed = [], False
@@ -336,7 +356,7 @@ def work(names: list[str], device: str, seen: Path) -> int:
             else:
                 done.append(name)
             kernels.update(set(launches))
-        seen.write_text(json.dumps({"done": done, "kernels": kernels}))
+        seen.write_text(json.dumps({"done": done, "kernels": kernels, "dispatch": sorted(dispatch)}))
     return int(failed)
 
 
@@ -369,7 +389,7 @@ class Log:
 def read_log(text: str, kernels: set[str], dispatch: Set[str] = frozenset()) -> Log:
     """Sort the reports in ``text`` into those that name one of ``kernels`` and the rest.
 
-    ``dispatch``: see :func:`dispatch_lines`.
+    ``dispatch``: see :func:`dispatch_places`.
 
     A report is a line that begins with nine equal signs and one space, and the lines after it that are indented more.
     """
@@ -424,7 +444,7 @@ class Process:
     def seen(self) -> dict[str, Any]:
         """Which jobs ended in it and which kernels it loaded."""
         file = self.folder / "seen.json"
-        return json.loads(file.read_text()) if file.exists() else {"done": [], "kernels": {}}
+        return json.loads(file.read_text()) if file.exists() else {"done": [], "kernels": {}, "dispatch": []}
 
     @property
     def log(self) -> str:
@@ -506,7 +526,7 @@ def judge(
     seen, done = Counter[str](), list[str]()
     samples: dict[str, str] = {}
     control = read_log(special["control"].log, {f"control_{tool}"}).ours if "control" in special else Counter[str]()
-    dispatch = dispatch_lines() if "control" in special else set()
+    dispatch = {place for process in processes for place in process.seen["dispatch"]}
     for process in processes:
         log = read_log(process.log, kernels, dispatch if tool == "racecheck" else frozenset())
         if tool == "initcheck" and control and process.name.startswith("initcheck-hopper"):
@@ -540,6 +560,7 @@ def judge(
         "not_followed": unfollowed,
         "not_followed_because": NOT_FOLLOWED[tool] if unfollowed else "",
         "control": control,
+        "dispatch": sorted(dispatch),
         "planted_fault": found,
         "kernels": dict(sorted(seen.items())),
         "jobs": sorted(done),

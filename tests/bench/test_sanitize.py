@@ -101,6 +101,32 @@ def test_only_the_dispatchs_own_accesses_are_set_aside(sanitize):
     assert (log.ours.total(), log.dispatch.total()) == (1, 0)
 
 
+PTX = """\
+	.loc	1 216 0                         // gemm.py:216
+	st.shared.v2.b32 	[global_smem+229680], {0, 50397698};
+	st.shared.b32 	[global_smem+229376], %r452;
+	barrier.sync 	1;
+	setmaxnreg.dec.sync.aligned.u32 	248;
+	.loc	1 150 0
+	ld.shared.b32 	%r1, [global_smem];
+	bar.sync 	2, 128;
+	st.shared.b32 	[global_smem], %r1;
+	bra.uni 	$L__BB0_2;
+$L__BB0_2:
+	.loc	2 264 0
+	setmaxnreg.dec.sync.aligned.u32 	120;
+	barrier.sync 	1;
+	ld.shared.b8 	%r237, [%r238+229676];
+	.file	1 "/some/where/gemm.py"
+	.file	2 "ring.py"
+"""
+
+
+def test_the_dispatchs_accesses_are_those_beside_a_barrier_of_all_threads(sanitize):
+    assert sanitize.dispatch_places(PTX) == {"gemm.py:216", "ring.py:264"}
+    assert sanitize.dispatch_places(PTX.replace("barrier.sync", "bar.sync")) == set()
+
+
 def test_a_log_without_an_end_is_not_clean(sanitize):
     assert not sanitize.read_log("========= COMPUTE-SANITIZER\n", OURS).finished
     assert sanitize.read_log("========= Internal Sanitizer Error: no memory\n" + CLEAN, OURS).broken
