@@ -236,7 +236,7 @@ NOT_FOLLOWED = {
     "racecheck": "gl.warp_specialize hands its groups of warps their work through words of shared memory, between "
     "barriers that all threads of a program pass (barrier.sync 1 in the PTX). racecheck 2025.3 takes that for races "
     "now and then; NVIDIA's release notes name false reports with barriers of warpgroups on Hopper as mended in "
-    "2026.1. Reports are set aside where every access in them is next to such a barrier in the PTX of the kernel that ran.",
+    "2026.1. Reports are set aside where every access in them is next to such a barrier in the PTX that ran.",
     "initcheck": "memory that a tensor-memory store wrote stays uninitialised for initcheck. Reports of problems "
     "that run on the kernels for Hopper are set aside if the control is reported too; moe-kernels verify runs the "
     "same kernels on memory filled with NaN.",
