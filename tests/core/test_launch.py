@@ -412,7 +412,7 @@ class Steps:
 
     def __init__(self, foreign=None):
         self.ran, self.beside = 0, []
-        self.first, self.second = Kernel(run_time=3), Kernel(run_time=3, tensor_maps=1)
+        self.first, self.second = Kernel(run_time=3), Kernel(run_time=4, tensor_maps=2)
         self.foreign = foreign
         self.call = replay.replayed(self.steps, self.make_beside)
 
@@ -426,7 +426,8 @@ class Steps:
         high = torch.empty_like(low, dtype=torch.float32)
         if self.foreign is not None:
             low = self.foreign(x, low)
-        launch(self.second, (3,), (high, number, descriptor(low.view(3, 16), 16, 16)), {"num_warps": 4})
+        blocks = descriptor(low.view(3, 16)[1:], 16, 16), descriptor(high, 16, 32)
+        launch(self.second, (3,), (high, number, *blocks), {"num_warps": 4})
         return high.mT, x.new_empty(0), high
 
 
@@ -447,9 +448,10 @@ def test_the_third_call_is_replayed(replaying, driver, counted):
         assert second[:5] == (3, 1, 1, 7, 4096)
         low = first[14] - 2 * 8 * 2
         assert first[13:] == (x.data_ptr() + 128, low + 32, 48)
-        encoded = next(made for made in driver.encoded if made[0] == low)
-        assert [list(part) for part in encoded[5:7]] == [[3, 16], [16, 1]]
-        assert second[13:] == (high.data_ptr(), 48, encoded, 3, 16, 16, 1)
+        maps = {made[0]: made for made in driver.encoded}
+        low_map, high_map = maps[low + 32], maps[high.data_ptr()]
+        assert [[*low_map[5]], [*low_map[6]], low_map[4]] == [[2, 16], [16, 1], [16, 16]]
+        assert second[13:] == (high.data_ptr(), 48, low_map, 2, 16, 16, 1, high_map, 6, 8, 8, 1)
     assert steps.beside == [48] * 3
     assert (steps.first.through_triton, len(steps.first.direct)) == (1, 4)
     assert vars(counted()) == {"replay": 6, "direct": 2, "triton": 2}
@@ -490,7 +492,7 @@ def test_inputs_may_lie_in_one_storage(replaying):
 
 def test_what_cannot_be_replayed_is_not(replaying):
     elsewhere, x = torch.zeros(6, 8, dtype=torch.bfloat16), memory()
-    for foreign in (lambda x, low: low + 1, lambda x, low: elsewhere, lambda x, low: low.clone()):
+    for foreign in (lambda x, low: low + 1, lambda x, low: elsewhere, lambda x, low: low.zero_()):
         steps = Steps(foreign)
         for _ in range(6):
             steps.call(x, 48, [], None)
@@ -554,6 +556,32 @@ def test_other_tiles_and_observers_end_a_replay(replaying):
     assert ran(4) == 0
 
 
+def test_an_absent_tensor_has_its_place_in_the_signature(replaying):
+    kernel, ran = Kernel(), []
+
+    def steps(x, a, b):
+        ran.append(a is None)
+        launch(kernel, (1,), (x.new_empty(3), 5 if a is None else 6), {})
+        out = x.new_empty(2)
+        launch(kernel, (1,), (out, 5), {})
+        return (out,)
+
+    call, x, y = replay.replayed(steps), memory(), memory()
+    for args in ((x, y, None), (x, None, y)):
+        for _ in range(4):
+            call(*args)
+    assert ran == [False, False, True, True]
+
+
+def test_a_kernel_of_which_triton_makes_the_first_launch_only_delays_a_replay(replaying):
+    steps, x = Steps(), memory()
+    steps.call(x, 48, [], None)
+    module._known.clear()
+    for _ in range(4):
+        steps.call(x, 48, [], None)
+    assert steps.ran == 3
+
+
 def test_sizes_that_never_repeat_are_forgotten(replaying, monkeypatch):
     monkeypatch.setattr(replay, "_SIGNATURES", 8)
     steps, x = Steps(), memory()
@@ -563,9 +591,18 @@ def test_sizes_that_never_repeat_are_forgotten(replaying, monkeypatch):
 
 
 def test_temporaries_live_as_long_as_they_are_needed(replaying, monkeypatch):
-    steps, x = Steps(), memory()
+    kernel, x = Kernel(run_time=3), memory()
+
+    def steps(x):
+        a, b, c = x.new_empty(3), x.new_empty(4), x.new_empty(5)
+        launch(kernel, (1,), (x, a, 5), {})
+        launch(kernel, (1,), (a, b, 5), {})
+        launch(kernel, (1,), (b, c, 5), {})
+        return (c,)
+
+    call = replay.replayed(steps)
     for _ in range(2):
-        steps.call(x, 48, [], None)
+        call(x)
     made, alive = [], []
     allocate = torch.empty_strided
 
@@ -580,11 +617,11 @@ def test_temporaries_live_as_long_as_they_are_needed(replaying, monkeypatch):
     (program,) = (entry for entry in replay._programs.values() if isinstance(entry, replay._Program))
     program.launches[:] = [each._replace(call=record) for each in program.launches]
     monkeypatch.setattr(torch, "empty_strided", followed)
-    outputs = steps.call(x, 48, [], None)
-    assert alive == [[True], [True, True]]
-    assert [ref() is not None for ref in made] == [False, True]
-    del outputs
-    assert [ref() is not None for ref in made] == [False, False]
+    output = call(x)
+    assert alive == [[True], [True, True], [False, True, True]]
+    assert [ref() is not None for ref in made] == [False, False, True]
+    del output
+    assert made[-1]() is None
 
 
 def test_threads_replay_one_program(replaying, driver):
