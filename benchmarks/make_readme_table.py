@@ -56,7 +56,7 @@ def layers(results: Results) -> str:
     """Tables of the benchmarks of one layer, one for each file."""
     parts = []
     for name, data in results:
-        if data.get("kind") == "bench" and data["environment"]["gpu"]:
+        if data.get("kind") == "bench" and data["environment"]["gpu"] and "-log-" not in name:  # logs: old kernels
             parts += [_bench_caption(name, data["environment"]), _table(LAYER_COLUMNS, _layer_rows(data["results"]))]
     return "\n\n".join(parts) or NOTHING
 

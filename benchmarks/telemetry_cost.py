@@ -1,10 +1,10 @@
-"""What router telemetry costs a training step: one training in which it goes off and on every ten steps.
+"""What router telemetry costs a training step: one training in which it goes off and on every five steps.
 
     python benchmarks/telemetry_cost.py mixtral --json benchmarks/results/telemetry-mixtral.json
 
 The trainer logs every step, and telemetry reads its counters whenever the trainer logs: the dearest case. Each block
-of ten steps with telemetry is compared with the blocks without on either side of it, so that a drift of the clocks
-cancels; the first two steps of a block are left out. Printed are the median of these differences in percent of a
+of five steps with telemetry is compared with the blocks without on either side of it, so that a drift of the clocks
+cancels; the first step of a block is left out. Printed are the median of these differences in percent of a
 step, their quartiles, and both medians. Prepares what is missing. Exit code 1 if the telemetry costs more than
 ``--limit`` percent of a step.
 """
@@ -31,8 +31,8 @@ from moe_kernels.prepare import tiny_overrides
 from moe_kernels.router_load import FILE_NAME, read_history
 from moe_kernels.shapes import FAMILIES
 
-BLOCK = 10
-SETTLING = 2
+BLOCK = 5
+SETTLING = 1
 SWITCH = "telemetry_switch.TelemetrySwitch"
 
 

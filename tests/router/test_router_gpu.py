@@ -50,6 +50,7 @@ def test_softmax_choices_are_torchs_on_many_tokens(experts, top_k, dtype):
 
 
 @pytest.mark.plain_memory
+@pytest.mark.plain_memory  # poisoning launches fills
 def test_one_launch_forward_and_one_backward():
     logits = torch.randn(TOKENS, 128, device="cuda", requires_grad=True)
     weights, _ = router.route(logits, 8)

@@ -78,6 +78,12 @@ def tuned_tiles() -> str | None:
     return str(tuned.read(file)["digest"])[:12] if file.exists() else None
 
 
+def _program() -> str:
+    """How this process was started: one of benchmarks/*.py, or the command line tool."""
+    script = Path(sys.argv[0])
+    return f"python benchmarks/{script.name}" if script.parent.name == "benchmarks" else "moe-kernels"
+
+
 def environment() -> dict[str, str | int | None]:
     """The machine and the versions, as plain JSON values. ``gpu`` is None on a machine without CUDA."""
     import torch
@@ -97,6 +103,6 @@ def environment() -> dict[str, str | int | None]:
         **versions,
         "commit": commit(),
         "tuned_tiles": tuned_tiles(),
-        "command": " ".join(["moe-kernels", *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -20,6 +20,7 @@ from moe_kernels.kernels.triton.tile import (
     add_low_rank,
     load_rows,
     load_weight,
+    multiply_add,
     row_tile,
     store_tile,
     swizzled_tile,
@@ -68,7 +69,7 @@ def grouped_gemm_kernel(
             else:
                 a = load_rows(rows_in, rows.to(tl.int64), row_mask, k0, K, BLOCK_K, EVEN_K, True)
             b = load_weight(w, expert, n0, k0, N, K, BLOCK_N, BLOCK_K, W_IS_KN, USE_TMA)
-            total = tl.dot(a, b, total, input_precision=PRECISION)
+            total = multiply_add(a, b, total, PRECISION)
         if RANK > 0:
             total = add_low_rank(
                 total, low_ptr, factor_ptr, expert, rows, row_mask, n0, N, RANK, LOW_IS_KN, BLOCK_N, PRECISION

@@ -72,6 +72,21 @@ def _load_matrix(
 
 
 @triton.jit
+def multiply_add(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b.
+
+    Exact float32 products run on the ordinary cores, one accumulator that adds thousands of products in turn: its
+    error would be several times that of torch.mm, which splits the sum. So each block is summed apart. The signs keep
+    the compiler from making one accumulator of it again.
+    """
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        result = total - tl.dot(-a, b, input_precision=PRECISION)
+    else:
+        result = tl.dot(a, b, total, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
 def add_low_rank(
     total,
     low_ptr,  # (R, RANK)

@@ -26,6 +26,7 @@ from moe_kernels.kernels.triton.tile import (
     gathered_tokens,
     load_rows,
     load_weight,
+    multiply_add,
     row_tile,
     store_tile,
     swizzled_tile,
@@ -82,8 +83,8 @@ def up_kernel(
                 x = load_rows(x_ptr, token, row_mask, k0, H, BLOCK_K, EVEN_K, False)
                 w_gate = load_weight(w, expert, n0, k0, 2 * I, H, BLOCK_N, BLOCK_K, W_IS_KN, USE_TMA)
                 w_up = load_weight(w, expert, I + n0, k0, 2 * I, H, BLOCK_N, BLOCK_K, W_IS_KN, USE_TMA)
-                gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
-                up = tl.dot(x, w_up, up, input_precision=PRECISION)
+                gate = multiply_add(x, w_gate, gate, PRECISION)
+                up = multiply_add(x, w_up, up, PRECISION)
             if RANK > 0:
                 gate = add_low_rank(
                     gate, low_ptr, left_ptr, expert, rows, row_mask, n0, 2 * I, RANK, False, BLOCK_N, PRECISION
@@ -106,7 +107,7 @@ def up_kernel(
             for k0 in tl.range(0, H, BLOCK_K):
                 x = load_rows(x_ptr, token, row_mask, k0, H, BLOCK_K, EVEN_K, False)
                 block = load_weight(w, expert, z0, k0, PER_COLUMN * I, H, BLOCK_Z, BLOCK_K, W_IS_KN, USE_TMA)
-                z = tl.dot(x, block, z, input_precision=PRECISION)
+                z = multiply_add(x, block, z, PRECISION)
             if RANK > 0:
                 z = add_low_rank(
                     z, low_ptr, left_ptr, expert, rows, row_mask, z0, PER_COLUMN * I, RANK, False, BLOCK_Z, PRECISION

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.kernels.triton.launch import cdiv, descriptor, dot_precision, fit_columns, launch_grid, tma_fits
-from moe_kernels.kernels.triton.tile import load_rows, swizzled_tile
+from moe_kernels.kernels.triton.tile import load_rows, multiply_add, swizzled_tile
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tuning.config import select_config
 
@@ -57,12 +57,12 @@ def wgrad_kernel(
                 rows = r0 + tl.arange(0, BLOCK_K)
                 lhs = load_rows(left_ptr, rows.to(tl.int64), rows < end, m0, M, BLOCK_M, EVEN_M, False)
                 rhs = load_rows(right_ptr, rows.to(tl.int64), rows < end, n0, N, BLOCK_N, EVEN_N, False)
-            total = tl.dot(lhs.T, rhs, total, input_precision=PRECISION)
+            total = multiply_add(lhs.T, rhs, total, PRECISION)
         if whole_end < end:
             rows = whole_end + tl.arange(0, BLOCK_K)
             lhs = load_rows(left_ptr, rows.to(tl.int64), rows < end, m0, M, BLOCK_M, EVEN_M, True)
             rhs = load_rows(right_ptr, rows.to(tl.int64), rows < end, n0, N, BLOCK_N, EVEN_N, True)
-            total = tl.dot(lhs.T, rhs, total, input_precision=PRECISION)
+            total = multiply_add(lhs.T, rhs, total, PRECISION)
         cols_m = m0 + tl.arange(0, BLOCK_M)
         cols_n = n0 + tl.arange(0, BLOCK_N)
         out = out_ptr + expert.to(tl.int64) * M * N + cols_m.to(tl.int64)[:, None] * N + cols_n[None, :]
