@@ -530,6 +530,7 @@ def test_the_cpu_needs_no_driver(tmp_path):
             run(moe_kernels.fused_experts, make_inputs(Case(8, 2, 4, 16, 16)))
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment[module.LAUNCHER_VARIABLE] = "replay"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
