@@ -87,7 +87,7 @@ class Timing:
         key: the line of the table it stands for.
         config: the tile.
         ms: median time; None if it was not timed.
-        default_ms: of the tile in use without tuning.
+        default_ms: of the tile in use without tuning, timed before and after this one.
         fault: why it was not timed: it does not fit the GPU, or its result is wrong.
         wrong: it ran, and its result is wrong.
     """
@@ -196,12 +196,12 @@ def time_shape(shape: LayerShape, group: int, device: torch.device, progress: Pr
         default = default_tile(kernel, group, how, device)
         with use_config(kernel, default):
             expected = call()
-            default_ms = median_ms(call)
+            default_ms = [median_ms(call)]
         for config in candidates(kernel, group):
             if config == default:
                 continue
             progress(f"{shape.name}, group size {group}: {name} {describe(config)}")
-            timing = functools.partial(Timing, shape.name, name, key, config, default_ms=default_ms)
+            timing = functools.partial(Timing, shape.name, name, key, config, default_ms=default_ms[-1])
             result = attempt(call, kernel, config)
             if isinstance(result, str):
                 found.append(timing(ms=None, fault=result))
@@ -211,8 +211,12 @@ def time_shape(shape: LayerShape, group: int, device: torch.device, progress: Pr
                 fault = f"differs from the tile in use by {difference:.1e}"
                 found.append(timing(ms=None, fault=fault, wrong=True))
                 continue
+            # The GPU's clocks drift with its temperature: the tile in use is timed before and after each candidate.
             with use_config(kernel, config):
-                found.append(timing(ms=median_ms(call)))
+                ms = median_ms(call)
+            with use_config(kernel, default):
+                default_ms.append(median_ms(call))
+            found.append(timing(ms=ms, default_ms=statistics.mean(default_ms[-2:])))
     return found
 
 
