@@ -94,7 +94,7 @@ def test_every_id_lands_in_its_own_counter(experts: int, dtype: torch.dtype, dev
     outside = [-1, -7, experts, experts + 1, 2**31 - 1, -(2**31)]
     outside += [2**40, -(2**62)] if dtype == torch.int64 else []
     ids = torch.tensor([*range(experts), experts - 1, *outside], dtype=dtype, device=device)
-    layer = _Layer("", experts, experts)
+    layer = _Layer("", experts, experts, counts=torch.zeros(experts, dtype=torch.int64, device=device))
     _add(layer, ids)
     _add(layer, ids[: experts + 1].expand(2, -1))
     assert layer.counts is not None
@@ -104,7 +104,7 @@ def test_every_id_lands_in_its_own_counter(experts: int, dtype: torch.dtype, dev
 
 @pytest.mark.gpu
 def test_counting_waits_for_nothing() -> None:
-    layer = _Layer("", 8, 8)
+    layer = _Layer("", 8, 8, counts=torch.zeros(8, dtype=torch.int64, device="cuda"))
     ids = torch.randint(0, 8, (4096, 2), device="cuda")
     _add(layer, ids)
     torch.cuda.set_sync_debug_mode("error")
@@ -126,6 +126,9 @@ def _counter_of_rank(rank: int) -> RouterCounter:
     """Two experts a rank, parallel over two ranks, twice; beside a layer that every rank holds whole."""
     counter = RouterCounter.__new__(RouterCounter)
     counter.layers = [_Layer("parallel", 4, 2), _Layer("whole", 3, 3), _Layer("never called", 4, 2)]
+    counter._counts = {}
+    for layer in counter.layers[:2]:
+        layer.counts = torch.zeros(layer.seen, dtype=torch.int64)
     local = torch.tensor([[0, 1], [0, 3], [0, 2]]) - 2 * (rank % 2)
     _add(counter.layers[0], torch.where((local < 0) | (local > 1), 2, local))
     _add(counter.layers[1], torch.full((1, 2), rank % 3))

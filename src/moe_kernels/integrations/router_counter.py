@@ -24,6 +24,7 @@ class _Layer:
         experts: of the whole layer, on all ranks.
         seen: ids that its experts function can be given: ``experts``, or this rank's own under transformers'
             expert parallelism, which hands it ids of its own and one id for all others.
+        first: place of its first count among those of all layers.
         counts: (seen,) int64 on the device, or None before the first call.
         rows: tokens x K since the last reading, counted on the host from shapes.
     """
@@ -31,6 +32,7 @@ class _Layer:
     name: str
     experts: int
     seen: int
+    first: int = 0
     counts: torch.Tensor | None = None
     rows: int = 0
 
@@ -53,6 +55,10 @@ class RouterCounter:
                 "interface, so that there is no routing to count: set moe_router_telemetry: false."
             )
         self.layers = [_layer(name, module) for name, module in modules]
+        for layer, before in zip(self.layers[1:], self.layers, strict=False):
+            layer.first = before.first + before.seen
+        # The counts of all layers in one tensor for each device, so that reading them takes one copy.
+        self._counts: dict[torch.device, torch.Tensor] = {}
         self._hooks = [
             module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
             for layer, (_, module) in zip(self.layers, modules, strict=True)
@@ -68,10 +74,28 @@ class RouterCounter:
 
         Where several processes train, all must call it at the same step: it adds up over them.
         """
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        loads = self._everywhere() if parallel else self._here()
+        for layer in self.layers:
+            layer.rows = 0
+        for counts in self._counts.values():
+            counts.zero_()
+        return loads
+
+    def _here(self) -> list[LayerLoad]:
+        numbers = {device: counts.tolist() for device, counts in self._counts.items()}
+        loads = []
+        for layer in self.layers:
+            all_layers = [] if layer.counts is None else numbers[layer.counts.device]
+            tokens = all_layers[layer.first : layer.first + layer.seen] or [0] * layer.seen
+            loads.append(LayerLoad(tuple(tokens), layer.rows))
+        return loads
+
+    def _everywhere(self) -> list[LayerLoad]:
+        """Of all ranks together."""
         device = next((layer.counts.device for layer in self.layers if layer.counts is not None), torch.device("cpu"))
         total = torch.cat([_everywhere(layer, device) for layer in self.layers])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total)
         numbers = total.tolist()
         loads = []
         for layer in self.layers:
@@ -79,18 +103,24 @@ class RouterCounter:
             # The ranks that share a layer's experts all saw the same tokens.
             loads.append(LayerLoad(tokens, rows // (layer.experts // layer.seen)))
             del numbers[: layer.experts + 1]
-            layer.rows = 0
-            if layer.counts is not None:
-                layer.counts.zero_()
         return loads
 
     def _hook(self, layer: _Layer) -> Any:
         @torch.compiler.disable
         def count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module.training and torch._C._current_graph_task_id() == -1:
-                _add(layer, _ids(args, kwargs))
+                ids = _ids(args, kwargs).detach()
+                if layer.counts is None:
+                    layer.counts = self._new_counts(layer, ids.device)
+                _add(layer, ids)
 
         return count
+
+    def _new_counts(self, layer: _Layer, device: torch.device) -> torch.Tensor:
+        if device not in self._counts:
+            size = sum(other.seen for other in self.layers)
+            self._counts[device] = torch.zeros(size, dtype=torch.int64, device=device)
+        return self._counts[device][layer.first : layer.first + layer.seen]
 
 
 def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -103,9 +133,7 @@ def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 def _add(layer: _Layer, ids: torch.Tensor) -> None:
     """Add the histogram of ``ids`` (any shape, integers) to the layer's counter; ids outside [0, E) are left out."""
-    ids = ids.detach()
-    if layer.counts is None:
-        layer.counts = torch.zeros(layer.seen, dtype=torch.int64, device=ids.device)
+    assert layer.counts is not None
     layer.rows += ids.numel()
     # With its range given, histc never waits for the device; bincount does. On a CPU it knows no integers. One bin
     # more than experts, for -1: the range of a single expert would be empty, and histc would look for one.
