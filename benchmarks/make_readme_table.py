@@ -116,8 +116,9 @@ LEGEND = (
 
 def _bench_caption(name: str, machine: dict[str, Any]) -> str:
     return (
-        f"`benchmarks/results/{name}`: {machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}, "
-        f"transformers {machine['transformers']}, {machine['date'][:10]}; g is the group size, p=1 persistent. "
+        f"`benchmarks/results/{name}`: `{machine['command']}` on {machine['gpu']}, torch {machine['torch']}, triton "
+        f"{machine['triton']}, transformers {machine['transformers']}, {machine['date'][:10]}; g is the group size, "
+        "p=1 persistent. "
         f"{LEGEND}"
     )
 
