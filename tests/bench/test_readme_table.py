@@ -26,6 +26,7 @@ def bench_json(gpu):
     shape = LayerShape("tiny", 16, 16, 16, 4, 2)
     rows = experts.measure(shape, device="cpu", dtype=torch.float32, repeats=1)
     machine = {"gpu": gpu, "torch": "2", "triton": "3", "transformers": "5", "date": "2026-01-02T03:04:05"}
+    machine["command"] = "moe-kernels bench"
     return {"schema": 1, "kind": "bench", "environment": machine, "results": [row.to_json() for row in rows]}
 
 
