@@ -55,9 +55,7 @@ class MoeOptimizedPlugin(BasePlugin):
                 "moe_kernels: the plain-torch backend proves that a config works, not speed. Without a GPU, "
                 "Trainer refuses bf16: set bf16: false and fp16: false."
             )
-        register(
-            group_size=settings.group_size, persistent=settings.persistent, recompute=settings.recompute
-        )
+        register(group_size=settings.group_size, persistent=settings.persistent, recompute=settings.recompute)
         cfg.experts_implementation = "moe_kernels"
 
     def post_model_load(self, cfg: DictDefault, model: Any) -> None:
