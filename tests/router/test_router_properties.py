@@ -50,14 +50,19 @@ def test_backends_agree_and_routings_are_sound(device, problem):
     assert torch.equal(ids, expected_ids)
     coarse = weights.dtype != torch.float32 or logits.dtype != torch.float32
     torch.testing.assert_close(weights, expected, rtol=1e-2 if weights.dtype != torch.float32 else 1e-5, atol=1e-6)
-    torch.testing.assert_close(dlogits, expected_grad, rtol=2e-2 if coarse else 1e-4, atol=1e-3 if coarse else 1e-6)
+    # Scores that all but vanish are divided by their sum and the model's own 1e-20: a gradient of rounding errors.
+    scores = logits.float().sigmoid() if "scoring" in arguments else torch.ones_like(logits, dtype=torch.float32)
+    sound = scores.to(device).gather(-1, ids).sum(-1) > 1e-3
+    torch.testing.assert_close(
+        dlogits[sound], expected_grad[sound], rtol=2e-2 if coarse else 1e-4, atol=1e-3 if coarse else 1e-6
+    )
 
     assert ((ids >= 0) & (ids < logits.shape[1])).all()
     assert (ids.sort(-1).values.diff() > 0).all(), "an expert twice"
     assert (weights >= 0).all()
     if arguments["normalize"] and len(ids):
         sums = weights.float().sum(-1) / arguments["scale"]
-        assert ((sums - 1).abs() < 2e-2).logical_or(sums == 0).all()
+        assert ((sums - 1).abs() < 2e-2)[sound].all()
 
 
 @pytest.mark.parametrize("normalize", [True, False])
