@@ -16,8 +16,8 @@ RMS_FACTOR = 1.25
 MAX_FACTOR = 2.0
 SLOPE_LIMIT = 1e-3
 # Slack in units of the dtype's epsilon, for data on which plain PyTorch happens to be exact. In float32 the order
-# of summation decides: torch.mm has an rms error of 2 epsilons; one accumulator that adds K products in turn would
-# have 2.9 at K=352, 4.9 at K=1024 and 12.6 at K=7168, and blocks of 32, as the kernels sum them, have 1.0, 1.2 and 2.4.
+# of summation decides: torch.mm has an rms error of 2 epsilons. One accumulator that adds K products in turn would
+# have 2.9 at K=352, 4.9 at K=1024 and 12.6 at K=7168; blocks of 32, as the kernels sum them, have 1.0, 1.2 and 2.4.
 # In 16 bits the final rounding dominates and needs less.
 _RMS_GRAIN = {torch.bfloat16: 0.1, torch.float16: 0.1, torch.float32: 2.0, torch.float64: 8.0}
 _MAX_GRAIN = {torch.bfloat16: 0.5, torch.float16: 0.5, torch.float32: 8.0, torch.float64: 32.0}
