@@ -29,9 +29,9 @@ from moe_kernels.kernels.hopper.ring import (
     matrix,
     new_ring,
     pass_turn,
-    tile_of,
 )
 from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
+from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.routing import RoutingPlan
 
 COLUMNS = gl.constexpr(32)  # that are finished at a time: more do not fit the registers beside the accumulator
@@ -147,7 +147,7 @@ def _multiply(
     turn = 0
     first = gl.program_id(0) + WARPGROUP * gl.num_programs(0)
     for pid in range(first, num_m * num_n, 2 * gl.num_programs(0)):
-        m, n = tile_of(pid, num_m, num_n, GROUP_M)
+        m, n = swizzled_tile(pid, num_m, num_n, GROUP_M)
         expert = gl.load(tile_expert_ptr + m)
         row0 = gl.load(tile_row_ptr + m)
         row_end = gl.load(expert_start_ptr + expert + 1)

@@ -27,11 +27,11 @@ from moe_kernels.kernels.hopper.ring import (
     new_ring,
     pass_turn,
     schedule_of,
-    tile_of,
     write_chunk,
     write_chunk_masked,
 )
 from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
+from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.routing import RoutingPlan
 
 
@@ -61,7 +61,7 @@ def load_tiles(
     gathered: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     step = 0
     for pid in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        m, n = tile_of(pid, num_m, num_n, GROUP_M)
+        m, n = swizzled_tile(pid, num_m, num_n, GROUP_M)
         expert = gl.load(tile_expert_ptr + m)
         row0 = gl.load(tile_row_ptr + m)
         if GATHER:
@@ -130,7 +130,7 @@ def _multiply(
     turn = 0
     for pid in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         if COOPERATIVE or turn % 2 == WARPGROUP:
-            m, n = tile_of(pid, num_m, num_n, GROUP_M)
+            m, n = swizzled_tile(pid, num_m, num_n, GROUP_M)
             expert = gl.load(tile_expert_ptr + m)
             row0 = gl.load(tile_row_ptr + m)
             row_end = gl.load(expert_start_ptr + expert + 1)

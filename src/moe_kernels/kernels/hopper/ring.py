@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: the order of tiles, and how two multiplying groups of warps write their results.
+"""What the Hopper kernels share: a ring of shared memory, and how two multiplying groups of warps write results.
 
 Each kernel has three groups of warps. One loads: it fills a ring of shared memory and runs ahead into the next tile.
 Two multiply with wgmma, either the upper and the lower half of every tile (COOPERATIVE), or whole tiles in turn, so
@@ -21,16 +21,6 @@ from moe_kernels.tuning import config
 #: Rows per tile, and length of the inner blocks.
 BLOCK_M, BLOCK_K = 128, 64
 CHUNK = gl.constexpr(64)  # columns that are written at a time: 128 bytes, the width of a swizzled row
-
-
-@gluon.jit
-def tile_of(pid, num_m, num_n, GROUP_M: gl.constexpr):
-    """Tile (m, n) of linear index ``pid``: GROUP_M row tiles walk all columns together, so weights stay in L2."""
-    width = GROUP_M * num_n
-    first_m = pid // width * GROUP_M
-    size_m = gl.minimum(num_m - first_m, GROUP_M)
-    in_group = pid % width
-    return first_m + in_group % size_m, in_group // size_m
 
 
 @gluon.jit

@@ -26,10 +26,10 @@ from moe_kernels.kernels.hopper.ring import (
     new_ring,
     pass_turn,
     schedule_of,
-    tile_of,
     write_chunk,
 )
 from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
+from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.routing import RoutingPlan
 
 
@@ -65,7 +65,7 @@ def _load(
     step = 0
     for pid in range(gl.program_id(0), E * num_m * num_n, gl.num_programs(0)):
         expert = pid // (num_m * num_n)
-        m, n = tile_of(pid % (num_m * num_n), num_m, num_n, GROUP_M)
+        m, n = swizzled_tile(pid % (num_m * num_n), num_m, num_n, GROUP_M)
         start = gl.load(expert_start_ptr + expert)
         end = gl.load(expert_start_ptr + expert + 1)
         for row in range(start, end, BLOCK_K):
@@ -115,7 +115,7 @@ def _multiply(
         start = gl.load(expert_start_ptr + expert)
         end = gl.load(expert_start_ptr + expert + 1)
         if COOPERATIVE or turn % 2 == WARPGROUP:
-            m, n = tile_of(pid % (num_m * num_n), num_m, num_n, GROUP_M)
+            m, n = swizzled_tile(pid % (num_m * num_n), num_m, num_n, GROUP_M)
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, acc_layout)
             if not COOPERATIVE:
                 await_turn(turns, WARPGROUP, turn // 2)
