@@ -108,9 +108,10 @@ def survives(folder: Path, file: str, text: str, replacement: str) -> str | None
 def main() -> int:
     """Run every mutant; print one line each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="write what became of each mutant")
+    parser.add_argument("--json", type=Path, help="write what became of each mutant, after each")
     wanted = parser.parse_args()
-    results = []
+    results: list[dict[str, object]] = []
+    machine = environment() | {"command": " ".join(["python", "tests/core/mutations.py", *sys.argv[1:]])}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("src", "tests", "pyproject.toml"):
@@ -125,11 +126,11 @@ def main() -> int:
             results.append({"mutant": title, "file": file, "killed": problem is None, "note": problem or "",
                             "seconds": round(time.monotonic() - began, 1)})  # fmt: skip
             print(f"{'ALIVE' if problem else 'dead '}  {title}{': ' + problem if problem else ''}", flush=True)
+            if wanted.json:
+                report = {"mutants": len(MUTANTS), "environment": machine, "results": results}
+                wanted.json.write_text(json.dumps(report, indent=1) + "\n")
     killed = sum(bool(result["killed"]) for result in results)
     print(f"{killed} of {len(MUTANTS)} mutants killed")
-    if wanted.json:
-        machine = environment() | {"command": " ".join(["python", "tests/core/mutations.py", *sys.argv[1:]])}
-        wanted.json.write_text(json.dumps({"killed": killed, "environment": machine, "mutants": results}, indent=1) + "\n")
     return int(killed < len(MUTANTS))
 
 
