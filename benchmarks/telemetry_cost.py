@@ -22,6 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from moe_kernels.bench.environment import environment
 from moe_kernels.compare.command import prepare_missing
 from moe_kernels.compare.environment import versions
 from moe_kernels.compare.gpu import visible_gpu
@@ -114,9 +115,10 @@ def main() -> int:
             "block_costs_percent": percents,
             "median_ms": medians,
             "step_ms": step_ms,
-            "command": f"python benchmarks/telemetry_cost.py {wanted.family} --steps {wanted.steps}",
+            "method": f"blocks of {BLOCK} steps, the first {SETTLING} of each left out",
         }
-        write_json(wanted.json, report | {"versions": machine.versions, "device": device})
+        command = " ".join(["python", "benchmarks/telemetry_cost.py", *sys.argv[1:]])
+        write_json(wanted.json, report | environment() | {"command": command})
     return int(cost > wanted.limit)
 
 
