@@ -245,7 +245,7 @@ def _small_cases() -> Iterator[CompileCase]:
     yield CompileCase(
         "gather",
         gather_kernel,
-        {"x_ptr": "*bf16", "slot_row_ptr": "*i32", "out_ptr": "*bf16", "H": "i32"},
+        {"x_ptr": "*bf16", "slot_row_ptr": "*i32", "routed_ptr": "*i32", "out_ptr": "*bf16", "H": "i32"},
         {"TOP_K": 8, "BLOCK_H": 1024},
         small,
         uses_dot=False,

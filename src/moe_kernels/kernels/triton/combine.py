@@ -48,6 +48,7 @@ def combine_kernel(
 def gather_kernel(
     x_ptr,  # (T, H)
     slot_row_ptr,  # (T * K,)
+    routed_ptr,  # expert_start[E]: rows at or after it belong to dropped slots, and stay unwritten
     out_ptr,  # (R, H)
     H,
     TOP_K: tl.constexpr,
@@ -56,9 +57,10 @@ def gather_kernel(
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     values = tl.load(x_ptr + token * H + cols, mask=cols < H, other=0.0)  # once, for K rows
+    routed = tl.load(routed_ptr)
     for k in tl.static_range(TOP_K):
-        row = tl.load(slot_row_ptr + token * TOP_K + k).to(tl.int64)
-        tl.store(out_ptr + row * H + cols, values, mask=cols < H)
+        row = tl.load(slot_row_ptr + token * TOP_K + k)
+        tl.store(out_ptr + row.to(tl.int64) * H + cols, values, mask=(cols < H) & (row < routed))
 
 
 @functools.cache
@@ -106,7 +108,7 @@ def combine_grad(dxr: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
 
 
 def gather(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
-    """Xs[r] = X[token of row r]: (T, H) -> (R, H), sorted by expert."""
+    """Xs[r] = X[token of row r]: (T, H) -> (R, H), sorted by expert; rows of dropped slots are not written."""
     hidden = x.shape[1]
     out = x.new_empty(plan.rows, hidden)
     if out.numel() == 0:
@@ -115,7 +117,7 @@ def gather(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     launch(
         gather_kernel,
         (plan.tokens, blocks),
-        (x, plan.slot_row, out, hidden),
+        (x, plan.slot_row, plan.expert_start[plan.experts :], out, hidden),
         {
             "TOP_K": plan.top_k,
             "BLOCK_H": block_h,
