@@ -55,8 +55,8 @@ def _field_sizes(rows: int, experts: int) -> tuple[int, int, int, int, int, int]
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(rows: int, experts: int) -> list[int]:
-    """Elements of each field and of the gap behind it, in turn."""
+def _layout(rows: int, experts: int, _smallest_tile: int) -> list[int]:
+    """Elements of each field and of the gap behind it, in turn. The last argument is part of the key alone."""
     return [n for size in _field_sizes(rows, experts) for n in (size, _aligned(size) - size)]
 
 
@@ -94,7 +94,7 @@ class RoutingPlan:
     @classmethod
     def from_packed(cls, packed: torch.Tensor, tokens: int, top_k: int, experts: int, group_size: int) -> RoutingPlan:
         """View a packed plan, filled or just allocated, as its fields."""
-        parts = packed.split_with_sizes(_layout(tokens * top_k, experts))
+        parts = packed.split_with_sizes(_layout(tokens * top_k, experts, _MIN_GROUP_SIZE))
         row_slot, slot_row, expert_start, tile_expert, tile_row, tile_count = parts[::2]
         return cls(packed, row_slot, slot_row, expert_start, tile_expert, tile_row, tile_count, top_k, group_size)
 

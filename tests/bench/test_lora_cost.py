@@ -20,6 +20,26 @@ spec = importlib.util.spec_from_file_location("lora_cost", SCRIPT)
 lora_cost = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = lora_cost
 spec.loader.exec_module(lora_cost)
+
+
+@pytest.fixture(autouse=True)
+def _peft_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script applies Axolotl's corrections to PEFT, for a process of its own: here they end with the test."""
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTuner
+
+    for owner, name in (
+        (ParamWrapper, "_activate_lora"),
+        (BaseTuner, "_inject_parameters"),
+        (BaseTuner, "_check_target_module_exists"),
+    ):
+        monkeypatch.setattr(owner, name, vars(owner)[name])  # as it stands there: some are static
+    if importlib.util.find_spec("axolotl") is not None:
+        from axolotl.monkeypatch.moe_quant import patch_peft_target_parameters_matching as patch
+
+        monkeypatch.setattr(patch, "_axolotl_patched", False, raising=False)
+
+
 EVERY = {"out", "dx", "dw", "dA_gate_up_proj", "dB_gate_up_proj", "dA_down_proj", "dB_down_proj"}
 
 
