@@ -47,8 +47,9 @@ compare: $(READY)
 # `make -j2 test` runs two of the four at a time: each keeps one core busy. The longest come first.
 test: test-runs test-main test-newest test-compiled
 
-# Those that start trainings, several ranks, or kill what they started.
-RUNS := tests/integrations/test_axolotl_train.py tests/compare/test_compare_end_to_end.py tests/distributed tests/fuzz
+# Those that start trainings, several ranks, or kill what they started; and first, before anything is interpreted in this
+# process, those that compile: the interpreter leaves its marks on triton.language.
+RUNS := tests/core/test_launch.py tests/integrations/test_axolotl_train.py tests/compare/test_compare_end_to_end.py tests/distributed tests/fuzz
 
 # Without a GPU the kernels run in triton's interpreter (tests/conftest.py).
 test-main: $(READY)
