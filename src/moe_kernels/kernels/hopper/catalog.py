@@ -37,8 +37,8 @@ def _recorded(name: str, module: Any, call: Callable[[], object]) -> CompileCase
     types = dict(zip(kernel.arg_names, map(_type, arguments), strict=False))
     constants = {key: value for key, value in keywords.items() if key != "num_warps"}
     options = {"num_warps": keywords["num_warps"], "num_stages": 3}
-    # Epilogues may spill, once per tile: down_grad's, and those of activations with many intermediates (two tanh and a
-    # sigmoid in softcapped_silu). The loops over K never do: all kernels have the same loop, and silu's do not spill.
+    # Epilogues may spill, once per tile: down_grad's, and those of activations with many intermediates (two tanh and
+    # a sigmoid in softcapped_silu). The loops over K are the same for all, and silu's kernels do not spill.
     plain = constants.get("ACTIVATION", "silu") in ("silu", "identity")
     spills = (50 if module is down_grad else 0) if plain else 600
     return CompileCase(name, kernel, types, constants, options, uses_tma=True, spills=spills)
