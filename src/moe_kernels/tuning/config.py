@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -92,6 +93,7 @@ def table(
 
 
 _overrides: dict[str, GemmConfig] = {}
+Choice = TypeVar("Choice")
 # Called when the same sizes may get other tiles than before.
 on_change: list[Callable[[], None]] = []
 
@@ -103,17 +105,24 @@ def changed() -> None:
 
 
 @contextlib.contextmanager
-def use_config(kernel: str, config: GemmConfig) -> Iterator[None]:
-    """Within this context ``kernel`` uses ``config``: for measuring candidates and for tests, not for training."""
-    previous = dict(_overrides)
-    _overrides[kernel] = config
+def override(choices: dict[str, Choice], kernel: str, choice: Choice) -> Iterator[None]:
+    """Within this context ``choices`` has ``choice`` for ``kernel``."""
+    previous = dict(choices)
+    choices[kernel] = choice
     changed()
     try:
         yield
     finally:
-        _overrides.clear()
-        _overrides.update(previous)
+        choices.clear()
+        choices.update(previous)
         changed()
+
+
+@contextlib.contextmanager
+def use_config(kernel: str, config: GemmConfig) -> Iterator[None]:
+    """Within this context ``kernel`` uses ``config``: for measuring candidates and for tests, not for training."""
+    with override(_overrides, kernel, config):
+        yield
 
 
 def select_config(

@@ -29,29 +29,14 @@ from moe_kernels.kernels.hopper.ring import (
     matrix,
     new_ring,
     pass_turn,
+    put,
+    store_masked,
 )
 from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
 from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.routing import RoutingPlan
 
 COLUMNS = gl.constexpr(32)  # that are finished at a time: more do not fit the registers beside the accumulator
-
-
-@gluon.jit
-def _put(values, buffer):
-    """Write values [rows, COLUMNS] to ``buffer``."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    buffer.store(gl.convert_layout(values.to(buffer.dtype), layout, assert_trivial=True))
-
-
-@gluon.jit
-def _store_masked(buffer, out_ptr, row0, row_end, col0, width):
-    """Copy ``buffer`` to (row0, col0) of a (., width) tensor: rows below row_end."""
-    coalesced: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-    rows = row0 + gl.arange(0, buffer.shape[0], gl.SliceLayout(1, coalesced))
-    cols = col0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, coalesced))
-    pointers = out_ptr + rows.to(gl.int64)[:, None] * width + cols[None, :]
-    gl.store(pointers, buffer.load(coalesced), mask=(rows < row_end)[:, None])
 
 
 @gluon.jit
@@ -97,18 +82,18 @@ def _finish(
     if fetch:
         tma.store_wait(0)
         _fetch_z(z, buffers, z_arrived, 1 - SET, row0, col0 + COLUMNS, I)
-    _put(da * d_gate, buffers.index(3 * SET))
-    _put(da * d_up, buffers.index(3 * SET + 1))
-    _put(weight[:, None] * a, buffers.index(3 * SET + 2))
+    put(da * d_gate, buffers.index(3 * SET))
+    put(da * d_up, buffers.index(3 * SET + 1))
+    put(weight[:, None] * a, buffers.index(3 * SET + 2))
     if row0 + da.shape[0] <= row_end:
         fence_async_shared()
         tma.async_copy_shared_to_global(dz, [row0, col0], buffers.index(3 * SET))
         tma.async_copy_shared_to_global(dz, [row0, I + col0], buffers.index(3 * SET + 1))
         tma.async_copy_shared_to_global(wa, [row0, col0], buffers.index(3 * SET + 2))
     else:
-        _store_masked(buffers.index(3 * SET), dz_ptr, row0, row_end, col0, 2 * I)
-        _store_masked(buffers.index(3 * SET + 1), dz_ptr, row0, row_end, I + col0, 2 * I)
-        _store_masked(buffers.index(3 * SET + 2), wa_ptr, row0, row_end, col0, I)
+        store_masked(buffers.index(3 * SET), dz_ptr, row0, row_end, col0, 2 * I)
+        store_masked(buffers.index(3 * SET + 1), dz_ptr, row0, row_end, I + col0, 2 * I)
+        store_masked(buffers.index(3 * SET + 2), wa_ptr, row0, row_end, col0, I)
     return dw
 
 

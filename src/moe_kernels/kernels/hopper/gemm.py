@@ -21,16 +21,18 @@ from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
     CHUNK,
+    Schedule,
     await_turn,
     halves,
     matrix,
     new_ring,
     pass_turn,
+    put,
     schedule_of,
+    store_masked,
     write_chunk,
-    write_chunk_masked,
 )
-from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
+from moe_kernels.kernels.triton.launch import Descriptor, cdiv, launch, multiprocessors
 from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.routing import RoutingPlan
 
@@ -197,7 +199,10 @@ def _write_chunk(values, buffer, out, out_ptr, row0, row_end, col0, col_end, wid
     elif row0 + values.shape[0] <= row_end:
         write_chunk(values, buffer, out, row0, col0)
     else:
-        write_chunk_masked(values, buffer, out_ptr, row0, row_end, col0, width)
+        # At the end of an expert's rows: the others of the tile belong to the next expert.
+        tma.store_wait(0)
+        put(values, buffer)
+        store_masked(buffer, out_ptr, row0, row_end, col0, width)
 
 
 @gluon.jit
@@ -337,43 +342,16 @@ def up(
     x: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, gate: Gate, save_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (T, H), weight (E, 2I, H) rows [gate; up] -> Z (R, 2I), empty unless save_z, and A (R, I)."""
-    hidden, width = x.shape[1], weight.shape[1] // 2
+    width = weight.shape[1] // 2
     z = x.new_empty(plan.rows, 2 * width) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, width)
     schedule = schedule_of("up")
-    constants = gate.constants()
+    columns = schedule.block_n // 2
+    constants = {**gate.constants(), "GATHER": True, "SAVE_Z": save_z, "W_IS_KN": False}
     del constants["INTERLEAVED"]
-    tiles = plan.max_tiles * cdiv(width, schedule.block_n // 2)
-    if tiles:
-        launch(
-            hopper_gemm_kernel,
-            (min(tiles, multiprocessors(x.device)),),
-            (
-                x,
-                x,
-                matrix(weight, schedule.block_n // 2, BLOCK_K),
-                matrix(z if save_z else a, schedule.rows, CHUNK.value),
-                z if save_z else a,
-                matrix(a, schedule.rows, CHUNK.value),
-                a,
-                plan.row_slot,
-                plan.expert_start,
-                plan.tile_expert,
-                plan.tile_row,
-                plan.tile_count,
-                hidden,
-                width,
-            ),
-            {
-                "TOP_K": plan.top_k,
-                **constants,
-                "GATHER": True,
-                "SAVE_Z": save_z,
-                "W_IS_KN": False,
-                **schedule.constants(),
-                "num_warps": 4,
-            },
-        )
+    saved = z if save_z else a
+    z_arguments = matrix(saved, schedule.rows, CHUNK.value), saved
+    _launch(x, x, matrix(weight, columns, BLOCK_K), z_arguments, a, plan, schedule, columns, constants)
     return z, a
 
 
@@ -389,30 +367,48 @@ def dgrad(rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> torch.
 
 def _rows_times_weight(kernel: str, rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     w_is_kn = kernel == "dgrad"
-    inner, width = rows.shape[1], weight.shape[2 if w_is_kn else 1]
-    out = rows.new_empty(plan.rows, width)
+    out = rows.new_empty(plan.rows, weight.shape[2 if w_is_kn else 1])
     schedule = schedule_of(kernel)
-    tiles = plan.max_tiles * cdiv(width, schedule.block_n)
-    if tiles:
-        launch(
-            hopper_gemm_kernel,
-            (min(tiles, multiprocessors(rows.device)),),
-            (
-                matrix(rows, BLOCK_M, BLOCK_K),
-                rows,
-                matrix(weight, *((BLOCK_K, schedule.block_n) if w_is_kn else (schedule.block_n, BLOCK_K))),
-                out,
-                out,
-                matrix(out, schedule.rows, CHUNK.value),
-                out,
-                plan.row_slot,
-                plan.expert_start,
-                plan.tile_expert,
-                plan.tile_row,
-                plan.tile_count,
-                inner,
-                width,
-            ),
-            {"TOP_K": plan.top_k, **_IDENTITY, "W_IS_KN": w_is_kn, **schedule.constants(), "num_warps": 4},
-        )
+    columns = schedule.block_n
+    w = matrix(weight, *((BLOCK_K, columns) if w_is_kn else (columns, BLOCK_K)))
+    constants = {**_IDENTITY, "W_IS_KN": w_is_kn}
+    _launch(matrix(rows, BLOCK_M, BLOCK_K), rows, w, (out, out), out, plan, schedule, columns, constants)
     return out
+
+
+def _launch(
+    rows_in: torch.Tensor | Descriptor,
+    rows: torch.Tensor,
+    weight: Descriptor,
+    z: tuple[torch.Tensor | Descriptor, torch.Tensor],
+    out: torch.Tensor,
+    plan: RoutingPlan,
+    schedule: Schedule,
+    columns: int,
+    constants: dict[str, object],
+) -> None:
+    """Launch over the plan's row tiles times the blocks of ``columns`` of out (R, N); z is any where unused."""
+    width = out.shape[1]
+    tiles = plan.max_tiles * cdiv(width, columns)
+    if tiles == 0:
+        return
+    launch(
+        hopper_gemm_kernel,
+        (min(tiles, multiprocessors(out.device)),),
+        (
+            rows_in,
+            rows,
+            weight,
+            *z,
+            matrix(out, schedule.rows, CHUNK.value),
+            out,
+            plan.row_slot,
+            plan.expert_start,
+            plan.tile_expert,
+            plan.tile_row,
+            plan.tile_count,
+            rows.shape[1],
+            width,
+        ),
+        {"TOP_K": plan.top_k, **constants, **schedule.constants(), "num_warps": 4},
+    )

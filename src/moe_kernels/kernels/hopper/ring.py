@@ -61,29 +61,33 @@ def halves(x):
 
 
 @gluon.jit
+def put(values, buffer):
+    """Write values [rows, columns] from the accumulator's layout to ``buffer``."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, buffer.shape[1], 16])
+    buffer.store(gl.convert_layout(values.to(buffer.dtype), layout, assert_trivial=True))
+
+
+@gluon.jit
+def store_masked(buffer, out_ptr, row0, row_end, col0, width):
+    """Copy ``buffer`` to (row0, col0) of a (., width) tensor by ordinary stores: rows below row_end."""
+    COLUMNS: gl.constexpr = buffer.shape[1]
+    coalesced: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    rows = row0 + gl.arange(0, buffer.shape[0], gl.SliceLayout(1, coalesced))
+    cols = col0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, coalesced))
+    pointers = out_ptr + rows.to(gl.int64)[:, None] * width + cols[None, :]
+    gl.store(pointers, buffer.load(coalesced), mask=(rows < row_end)[:, None])
+
+
+@gluon.jit
 def write_chunk(values, buffer, out, row, col):
     """Start to write values [rows, CHUNK] at (row, col) of the descriptor ``out`` through ``buffer``.
 
     Callers alternate between two buffers: the copy from this one is done when at most one other is under way.
     """
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     tma.store_wait(1)
-    buffer.store(gl.convert_layout(values.to(buffer.dtype), layout, assert_trivial=True))
+    put(values, buffer)
     fence_async_shared()
     tma.async_copy_shared_to_global(out, [row, col], buffer)
-
-
-@gluon.jit
-def write_chunk_masked(values, buffer, out_ptr, row0, row_end, col0, width):
-    """The same at the end of an expert's rows, by ordinary stores: rows from row_end on belong to the next expert."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
-    coalesced: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    tma.store_wait(0)
-    buffer.store(gl.convert_layout(values.to(buffer.dtype), layout, assert_trivial=True))
-    rows = row0 + gl.arange(0, values.shape[0], gl.SliceLayout(1, coalesced))
-    cols = col0 + gl.arange(0, CHUNK, gl.SliceLayout(0, coalesced))
-    pointers = out_ptr + rows.to(gl.int64)[:, None] * width + cols[None, :]
-    gl.store(pointers, buffer.load(coalesced), mask=(rows < row_end)[:, None])
 
 
 # --------------------------------------------------------------------------------------------------- host side
@@ -145,15 +149,8 @@ def schedule_of(kernel: str) -> Schedule:
 @contextlib.contextmanager
 def use_schedule(kernel: str, schedule: Schedule) -> Iterator[None]:
     """Within this context ``kernel`` uses ``schedule``: for measuring candidates and for tests, not for training."""
-    previous = dict(_overrides)
-    _overrides[kernel] = schedule
-    config.changed()
-    try:
+    with config.override(_overrides, kernel, schedule):
         yield
-    finally:
-        _overrides.clear()
-        _overrides.update(previous)
-        config.changed()
 
 
 def matrix(tensor: torch.Tensor, *block: int, layout: gl.NVMMASharedLayout = _SWIZZLED) -> Descriptor:
