@@ -13,16 +13,16 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import torch
 
 from moe_kernels import backends
-from moe_kernels.activation import Activation, Gate
 from moe_kernels.backends import Problem
 from moe_kernels.bench.environment import environment
+from moe_kernels.bench.tiles import layer_tensors
 from moe_kernels.bench.timing import Clock
-from moe_kernels.shapes import LAYERS, LayerShape
+from moe_kernels.shapes import LAYERS
 
 BACKENDS = ("triton", "gluon")
 #: GEMM flop of a step over 2 R H I.
@@ -30,57 +30,35 @@ GEMMS = {"up": 2, "down": 1, "down_grad": 1, "wgrad (dW2)": 1, "dgrad (dXr)": 2,
 Call = Callable[[], object]
 
 
-def tensors(shape: LayerShape, device: torch.device) -> dict[str, Any]:
-    """A layer's inputs and intermediate tensors: random bf16 data, mildly skewed routing."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def randn(*size: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*size, device=device, generator=generator) * scale).bfloat16()
-
-    steps = backends.load("triton")
-    tokens, hidden, intermediate, experts = shape.tokens, shape.hidden, shape.intermediate, shape.experts
-    x, dout = randn(tokens, hidden), randn(tokens, hidden)
-    gate_up = randn(experts, 2 * intermediate, hidden, scale=hidden**-0.5)
-    down = randn(experts, hidden, intermediate, scale=intermediate**-0.5)
-    skew = 0.3 * torch.randn(experts, device=device, generator=generator)
-    logits = torch.randn(tokens, experts, device=device, generator=generator) + skew
-    weights, ids = logits.softmax(-1).topk(shape.top_k)
-    gate, plan = Gate(Activation("silu")), steps.make_plan(ids, experts, 128)
-    z, a = steps.up(x, gate_up, plan, gate, True, True)
-    dout_rows, x_rows = steps.gather(dout, plan), steps.gather(x, plan)
-    dz, wa, _ = steps.down_grad(dout_rows, down, z, weights, plan, gate, True)
-    y, dxr = steps.down(a, down, plan, True), steps.dgrad(dz, gate_up, plan, True)
-    return locals()
-
-
-def calls_of(backend: str, t: dict[str, Any]) -> dict[str, Call]:
+def calls_of(backend: str, t: SimpleNamespace) -> dict[str, Call]:
     """Name of a step -> one call of it."""
-    steps, plan, gate = backends.load(backend), t["plan"], t["gate"]
+    steps, plan, gate = backends.load(backend), t.plan, t.gate
+    y = steps.down(t.a, t.down, plan, True)
     return {
-        "make_plan": lambda: steps.make_plan(t["ids"], t["experts"], 128),
-        "up": lambda: steps.up(t["x"], t["gate_up"], plan, gate, True, True),
-        "down": lambda: steps.down(t["a"], t["down"], plan, True),
-        "combine": lambda: steps.combine(t["y"], t["weights"], plan),
-        "gather (dO)": lambda: steps.gather(t["dout"], plan),
-        "down_grad": lambda: steps.down_grad(t["dout_rows"], t["down"], t["z"], t["weights"], plan, gate, True),
-        "wgrad (dW2)": lambda: steps.wgrad(t["dout_rows"], t["wa"], plan),
-        "dgrad (dXr)": lambda: steps.dgrad(t["dz"], t["gate_up"], plan, True),
-        "combine_grad": lambda: steps.combine_grad(t["dxr"], plan),
-        "gather (X)": lambda: steps.gather(t["x"], plan),
-        "wgrad (dW1)": lambda: steps.wgrad(t["dz"], t["x_rows"], plan),
+        "make_plan": lambda: steps.make_plan(t.ids, t.experts, 128),
+        "up": lambda: steps.up(t.x, t.gate_up, plan, gate, True, True),
+        "down": lambda: steps.down(t.a, t.down, plan, True),
+        "combine": lambda: steps.combine(y, t.weights, plan),
+        "gather (dO)": lambda: steps.gather(t.dout, plan),
+        "down_grad": lambda: steps.down_grad(t.dout_rows, t.down, t.z, t.weights, plan, gate, True),
+        "wgrad (dW2)": lambda: steps.wgrad(t.dout_rows, t.wa, plan),
+        "dgrad (dXr)": lambda: steps.dgrad(t.dz, t.gate_up, plan, True),
+        "combine_grad": lambda: steps.combine_grad(y, plan),
+        "gather (X)": lambda: steps.gather(t.x, plan),
+        "wgrad (dW1)": lambda: steps.wgrad(t.dz, t.x_rows, plan),
     }
 
 
-def dense_calls(t: dict[str, Any]) -> dict[str, Call]:
+def dense_calls(t: SimpleNamespace) -> dict[str, Call]:
     """The six GEMMs with one expert's weights for all rows, through torch.mm."""
-    gate_up, down = t["gate_up"][0], t["down"][0]
+    gate_up, down = t.gate_up[0], t.down[0]
     return {
-        "up": lambda: t["x_rows"] @ gate_up.T,
-        "down": lambda: t["a"] @ down.T,
-        "down_grad": lambda: t["dout_rows"] @ down,
-        "wgrad (dW2)": lambda: t["dout_rows"].T @ t["wa"],
-        "dgrad (dXr)": lambda: t["dz"] @ gate_up,
-        "wgrad (dW1)": lambda: t["dz"].T @ t["x_rows"],
+        "up": lambda: t.x_rows @ gate_up.T,
+        "down": lambda: t.a @ down.T,
+        "down_grad": lambda: t.dout_rows @ down,
+        "wgrad (dW2)": lambda: t.dout_rows.T @ t.wa,
+        "dgrad (dXr)": lambda: t.dz @ gate_up,
+        "wgrad (dW1)": lambda: t.dz.T @ t.x_rows,
     }
 
 
@@ -95,8 +73,8 @@ def main() -> None:
     clock, rows = Clock(device), []
     for name in args.shapes.split(","):
         shape = LAYERS[name]
-        t = tensors(shape, device)
-        who = {b: calls_of(b, t) for b in BACKENDS if backends.why_not(b, Problem.of(t["down"], shape.top_k)) is None}
+        t = layer_tensors(shape, 128, device)
+        who = {b: calls_of(b, t) for b in BACKENDS if backends.why_not(b, Problem.of(t.down, shape.top_k)) is None}
         who["dense"] = dense_calls(t)
         sums = dict.fromkeys(who, 0.0)
         for step in calls_of("triton", t):

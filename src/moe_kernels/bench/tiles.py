@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -122,32 +123,38 @@ def loads(shape: LayerShape, device: torch.device) -> str:
     return "tma" if modern and shape.hidden % 16 == 0 and shape.intermediate % 16 == 0 else "pointer"
 
 
-def gemms(shape: LayerShape, group: int, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
-    """The six GEMMs of a layer on random bf16 data, mildly skewed routing: name of the call -> a call of it."""
+def layer_tensors(shape: LayerShape, group: int, device: torch.device) -> SimpleNamespace:
+    """A layer's plan, inputs and intermediate tensors: random bf16 data, mildly skewed routing."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*size: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*size, device=device, generator=generator) * scale).bfloat16()
 
     tokens, hidden, intermediate, experts = shape.tokens, shape.hidden, shape.intermediate, shape.experts
-    x, dout = randn(tokens, hidden), randn(tokens, hidden)
-    gate_up = randn(experts, 2 * intermediate, hidden, scale=hidden**-0.5)
-    down = randn(experts, hidden, intermediate, scale=intermediate**-0.5)
+    t = SimpleNamespace(x=randn(tokens, hidden), dout=randn(tokens, hidden), experts=experts)
+    t.gate_up = randn(experts, 2 * intermediate, hidden, scale=hidden**-0.5)
+    t.down = randn(experts, hidden, intermediate, scale=intermediate**-0.5)
     skew = 0.3 * torch.randn(experts, device=device, generator=generator)
     logits = torch.randn(tokens, experts, device=device, generator=generator) + skew
-    weights, ids = logits.softmax(-1).topk(shape.top_k)
-    gate = Gate(Activation("silu"))
-    plan = steps.make_plan(ids, experts, group)
-    z, a = steps.up(x, gate_up, plan, gate, True, True)
-    dout_rows, x_rows = steps.gather(dout, plan), steps.gather(x, plan)
-    dz, wa, _ = steps.dact(steps.dgrad(dout_rows, down, plan, True), z, weights, plan, gate, False)
+    t.weights, t.ids = logits.softmax(-1).topk(shape.top_k)
+    t.gate = Gate(Activation("silu"))
+    t.plan = steps.make_plan(t.ids, experts, group)
+    t.z, t.a = steps.up(t.x, t.gate_up, t.plan, t.gate, True, True)
+    t.dout_rows, t.x_rows = steps.gather(t.dout, t.plan), steps.gather(t.x, t.plan)
+    t.dz, t.wa, _ = steps.down_grad(t.dout_rows, t.down, t.z, t.weights, t.plan, t.gate, True)
+    return t
+
+
+def gemms(shape: LayerShape, group: int, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
+    """The six GEMMs of a layer on the tensors above: name of the call -> a call of it."""
+    t = layer_tensors(shape, group, device)
     return {
-        "up": lambda: steps.up(x, gate_up, plan, gate, True, True)[1],
-        "down": lambda: steps.down(a, down, plan, True),
-        "dgrad": lambda: steps.dgrad(dz, gate_up, plan, True),
-        "dgrad (dA0)": lambda: steps.dgrad(dout_rows, down, plan, True),
-        "wgrad": lambda: steps.wgrad(dz, x_rows, plan),
-        "wgrad (dW2)": lambda: steps.wgrad(dout_rows, wa, plan),
+        "up": lambda: steps.up(t.x, t.gate_up, t.plan, t.gate, True, True)[1],
+        "down": lambda: steps.down(t.a, t.down, t.plan, True),
+        "dgrad": lambda: steps.dgrad(t.dz, t.gate_up, t.plan, True),
+        "dgrad (dA0)": lambda: steps.dgrad(t.dout_rows, t.down, t.plan, True),
+        "wgrad": lambda: steps.wgrad(t.dz, t.x_rows, t.plan),
+        "wgrad (dW2)": lambda: steps.wgrad(t.dout_rows, t.wa, t.plan),
     }
 
 
