@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import time
+from pathlib import Path
 from typing import Any
 
+import torch
 from axolotl.integrations.base import BasePlugin
-from telemetry_cost import telemetry_is_on
+from telemetry_cost import TIMES, telemetry_is_on
 from transformers import TrainerCallback
 
 from axolotl.integrations.moe_kernels.telemetry import RouterCallback
@@ -20,16 +24,64 @@ class TelemetrySwitch(BasePlugin):
         return [_Switch(trainer)]
 
 
+class _Timed(RouterCounter):
+    """Adds up the host's time in its hooks."""
+
+    spent = 0.0
+
+    def _hook(self, layer: Any) -> Any:
+        count = super()._hook(layer)
+
+        @torch.compiler.disable
+        def timed(*args: Any) -> None:
+            began = time.perf_counter()
+            count(*args)
+            self.spent += time.perf_counter() - began
+
+        return timed
+
+
 class _Switch(TrainerCallback):
+    """Times each step from its begin to the begin of the next, the trainer's log included, switching left out."""
+
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self.on = False
+        self.began: float | None = None
+        self.step_ms: list[float] = []
+        self.hooks_ms: list[float] = []
+        self.log_ms: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        telemetry = next(c for c in self.trainer.callback_handler.callbacks if isinstance(c, RouterCallback))
-        on, was_on = telemetry_is_on(state.global_step), "on_step_end" not in vars(telemetry)
-        if on and not was_on:
-            telemetry.counter = RouterCounter(model)
-            del telemetry.on_step_end
-        elif was_on and not on:
+        if self.began is not None:
+            self.step_ms.append(1000 * (time.perf_counter() - self.began))
+        telemetry, on = self._telemetry(), telemetry_is_on(state.global_step)
+        if not on:
             telemetry.counter.close()
             telemetry.on_step_end = lambda *args, **kwargs: None
+        elif not self.on:
+            telemetry.counter.close()
+            telemetry.counter = _Timed(model)
+            telemetry.on_step_end = self._log
+        self.on = on
+        self.began = time.perf_counter()
+
+    def _telemetry(self) -> RouterCallback:
+        return next(c for c in self.trainer.callback_handler.callbacks if isinstance(c, RouterCallback))
+
+    def _log(self, *args: Any, **kwargs: Any) -> None:
+        telemetry = self._telemetry()
+        counter = telemetry.counter
+        assert isinstance(counter, _Timed)
+        self.hooks_ms.append(1000 * counter.spent)
+        counter.spent = 0.0
+        # What follows reads from the device, so it waits anyway: the wait is not telemetry's own work.
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        type(telemetry).on_step_end(telemetry, *args, **kwargs)
+        self.log_ms.append(1000 * (time.perf_counter() - began))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        times = {"step_ms": self.step_ms, "hooks_ms": self.hooks_ms, "log_ms": self.log_ms}
+        Path(args.output_dir, TIMES).write_text(json.dumps(times))

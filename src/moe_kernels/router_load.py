@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,12 +42,15 @@ class LayerLoad:
         if not total or len(self.tokens) == 1:
             return 1.0
         shares = [count / total for count in self.tokens if count]
-        return max(0.0, -sum(share * math.log(share) for share in shares) / math.log(len(self.tokens)))
+        # The device waits for a log of the trainer, and this is most of telemetry's part of it: log2 takes half as
+        # long as log, and map less than a generator.
+        products = map(operator.mul, shares, map(math.log2, shares))
+        return max(0.0, -sum(products) / math.log2(len(self.tokens)))
 
     @property
     def dead(self) -> int:
         """Experts that were given nothing."""
-        return sum(not count for count in self.tokens)
+        return self.tokens.count(0)
 
     @property
     def dropped_share(self) -> float:

@@ -1,8 +1,13 @@
 """What benchmarks/telemetry_cost.py makes of step times, and that its switch really switches."""
 
 import importlib.util
+import json
+import math
+import random
+import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,33 +27,50 @@ telemetry_cost = load("telemetry_cost")
 
 
 def times(percent, drift=0.0, steps=120):
-    """Step times of 100 ms, ``percent`` more in blocks with telemetry, rising by ``drift`` ms a step."""
+    """Step times of 100 ms, ``percent`` more with telemetry, rising by ``drift`` ms a step."""
     return [100 + drift * n + (percent if telemetry_cost.telemetry_is_on(n) else 0) for n in range(steps)]
 
 
 def test_the_cost_of_known_times():
-    assert telemetry_cost.costs(times(2.0), 20) == pytest.approx([2.0] * 9)
+    assert telemetry_cost.costs(times(2.0), 20) == pytest.approx([2.0] * 25)
 
 
 def test_a_drift_is_no_cost():
-    assert telemetry_cost.costs(times(0.0, drift=0.5), 20) == pytest.approx([0.0] * 9)
+    assert telemetry_cost.costs(times(0.0, drift=0.5), 20) == pytest.approx([0.0] * 25)
 
 
-def test_steps_after_a_switch_and_outliers_do_not_count():
-    slow = times(1.0)
-    for start in range(0, len(slow), telemetry_cost.BLOCK):
-        slow[start] = 1000.0  # the one that is left out
-        slow[start + 3] = 500.0
-    assert telemetry_cost.costs(slow, 20) == pytest.approx([1.0] * 9)
+def test_the_warm_up_and_an_unfinished_group_do_not_count():
+    step_ms = times(1.0, steps=119)
+    step_ms[:18] = [5000.0] * 18
+    step_ms[116:] = [5000.0] * 3
+    assert telemetry_cost.costs(step_ms, 18) == pytest.approx([1.0] * 24)
 
 
-def test_the_warm_up_does_not_count():
-    step_ms = times(1.0)
-    step_ms[:20] = [5000.0] * 20
-    assert telemetry_cost.costs(step_ms, 20) == pytest.approx([1.0] * 9)
+@pytest.mark.parametrize("every", range(2, 13))
+def test_what_comes_every_so_many_steps_is_no_cost(every):
+    """Half the steps are with telemetry, in an order of no period, so that others' work falls on both alike."""
+    on = [telemetry_cost.telemetry_is_on(step) for step in range(420)]
+    assert sum(on) == 210
+    for phase in range(every):
+        assert 0.3 < sum(on[phase::every]) / len(on[phase::every]) < 0.7
 
 
-def test_the_switch_counts_every_other_block():
+def test_outliers_do_not_move_it():
+    slow = times(1.0, steps=420)
+    slow[::9] = [400.0] * len(slow[::9])
+    assert abs(statistics.median(telemetry_cost.costs(slow, 20)) - 1.0) < 0.1
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says():
+    draw, held = random.Random(0), 0
+    for _ in range(1000):
+        low, high = telemetry_cost.median_interval([draw.expovariate(1.0) for _ in range(40)])
+        held += low <= math.log(2) <= high
+    assert 950 <= held <= 985
+    assert telemetry_cost.median_interval(range(1, 11)) == (2, 9), "as in tables of the sign test"
+
+
+def test_the_switch_counts_and_times_half_the_steps(tmp_path):
     pytest.importorskip("axolotl")
     transformers = pytest.importorskip("transformers")
     switch_module = load("telemetry_switch")
@@ -76,4 +98,8 @@ def test_the_switch_counts_every_other_block():
             callback.on_step_begin(None, state, None, model=model)
         model(input_ids=torch.zeros(1, 3, dtype=torch.int64))
         telemetry.on_step_end(None, state, None)
+    switch.on_train_end(SimpleNamespace(output_dir=tmp_path), None, None)
     assert counted == {step: 6 for step in range(40) if telemetry_cost.telemetry_is_on(step)}
+    found = json.loads((tmp_path / telemetry_cost.TIMES).read_text())
+    assert {name: len(values) for name, values in found.items()} == {"step_ms": 39, "hooks_ms": 20, "log_ms": 20}
+    assert all(value > 0 for values in found.values() for value in values)

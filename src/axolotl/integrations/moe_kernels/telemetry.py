@@ -58,17 +58,18 @@ class RouterCallback(TrainerCallback):
 
 def metrics(loads: list[LayerLoad], each_layer: bool) -> dict[str, float]:
     """What goes into the trainer's log: the worst layer and the sums, and each layer if asked for."""
+    imbalances, entropies = [load.imbalance for load in loads], [load.entropy for load in loads]
     found = {
-        "moe/load_imbalance": max(load.imbalance for load in loads),
-        "moe/load_imbalance_mean": sum(load.imbalance for load in loads) / len(loads),
-        "moe/load_entropy": min(load.entropy for load in loads),
+        "moe/load_imbalance": max(imbalances),
+        "moe/load_imbalance_mean": sum(imbalances) / len(loads),
+        "moe/load_entropy": min(entropies),
         "moe/dead_experts": float(sum(load.dead for load in loads)),
         "moe/dropped_share": sum(load.dropped_share for load in loads) / len(loads),
     }
     if each_layer:
         for number, load in enumerate(loads):
-            found[f"moe/layer_{number:02d}/load_imbalance"] = load.imbalance
-            found[f"moe/layer_{number:02d}/load_entropy"] = load.entropy
+            found[f"moe/layer_{number:02d}/load_imbalance"] = imbalances[number]
+            found[f"moe/layer_{number:02d}/load_entropy"] = entropies[number]
             found[f"moe/layer_{number:02d}/dead_experts"] = float(load.dead)
             found[f"moe/layer_{number:02d}/dropped_share"] = load.dropped_share
     return found
