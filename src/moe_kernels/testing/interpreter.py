@@ -113,6 +113,9 @@ _patched_modules: set[int] = set()
 
 def _device_call(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a device function without patching triton.language again for each call (a millisecond every time)."""
+    if self is tl.sort:  # by numpy, as the interpreter's own scans: it takes a minute to exchange element by element
+        (unsorted,) = args
+        return tl.core.tensor(TensorHandle(np.sort(unsorted.handle.data), unsorted.dtype), unsorted.type)
     modules = {id(v) for v in self.fn.__globals__.values() if v is tl or v is tl.core}
     if not modules <= _patched_modules:
         interp._patch_lang(self.fn)
