@@ -20,22 +20,18 @@ SILU = Gate(Activation("silu"))
 
 # ---------------------------------------------------------------------------------------------------- the plan
 def check_plan(plan, ids, experts, group_size):
-    """Against torch's stable sort; the tiles must cover every routed row exactly once."""
+    """Every field, to the bit, against torch's stable sort and the definition of the tiles."""
     flat = ids.reshape(-1).long()
     flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
     order = torch.sort(flat, stable=True).indices
-    routed = int((flat < experts).sum())
     assert plan.row_slot.tolist() == order.tolist()
     assert plan.slot_row[order].tolist() == list(range(len(flat)))
     starts = plan.expert_start.tolist()
     assert starts == [int((flat < e).sum()) for e in range(experts + 1)]
-    count = plan.tile_count.item()
-    assert count <= plan.max_tiles
-    covered = []
-    for expert, row in zip(plan.tile_expert[:count].tolist(), plan.tile_row[:count].tolist(), strict=True):
-        assert starts[expert] <= row < starts[expert + 1]
-        covered += range(row, min(row + group_size, starts[expert + 1]))
-    assert sorted(covered) == list(range(routed))
+    tiles = [(e, row) for e in range(experts) for row in range(starts[e], starts[e + 1], group_size)]
+    assert plan.tile_count.item() == len(tiles) <= plan.max_tiles
+    table = zip(plan.tile_expert[: len(tiles)].tolist(), plan.tile_row[: len(tiles)].tolist(), strict=True)
+    assert list(table) == tiles
 
 
 BACKENDS = [torch_backend, triton_backend]
@@ -59,6 +55,13 @@ def test_plan_of_hostile_routings(steps, device, name):
         (300, 2, 2, 256),
         (200, 8, 64, 64),
         (9, 3, 257, 64),
+        (1, 9, 512, 64),
+        (1025, 1, 8, 64),
+        (341, 6, 60, 128),
+        (256, 8, 128, 128),
+        (257, 8, 256, 256),
+        (433, 5, 300, 64),
+        (517, 4, 512, 64),
     ],
 )
 def test_plan_of_sizes(steps, device, tokens, top_k, experts, group_size):
@@ -67,11 +70,23 @@ def test_plan_of_sizes(steps, device, tokens, top_k, experts, group_size):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_plan_of_several_blocks_a_program(device, monkeypatch, dtype):
-    monkeypatch.setattr("moe_kernels.kernels.triton.plan._MAX_CHUNKS", 3)
-    ids, _ = make_routing("sentinels", 700, 2, 4)
-    ids = ids.clamp(-1, 9).to(dtype)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_plan_of_several_blocks_a_program(device, small_plan_blocks, name, dtype):
+    ids, _ = make_routing(name, 389, 2, 4)
+    check_plan(triton_backend.make_plan(ids.to(dtype).to(device), 4, 64), ids.to(dtype), 4, 64)
+
+
+def test_plan_drops_ids_that_are_valid_in_their_low_32_bits_alone(device, small_plan_blocks):
+    ids, _ = make_routing("random", 150, 2, 4)
+    ids[::3] += 2**32
+    ids[1::7] -= 2**40
     check_plan(triton_backend.make_plan(ids.to(device), 4, 64), ids, 4, 64)
+
+
+@pytest.mark.parametrize(("name", "experts"), [("zipf", 256), ("sentinels", 300)])
+def test_plan_of_many_rows(device, name, experts):
+    ids, _ = make_routing(name, 17011, 8, experts)
+    check_plan(triton_backend.make_plan(ids.to(device), experts, 128), ids, experts, 128)
 
 
 # ---------------------------------------------------------------------------------------------- the GEMM steps

@@ -1,5 +1,6 @@
 """What a friendly run hides: bounds, races, undefined lanes, order of programs, 32-bit offsets (interpreter only)."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -14,6 +15,7 @@ from moe_kernels.activation import Activation, Gate
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.testing import interpreter
 from moe_kernels.testing.problems import Case, check, make_inputs, run
+from moe_kernels.testing.routings import make_routing
 from moe_kernels.tuning.config import GemmConfig, use_config
 
 triton_backend = pytest.importorskip("moe_kernels.triton_backend")
@@ -69,6 +71,18 @@ def test_order_of_programs_changes_no_bit(case, seed, small_tiles):
     with interpreter.sanitize(), interpreter.shuffled(seed):
         for name, value in run(experts, inputs).items():
             assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_plan_of_many_blocks(seed, small_plan_blocks):
+    ids, _ = make_routing("sentinels", 389, 2, 4)
+    expected = torch_backend.make_plan(ids, 4, 64)
+    with interpreter.sanitize(), interpreter.overflow_asserts(), interpreter.shuffled(seed):
+        plan = triton_backend.make_plan(ids, 4, 64)
+    tiles = int(expected.tile_count)
+    for field in dataclasses.fields(RoutingPlan)[1:-2]:  # but for the packed tensor, which has gaps, and two numbers
+        used = slice(tiles if field.name in ("tile_expert", "tile_row") else None)
+        assert torch.equal(getattr(plan, field.name)[used], getattr(expected, field.name)[used]), field.name
 
 
 @pytest.mark.parametrize("settings", [{"persistent": False}, {"group_size": 64}, {"group_size": 256}], ids=str)

@@ -202,26 +202,16 @@ def _variant_cases(configs: dict[tuple[str, int | None], GemmConfig], tma: bool)
 
 
 def _small_cases() -> Iterator[CompileCase]:
-    for experts in (8, 128, 256):
-        constants, num_warps = plan_blocks(experts)
+    for experts, ids in ((8, "i64"), (60, "i32"), (128, "i64"), (256, "i64"), (512, "i32"), (512, "i64")):
+        count_blocks, place_blocks, num_warps = plan_blocks(experts)
         options = {"num_warps": num_warps, "num_stages": 3}
-        ints = {"R": "i32", "blocks_per_chunk": "i32"}
+        types = {"ids_ptr": f"*{ids}", "counts_ptr": "*i32", "R": "i32", "blocks_per_chunk": "i32"}
+        yield CompileCase(f"count-e{experts}-{ids}", count_kernel, types, count_blocks, options, uses_dot=False)
         yield CompileCase(
-            f"count-e{experts}",
-            count_kernel,
-            {"ids_ptr": "*i64", "counts_ptr": "*i32"} | ints,
-            constants,
-            options,
-            uses_dot=False,
-        )
-        yield CompileCase(
-            f"place-e{experts}",
+            f"place-e{experts}-{ids}",
             place_kernel,
-            {"ids_ptr": "*i64", "counts_ptr": "*i32"}
-            | dict.fromkeys(_PLAN, "*i32")
-            | ints
-            | {"num_chunks": "i32", "max_tiles": "i32"},
-            constants | {"GROUP_SIZE": 128, "BLOCK_C": 4096 // constants["BLOCK_E"], "BLOCK_T": 16},
+            types | dict.fromkeys(_PLAN, "*i32") | {"num_chunks": "i32"},
+            place_blocks | {"GROUP_SIZE": 128},
             options,
             uses_dot=False,
         )

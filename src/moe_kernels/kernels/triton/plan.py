@@ -1,8 +1,24 @@
-"""Step 0: the routing plan, a stable counting sort in two launches, without atomics and without a sync.
+"""Step 0: the routing plan, a stable counting sort in two launches, without global atomics and without a sync.
 
-``count_kernel``: each program counts the experts of its chunk of slots. ``place_kernel``: each program sums the
-counts of all chunks (its own base = expert start + what earlier chunks hold), then ranks its slots in order, so the
-sort is stable and repeatable. It also writes expert_start and the tile tables.
+The sorted row of slot s, which names expert e, is ``start(e) + before(s)``: start(e) counts the slots of the experts
+before e, before(s) the slots before s that name e too. Slots are cut into chunks, one a program, chunks into blocks::
+
+    before(s) = [in earlier chunks] + [in earlier blocks of this chunk] + [earlier in this block]
+
+``count_kernel`` writes the histogram of each chunk. Every program of ``place_kernel`` reads all of these histograms.
+Their sum gives start and the tile tables, the sum over the earlier chunks is the first part; the second is carried
+from block to block. For the third the block is sorted by the keys ``e * BLOCK_S + position``, which are distinct and
+order as a stable sort by expert. The slot at place j of the sorted block has ``j - first(e)`` slots of its expert
+before it, where first is the exclusive sum of the block's histogram. So its row is ::
+
+    (start + earlier chunks + earlier blocks - first)[e] + j
+
+which takes one look-up a slot, and neighbours in the sorted block go to neighbouring rows. Sorting takes
+log2(BLOCK_S) ** 2 / 2 exchanges a slot, however many experts there are.
+
+Dropped slots sort as expert E and lie behind all others: of the slots before them, those that are not routed were
+dropped. What lies behind the last slot sorts as E + 1 and is not stored. All sums are sums of integers, so no result
+depends on an order, not even on that of the atomics in shared memory by which tl.histogram adds up its warps.
 """
 
 import functools
@@ -14,18 +30,22 @@ import triton.language as tl
 from moe_kernels.kernels.triton.launch import cdiv, launch
 from moe_kernels.routing import RoutingPlan
 
-_MAX_CHUNKS = 256
-_RUNTIME_INTS = ["R", "blocks_per_chunk", "num_chunks", "max_tiles"]
+# What to tune.
+_MAX_CHUNKS = 128  # programs: one a multiprocessor, and every one of them reads as many histograms
+_BLOCK_S = 1024  # slots that are sorted at once: a power of two, no smaller than 32 * _NUM_WARPS
+_NUM_WARPS = 8
+_COUNTS = 2048 * _NUM_WARPS  # elements of the histograms that a program reads at once: 64 a thread
+_BLOCK_T = 32  # tiles that a program describes at once
+_RUNTIME_INTS = ["R", "blocks_per_chunk", "num_chunks"]
 
 
 @triton.jit
-def _one_hot(ids_ptr, slots, R, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(one_hot [slots, BLOCK_E] int32, dropped [slots] int32) of a block of slots."""
+def _load_experts(ids_ptr, slots, R, E: tl.constexpr):
+    """The experts of a block of slots, as int32: E if the slot is dropped, E + 1 behind the last slot."""
     in_range = slots < R
     ids = tl.load(ids_ptr + slots, mask=in_range, other=-1)
-    valid = (ids >= 0) & (ids < E)
-    one_hot = (ids[:, None] == tl.arange(0, BLOCK_E)[None, :]) & valid[:, None]
-    return one_hot.to(tl.int32), (in_range & ~valid).to(tl.int32)
+    experts = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
+    return tl.where(in_range, experts, E + 1)
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTS)
@@ -39,11 +59,14 @@ def count_kernel(
     BLOCK_S: tl.constexpr,
 ):
     chunk = tl.program_id(0)
+    slots = chunk * blocks_per_chunk * BLOCK_S + tl.arange(0, BLOCK_S)
+    experts = _load_experts(ids_ptr, slots, R, E)
     counts = tl.zeros((BLOCK_E,), tl.int32)
-    for block in range(blocks_per_chunk):
-        slots = (chunk * blocks_per_chunk + block) * BLOCK_S + tl.arange(0, BLOCK_S)
-        one_hot, _ = _one_hot(ids_ptr, slots, R, E, BLOCK_E)
-        counts += tl.sum(one_hot, axis=0)
+    for _ in range(blocks_per_chunk):
+        slots += BLOCK_S
+        following = _load_experts(ids_ptr, slots, R, E)  # on its way while this block is counted
+        counts += tl.histogram(experts, BLOCK_E, mask=experts < E)
+        experts = following
     tl.store(counts_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), counts)
 
 
@@ -54,13 +77,12 @@ def place_kernel(
     row_slot_ptr,  # (R,)
     slot_row_ptr,  # (R,)
     expert_start_ptr,  # (E + 1,)
-    tile_expert_ptr,  # (>= max_tiles,)
+    tile_expert_ptr,  # (at least the number of tiles,)
     tile_row_ptr,
     tile_count_ptr,  # (1,)
     R,
     blocks_per_chunk,
     num_chunks,
-    max_tiles,
     E: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -69,74 +91,79 @@ def place_kernel(
     BLOCK_T: tl.constexpr,
 ):
     chunk = tl.program_id(0)
-    experts = tl.arange(0, BLOCK_E)
+    place = tl.arange(0, BLOCK_S)
+    first_slot = chunk * blocks_per_chunk * BLOCK_S
+    experts = _load_experts(ids_ptr, first_slot + place, R, E)
+
+    bins = tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), tl.int32)
     earlier = tl.zeros((BLOCK_E,), tl.int32)
     for c0 in range(0, num_chunks, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
-        counts = tl.load(
-            counts_ptr + c[:, None] * BLOCK_E + experts[None, :], mask=(c < num_chunks)[:, None], other=0
-        )
+        counts = tl.load(counts_ptr + c[:, None] * BLOCK_E + bins[None, :], mask=(c < num_chunks)[:, None], other=0)
         total += tl.sum(counts, axis=0)
         earlier += tl.sum(tl.where((c < chunk)[:, None], counts, 0), axis=0)
     start = tl.cumsum(total, axis=0) - total
     routed = tl.sum(total, axis=0)
-
-    if chunk == 0:
-        tl.store(expert_start_ptr + experts, start, mask=experts < E)
-        tl.store(expert_start_ptr + E, routed)
-
-    # Tiles: a block of tile indices finds its expert by counting the experts whose tiles all come before it.
     tiles = (total + GROUP_SIZE - 1) // GROUP_SIZE
     tile_end = tl.cumsum(tiles, axis=0)
     tile_count = tl.sum(tiles, axis=0)
     if chunk == 0:
+        tl.store(expert_start_ptr + bins, start, mask=bins < E)
+        tl.store(expert_start_ptr + E, routed)
         tl.store(tile_count_ptr, tile_count)
-    for t0 in range(chunk * BLOCK_T, max_tiles, num_chunks * BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        before = tile_end[None, :] <= t[:, None]
-        expert = tl.sum(before.to(tl.int32), axis=1)
-        first_tile = tl.max(tl.where(before, tile_end[None, :], 0), axis=1)
-        first_row = tl.sum(tl.where(experts[None, :] == expert[:, None], start[None, :], 0), axis=1)
-        tl.store(tile_expert_ptr + t, expert, mask=t < tile_count)
-        tl.store(tile_row_ptr + t, first_row + (t - first_tile) * GROUP_SIZE, mask=t < tile_count)
 
-    # Slots: next free row of every expert, and of the dropped ones, which go behind the last expert.
+    # The expert of tile t is the number of experts whose tiles all come before it.
+    row_of_tile_0 = start - (tile_end - tiles) * GROUP_SIZE  # as if the expert's tiles began with the first of all
+    for t0 in range(chunk * BLOCK_T, tile_count, num_chunks * BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        expert = tl.sum((tile_end[None, :] <= t[:, None]).to(tl.int32), axis=1)
+        row = tl.gather(row_of_tile_0, tl.minimum(expert, BLOCK_E - 1), axis=0) + t * GROUP_SIZE
+        tl.store(tile_expert_ptr + t, expert, mask=t < tile_count)
+        tl.store(tile_row_ptr + t, row, mask=t < tile_count)
+
     next_row = start + earlier
-    first_slot = chunk * blocks_per_chunk * BLOCK_S
-    next_dropped = routed + first_slot - tl.sum(earlier, axis=0)
-    for block in range(blocks_per_chunk):
-        slots = first_slot + block * BLOCK_S + tl.arange(0, BLOCK_S)
-        one_hot, dropped = _one_hot(ids_ptr, slots, R, E, BLOCK_E)
-        rank = tl.cumsum(one_hot, axis=0) - 1 + next_row[None, :]
-        row = tl.sum(tl.where(one_hot == 1, rank, 0), axis=1)
-        row = tl.where(dropped == 1, next_dropped + tl.cumsum(dropped, axis=0) - 1, row)
-        tl.store(slot_row_ptr + slots, row, mask=slots < R)
-        tl.store(row_slot_ptr + row, slots, mask=slots < R)
-        next_row += tl.sum(one_hot, axis=0)
-        next_dropped += tl.sum(dropped, axis=0)
+    routed_before = tl.sum(earlier, axis=0)
+    for _ in range(blocks_per_chunk):
+        following = _load_experts(ids_ptr, first_slot + BLOCK_S + place, R, E)
+        key = tl.sort(experts * BLOCK_S + place)
+        expert = key // BLOCK_S
+        slot = first_slot + key % BLOCK_S
+        counts = tl.histogram(experts, BLOCK_E, mask=experts < E)
+        first = tl.cumsum(counts, axis=0) - counts
+        in_block = tl.sum(counts, axis=0)
+        base = tl.gather(next_row - first, tl.minimum(expert, BLOCK_E - 1), axis=0)
+        base = tl.where(expert < E, base, routed + first_slot - routed_before - in_block)
+        row = base + place
+        tl.store(row_slot_ptr + row, slot, mask=expert <= E)
+        tl.store(slot_row_ptr + slot, row, mask=expert <= E)
+        next_row += counts
+        routed_before += in_block
+        first_slot += BLOCK_S
+        experts = following
 
 
 @functools.cache
-def plan_blocks(experts: int) -> tuple[dict[str, int], int]:
-    """(block sizes that both kernels take, not to be changed; warps): 4096 one-hot elements in a block of slots."""
-    block_e = max(16, triton.next_power_of_2(experts))
-    return {"E": experts, "BLOCK_E": block_e, "BLOCK_S": max(16, 4096 // block_e)}, 4 if block_e < 256 else 8
+def plan_blocks(experts: int) -> tuple[dict[str, int], dict[str, int], int]:
+    """(block sizes of ``count_kernel``, of ``place_kernel``, warps of both), not to be changed."""
+    block_e = max(32, triton.next_power_of_2(experts))
+    count = {"E": experts, "BLOCK_E": block_e, "BLOCK_S": _BLOCK_S}
+    return count, count | {"BLOCK_C": max(1, _COUNTS // block_e), "BLOCK_T": _BLOCK_T}, _NUM_WARPS
 
 
 def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int) -> RoutingPlan:
     """Fill a plan from topk_ids (T, K) int32 or int64, contiguous."""
     tokens, top_k = topk_ids.shape
     plan = RoutingPlan.empty(tokens, top_k, experts, group_size, topk_ids.device)
-    blocks, num_warps = plan_blocks(experts)
-    block_e = blocks["BLOCK_E"]
-    num_blocks = cdiv(plan.rows, blocks["BLOCK_S"])
+    count_blocks, place_blocks, num_warps = plan_blocks(experts)
+    num_blocks = cdiv(plan.rows, count_blocks["BLOCK_S"])
     blocks_per_chunk = cdiv(num_blocks, _MAX_CHUNKS)
     num_chunks = max(1, cdiv(num_blocks, max(1, blocks_per_chunk)))
-    counts = torch.empty((num_chunks, block_e), dtype=torch.int32, device=topk_ids.device)
+    counts = torch.empty((num_chunks, count_blocks["BLOCK_E"]), dtype=torch.int32, device=topk_ids.device)
     grid = (num_chunks,)
-    options = {**blocks, "num_warps": num_warps}
-    launch(count_kernel, grid, (topk_ids, counts, plan.rows, blocks_per_chunk), options)
+    launch(
+        count_kernel, grid, (topk_ids, counts, plan.rows, blocks_per_chunk), {**count_blocks, "num_warps": num_warps}
+    )
     launch(
         place_kernel,
         grid,
@@ -152,14 +179,7 @@ def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int) -> RoutingP
             plan.rows,
             blocks_per_chunk,
             num_chunks,
-            plan.max_tiles,
         ),
-        {
-            **blocks,
-            "GROUP_SIZE": group_size,
-            "BLOCK_C": max(1, 4096 // block_e),
-            "BLOCK_T": 16,
-            "num_warps": num_warps,
-        },
+        {**place_blocks, "GROUP_SIZE": group_size, "num_warps": num_warps},
     )
     return plan
