@@ -1,15 +1,18 @@
 """LoRA on one expert layer, every way there is, in one process on the same tensors: the evidence behind docs/lora.md.
 
     python benchmarks/lora_cost.py --out lora.json             # on a GPU: the layer of Qwen3-30B-A3B, T=16384, r=16
+    python benchmarks/lora_cost.py --variants nf4-float32 --without-scattermoe --out qlora.json   # QLoRA, a minute
     python benchmarks/lora_cost.py --device cpu --out lora.json   # tiny: proves the script, says nothing about speed
 
 The ways: `moe_kernels`, the factors inside the kernels; `peft_grouped_mm`, PEFT's own parametrisation (W + BA is
 formed) on transformers' grouped_mm; `scattermoe`, Axolotl's fused LoRA. `peft_eager`, the same parametrisation on
-transformers' loop over experts, is not timed: its error is what plain PyTorch makes in this dtype. All four are one
+transformers' loop over experts, is not timed: its error is what plain PyTorch makes in this dtype. All are one
 module of transformers in one pair of PEFT's wrappers; only `experts_implementation` changes. The base is frozen.
 
 Two kinds of base: `bf16`, and `nf4` (QLoRA), bitsandbytes' 4 bits as Axolotl's quantize_moe_experts makes them. Two
-kinds of adapter: `float32` under autocast, as PEFT and Axolotl train them unless told otherwise, and `bfloat16`.
+kinds of adapter: `float32` under autocast, as PEFT and Axolotl train them unless told otherwise, and `bfloat16`. On
+the 4-bit base `moe_kernels` dequantises a block of experts at a time; `moe_kernels_whole` is the same with all
+experts in one block, so that the price and the gain of the blocks show apart from the kernels'.
 Output and gradients (of x, the routing weights, A and B of both weights) are first compared with float64.
 """
 
@@ -29,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -40,12 +44,14 @@ from moe_kernels.bench.environment import environment, installed_version
 from moe_kernels.bench.layer import Layer, make_layer, our_variants, transformers_experts
 from moe_kernels.bench.peers import PEER_FAILURES, PEERS, failure
 from moe_kernels.bench.timing import MIB, Call, Clock, Times, peak_bytes, saved_bytes
+from moe_kernels.integrations import quantized
 from moe_kernels.integrations.peft import fuse_lora
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.testing.tolerances import RMS_FACTOR
 
 OURS, PEFT, AXOLOTL, PLAIN = "moe_kernels", "peft_grouped_mm", "scattermoe", "peft_eager"
+WHOLE = "moe_kernels_whole"
 VARIANTS = (("bf16", "float32"), ("bf16", "bfloat16"), ("nf4", "float32"))
 WEIGHTS = ("gate_up_proj", "down_proj")
 #: Multiples of 64, bitsandbytes' block: it dequantises shorter rows wrongly on a CPU.
@@ -135,6 +141,14 @@ class Adapted:
                 return self.wrapper(layer.x, layer.topk_ids, layer.topk_weights)
 
         return forward
+
+    def weights_mb(self) -> float:
+        """Of the base, with the scales of 4-bit blocks."""
+        tensors: list[Tensor] = list(self.experts.parameters())
+        for chain in getattr(self.experts, "parametrizations", {}).values():
+            states = [chain[0].quant_state, chain[0].quant_state.state2]
+            tensors += [state.absmax for state in states if state is not None]
+        return sum(tensor.nbytes for tensor in tensors) / MIB
 
     def take_off_proxies(self) -> None:
         """PEFT 0.21.0 leaves its factors on a 4-bit weight after a forward, and would add them again in the next."""
@@ -310,7 +324,8 @@ class Bench:
                     torch.cuda.empty_cache()
 
     def _variant(self, layer: Layer, base: str, adapters: str, absent: str) -> None:
-        rows = {name: Row(base, adapters, name) for name in (OURS, PEFT, AXOLOTL, PLAIN)}
+        names = (OURS, *([WHOLE] if base == "nf4" else []), PEFT, AXOLOTL, PLAIN)
+        rows = {name: Row(base, adapters, name) for name in names}
         self._measure(layer, rows, base, adapters, absent)
         self.rows = [row for row in self.rows if (row.base, row.adapters) != (base, adapters)] + list(rows.values())
 
@@ -324,34 +339,43 @@ class Bench:
         self.say(f"{base} base, {adapters} adapters: tensors and truth")
         adapted = Adapted(layer, self.args.rank, getattr(torch, adapters), base == "nf4")
         exact = truth(adapted)
-        weights_mb = sum(p.nbytes for p in adapted.experts.parameters()) / MIB
         calls: dict[str, Callable[[], Tensor]] = {}
-        for name in (OURS, PLAIN, PEFT, AXOLOTL):
-            row = rows[name]
-            if not row.ok:
+        for name in (OURS, WHOLE, PLAIN, PEFT, AXOLOTL):
+            row = rows.get(name)
+            if row is None or not row.ok:
                 continue
-            row.weights_mb = weights_mb
+            row.weights_mb = adapted.weights_mb()
             calls[name] = adapted.call(self._implementation(name), adapters == "float32")
+            if name == WHOLE:
+                calls[name] = functools.partial(_in_one_block, calls[name])
             self.say(f"checking {name}")
             self._check(adapted, row, calls[name], exact)
         yardstick = rows[PLAIN].rel_error
-        for row in rows.values():
+        for row in (row for row in rows.values() if row.ok):
             fault = what_is_wrong(row.rel_error, yardstick, torch.finfo(torch.bfloat16).eps)
             if fault is not None:
                 row.ok, row.note = False, fault
-        self._time(adapted, {name: call for name, call in calls.items() if rows[name].ok and name != PLAIN}, rows)
+        timed = {name: call for name, call in calls.items() if rows[name].ok and name != PLAIN}
+        if timed:
+            self._time(adapted, timed, rows)
 
     def _implementation(self, name: str) -> str:
-        return {OURS: self.registered, PEFT: "grouped_mm", PLAIN: "eager"}.get(name, name)
+        ours = {OURS: self.registered, WHOLE: self.registered}
+        return (ours | {PEFT: "grouped_mm", PLAIN: "eager"}).get(name, name)
 
     def _check(self, adapted: Adapted, row: Row, forward: Callable[[], Tensor], exact: dict[str, Tensor]) -> None:
-        try:
-            row.rel_error = relative_errors(adapted, forward, exact)
-        except PEER_FAILURES as error:  # out of memory is one of them
-            if row.implementation == OURS:
-                raise
-            row.ok, row.note = False, f"it failed: {failure(error)}"
-            adapted.clear_gradients()
+        packed = quantized.PackedWeight
+        with mock.patch.object(packed, "experts", autospec=True, side_effect=packed.experts) as blocks:
+            try:
+                row.rel_error = relative_errors(adapted, forward, exact)
+            except PEER_FAILURES as error:  # out of memory is one of them
+                if row.implementation == OURS:
+                    raise
+                row.ok, row.note = False, f"it failed: {failure(error)}"
+                adapted.clear_gradients()
+        # A first measurement was of something else: with another parametrization on the weight ours reads it whole.
+        if row.ok and row.base == "nf4" and row.implementation in (OURS, WHOLE) and not blocks.called:
+            row.ok, row.note = False, "it did not dequantise by itself: the 4-bit weight is parametrised once more"
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -476,6 +500,12 @@ class Bench:
 
 def _forward_backward(forward: Callable[[], Tensor], grad: Tensor) -> None:
     forward().backward(grad)
+
+
+def _in_one_block(forward: Callable[[], Tensor]) -> Tensor:
+    """The forward with all experts dequantised at once; its backward dequantises what the forward did."""
+    with mock.patch.object(quantized, "BLOCK_BYTES", sys.maxsize):
+        return forward()
 
 
 def _figure(row: Row, what: str) -> float | None:
