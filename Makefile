@@ -73,9 +73,9 @@ test-newest: $(NEWEST_READY)
 fuzz: $(READY)
 	MOE_KERNELS_FUZZ=600 $(BIN)/python -m pytest tests/fuzz -q --timeout=7200 $(ARGS)
 
-# Breaks each kernel in several ways and shows that the tests notice every one.
+# Breaks each kernel in several ways and shows that the tests notice every one. ARGS=--gpu: the kernels for Hopper.
 mutants: $(READY)
-	$(BIN)/python tests/core/mutations.py
+	$(BIN)/python tests/core/mutations.py $(ARGS)
 
 # Every kernel under NVIDIA's compute-sanitizer (needs a GPU; under three minutes on one H200).
 sanitize: $(READY)

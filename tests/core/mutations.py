@@ -1,7 +1,15 @@
-"""Would the tests notice a bug? Plants bugs in the kernels, one at a time, in a copy, and runs the quick kernel tests.
+"""Would the tests notice a bug? Plants bugs in the kernels, one at a time, in a copy, and runs the quick tests of them.
 
-Run by hand: ``python tests/core/mutations.py --json benchmarks/results/mutants.json`` (about a minute a core per four
-mutants). Exit code 1 if one survives, or if a planted text is not in the source any more.
+    python tests/core/mutations.py --json benchmarks/results/mutants.json           # in triton's interpreter
+    python tests/core/mutations.py --gpu --json benchmarks/results/mutants-gpu.json # the kernels for Hopper, compiled
+
+The interpreter does not run the kernels for Hopper: their mutants need such a GPU. A mutant counts as noticed if a
+test fails on a wrong result or the process crashes; one that does not compile, or does not end in time, proves
+nothing and counts as alive. So that none can stop the GPU, no mutant touches what groups of warps wait for: the
+phases and counts of barriers, and how many steps of the ring each group walks.
+
+About eleven minutes of one core; two minutes with --gpu on 16 cores. Exit code 1 if a mutant is alive, or if a planted
+text is not in the source any more; 2 if --gpu finds no such GPU.
 """
 
 # ruff: noqa: E501
@@ -10,23 +18,36 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
 
 from moe_kernels.bench.environment import environment
 
 ROOT = Path(__file__).parents[2]
-KERNELS = "src/moe_kernels/kernels/triton"
+TRITON, HOPPER = "src/moe_kernels/kernels/triton", "src/moe_kernels/kernels/hopper"
 TESTS = ["tests/core/test_kernels.py", "tests/core/test_sanitized.py"]
 ROUTER_TESTS = ["tests/router/test_router.py"]
 QUICK = "not shipped_tiles and not scheduling and not sanitisers"
+GPU_TESTS = ["tests/device/test_gluon_gpu.py"]
+# Without the options of pyproject.toml, which refuse to run where a plugin for one of its settings is missing.
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=")
 
-# what the bug is, file, text, replacement
-MUTANTS = [
+# what the bug is, file, text, replacement, how often the text is there if not once
+MUTANTS: list[tuple[Any, ...]] = [
     ("row mask lets one row too many in", "tile.py", "return expert, row0, rows, rows < row_end", "return expert, row0, rows, rows <= row_end"),
     ("tile takes the wrong expert's end", "tile.py", "expert_start_ptr + expert + 1)", "expert_start_ptr + expert)"),
     ("column mask off by one", "tile.py", "(n < col_limit)[None, :])", "(n <= col_limit)[None, :])"),
@@ -34,14 +55,14 @@ MUTANTS = [
     ("missing other= in the row loads", "tile.py", "block = tl.load(pointers, mask=(k < K)[None, :], other=0.0)", "block = tl.load(pointers, mask=(k < K)[None, :])"),
     ("wrong gathered token", "tile.py", "(slot // TOP_K).to(tl.int64)", "(slot // TOP_K * 0 + slot % TOP_K).to(tl.int64)"),
     ("expert offset in 32 bits", "tile.py", "base = w + expert.to(tl.int64) * ROWS * COLS", "base = w + expert * ROWS * COLS"),
-    ("gate and up swapped in the epilogue", "up.py", "a = value(gate, up, ACTIVATION, P0, P1)", "a = value(up, gate, ACTIVATION, P0, P1)"),
+    ("gate and up swapped in the epilogue", "up.py", "a = value(gate, up, ACTIVATION, P0, P1)", "a = value(up, gate, ACTIVATION, P0, P1)", 2),
     ("up columns read from the gate half", "up.py", "expert, I + n0, k0,", "expert, n0, k0,"),
-    ("last K block lost", "up.py", "for k0 in tl.range(0, H, BLOCK_K)", "for k0 in tl.range(0, H - BLOCK_K + 1, BLOCK_K)"),
+    ("last K block lost", "up.py", "for k0 in tl.range(0, H, BLOCK_K)", "for k0 in tl.range(0, H - BLOCK_K + 1, BLOCK_K)", 2),
     ("combine forgets the routing weight", "combine.py", "total += weight * values", "total += values"),
     ("combine adds dropped slots", "combine.py", "mask=col_mask & kept, other=0.0", "mask=col_mask, other=0.0"),
-    ("combine loses the last slot", "combine.py", "tl.static_range(TOP_K)", "tl.static_range(TOP_K - 1)"),
+    ("combine loses the last slot", "combine.py", "tl.static_range(TOP_K)", "tl.static_range(TOP_K - 1)", 2),
     ("sign of the activation's derivative", "dact.py", "d_gate = (da * d_gate)", "d_gate = (-da * d_gate)"),
-    ("derivative without its second term", "../../activation.py", "derivative = s + value * (1.0 - s)", "derivative = s"),
+    ("derivative without its second term", "../../activation.py", "derivative = s + value * (1.0 - s)", "derivative = s", 2),
     ("dZ without the routing weight", "dact.py", "        da *= weight\n", ""),
     ("wA without the routing weight", "dact.py", "(weight * a).to(", "(a).to("),
     ("dw of dropped slots not written", "dact.py", "dw.to(dw_ptr.dtype.element_ty), mask=rows < R)", "dw.to(dw_ptr.dtype.element_ty), mask=routed)"),
@@ -71,7 +92,7 @@ MUTANTS = [
     ("interleaved dZ in the wrong order", "dact.py", "tl.join(d_gate, d_up)", "tl.join(d_up, d_gate)"),
     ("dw without the bias's share", "dact.py", "dw += tl.sum(dout.to(tl.float32)", "dw += 0.0 * tl.sum(dout.to(tl.float32)"),
     ("expert of a row off at the border", "dact.py", "ends[None, :] <= rows[:, None]", "ends[None, :] < rows[:, None]"),
-    ("clamp passes gradient outside", "../../activation.py", "(z >= low) & (z <= high)", "z >= low"),
+    ("clamp passes gradient outside", "../../activation.py", "(z >= low) & (z <= high)", "z >= low", 2),
     ("bias gradient takes a row of the next expert", "expert_sum.py", "(rows < end)[:, None] & (cols < N)", "(rows <= end)[:, None] & (cols < N)"),
     ("bias gradient without the routing weight", "expert_sum.py", "if WEIGHTED:", "if WEIGHTED and N < 0:"),
     ("last tile of a group walked twice", "tile.py", "size_m = tl.minimum(num_m - first_m, GROUP_M)", "size_m = GROUP_M"),
@@ -90,59 +111,245 @@ MUTANTS = [
     ("gradient of a router for experts not chosen", "router.py", "tl.where(chosen == 1, grad * slope, 0.0)", "grad * slope + value"),
 ]  # fmt: skip
 
+# pytest's -k: which tests of GPU_TESTS are run on a mutant
+ROUTINGS = "hostile and bfloat16"  # experts of one to a few tiles each, tails, dropped ids, empty experts
+IN_SLICES = "every_schedule and cooperative and wgrad"  # its default is two groups in turn
+BIAS, LORA, INTERLEAVED = (f"kinds and {kind}" for kind in ("bias", "lora and not 64", "interleaved"))
 
-def run_tests(folder: Path, tests: list[str]) -> int:
-    """Exit code of pytest on the copy in ``folder``; a mutant that hangs counts as a failed test."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder / "src")}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", QUICK, *tests]
+# what the bug is, file, text, replacement, tests; those that compile longest come first
+GPU_MUTANTS = [
+    ("partial tile takes the wrong rows of its column", "ring.py", "mask=(rows < row_end)[:, None])", "mask=(rows < row_end - 1)[:, None])", ROUTINGS),
+    ("partial tile written to the first columns", "ring.py", "cols = col0 + gl.arange(0, COLUMNS,", "cols = gl.arange(0, COLUMNS,", ROUTINGS),
+    ("chunk sent before it is in its buffer", "ring.py", "    put(values, buffer)\n    fence_async_shared()\n    tma.async_copy_shared_to_global(out, [row, col], buffer)\n", "    tma.async_copy_shared_to_global(out, [row, col], buffer)\n    tma.store_wait(0)\n    put(values, buffer)\n", ROUTINGS),
+    ("no wait for the buffer to be free", "ring.py", "    tma.store_wait(1)\n", "", ROUTINGS),
+    ("wrong gathered token", "gemm.py", "(slot // TOP_K).to(gl.int64)", "(slot % TOP_K).to(gl.int64)", ROUTINGS),
+    ("last row of an expert gathers token 0", "gemm.py", "mask=rows < row_end, other=0)", "mask=rows < row_end - 1, other=0)", ROUTINGS),
+    ("every K block gathers the first columns", "gemm.py", "async_copy_global_to_shared(a, pointers + k0)", "async_copy_global_to_shared(a, pointers)", ROUTINGS),
+    ("tile of rows begins one row late", "gemm.py", "(rows_in, [row0, k0], bar, a)", "(rows_in, [row0 + 1, k0], bar, a)", ROUTINGS),
+    ("gate weights read from the up half", "gemm.py", "(w, [gate_row, k0], bar,", "(w, [gate_row + N, k0], bar,", ROUTINGS),
+    ("weights of the first expert for all", "gemm.py", "[expert * N + n * BLOCK_N, k0]", "[n * BLOCK_N, k0]", ROUTINGS),
+    ("last K block of the weights lost", "gemm.py", "[expert * N + n * BLOCK_N, k0]", "[expert * N + n * BLOCK_N, k0 + (k0 + BLOCK_K) // K * K]", ROUTINGS),
+    ("transposed weights of the first expert for all", "gemm.py", "[expert * K + k0, n * BLOCK_N]", "[k0, n * BLOCK_N]", ROUTINGS),
+    ("K blocks of the transposed weights one too far", "gemm.py", "[expert * K + k0, n * BLOCK_N]", "[expert * K + k0 + BLOCK_K, n * BLOCK_N]", ROUTINGS),
+    ("the last K block alone counts", "gemm.py", "warpgroup_mma(a, b, acc, is_async=True)", "warpgroup_mma(a, b, acc, use_acc=False, is_async=True)", ROUTINGS),
+    ("both groups multiply the upper half", "gemm.py", "a = a.slice(WARPGROUP * ROWS, ROWS)", "a = a.slice(0, ROWS)", ROUTINGS),
+    ("both groups write the upper half", "gemm.py", "row0 += WARPGROUP * ROWS", "row0 += 0", ROUTINGS),
+    ("gate and up swapped in the epilogue", "gemm.py", "value(left, right, ACTIVATION", "value(right, left, ACTIVATION", ROUTINGS),
+    ("Z's up half written over its gate half", "gemm.py", "row0, row_end, N + n * HALF, 2 * N, 2 * N)", "row0, row_end, n * HALF, N, 2 * N)", ROUTINGS),
+    ("right half of a tile written over the left", "gemm.py", "row0, row_end, n * BLOCK_N + HALF, N, N)", "row0, row_end, n * BLOCK_N, N, N)", ROUTINGS),
+    ("second chunk of a half written over the first", "gemm.py", "row_end, col0 + CHUNK, col_end, width)", "row_end, col0, col_end, width)", ROUTINGS),
+    ("tile written over the next expert's rows", "gemm.py", "elif row0 + values.shape[0] <= row_end:", "elif row0 <= row_end:", ROUTINGS),
+    ("partial block of columns lost", "gemm.py", "num_n = (N + COLUMNS - 1) // COLUMNS", "num_n = N // COLUMNS", ROUTINGS),
+    ("last tile lost", "gemm.py", "num_m = gl.load(tile_count_ptr)", "num_m = gl.load(tile_count_ptr) - 1", ROUTINGS),
+    ("wgrad loses an expert's last row", "wgrad.py", "mask=(rows < row_end)[:, None] &", "mask=(rows < row_end - 1)[:, None] &", ROUTINGS),
+    ("wgrad's partial block multiplies other rows", "wgrad.py", "_copy_rows(b, right_ptr, row, end,", "_copy_rows(b, right_ptr, start, end,", ROUTINGS),
+    ("wgrad's whole blocks one row late on the left", "wgrad.py", "(left, [row, m * BLOCK_M], bar, a)", "(left, [row + 1, m * BLOCK_M], bar, a)", ROUTINGS),
+    ("wgrad's right columns are the left's", "wgrad.py", "(right, [row, n * BLOCK_N], bar, b)", "(right, [row, m * BLOCK_M], bar, b)", ROUTINGS),
+    ("wgrad sums the last block of rows alone", "wgrad.py", "b_ring.index(stage), acc, is_async=True)", "b_ring.index(stage), acc, use_acc=False, is_async=True)", ROUTINGS),
+    ("wgrad skips experts without rows", "wgrad.py", "if m0 < M:", "if (m0 < M) & (start < end):", ROUTINGS),
+    ("wgrad writes the right half twice", "wgrad.py", "_write(left, buffers, 0, out,", "_write(right, buffers, 0, out,", ROUTINGS),
+    ("wgrad's partial block of columns lost", "wgrad.py", "num_n = (N + BLOCK_N - 1) // BLOCK_N", "num_n = N // BLOCK_N", ROUTINGS),
+    ("both groups of wgrad multiply the upper half", "wgrad.py", "a = a.slice(WARPGROUP * ROWS, ROWS, dim=1)", "a = a.slice(0, ROWS, dim=1)", IN_SLICES),
+    ("dZ without the routing weight", "down_grad.py", "    da *= weight[:, None]\n", "    da *= 1.0\n", ROUTINGS),
+    ("wA without the routing weight", "down_grad.py", "put(weight[:, None] * a,", "put(a,", ROUTINGS),
+    ("routing weight of another slot", "down_grad.py", "gl.load(topk_weights_ptr + slot,", "gl.load(topk_weights_ptr + rows,", ROUTINGS),
+    ("gate's gradient with up's derivative", "down_grad.py", "put(da * d_gate,", "put(da * d_up,", ROUTINGS),
+    ("dZ written over the next expert's rows", "down_grad.py", "if row0 + da.shape[0] <= row_end:", "if row0 <= row_end:", ROUTINGS),
+    ("dw without its last partial sum", "down_grad.py", "for _ in range(blocks):", "for _ in range(blocks - 1):", ROUTINGS),
+    ("dw of dropped slots is not zero", "down_grad.py", "tl.load(part, mask=kept, other=0.0)", "tl.load(part, mask=kept, other=1.0)", ROUTINGS),
+    ("interleaved experts multiplied as halves", "../../gluon_backend.py", "and gate.gated and not gate.interleaved and _fits(x, weight)", "and gate.gated and _fits(x, weight)", INTERLEAVED),
+    ("down projection forgets the bias", "../../gluon_backend.py", "if bias is None and low_rank is None and _fits(a, weight)", "if low_rank is None and _fits(a, weight)", BIAS),
+    ("dx forgets the low-rank part", "../../gluon_backend.py", "if low_rank is None and _fits(rows, weight)", "if _fits(rows, weight)", LORA),
+    ("dZ forgets the low-rank part", "../../gluon_backend.py", "plain = bias is None and low_rank is None and", "plain = bias is None and", LORA),
+]  # fmt: skip
+
+
+class Mutant(NamedTuple):
+    """One planted bug, and pytest's arguments that must notice it. ``file`` is relative to ROOT."""
+
+    title: str
+    file: str
+    text: str
+    replacement: str
+    tests: tuple[str, ...]
+    times: int = 1
+
+    def plant(self, source: str) -> str | None:
+        """``source`` with the bug; None if the text is not there exactly as often as it was."""
+        return source.replace(self.text, self.replacement) if source.count(self.text) == self.times else None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Mutants and how their tests are run: ``timeout`` is in seconds, of one mutant's tests."""
+
+    mutants: list[Mutant]
+    interpreted: bool
+    timeout: float
+    command: tuple[str, ...] = PYTEST
+
+
+def interpreted_suite() -> Suite:
+    """The Triton kernels, in the interpreter."""
+    mutants = []
+    for title, file, text, replacement, *times in MUTANTS:
+        tests = ROUTER_TESTS if file == "router.py" else TESTS
+        mutants.append(Mutant(title, f"{TRITON}/{file}", text, replacement, ("-k", QUICK, *tests), *times))
+    return Suite(mutants, True, 600)
+
+
+def gpu_suite() -> Suite:
+    """The kernels for Hopper, compiled."""
+    mutants = [
+        Mutant(title, f"{HOPPER}/{file}", text, replacement, ("-k", tests, *GPU_TESTS))
+        for title, file, text, replacement, tests in GPU_MUTANTS
+    ]
+    return Suite(mutants, False, 180)
+
+
+def why_no_gpu() -> str | None:
+    """None if the kernels for Hopper run on this machine, else why not."""
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is false here"
+    if torch.cuda.get_device_capability()[0] != 9:
+        return f"this is a {torch.cuda.get_device_name()}"
+    from moe_kernels.gluon_backend import TRITON as WANTED
+
+    return (
+        None if triton.__version__.startswith(WANTED) else f"they need triton {WANTED}, this is {triton.__version__}"
+    )
+
+
+#: How a test fails on a kernel that does not compile: the mutant is no working program, whatever it should have been.
+_NO_PROGRAM = re.compile(
+    r"[\w.]*(?:SyntaxError|NameError|AttributeError|TypeError|ImportError|ModuleNotFoundError|UnboundLocalError"
+    r"|Compil\w+|OutOfResources)\b|RuntimeError: PassManager|.*PTXASError"
+)
+_SUMMARY = re.compile(r"^(?:FAILED|ERROR) .*? - (.*)$", re.MULTILINE)
+
+
+def run_tests(suite: Suite, folder: Path, tests: tuple[str, ...], cache: Path) -> tuple[int | None, str]:
+    """(exit code of the tests on the copy in ``folder``, their output); no code if they did not end in time."""
+    # COLUMNS: pytest cuts the reason of a failure to the width of the terminal.
+    variables = os.environ | {"PYTHONPATH": str(folder / "src"), "TRITON_CACHE_DIR": str(cache), "COLUMNS": "400"}
+    variables.pop("TRITON_INTERPRET", None)
+    if suite.interpreted:
+        variables["TRITON_INTERPRET"] = "1"
     try:
-        return subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, timeout=600, check=False
-        ).returncode
+        done = subprocess.run(
+            [*suite.command, *tests], cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", timeout=suite.timeout, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return 1
+        return None, ""
+    return done.returncode, done.stdout
 
 
-def survives(folder: Path, file: str, text: str, replacement: str) -> str | None:
-    """None if a test fails on the mutant, else what went wrong."""
-    path = (folder / KERNELS / file).resolve()
+def verdict(code: int | None, output: str) -> tuple[bool, str]:
+    """(whether the tests noticed, what they said) of a mutant's tests that ended with ``code``."""
+    if code is None:
+        return False, "did not end in time"
+    if code < 0 and code != -signal.SIGKILL:
+        return True, f"crashed with {signal.Signals(-code).name}"
+    reason = next(iter(_SUMMARY.findall(output)), "")
+    if code != 1:
+        return False, f"survived (exit code {code})"
+    if _NO_PROGRAM.match(reason):
+        return False, f"no working program: {reason}"
+    return True, reason
+
+
+def problem_of_sources(suite: Suite, folder: Path, cache: Path, pool: ThreadPoolExecutor) -> str | None:
+    """Why the tests can say nothing: they must pass, and not be skipped, on unbroken kernels. Fills ``cache``."""
+    selections = list(dict.fromkeys(mutant.tests for mutant in suite.mutants))
+    runs = [pool.submit(run_tests, suite, folder, tests, cache) for tests in selections]
+    for tests, run in zip(selections, runs, strict=True):
+        code, output = run.result()
+        if code != 0:
+            return f"{' '.join(tests)} fails without any mutant (exit code {code}):\n{output[-3000:]}"
+        if not re.search(r"\b[1-9]\d* passed", output):
+            return f"{' '.join(tests)} runs no test:\n{output[-3000:]}"
+    return None
+
+
+def judge(suite: Suite, mutant: Mutant, folders: queue.Queue[Path], cache: Path) -> dict[str, object]:
+    """Plant one bug in a free copy, run its tests there, take it out again."""
+    began, folder = time.monotonic(), folders.get()
+    path = (folder / mutant.file).resolve()
     source = path.read_text()
-    if text not in source:
-        return "the text to replace is gone: update the mutant"
-    path.write_text(source.replace(text, replacement))
-    code = run_tests(folder, ROUTER_TESTS if file == "router.py" else TESTS)
-    path.write_text(source)
-    # A negative code is a crash of the interpreter, which no run would overlook either.
-    return None if code == 1 or code < 0 else f"survived (pytest exit code {code})"
+    planted = mutant.plant(source)
+    if planted is None:
+        killed, note = False, f"the text to replace is there {source.count(mutant.text)} times: update the mutant"
+    else:
+        # A cache of its own, which knows the unbroken kernels: only what the mutant changes is compiled.
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            if cache.exists():
+                shutil.copytree(cache, own, dirs_exist_ok=True)
+            path.write_text(planted)
+            killed, note = verdict(*run_tests(suite, folder, mutant.tests, Path(own)))
+            path.write_text(source)
+    folders.put(folder)
+    return {"mutant": mutant.title, "file": mutant.file.rpartition("/")[2], "killed": killed, "note": note,
+            "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
 
 
-def main() -> int:
+def run_suite(suite: Suite, jobs: int) -> Iterable[dict[str, object]]:
+    """What became of each mutant, as they end.
+
+    Raises:
+        SystemExit: the tests do not pass on the unbroken kernels.
+    """
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
+        folders: queue.Queue[Path] = queue.Queue()
+        for number in range(jobs):
+            folder = Path(name, f"copy-{number}")
+            for part in ("src", "tests", "pyproject.toml"):
+                source = ROOT / part
+                if source.is_dir():
+                    shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(source, folder / part)
+            folders.put(folder)
+        cache = Path(name, "cache")
+        problem = problem_of_sources(suite, folder, cache, pool)
+        if problem is not None:
+            raise SystemExit(f"nothing can be said: {problem}")
+        runs: list[Future[dict[str, object]]] = [
+            pool.submit(judge, suite, mutant, folders, cache) for mutant in suite.mutants
+        ]
+        for run in as_completed(runs):
+            yield run.result()
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Run every mutant; print one line each."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="the kernels for Hopper, on such a GPU")
+    jobs = max(1, (os.cpu_count() or 1) * 3 // 4)
+    parser.add_argument(
+        "--jobs", type=int, default=jobs, help="mutants at a time (default: three quarters of the cores)"
+    )
     parser.add_argument("--json", type=Path, help="write what became of each mutant, after each")
-    wanted = parser.parse_args()
+    wanted = parser.parse_args(arguments)
+    reason = why_no_gpu() if wanted.gpu else None
+    if reason is not None:
+        print(f"--gpu needs an NVIDIA Hopper GPU (H100, H200): {reason}")
+        return 2
+    suite = gpu_suite() if wanted.gpu else interpreted_suite()
     results: list[dict[str, object]] = []
-    machine = environment() | {"command": " ".join(["python", "tests/core/mutations.py", *sys.argv[1:]])}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for part in ("src", "tests", "pyproject.toml"):
-            source = ROOT / part
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / part)
-        if run_tests(folder, TESTS + ROUTER_TESTS) != 0:
-            print("the tests fail without any mutant: nothing can be said")
-            return 1
-        for title, file, text, replacement in MUTANTS:
-            began = time.monotonic()
-            problem = survives(folder, file, text, replacement)
-            results.append({"mutant": title, "file": file, "killed": problem is None, "note": problem or "",
-                            "seconds": round(time.monotonic() - began, 1)})  # fmt: skip
-            print(f"{'ALIVE' if problem else 'dead '}  {title}{': ' + problem if problem else ''}", flush=True)
-            if wanted.json:
-                report = {"mutants": len(MUTANTS), "environment": machine, "results": results}
-                wanted.json.write_text(json.dumps(report, indent=1) + "\n")
+    command = ["python", "tests/core/mutations.py", *(sys.argv[1:] if arguments is None else arguments)]
+    machine = environment() | {"command": " ".join(command)}
+    began = time.monotonic()
+    for result in run_suite(suite, wanted.jobs):
+        results.append(result)
+        print(f"{'dead ' if result['killed'] else 'ALIVE'}  {result['mutant']}: {result['note']}"[:200], flush=True)
+        if wanted.json:
+            report = {"mutants": len(suite.mutants), "seconds": round(time.monotonic() - began, 1),
+                      "environment": machine, "results": results}  # fmt: skip
+            wanted.json.write_text(json.dumps(report, indent=1) + "\n")
     killed = sum(bool(result["killed"]) for result in results)
-    print(f"{killed} of {len(MUTANTS)} mutants killed")
-    return int(killed < len(MUTANTS))
+    print(f"{killed} of {len(suite.mutants)} mutants killed in {time.monotonic() - began:.0f} s")
+    return int(killed < len(suite.mutants))
 
 
 if __name__ == "__main__":
