@@ -173,7 +173,10 @@ class LogReader:
 
 @dataclass(frozen=True)
 class Machine:
-    """What every run of a comparison shares."""
+    """What every run of a comparison shares.
+
+    ``device`` names one GPU; None leaves to the trainer what it sees. ``launcher``: how Axolotl starts processes.
+    """
 
     device: str | None
     versions: dict[str, str]
@@ -181,6 +184,7 @@ class Machine:
     timeout_s: float = 1800.0
     keep_weights: bool = False
     trainer: Sequence[str] = TRAINER
+    launcher: Sequence[str] = LAUNCHER
 
 
 def fingerprint(run: RunSpec, machine: Machine) -> str:
@@ -237,7 +241,7 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
     run.folder.mkdir(parents=True)
     derived, log = run.folder / "derived.yml", run.folder / "train.log"
     derived.write_text(dump_yaml(run.config))
-    command = [*machine.trainer, str(derived), *LAUNCHER]
+    command = [*machine.trainer, str(derived), *machine.launcher]
     shown = ["python" if part == sys.executable else part for part in command]
     result = RunResult(
         run_id=run.run_id,

@@ -33,7 +33,7 @@ logger = logging.getLogger("moe_kernels")
 
 LAUNCHER_VARIABLE = "MOE_KERNELS_LAUNCHER"
 LAUNCHERS = ("replay", "direct", "triton")
-DEFAULT_LAUNCHER = "direct"
+DEFAULT_LAUNCHER = "replay"
 # How Triton's C launcher takes the arguments of a kernel: one by one behind thirteen of its own (triton 3.6), or all
 # in one sequence behind fifteen (3.7). The thirteen are three of the grid, stream, function, cooperative grid, PDL,
 # two scratch buffers, metadata of kernel and launch, two hooks; the other two describe the sequence.

@@ -32,8 +32,8 @@ from moe_kernels.routing import RoutingPlan
 
 # What to tune.
 _MAX_CHUNKS = 128  # programs: one a multiprocessor, and every one of them reads as many histograms
-_BLOCK_S = 1024  # slots that are sorted at once: a power of two, no smaller than 32 * _NUM_WARPS
-_NUM_WARPS = 8
+_BLOCK_S = 512  # slots that are sorted at once: a power of two, no smaller than 32 * _NUM_WARPS
+_NUM_WARPS = 4
 _COUNTS = 2048 * _NUM_WARPS  # elements of the histograms that a program reads at once: 64 a thread
 _BLOCK_T = 32  # tiles that a program describes at once
 _RUNTIME_INTS = ["R", "blocks_per_chunk", "num_chunks"]
