@@ -60,9 +60,11 @@ def _is_bf16(handle: TensorHandle) -> bool:
 
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_imprecise: Any) -> TensorHandle:
     left, right = (_widen(t) if _is_bf16(t) else t.data for t in (a, b))
-    # In float32 also for float16 operands: numpy would multiply and add those one by one, and slowly.
+    # In float32 also for float16 operands: numpy would multiply and add those one by one, and slowly. And by einsum:
+    # matmul's libraries round a row by where it stands in its block, on some processors, and no GPU does.
     dtype = d.data.dtype
-    return TensorHandle(np.matmul(left.astype(dtype), right.astype(dtype)) + d.data, d.dtype.scalar)
+    product = np.einsum("...mk,...kn->...mn", left.astype(dtype), right.astype(dtype))
+    return TensorHandle(product + d.data, d.dtype.scalar)
 
 
 def _cast(self: Any, source: Any, target: Any) -> TensorHandle:
