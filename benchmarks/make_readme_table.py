@@ -1,17 +1,19 @@
-"""Write the results between the markers of README.md, docs/knobs.md and docs/lora.md from benchmarks/results/*.json.
+"""Write the results between the markers of README.md and some pages of docs from benchmarks/results/*.json.
 
     python benchmarks/make_readme_table.py            rewrite the tables
     python benchmarks/make_readme_table.py --check    exit with 1 if they are out of date
 
-README.md shows what `moe-kernels compare` wrote, docs/knobs.md what `moe-kernels bench --json` wrote and docs/lora.md
-what benchmarks/lora_cost.py wrote. Only results from a GPU appear: those from a CPU say nothing about speed. Every
-number is from a file that the table names.
+README.md shows the newest comparison of each pair that `moe-kernels compare` wrote, docs/performance.md and
+docs/knobs.md what `moe-kernels bench --json` wrote (files with several settings of the knobs in the latter),
+docs/lora.md what benchmarks/lora_cost.py and docs/distributed.md what benchmarks/scaling.py wrote. Only results from
+a GPU appear: those from a CPU say nothing about speed. Every number is from a file that the table names.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,11 @@ COMPARE_COLUMNS = ("pair", "experts run on", "step ms (p20-p80)", "tokens/s", "p
                    "loss curves", "file")  # fmt: skip
 LAYER_COLUMNS = ("layer", "implementation", "forward ms", "forward + backward ms", "of it GPU ms", "of dense",
                  "launches", "saved MiB", "peak MiB", "error")  # fmt: skip
+WIDE_COLUMNS = ("layer", "routing", "forward: ours, grouped_mm, dense", "forward and backward: the same",
+                "its wall time: the same", "of dense, wall (GPU time)", "saved / peak MiB", "error")  # fmt: skip
+SCALING_COLUMNS = ("family", "engine", "GPUs", "experts", "step ms (p20-p80)", "tokens/s per GPU",
+                   "peak GiB")  # fmt: skip
+SCALING_PAIRS = ("family", "engine", "moe_kernels faster", "losses apart")
 LORA_COLUMNS = ("base", "adapters", "implementation", "forward ms", "forward + backward ms", "of it GPU ms",
                 "saved MiB", "peak MiB", "weights MiB", "error")  # fmt: skip
 LORA_PACKAGES = ("torch", "triton", "transformers", "peft", "axolotl", "bitsandbytes")
@@ -39,25 +46,116 @@ def load_results(folder: Path) -> Results:
 
 
 def trainings(results: Results) -> str:
-    """Tables of the compared trainings and of their expert layers."""
-    compares = [(name, data) for name, data in results if _is_compare(data) and data["gpu"]]
-    if not compares:
-        return NOTHING
-    pairs = [row for name, data in compares for row in _compare_rows(name, data)]
-    layers = [row for _, data in compares for row in _layer_rows(data["experts"]["measurements"])]
-    caption = "**One expert layer** of each, measured in the same call (same files), all gradients computed."
-    return "\n\n".join([
-        _compare_caption(compares[-1][1]), _table(COMPARE_COLUMNS, pairs),
-        f"{caption} {LEGEND}", _table(LAYER_COLUMNS, layers),
-    ])  # fmt: skip
+    """Tables of the compared trainings and of their expert layers: the newest of each pair, GPU by GPU."""
+    newest: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, data in results:
+        if _is_compare(data) and data["gpu"]:
+            pair = data["name"]
+            if pair not in newest or newest[pair][1]["created"] < data["created"]:
+                newest[pair] = name, data
+    by_gpu: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for name, data in newest.values():
+        by_gpu.setdefault(data["gpu"]["name"], []).append((name, data))
+    parts = []
+    for compares in by_gpu.values():
+        pairs = [row for name, data in compares for row in _compare_rows(name, data)]
+        layers = [row for _, data in compares for row in _layer_rows(data["experts"]["measurements"])]
+        parts += [
+            _compare_caption(compares[-1][1]),
+            _table(COMPARE_COLUMNS, pairs),
+            f"**One expert layer** of each, measured in the same call (same files), all gradients computed. {LEGEND}",
+            _table(LAYER_COLUMNS, layers),
+        ]
+    return "\n\n".join(parts) or NOTHING
+
+
+def _benches(results: Results, knobs: bool) -> list[tuple[str, dict[str, Any]]]:
+    """What `moe-kernels bench` measured on a GPU, with one setting of the knobs or several; no earlier kernels."""
+    found = []
+    for name, data in results:
+        if data.get("kind") == "bench" and data["environment"]["gpu"] and "-log-" not in name:
+            settings = {row["implementation"] for row in data["results"] if "[" in row["implementation"]}
+            if bool(settings) == knobs:
+                found.append((name, data))
+    return found
+
+
+def knobs(results: Results) -> str:
+    """Tables of the layers that were measured with several settings, one for each file."""
+    parts = []
+    for name, data in _benches(results, True):
+        parts += [_bench_caption(name, data["environment"]), _table(LAYER_COLUMNS, _layer_rows(data["results"]))]
+    return "\n\n".join(parts) or NOTHING
 
 
 def layers(results: Results) -> str:
-    """Tables of the benchmarks of one layer, one for each file."""
+    """One line for each layer and routing of each file: ours, grouped_mm and dense side by side."""
+    parts = []
+    for name, data in _benches(results, False):
+        cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+        for row in data["results"]:
+            cells.setdefault((row["shape"], row["routing"]), {})[row["implementation"]] = row
+        rows = [_side_by_side(shape, routing, by_name) for (shape, routing), by_name in cells.items()]
+        mean = statistics.geometric_mean([found["moe_kernels"]["dense_fraction"] for found in cells.values()])
+        machine = data["environment"]
+        parts += [
+            f"`{name}`: `{machine['command']}` on {machine['gpu']}, {machine['date'][:10]}; geometric mean of ours "
+            f"of dense, wall time: {mean:.2f}.",
+            _table(WIDE_COLUMNS, rows),
+        ]
+    return "\n\n".join(parts) or NOTHING
+
+
+def _side_by_side(shape: str, routing: str, by_name: dict[str, dict[str, Any]]) -> list[str]:
+    def three(field: str) -> str:
+        found = (by_name.get(name, {}).get(field) for name in ("moe_kernels", "grouped_mm", "dense"))
+        return ", ".join("-" if spread is None else f"{spread['median']:.2f}" for spread in found)
+
+    ours, dense = by_name["moe_kernels"], by_name["dense"]
+    queued = [row["forward_backward_queued_ms"] for row in (dense, ours)]
+    alone = f" ({queued[0]['median'] / queued[1]['median']:.2f})" if all(queued) else ""
+    return [
+        shape,
+        routing,
+        three("forward_queued_ms"),
+        three("forward_backward_queued_ms"),
+        three("forward_backward_ms"),
+        f"{ours['dense_fraction']:.2f}{alone}",
+        f"{_number(ours['saved_mb'], '.0f')} / {_number(ours['peak_mb'], '.0f')}",
+        f"{max(ours['rel_error'].values()):.1e}",
+    ]
+
+
+def scaling(results: Results) -> str:
+    """Tables of the trainings on several GPUs, one for each file."""
     parts = []
     for name, data in results:
-        if data.get("kind") == "bench" and data["environment"]["gpu"] and "-log-" not in name:  # logs: old kernels
-            parts += [_bench_caption(name, data["environment"]), _table(LAYER_COLUMNS, _layer_rows(data["results"]))]
+        if data.get("kind") == "scaling" and data["environment"]["gpu"]:
+            machine = data["environment"]
+            rows = [
+                [
+                    row["family"],
+                    row["engine"],
+                    str(row["gpus"]),
+                    row["experts"],
+                    f"{row['step_ms']['median']:.0f} ({row['step_ms']['p20']:.0f}-{row['step_ms']['p80']:.0f})",
+                    f"{row['tokens_per_s_per_gpu']:,.0f}",
+                    _number(row["peak_gib"], ".1f"),
+                ]
+                for row in data["rows"]
+                if row["ok"]
+            ]
+            pairs = [
+                [line["family"], line["engine"], _number(line["speedup"], ".2f"), f"{line['loss_difference']:.2%}"]
+                for line in data["summary"]
+                if line["speedup"]
+            ]
+            parts += [
+                f"`{name}`: `{machine['command']}` on {data['setting']['gpus']} GPUs, {machine['gpu']}, torch "
+                f"{machine['torch']}, axolotl {machine['axolotl']}, {machine['date'][:10]}.",
+                _table(SCALING_COLUMNS, rows),
+                _table(SCALING_PAIRS, pairs),
+            ]
     return "\n\n".join(parts) or NOTHING
 
 
@@ -71,7 +169,8 @@ def lora(results: Results) -> str:
 
 
 DOCUMENTS: dict[str, Callable[[Results], str]] = {
-    "README.md": trainings, "docs/knobs.md": layers, "docs/lora.md": lora,
+    "README.md": trainings, "docs/performance.md": layers, "docs/knobs.md": knobs, "docs/lora.md": lora,
+    "docs/distributed.md": scaling,
 }  # fmt: skip
 
 

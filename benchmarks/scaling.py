@@ -43,7 +43,7 @@ from moe_kernels.compare.command import prepare_missing
 from moe_kernels.compare.environment import versions
 from moe_kernels.compare.judge import smooth
 from moe_kernels.compare.metrics import run_metrics
-from moe_kernels.compare.plan import CONFIG_FOLDER, Options, RunSpec, find_config, load_yaml, plan_family
+from moe_kernels.compare.plan import Options, RunSpec, find_config, load_yaml, plan_family
 from moe_kernels.compare.plan import tokens_per_micro_batch as tokens_of
 from moe_kernels.compare.runner import FINISHED, OFFLINE, Machine, read_json, run_training, write_json
 from moe_kernels.prepare import tiny_overrides
@@ -101,9 +101,7 @@ def axolotl_row(family: str, engine: str, experts: str, spec: RunSpec, machine: 
         "error": result.error,
         "tail": result.tail,
         "command": result.command,
-        "source": str(spec.source.relative_to(spec.source.parents[-CONFIG_FOLDER.parts.__len__() - 1]))
-        if not spec.source.is_absolute()
-        else f"{CONFIG_FOLDER}/{spec.source.name}",
+        "source": os.path.relpath(spec.source),
         "overrides": spec.overrides,
         **_times(numbers.step_ms, tokens_of(spec.config)),
         "peak_gib": numbers.peak_allocated_gib,
@@ -133,8 +131,8 @@ def trainer_rows(family: str, setting: Setting, config: Row) -> Iterator[Row]:
     request, answer, log = folder / "request.json", folder / "answer.json", folder / "train.log"
     answer.unlink(missing_ok=True)
     write_json(request, {"config": config, "steps": setting.steps, "warmup": setting.warmup, "answer": str(answer)})
-    paths = [setting.newest] if setting.newest else []
-    env = {**os.environ, **OFFLINE, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    paths = [path for path in (setting.newest, os.environ.get("PYTHONPATH")) if path]
+    env = {**os.environ, **OFFLINE, "PYTHONPATH": os.pathsep.join(paths)}
     if not _cuda():
         env["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setting.gpus}",

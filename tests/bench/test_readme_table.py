@@ -88,8 +88,44 @@ def test_tables_show_gpu_results_and_name_their_files():
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| mixtral, ")}
     assert widths == {len(tables.COMPARE_COLUMNS) + 1}
     text = tables.layers(results)
-    assert "| tiny, T=16 | moe_kernels |" in text
+    assert "| tiny | mild | -, -, - |" in text
+    assert "`b.json`: `moe-kernels bench` on GPU X" in text
+    assert tables.knobs(results) == tables.NOTHING
+
+
+def test_settings_of_the_knobs_have_a_page_of_their_own():
+    bench = bench_json("GPU X")
+    for row in bench["results"]:
+        if row["implementation"] == "moe_kernels":
+            row["implementation"] = "moe_kernels[g=64,p=1]"
+    text = tables.knobs([("b.json", bench)])
+    assert "| tiny, T=16 | moe_kernels[g=64,p=1] |" in text
     assert "`benchmarks/results/b.json`" in text
+    assert tables.layers([("b.json", bench)]) == tables.NOTHING
+
+
+def test_the_newest_comparison_of_a_pair_is_shown():
+    old, new = compare_json("GPU X"), {**compare_json("GPU Y"), "created": "2026-02-02"}
+    for order in ([("old.json", old), ("new.json", new)], [("new.json", new), ("old.json", old)]):
+        text = tables.trainings(order)
+        assert "`new.json`" in text
+        assert "`old.json`" not in text
+        assert "on one GPU Y" in text
+
+
+def test_scaling_tables():
+    row = {"family": "mixtral", "engine": "fsdp2", "gpus": 2, "experts": "moe_kernels", "ok": True, "step_ms": SPREAD,
+           "tokens_per_s_per_gpu": 1000.4, "peak_gib": 18.61}  # fmt: skip
+    machine = {"gpu": "GPU X", "command": "c", "torch": "2", "axolotl": "0", "date": "2026-01-02T03"}
+    pair = {"family": "mixtral", "engine": "fsdp2", "speedup": 1.3067, "loss_difference": 0.0006}
+    alone = {**pair, "engine": "ep", "speedup": None, "loss_difference": None}
+    data = {"kind": "scaling", "environment": machine, "setting": {"gpus": 2}, "rows": [row, {**row, "ok": False}],
+            "summary": [pair, alone]}  # fmt: skip
+    text = tables.scaling([("s.json", data)])
+    assert text.count("| mixtral | fsdp2 | 2 | moe_kernels | 100 (99-101) | 1,000 | 18.6 |") == 1
+    assert "| mixtral | fsdp2 | 1.31 | 0.06% |" in text
+    assert "| ep |" not in text
+    assert tables.scaling([("s.json", {**data, "environment": {**machine, "gpu": None}})]) == tables.NOTHING
 
 
 def test_cpu_results_are_left_out():
