@@ -16,7 +16,7 @@ from moe_kernels.cli.errors import UsageError
 from moe_kernels.cluster.estimate import MODELS, Assumptions, Estimate, Rates, estimate
 
 DEFAULT = Assumptions()
-MEASURED = Path("benchmarks/results/h200-knobs.json")
+MEASURED = Path("benchmarks/results/h100-layers.json")
 OURS = ("moe_kernels", "moe_kernels[g=128,p=1]")
 COLUMNS = (
     "model", "GPUs", "EP", "weights GB", "grads GB", "optimizer GB", "gathered GB", "activations GB", "memory GB",
