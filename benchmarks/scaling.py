@@ -199,6 +199,7 @@ def work(request: Row) -> None:
         backends.reset_dispatch_counts()
         model = transformers.AutoModelForCausalLM.from_pretrained(
             config["base_model"],
+            local_files_only=True,
             experts_implementation=experts,
             dtype=torch.bfloat16 if config.get("bf16") else torch.float32,
             attn_implementation=config.get("attn_implementation", "sdpa"),
@@ -264,7 +265,7 @@ def token_blocks(config: Row, count: int) -> list[Row]:
     import torch
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config["base_model"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config["base_model"], local_files_only=True)
     length, ids = int(config["sequence_len"]), []
     with Path(config["datasets"][0]["path"]).open(encoding="utf-8") as lines:
         for line in lines:

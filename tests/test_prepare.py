@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -343,3 +344,22 @@ def test_wrong_usage(tmp_path: Path, arguments: list[str], code: int, message: s
     assert done.exit_code == code
     assert message in done.output
     assert not any(tmp_path.iterdir())
+
+
+def test_two_at_once_take_turns(tmp_path: Path) -> None:
+    """Three commands started together once deleted each other's half-made text."""
+    order: list[str] = []
+    waiting = threading.Event()
+
+    def second() -> None:
+        with cache.alone(tmp_path / "artifacts", lambda message: (order.append(message), waiting.set())):
+            order.append("second")
+
+    other = threading.Thread(target=second)
+    with cache.alone(tmp_path / "artifacts", order.append):
+        other.start()
+        assert waiting.wait(10)
+        order.append("first is done")
+    other.join(10)
+    assert "waiting for another" in order[0]
+    assert order[1:] == ["first is done", "second"]

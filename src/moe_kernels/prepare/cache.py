@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from moe_kernels.cli.errors import MISSING, CommandError, UsageError
 
 MANIFEST = "moe_kernels.json"
@@ -125,6 +127,22 @@ def _partial(folder: Path) -> Path:
 
 def _before(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.before")
+
+
+@contextmanager
+def alone(artifacts: Path, report: Report) -> Iterator[None]:
+    """Wait until no other process makes anything in this folder: what is half made has one name. Ends with a kill."""
+    artifacts.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(artifacts / ".prepare.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        report(f"waiting for another `moe-kernels prepare` that is at work in {artifacts}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def forget_tokens(artifacts: Path) -> None:

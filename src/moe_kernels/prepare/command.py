@@ -19,6 +19,7 @@ from rich.progress import (
 
 from moe_kernels.cli.errors import UsageError
 from moe_kernels.cli.network import go_online
+from moe_kernels.prepare.cache import alone
 from moe_kernels.prepare.models import prepare_model
 from moe_kernels.prepare.text import BUILDERS, prepare_data
 from moe_kernels.shapes import FAMILIES, SIZES
@@ -91,10 +92,11 @@ def prepare(
             progress.update(task, description=message)
             console.print(message, highlight=False, soft_wrap=True)
 
-        data = prepare_data(root, dataset, text_field=text_field, force=force, report=report)
-        progress.advance(task)
-        for family, model_size in todo:
-            prepare_model(family, model_size, root, seed, force=force, report=report)
+        with alone(root / "artifacts", report):
+            data = prepare_data(root, dataset, text_field=text_field, force=force, report=report)
             progress.advance(task)
+            for family, model_size in todo:
+                prepare_model(family, model_size, root, seed, force=force, report=report)
+                progress.advance(task)
     if dataset is not None:
         console.print(f"To train on it, set in the run file, under datasets: path: {data}", soft_wrap=True)
