@@ -12,6 +12,9 @@ ep         transformers' Trainer on a model that transformers spread over the GP
            (``DistributedConfig(fsdp_size=N, ep_size=N)``), with the run file's batch, optimizer and steps. Axolotl
            0.19 pins a transformers whose expert parallelism trains wrong; this part needs 5.19 or later, which
            ``--newest FOLDER`` puts in front of the path.
+trainer    the control of ep: the same Trainer, transformers and data, the experts sharded like all other weights
+           (``fsdp_size=N`` alone). fsdp2 and ep differ in all of these, so only this one prices expert parallelism.
+           It needs no GPU either: Axolotl 0.19 starts several processes on GPUs alone.
 
 Every GPU trains as many tokens a step as a single one (weak scaling): efficiency is tokens/s per GPU over those of
 one GPU. The JSON is written after every run; what it holds is not run again, unless it failed or ``--fresh``. Exit
@@ -27,18 +30,19 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from moe_kernels.bench.environment import environment
 from moe_kernels.bench.timing import Spread
+from moe_kernels.cli.errors import UsageError
 from moe_kernels.compare.command import prepare_missing
 from moe_kernels.compare.environment import versions
 from moe_kernels.compare.judge import smooth
@@ -50,9 +54,13 @@ from moe_kernels.prepare import tiny_overrides
 from moe_kernels.shapes import FAMILIES
 
 STOCK, OURS = "grouped_mm", "moe_kernels"
-ENGINES = ONE, FSDP2, EP = "one GPU", "fsdp2", "ep"
+ENGINES = ONE, FSDP2, EP, TRAINER = "one GPU", "fsdp2", "ep", "trainer"
 EP_FAMILIES = ("qwen2-moe", "deepseek-v3")  # eight experts of Mixtral on two GPUs are data parallelism in disguise
 RUNS = Path("artifacts") / "runs" / "scaling"
+# What must be the same in one file. Not the commit: that changes between the parts of one measurement.
+MACHINE = ("gpu", "python", "torch", "triton", "transformers", "axolotl")
+# torchrun gives its ranks 30 s before it kills them.
+STOP_S = 40.0
 Row = dict[str, Any]
 
 
@@ -124,32 +132,27 @@ def _times(step_ms: Sequence[float], tokens: int) -> Row:
 
 
 # --------------------------------------------------------------------------------------- transformers' own engine
-def trainer_rows(family: str, setting: Setting, config: Row) -> Iterator[Row]:
-    """Both kinds of experts in one start of the ranks, transformers' expert parallelism under them."""
-    folder = RUNS / f"{family}-{EP}"
+def trainer_rows(family: str, engine: str, setting: Setting, spec: RunSpec) -> Iterator[Row]:
+    """Both kinds of experts in one start of the ranks, on a model that transformers spread over them."""
+    config, folder = spec.config, RUNS / f"{family}-{engine}"
     folder.mkdir(parents=True, exist_ok=True)
     request, answer, log = folder / "request.json", folder / "answer.json", folder / "train.log"
     answer.unlink(missing_ok=True)
-    write_json(request, {"config": config, "steps": setting.steps, "warmup": setting.warmup, "answer": str(answer)})
+    layout = {"fsdp_size": setting.gpus, **({"ep_size": setting.gpus} if engine == EP else {})}
+    write_json(request, {"config": config, "steps": setting.steps, "layout": layout, "answer": str(answer),
+                         "started_at": time.time()})  # fmt: skip
     paths = [path for path in (setting.newest, os.environ.get("PYTHONPATH")) if path]
     env = {**os.environ, **OFFLINE, "PYTHONPATH": os.pathsep.join(paths)}
     if not _cuda():
         env["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setting.gpus}",
                __file__, "--worker", str(request)]  # fmt: skip
-    problem = ""
     with log.open("wb") as sink:
-        try:
-            code = subprocess.run(
-                command, env=env, stdout=sink, stderr=subprocess.STDOUT, timeout=2 * setting.timeout_s, check=False
-            ).returncode
-            problem = f"exit code {code}" if code else ""
-        except subprocess.TimeoutExpired:
-            problem = f"stopped after {2 * setting.timeout_s:.0f} s"
+        problem = _torchrun(command, env, sink, 2 * setting.timeout_s)
     done = read_json(answer) if answer.is_file() else {}
     tail = log.read_text(errors="replace").splitlines()[-60:]
     for experts in (STOCK, OURS):
-        row = _cell(family, EP, experts, setting.gpus)
+        row = {**_cell(family, engine, experts, setting.gpus), "source": os.path.relpath(spec.source)}
         shown = ["torchrun", *command[3:5], "benchmarks/scaling.py", "--worker", str(request)]
         if experts not in done:
             yield {**row, "ok": False, "error": problem or "no answer", "tail": tail, "command": shown}
@@ -161,8 +164,29 @@ def trainer_rows(family: str, setting: Setting, config: Row) -> Iterator[Row]:
             "error": "",
             "command": shown,
             **_times(found["step_ms"][setting.warmup :], tokens_of(config)),
-            **{key: found[key] for key in ("peak_gib", "losses", "ran", "versions", "settings", "held")},
+            **{key: found[key] for key in ("peak_gib", "startup_s", "losses", "ran", "versions", "settings", "held")},
         }
+
+
+def _torchrun(command: Sequence[str], env: dict[str, str], sink: IO[bytes], timeout_s: float) -> str:
+    """Run the ranks; what went wrong, or nothing.
+
+    Killing torchrun leaves its ranks on the GPUs, each being a session of its own, and they would slow what is
+    measured next: it is asked to end, and ends them.
+    """
+    child = subprocess.Popen(command, env=env, stdout=sink, stderr=subprocess.STDOUT)
+    try:
+        code = child.wait(timeout_s)
+        return f"exit code {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        return f"stopped after {timeout_s:.0f} s"
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
 
 
 def work(request: Row) -> None:
@@ -183,7 +207,7 @@ def work(request: Row) -> None:
     mk.register(backend="auto" if cuda else "torch")
     config, steps = request["config"], request["steps"]
     data = token_blocks(config, steps * ranks * int(config["micro_batch_size"]))
-    layout = {"fsdp_size": ranks, "ep_size": ranks}
+    layout = request["layout"]
     answer: Row = {}
 
     class Watch(transformers.TrainerCallback):
@@ -207,6 +231,15 @@ def work(request: Row) -> None:
         )
         if experts == OURS:
             mk.check_model(model)
+        # Asked inside a forward pass: at rest FSDP alone has spread the experts just the same.
+        held: set[int] = set()
+
+        def look(module: Any, _: Any, held: set[int] = held) -> None:
+            weight = module.gate_up_proj
+            held.add(int((weight.to_local() if hasattr(weight, "to_local") else weight).shape[0]))
+
+        _, first = next(iter(mk.experts_modules(model)))
+        first.register_forward_pre_hook(look)
         watch = Watch()
         arguments = transformers.TrainingArguments(
             output_dir=str(Path(request["answer"]).parent / "output"),
@@ -229,24 +262,26 @@ def work(request: Row) -> None:
         )
         if cuda:
             torch.cuda.reset_peak_memory_stats()
+        # The second kind of experts starts in ranks that are already there: no start-up to compare.
+        startup = time.time() - request["started_at"] if experts == STOCK else None
         trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[watch])
         trainer.train()
         peak = torch.tensor(float(torch.cuda.max_memory_allocated()) if cuda else 0.0)
         dist.all_reduce(peak, dist.ReduceOp.MAX)
-        modules = [module for _, module in mk.experts_modules(model)]
         answer[experts] = {
             # The distance to the step before; the first has none.
             "step_ms": [1000 * (b - a) for a, b in zip(watch.at[:-1], watch.at[1:], strict=True)],
             "peak_gib": float(peak) / 2**30 or None,
+            "startup_s": startup,
             "losses": [float(row["loss"]) for row in trainer.state.log_history if "loss" in row],
             "ran": f"{backends.dispatch_counts()}" if experts == OURS else "stock experts",
             "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
             "settings": {"DistributedConfig": layout, "Trainer": "bf16" if config.get("bf16") else "float32"},
-            "held": f"{modules[0].gate_up_proj.to_local().shape[0]} of {config_experts(model)} experts on each GPU",
+            "held": f"{', '.join(map(str, sorted(held)))} of {config_experts(model)} experts in a forward pass",
         }
         if dist.get_rank() == 0:
             write_json(Path(request["answer"]), answer)
-        del trainer, model, modules
+        del trainer, model, first
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
@@ -342,11 +377,20 @@ class Store:
 
     def __init__(self, path: Path, setting: Setting, fresh: bool) -> None:
         self.path = path
-        old = read_json(path) if path.is_file() and not fresh else {}
-        # Where the newest transformers lies says nothing about what was run: its version is in the rows.
-        same = old.get("setting") == {**asdict(setting), "newest": None}
-        self.rows: list[Row] = [row for row in old["rows"] if row["ok"]] if same else []
-        self.report: Row = {"schema": 1, "kind": "scaling", "setting": {**asdict(setting), "newest": None}}
+        # Where the newest transformers lies, and how long a run may take, say nothing about what was run.
+        said = {key: value for key, value in asdict(setting).items() if key not in ("newest", "timeout_s")}
+        old = read_json(path) if path.is_file() and not fresh else None
+        here = environment()
+        if old is not None:
+            then = {**{key: old["setting"].get(key) for key in said}, **_machine(old["environment"])}
+            now = {**said, **_machine(here)}
+            if apart := [f"{key} {then[key]} there, {now[key]} now" for key in now if then[key] != now[key]]:
+                raise UsageError(
+                    f"{path} holds runs of another kind ({'; '.join(apart)}), which one table must not mix. "
+                    "Cure: another --json, or --fresh to measure all of it again."
+                )
+        self.rows: list[Row] = [row for row in old["rows"] if row["ok"]] if old is not None else []
+        self.report: Row = {"schema": 1, "kind": "scaling", "setting": said}
 
     def holds(self, family: str, engine: str) -> bool:
         """Both runs of a pair are there."""
@@ -362,12 +406,17 @@ class Store:
         )
 
 
-def run_pair(family: str, engine: str, setting: Setting, store: Store, console: Console) -> None:
+def _machine(found: Row) -> Row:
+    return {key: found.get(key) for key in MACHINE}
+
+
+def run_pair(
+    family: str, engine: str, setting: Setting, store: Store, console: Console, side_by_side: bool = True
+) -> None:
     """Both runs of one family under one engine."""
     began = time.monotonic()
-    if engine == EP:
-        config = one_gpu_specs(family, setting)[STOCK].config
-        for row in trainer_rows(family, setting, config):
+    if engine in (EP, TRAINER):
+        for row in trainer_rows(family, engine, setting, one_gpu_specs(family, setting)[STOCK]):
             store.add(row)
             _say(console, row, began)
         return
@@ -380,23 +429,20 @@ def run_pair(family: str, engine: str, setting: Setting, store: Store, console: 
             store.add(row)
             _say(console, row, began)
         return
-    rows: list[Row] = []
-    threads = []
-    for number, (experts, spec) in enumerate(one_gpu_specs(family, setting).items()):
+    together = side_by_side and setting.gpus > 1 and _cuda()
+
+    def run(number: int, experts: str, spec: RunSpec) -> Row:
         device = str(number % setting.gpus) if _cuda() else None
+        row = axolotl_row(family, engine, experts, spec, Machine(device, **machine), setting)
+        return {**row, "side_by_side": together}
 
-        def run(experts: str = experts, spec: RunSpec = spec, device: str | None = device) -> None:
-            rows.append(axolotl_row(family, engine, experts, spec, Machine(device, **machine), setting))
-
-        threads.append(threading.Thread(target=run))
-        threads[-1].start()
-        if setting.gpus < 2 or not _cuda():
-            threads[-1].join()
-    for thread in threads:
-        thread.join()
-    for row in rows:
-        store.add(row)
-        _say(console, row, began)
+    # A pool, not bare threads: result() raises what a run raised.
+    with ThreadPoolExecutor(2 if together else 1) as pool:
+        specs = one_gpu_specs(family, setting).items()
+        for ended in [pool.submit(run, number, *item) for number, item in enumerate(specs)]:
+            row = ended.result()
+            store.add(row)
+            _say(console, row, began)
 
 
 def _say(console: Console, row: Row, began: float) -> None:
@@ -416,7 +462,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default=",".join(FAMILIES), help="comma-separated")
-    parser.add_argument("--engines", default=",".join((FSDP2, EP, ONE)), help="comma-separated, in this order")
+    parser.add_argument("--engines", help="comma-separated, in this order; default: fsdp2,ep,one GPU (CPU: trainer)")
+    parser.add_argument(
+        "--side-by-side",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the one-GPU runs at the same time, on a GPU each",
+    )
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warmup", type=int, default=10, help="steps that give no times")
@@ -432,7 +484,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     size = "tiny" if args.tiny else "1b"
     setting = Setting(args.gpus, args.steps, args.warmup, size, args.timeout, args.newest)
-    engines = args.engines.split(",")
+    engines = args.engines.split(",") if args.engines else [FSDP2, EP, ONE] if _cuda() else [TRAINER]
     if unknown := [engine for engine in engines if engine not in ENGINES]:
         parser.error(f"--engines {unknown[0]}: choose from {', '.join(ENGINES)}")
     if unknown := [family for family in args.families.split(",") if family not in FAMILIES]:
@@ -442,11 +494,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("the 1B models need NVIDIA GPUs and none is visible: --tiny runs tiny ones here")
         if FSDP2 in engines:
             parser.error("Axolotl 0.19 starts several processes on GPUs alone: leave fsdp2 out of --engines")
-    store, console = Store(args.json, setting, args.fresh), Console(highlight=False)
+    console = Console(highlight=False)
+    try:
+        store = Store(args.json, setting, args.fresh)
+    except UsageError as error:
+        parser.error(str(error))
     for family in args.families.split(","):
         for engine in engines:
             if (engine != EP or family in EP_FAMILIES) and not store.holds(family, engine):
-                run_pair(family, engine, setting, store, console)
+                run_pair(family, engine, setting, store, console, args.side_by_side)
     show(store.rows, console)
     console.print(f"wrote {args.json}")
     return 0 if all(row["ok"] for row in store.rows) else 1

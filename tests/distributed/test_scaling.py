@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from moe_kernels.cli.errors import UsageError
+
 distributed = pytest.importorskip("transformers.distributed", reason="needs moe-kernels[transformers]")
 pytest.importorskip("yaml", reason="reads run files")
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,8 +65,47 @@ def test_what_is_there_is_not_run_again_unless_it_failed(tmp_path):
     assert not again.holds("mixtral", scaling.FSDP2)
     again.add(row(scaling.FSDP2, "moe_kernels", 9.0))
     assert again.holds("mixtral", scaling.FSDP2)
-    assert scaling.Store(path, dataclasses.replace(SETTING, steps=7), fresh=False).rows == []
+    assert len(scaling.Store(path, dataclasses.replace(SETTING, timeout_s=99.0), fresh=False).rows) == 2
     assert scaling.Store(path, SETTING, fresh=True).rows == []
+
+
+def test_runs_of_another_kind_are_neither_dropped_nor_mixed(tmp_path, monkeypatch):
+    path = tmp_path / "scaling.json"
+    scaling.Store(path, SETTING, fresh=False).add(row(scaling.FSDP2, "grouped_mm", 9.0))
+    with pytest.raises(UsageError, match="steps 6 there, 7 now"):
+        scaling.Store(path, dataclasses.replace(SETTING, steps=7), fresh=False)
+    here = scaling.environment()
+    monkeypatch.setattr(scaling, "environment", lambda: {**here, "gpu": "another"})
+    with pytest.raises(UsageError, match="another now"):
+        scaling.Store(path, SETTING, fresh=False)
+    assert len(json.loads(path.read_text())["rows"]) == 1
+
+
+def test_what_breaks_a_run_beside_another_is_raised(monkeypatch, tmp_path):
+    def breaks(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(scaling, "one_gpu_specs", lambda *_: {"grouped_mm": None, "moe_kernels": None})
+    monkeypatch.setattr(scaling, "axolotl_row", breaks)
+    store = scaling.Store(tmp_path / "scaling.json", SETTING, fresh=False)
+    with pytest.raises(OSError, match="no space"):
+        scaling.run_pair("mixtral", scaling.ONE, SETTING, store, Console())
+
+
+def test_ranks_end_with_the_time_limit(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'pid' + os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "time.sleep(120)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    with (tmp_path / "log").open("wb") as sink:
+        problem = scaling._torchrun(command, {**os.environ, "OMP_NUM_THREADS": "1"}, sink, 20.0)
+    assert "stopped after 20 s" in problem
+    pids = [int(path.read_text()) for path in tmp_path.glob("pid*")]
+    assert len(pids) == 2, (tmp_path / "log").read_text()
+    assert not [pid for pid in pids if Path("/proc", str(pid)).exists()]
 
 
 def test_a_failing_training_leaves_a_row_and_the_end_of_its_log(tmp_path, monkeypatch):
@@ -94,18 +135,23 @@ def test_run_files_of_both_engines_exist_and_are_started_on_all_gpus(monkeypatch
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_EP, reason="expert parallelism needs transformers 5.19: make test-newest")
 def test_a_tiny_model_on_two_ranks(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--tiny", "--engines", "ep", "--families", "qwen2-moe", "--steps", "5",
-               "--warmup", "1", "--json", "scaling.json"]  # fmt: skip
+    command = [sys.executable, str(SCRIPT), "--tiny", "--engines", "ep,trainer", "--families", "qwen2-moe",
+               "--steps", "5", "--warmup", "1", "--json", "scaling.json"]  # fmt: skip
     # The newest transformers may stand on a relative path, and the run has a folder of its own.
     paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "scaling.json").read_text())
-    stock, ours = report["rows"]
-    assert "torch" in ours["ran"]
-    assert ours["held"] == stock["held"]
-    assert report["summary"][0]["loss_difference"] < 1e-4
+    for engine, share in ((scaling.EP, 2), (scaling.TRAINER, 1)):
+        stock, ours = (row for row in report["rows"] if row["engine"] == engine)
+        assert "torch" in ours["ran"]
+        assert ours["held"] == stock["held"]
+        held, _, experts, *_ = ours["held"].split()
+        assert int(held) * share == int(experts)
+    assert all(line["loss_difference"] < 1e-4 for line in report["summary"])
+    # The same data and steps, however the experts lie.
+    assert scaling.loss_difference(report["rows"][0]["losses"], report["rows"][2]["losses"]) < 1e-3
 
 
 def test_without_a_gpu_the_large_models_are_refused(capsys):
