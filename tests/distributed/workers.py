@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -206,9 +207,20 @@ def expert_parallel(folder: Path) -> dict[str, Any]:
                 backends.reset_dispatch_counts()
                 model = from_pretrained(path, experts, config)
                 held = {tuple(local(e.gate_up_proj).shape) for _, e in mk.experts_modules(model)}
-                results[family, layout, experts] = summary(train(model, data, own=own)) | {"held": held}
+                with every_row_written():
+                    results[family, layout, experts] = summary(train(model, data, own=own)) | {"held": held}
         results[family, "starved"] = starved(path)
     return results
+
+
+def every_row_written() -> AbstractContextManager[object]:
+    """Before 5.19 transformers multiplies by zero what torch's grouped GEMM leaves unwritten of absent experts.
+
+    That is NaN in the router's gradient, now and then. transformers' own fallback writes every row.
+    """
+    if has_ep_size():
+        return nullcontext()
+    return mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False)
 
 
 def layouts() -> list[tuple[str, dict[str, Any], Callable[[Batch], Batch] | None]]:
