@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,19 @@ class LayerLoad:
     tokens: tuple[int, ...]
     rows: int
 
+    @cached_property
+    def _total(self) -> int:
+        return sum(self.tokens)
+
     @property
     def imbalance(self) -> float:
         """Rows of the busiest expert over the mean: 1 is even, the number of experts is one for all."""
-        total = sum(self.tokens)
-        return max(self.tokens) * len(self.tokens) / total if total else 1.0
+        return max(self.tokens) * len(self.tokens) / self._total if self._total else 1.0
 
     @property
     def entropy(self) -> float:
         """Entropy of the distribution over that of an even one: 1 is even, 0 is one expert for all."""
-        total = sum(self.tokens)
+        total = self._total
         if not total or len(self.tokens) == 1:
             return 1.0
         shares = [count / total for count in self.tokens if count]
@@ -55,7 +59,7 @@ class LayerLoad:
     @property
     def dropped_share(self) -> float:
         """Share of the rows that went to no expert."""
-        return 1.0 - sum(self.tokens) / self.rows if self.rows else 0.0
+        return 1.0 - self._total / self.rows if self.rows else 0.0
 
 
 @dataclass

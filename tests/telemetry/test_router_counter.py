@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe_kernels.integrations.router_counter import RouterCounter, _add, _everywhere, _Layer, _layer
+from moe_kernels.integrations.router_counter import _MOST, RouterCounter, _everywhere, _Layer, _layer
 from moe_kernels.integrations.transformers import experts_modules
 from moe_kernels.router_load import LayerLoad
 
@@ -94,22 +94,30 @@ def test_every_id_lands_in_its_own_counter(experts: int, dtype: torch.dtype, dev
     outside = [-1, -7, experts, experts + 1, 2**31 - 1, -(2**31)]
     outside += [2**40, -(2**62)] if dtype == torch.int64 else []
     ids = torch.tensor([*range(experts), experts - 1, *outside], dtype=dtype, device=device)
-    layer = _Layer("", experts, experts, counts=torch.zeros(experts, dtype=torch.int64, device=device))
-    _add(layer, ids)
-    _add(layer, ids[: experts + 1].expand(2, -1))
-    assert layer.counts is not None
-    assert layer.counts.tolist() == [3] * (experts - 1) + [6]
-    assert layer.rows == ids.numel() + 2 * (experts + 1)
+    counter = _counter_of(_Layer("", experts, experts))
+    counter.layers[0].add(ids)
+    counter.layers[0].add(ids[: experts + 1].expand(2, -1))
+    assert counter.take() == [LayerLoad((3,) * (experts - 1) + (6,), ids.numel() + 2 * (experts + 1))]
+
+
+def test_many_calls_between_two_readings_keep_few_histograms(device: torch.device) -> None:
+    counter = _counter_of(_Layer("", 3, 3), _Layer("never called", 2, 2))
+    for call in range(3 * _MOST):
+        counter.layers[0].add(torch.tensor([call % 3, 2], device=device))
+        assert len(counter.layers[0].histograms) <= _MOST
+    assert counter.take() == [LayerLoad((_MOST, _MOST, 4 * _MOST), 6 * _MOST), LayerLoad((0, 0), 0)]
+    assert counter.take() == [LayerLoad((0, 0, 0), 0), LayerLoad((0, 0), 0)]
 
 
 @pytest.mark.gpu
 def test_counting_waits_for_nothing() -> None:
-    layer = _Layer("", 8, 8, counts=torch.zeros(8, dtype=torch.int64, device="cuda"))
+    layer = _Layer("", 8, 8)
     ids = torch.randint(0, 8, (4096, 2), device="cuda")
-    _add(layer, ids)
+    layer.add(ids)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        _add(layer, ids)
+        for _ in range(2 * _MOST):
+            layer.add(ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -122,16 +130,18 @@ def test_under_compile(model: Any) -> None:
     assert counter.take() == [LayerLoad(plain_count(calls), 2 * 12 * K) for calls in noted]
 
 
+def _counter_of(*layers: _Layer) -> RouterCounter:
+    counter = RouterCounter.__new__(RouterCounter)
+    counter.layers = [*layers]
+    return counter
+
+
 def _counter_of_rank(rank: int) -> RouterCounter:
     """Two experts a rank, parallel over two ranks, twice; beside a layer that every rank holds whole."""
-    counter = RouterCounter.__new__(RouterCounter)
-    counter.layers = [_Layer("parallel", 4, 2), _Layer("whole", 3, 3), _Layer("never called", 4, 2)]
-    counter._counts = {}
-    for layer in counter.layers[:2]:
-        layer.counts = torch.zeros(layer.seen, dtype=torch.int64)
+    counter = _counter_of(_Layer("parallel", 4, 2), _Layer("whole", 3, 3), _Layer("never called", 4, 2))
     local = torch.tensor([[0, 1], [0, 3], [0, 2]]) - 2 * (rank % 2)
-    _add(counter.layers[0], torch.where((local < 0) | (local > 1), 2, local))
-    _add(counter.layers[1], torch.full((1, 2), rank % 3))
+    counter.layers[0].add(torch.where((local < 0) | (local > 1), 2, local))
+    counter.layers[1].add(torch.full((1, 2), rank % 3))
     return counter
 
 

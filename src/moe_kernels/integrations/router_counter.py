@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from moe_kernels.router_load import LayerLoad
 
 # Names under which model configurations keep the number of routed experts.
 _EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Histograms that a layer keeps before it adds them up: some kilobytes, and a reading copies all of them.
+_MOST = 32
 
 
 @dataclass
@@ -24,24 +28,33 @@ class _Layer:
         experts: of the whole layer, on all ranks.
         seen: ids that its experts function can be given: ``experts``, or this rank's own under transformers'
             expert parallelism, which hands it ids of its own and one id for all others.
-        first: place of its first count among those of all layers.
-        counts: (seen,) int64 on the device, or None before the first call.
+        histograms: (1 + seen,) on the device, one of each call since the last reading, first the ids of -1.
         rows: tokens x K since the last reading, counted on the host from shapes.
     """
 
     name: str
     experts: int
     seen: int
-    first: int = 0
-    counts: torch.Tensor | None = None
+    histograms: list[torch.Tensor] = field(default_factory=list)
     rows: int = 0
+
+    def add(self, ids: torch.Tensor) -> None:
+        """Count ``ids`` (any shape, integers), those outside [0, seen) as rows alone."""
+        self.rows += ids.numel()
+        # With its range given, histc never waits for the device; bincount does. On a CPU it knows no integers. One
+        # bin more than experts, for -1: the range of a single expert would be empty, and histc would look for one.
+        values = ids.double() if ids.device.type == "cpu" else ids
+        if len(self.histograms) == _MOST:
+            self.histograms = [torch.stack(self.histograms).sum(0)]
+        # Kept, not added to a counter: the host pays for each operation, in every layer of every step.
+        self.histograms.append(torch.histc(values, bins=self.seen + 1, min=-1, max=self.seen - 1))
 
 
 class RouterCounter:
     """Counts the routed rows of every expert of a model, in training mode only.
 
     A hook of each experts module sees the ids that the router gives it, whichever implementation runs the experts.
-    Per layer and call it adds a histogram of the ids to a counter on the device: no copy to the host and no wait.
+    Per layer and call it makes a histogram of the ids on the device: no copy to the host and no wait.
     A call inside a backward pass is a recomputation (gradient checkpointing) and is not counted again. Padding
     counts, for the experts work on it. Under ``torch.compile`` each layer costs a graph break.
     """
@@ -55,10 +68,6 @@ class RouterCounter:
                 "interface, so that there is no routing to count: set moe_router_telemetry: false."
             )
         self.layers = [_layer(name, module) for name, module in modules]
-        for layer, before in zip(self.layers[1:], self.layers, strict=False):
-            layer.first = before.first + before.seen
-        # The counts of all layers in one tensor for each device, so that reading them takes one copy.
-        self._counts: dict[torch.device, torch.Tensor] = {}
         self._hooks = [
             module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
             for layer, (_, module) in zip(self.layers, modules, strict=True)
@@ -78,22 +87,22 @@ class RouterCounter:
         loads = self._everywhere() if parallel else self._here()
         for layer in self.layers:
             layer.rows = 0
-        for counts in self._counts.values():
-            counts.zero_()
+            layer.histograms.clear()
         return loads
 
     def _here(self) -> list[LayerLoad]:
-        numbers = {device: counts.tolist() for device, counts in self._counts.items()}
-        loads = []
+        # One copy for each device that holds layers.
+        parts: dict[torch.device, list[torch.Tensor]] = {}
         for layer in self.layers:
-            all_layers = [] if layer.counts is None else numbers[layer.counts.device]
-            tokens = all_layers[layer.first : layer.first + layer.seen] or [0] * layer.seen
-            loads.append(LayerLoad(tuple(tokens), layer.rows))
-        return loads
+            for histogram in layer.histograms:
+                parts.setdefault(histogram.device, []).append(histogram)
+        numbers = {device: iter(torch.cat(of_device).tolist()) for device, of_device in parts.items()}
+        return [LayerLoad(_tokens(layer, numbers), layer.rows) for layer in self.layers]
 
     def _everywhere(self) -> list[LayerLoad]:
         """Of all ranks together."""
-        device = next((layer.counts.device for layer in self.layers if layer.counts is not None), torch.device("cpu"))
+        devices = [histogram.device for layer in self.layers for histogram in layer.histograms]
+        device = next(iter(devices), torch.device("cpu"))
         total = torch.cat([_everywhere(layer, device) for layer in self.layers])
         torch.distributed.all_reduce(total)
         numbers = total.tolist()
@@ -109,18 +118,9 @@ class RouterCounter:
         @torch.compiler.disable
         def count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module.training and torch._C._current_graph_task_id() == -1:
-                ids = _ids(args, kwargs).detach()
-                if layer.counts is None:
-                    layer.counts = self._new_counts(layer, ids.device)
-                _add(layer, ids)
+                layer.add(_ids(args, kwargs))
 
         return count
-
-    def _new_counts(self, layer: _Layer, device: torch.device) -> torch.Tensor:
-        if device not in self._counts:
-            size = sum(other.seen for other in self.layers)
-            self._counts[device] = torch.zeros(size, dtype=torch.int64, device=device)
-        return self._counts[device][layer.first : layer.first + layer.seen]
 
 
 def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -131,23 +131,20 @@ def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     raise ValueError("An experts module was called without expert ids: set moe_router_telemetry: false.")
 
 
-def _add(layer: _Layer, ids: torch.Tensor) -> None:
-    """Add the histogram of ``ids`` (any shape, integers) to the layer's counter; ids outside [0, E) are left out."""
-    assert layer.counts is not None
-    layer.rows += ids.numel()
-    # With its range given, histc never waits for the device; bincount does. On a CPU it knows no integers. One bin
-    # more than experts, for -1: the range of a single expert would be empty, and histc would look for one.
-    values = ids.double() if ids.device.type == "cpu" else ids
-    layer.counts.add_(torch.histc(values, bins=layer.seen + 1, min=-1, max=layer.seen - 1)[1:].to(torch.int64))
+def _tokens(layer: _Layer, numbers: dict[torch.device, Iterator[float]]) -> tuple[int, ...]:
+    """The sum of a layer's histograms, whose ``numbers`` come next on their devices, without the ids of -1."""
+    calls = [[*islice(numbers[histogram.device], layer.seen + 1)] for histogram in layer.histograms]
+    # Zeros in front for a layer that was not called.
+    return tuple(int(sum(column)) for column in zip([0] * (layer.seen + 1), *calls, strict=True))[1:]
 
 
 def _everywhere(layer: _Layer, device: torch.device) -> torch.Tensor:
     """(experts + 1,) int64: this rank's counts at their place in the whole layer, and its rows."""
     total = torch.zeros(layer.experts + 1, dtype=torch.int64, device=device)
-    if layer.counts is not None:
+    if layer.histograms:
         rank = torch.distributed.get_rank() if layer.seen < layer.experts else 0
         first = rank % (layer.experts // layer.seen) * layer.seen
-        total[first : first + layer.seen] = layer.counts.to(device)
+        total[first : first + layer.seen] = torch.stack(layer.histograms).sum(0)[1:].to(device)
     total[-1] = layer.rows
     return total
 
