@@ -6,13 +6,14 @@ The file holds JSON lines: a head for each start of the training, then one recor
 from __future__ import annotations
 
 import json
-import math
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 FILE_NAME = "moe_router.jsonl"
 SCHEMA = "moe-kernels router 1"
@@ -30,36 +31,53 @@ class LayerLoad:
     tokens: tuple[int, ...]
     rows: int
 
-    @cached_property
-    def _total(self) -> int:
-        return sum(self.tokens)
-
     @property
     def imbalance(self) -> float:
         """Rows of the busiest expert over the mean: 1 is even, the number of experts is one for all."""
-        return max(self.tokens) * len(self.tokens) / self._total if self._total else 1.0
+        return float(numbers_of([self]).imbalance[0])
 
     @property
     def entropy(self) -> float:
         """Entropy of the distribution over that of an even one: 1 is even, 0 is one expert for all."""
-        total = self._total
-        if not total or len(self.tokens) == 1:
-            return 1.0
-        shares = [count / total for count in self.tokens if count]
-        # The device waits for a log of the trainer, and this is most of telemetry's part of it: log2 takes half as
-        # long as log, and map less than a generator.
-        products = map(operator.mul, shares, map(math.log2, shares))
-        return max(0.0, -sum(products) / math.log2(len(self.tokens)))
+        return float(numbers_of([self]).entropy[0])
 
     @property
     def dead(self) -> int:
         """Experts that were given nothing."""
-        return self.tokens.count(0)
+        return int(numbers_of([self]).dead[0])
 
     @property
     def dropped_share(self) -> float:
         """Share of the rows that went to no expert."""
-        return 1.0 - self._total / self.rows if self.rows else 0.0
+        return float(numbers_of([self]).dropped_share[0])
+
+
+class LoadNumbers(NamedTuple):
+    """The properties of :class:`LayerLoad` of several layers, each (layers,)."""
+
+    imbalance: NDArray[np.float64]
+    entropy: NDArray[np.float64]
+    dead: NDArray[np.int64]
+    dropped_share: NDArray[np.float64]
+
+
+def numbers_of(loads: Sequence[LayerLoad]) -> LoadNumbers:
+    """The numbers of all layers at once: a training waits for them, and has hundreds of experts."""
+    tokens = np.fromiter(chain.from_iterable(load.tokens for load in loads), np.float64)
+    experts = np.array([len(load.tokens) for load in loads])
+    rows = np.array([load.rows for load in loads], np.float64)
+    first = np.cumsum(experts) - experts
+    total = np.add.reduceat(tokens, first)
+    used = total > 0
+    some = np.where(used, total, 1.0)
+    shares = tokens / np.repeat(some, experts)
+    bits = np.add.reduceat(shares * -np.log2(shares, out=np.zeros_like(shares), where=shares > 0), first)
+    return LoadNumbers(
+        imbalance=np.where(used, np.maximum.reduceat(tokens, first) * experts / some, 1.0),
+        entropy=np.where(used & (experts > 1), np.maximum(bits, 0.0) / np.log2(np.maximum(experts, 2)), 1.0),
+        dead=np.add.reduceat((tokens == 0).astype(np.int64), first),
+        dropped_share=np.where(rows > 0, 1.0 - total / np.maximum(rows, 1.0), 0.0),
+    )
 
 
 @dataclass

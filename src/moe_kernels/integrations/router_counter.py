@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 
@@ -96,8 +95,16 @@ class RouterCounter:
         for layer in self.layers:
             for histogram in layer.histograms:
                 parts.setdefault(histogram.device, []).append(histogram)
-        numbers = {device: iter(torch.cat(of_device).tolist()) for device, of_device in parts.items()}
-        return [LayerLoad(_tokens(layer, numbers), layer.rows) for layer in self.layers]
+        numbers = {device: torch.cat(of_device).cpu().numpy() for device, of_device in parts.items()}
+        loads = []
+        for layer in self.layers:
+            tokens: tuple[int, ...] = (0,) * layer.seen
+            if layer.histograms:
+                device, size = layer.histograms[0].device, len(layer.histograms) * (layer.seen + 1)
+                mine, numbers[device] = np.split(numbers[device], [size])
+                tokens = tuple(mine.reshape(-1, layer.seen + 1).sum(0)[1:].astype(np.int64).tolist())
+            loads.append(LayerLoad(tokens, layer.rows))
+        return loads
 
     def _everywhere(self) -> list[LayerLoad]:
         """Of all ranks together."""
@@ -129,13 +136,6 @@ def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         if isinstance(value, torch.Tensor) and not value.is_floating_point():
             return value
     raise ValueError("An experts module was called without expert ids: set moe_router_telemetry: false.")
-
-
-def _tokens(layer: _Layer, numbers: dict[torch.device, Iterator[float]]) -> tuple[int, ...]:
-    """The sum of a layer's histograms, whose ``numbers`` come next on their devices, without the ids of -1."""
-    calls = [[*islice(numbers[histogram.device], layer.seen + 1)] for histogram in layer.histograms]
-    # Zeros in front for a layer that was not called.
-    return tuple(int(sum(column)) for column in zip([0] * (layer.seen + 1), *calls, strict=True))[1:]
 
 
 def _everywhere(layer: _Layer, device: torch.device) -> torch.Tensor:

@@ -58,20 +58,19 @@ class RouterCallback(TrainerCallback):
 
 def metrics(loads: list[LayerLoad], each_layer: bool) -> dict[str, float]:
     """What goes into the trainer's log: the worst layer and the sums, and each layer if asked for."""
-    imbalances, entropies = [load.imbalance for load in loads], [load.entropy for load in loads]
+    numbers = router_load.numbers_of(loads)
     found = {
-        "moe/load_imbalance": max(imbalances),
-        "moe/load_imbalance_mean": sum(imbalances) / len(loads),
-        "moe/load_entropy": min(entropies),
-        "moe/dead_experts": float(sum(load.dead for load in loads)),
-        "moe/dropped_share": sum(load.dropped_share for load in loads) / len(loads),
+        "moe/load_imbalance": float(numbers.imbalance.max()),
+        "moe/load_imbalance_mean": float(numbers.imbalance.mean()),
+        "moe/load_entropy": float(numbers.entropy.min()),
+        "moe/dead_experts": float(numbers.dead.sum()),
+        "moe/dropped_share": float(numbers.dropped_share.mean()),
     }
     if each_layer:
-        for number, load in enumerate(loads):
-            found[f"moe/layer_{number:02d}/load_imbalance"] = imbalances[number]
-            found[f"moe/layer_{number:02d}/load_entropy"] = entropies[number]
-            found[f"moe/layer_{number:02d}/dead_experts"] = float(load.dead)
-            found[f"moe/layer_{number:02d}/dropped_share"] = load.dropped_share
+        names = ("load_imbalance", "load_entropy", "dead_experts", "dropped_share")
+        for name, of_layers in zip(names, numbers, strict=True):
+            for layer, value in enumerate(of_layers):
+                found[f"moe/layer_{layer:02d}/{name}"] = float(value)
     return found
 
 
