@@ -113,7 +113,8 @@ MUTANTS: list[tuple[Any, ...]] = [
 
 # pytest's -k: which tests of GPU_TESTS are run on a mutant
 ROUTINGS = "hostile and bfloat16"  # experts of one to a few tiles each, tails, dropped ids, empty experts
-IN_SLICES = "every_schedule and cooperative and wgrad"  # its default is two groups in turn
+IN_SLICES = "every_schedule and cooperative and wgrad"  # on an H200 its default is two groups in turn
+LARGE_WEIGHTS = "come_from_memory"
 BIAS, LORA, INTERLEAVED = (f"kinds and {kind}" for kind in ("bias", "lora and not 64", "interleaved"))
 
 # what the bug is, file, text, replacement, tests; those that compile longest come first
@@ -125,12 +126,13 @@ GPU_MUTANTS = [
     ("wrong gathered token", "gemm.py", "(slot // TOP_K).to(gl.int64)", "(slot % TOP_K).to(gl.int64)", ROUTINGS),
     ("last row of an expert gathers token 0", "gemm.py", "mask=rows < row_end, other=0)", "mask=rows < row_end - 1, other=0)", ROUTINGS),
     ("every K block gathers the first columns", "gemm.py", "async_copy_global_to_shared(a, pointers + k0)", "async_copy_global_to_shared(a, pointers)", ROUTINGS),
+    ("second of two blocks is the first again", "gemm.py", "expert, row0, n, k1, sizes", "expert, row0, n, k0, sizes", LARGE_WEIGHTS),
     ("tile of rows begins one row late", "gemm.py", "(rows_in, [row0, k0], bar, a)", "(rows_in, [row0 + 1, k0], bar, a)", ROUTINGS),
     ("gate weights read from the up half", "gemm.py", "(w, [gate_row, k0], bar,", "(w, [gate_row + N, k0], bar,", ROUTINGS),
-    ("weights of the first expert for all", "gemm.py", "[expert * N + n * BLOCK_N, k0]", "[n * BLOCK_N, k0]", ROUTINGS),
-    ("last K block of the weights lost", "gemm.py", "[expert * N + n * BLOCK_N, k0]", "[expert * N + n * BLOCK_N, k0 + (k0 + BLOCK_K) // K * K]", ROUTINGS),
-    ("transposed weights of the first expert for all", "gemm.py", "[expert * K + k0, n * BLOCK_N]", "[k0, n * BLOCK_N]", ROUTINGS),
-    ("K blocks of the transposed weights one too far", "gemm.py", "[expert * K + k0, n * BLOCK_N]", "[expert * K + k0 + BLOCK_K, n * BLOCK_N]", ROUTINGS),
+    ("weights of the first expert for all", "gemm.py", "[expert * N + n * b.shape[0], k0]", "[n * b.shape[0], k0]", ROUTINGS),
+    ("last K block of the weights lost", "gemm.py", "[expert * N + n * b.shape[0], k0]", "[expert * N + n * b.shape[0], k0 + (k0 + b.shape[1]) // K * K]", ROUTINGS),
+    ("transposed weights of the first expert for all", "gemm.py", "[expert * K + k0, n * b.shape[1]]", "[k0, n * b.shape[1]]", ROUTINGS),
+    ("K blocks of the transposed weights one too far", "gemm.py", "[expert * K + k0, n * b.shape[1]]", "[expert * K + k0 + b.shape[0], n * b.shape[1]]", ROUTINGS),
     ("the last K block alone counts", "gemm.py", "warpgroup_mma(a, b, acc, is_async=True)", "warpgroup_mma(a, b, acc, use_acc=False, is_async=True)", ROUTINGS),
     ("both groups multiply the upper half", "gemm.py", "a = a.slice(WARPGROUP * ROWS, ROWS)", "a = a.slice(0, ROWS)", ROUTINGS),
     ("both groups write the upper half", "gemm.py", "row0 += WARPGROUP * ROWS", "row0 += 0", ROUTINGS),

@@ -1,7 +1,9 @@
 """The Gluon backend on a Hopper GPU: against float64, on routings that hurt, in every schedule, twice and bitwise."""
 
+import contextlib
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +57,24 @@ def test_hostile_routings(routing, dtype, record_property):
 def test_sizes(sizes, record_property):
     tokens, top_k, experts, hidden, intermediate = sizes
     judge(Case(tokens, top_k, experts, hidden, intermediate, BF16), record_property)
+
+
+# Few rows for much weight, with an even and an odd number of inner blocks.
+LARGE = [Case(500, 8, 64, 1024, 704, BF16), Case(300, 8, 48, 1088, 832, BF16, "zipf")]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("schedules", ["SCHEDULES", "SCHEDULES_H200"])
+def test_weights_that_come_from_memory(case, schedules, record_property):
+    from moe_kernels.kernels.hopper import gemm, ring
+
+    inputs = inputs_of(case)
+    plan = SimpleNamespace(rows=case.tokens * case.top_k, experts=case.experts)
+    assert gemm.blocks_together(plan, inputs.gate_up) == gemm.blocks_together(plan, inputs.down) == 2
+    with contextlib.ExitStack() as chosen:
+        for kernel, schedule in getattr(ring, schedules).items():
+            chosen.enter_context(ring.use_schedule(kernel, schedule))
+        judge(case, record_property)
 
 
 @pytest.mark.parametrize("kernel", ["up", "down", "dgrad", "wgrad"])

@@ -6,6 +6,8 @@ records.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -14,6 +16,7 @@ import torch
 
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.hopper import down_grad, gemm, wgrad
+from moe_kernels.kernels.hopper.ring import SCHEDULES_H200, use_schedule
 from moe_kernels.kernels.triton.catalog import EVERY_ACTIVATION, CompileCase
 from moe_kernels.kernels.triton.launch import Descriptor
 from moe_kernels.routing import RoutingPlan
@@ -48,6 +51,12 @@ def compile_cases() -> Iterator[CompileCase]:
     """All kernels for sm_90: both 16-bit types, every activation, every schedule in use."""
     for dtype in (torch.bfloat16, torch.float16):
         yield from _cases(dtype, Activation("silu"))
+    with contextlib.ExitStack() as both:
+        for kernel in ("down", "dgrad", "wgrad"):
+            both.enter_context(use_schedule(kernel, SCHEDULES_H200[kernel]))
+        both.enter_context(mock.patch.object(gemm, "blocks_together", return_value=2))
+        cases = list(_cases(torch.bfloat16, Activation("silu")))
+    yield from (dataclasses.replace(case, name=f"{case.name}-h200-large-weights") for case in cases)
     for activation in EVERY_ACTIVATION:
         if activation.name != "silu":
             yield from (

@@ -38,6 +38,45 @@ from moe_kernels.routing import RoutingPlan
 
 
 @gluon.jit
+def _fill(
+    rows_in,
+    pointers,
+    w,
+    ring,
+    stage,
+    expert,
+    row0,
+    n,
+    k0,
+    sizes,
+    GATED: gl.constexpr,
+    GATHER: gl.constexpr,
+    W_IS_KN: gl.constexpr,
+):
+    """Start to load the inner block at k0 into one stage of the ring."""
+    a_ring, b_ring, ready, _ = ring
+    K, N = sizes
+    a = a_ring.index(stage)
+    b = b_ring.index(stage)
+    bar = ready.index(stage)
+    mbarrier.expect(bar, b.numel * 2 if GATHER else (a.numel + b.numel) * 2)
+    if GATED:
+        HALF: gl.constexpr = b.shape[0] // 2
+        gate_row = expert * N * 2 + n * HALF
+        tma.async_copy_global_to_shared(w, [gate_row, k0], bar, b.slice(0, HALF))
+        tma.async_copy_global_to_shared(w, [gate_row + N, k0], bar, b.slice(HALF, HALF))
+    elif W_IS_KN:
+        tma.async_copy_global_to_shared(w, [expert * K + k0, n * b.shape[1]], bar, b)
+    else:
+        tma.async_copy_global_to_shared(w, [expert * N + n * b.shape[0], k0], bar, b)
+    if GATHER:
+        async_copy.async_copy_global_to_shared(a, pointers + k0)
+        async_copy.mbarrier_arrive(bar, increment_count=False)
+    else:
+        tma.async_copy_global_to_shared(rows_in, [row0, k0], bar, a)
+
+
+@gluon.jit
 def load_tiles(
     rows_in,
     rows_ptr,
@@ -50,16 +89,19 @@ def load_tiles(
     GATED: gl.constexpr,
     GATHER: gl.constexpr,
     W_IS_KN: gl.constexpr,
+    TOGETHER: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The loading warps: fill the ring, stage after stage, tile after tile."""
+    """The loading warps: fill the ring, stage after stage, tile after tile.
+
+    TOGETHER: inner blocks that are asked for at a time, 1 or 2, see ``blocks_together``.
+    """
     expert_start_ptr, tile_expert_ptr, tile_row_ptr, num_m, num_n = tiles
-    a_ring, b_ring, ready, empty = ring
-    K, N = sizes
+    _, _, _, empty = ring
+    K, _ = sizes
     gathered: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     step = 0
     for pid in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
@@ -73,28 +115,22 @@ def load_tiles(
             slot = gl.load(row_slot_ptr + rows, mask=rows < row_end, other=0)
             cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, gathered))
             pointers = rows_ptr + (slot // TOP_K).to(gl.int64)[:, None] * K + cols[None, :]
-        for k0 in range(0, K, BLOCK_K):
+        else:
+            pointers = rows_ptr
+        for k0 in range(0, K, TOGETHER * BLOCK_K):
+            mbarrier.wait(empty.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
+            if TOGETHER == 2:
+                k1 = k0 + BLOCK_K
+                if k1 < K:
+                    mbarrier.wait(empty.index((step + 1) % STAGES), (((step + 1) // STAGES) & 1) ^ 1)
             stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            a = a_ring.index(stage)
-            b = b_ring.index(stage)
-            bar = ready.index(stage)
-            mbarrier.expect(bar, (BLOCK_N + (0 if GATHER else BLOCK_M)) * BLOCK_K * 2)
-            if GATED:
-                HALF: gl.constexpr = BLOCK_N // 2
-                gate_row = expert * N * 2 + n * HALF
-                tma.async_copy_global_to_shared(w, [gate_row, k0], bar, b.slice(0, HALF))
-                tma.async_copy_global_to_shared(w, [gate_row + N, k0], bar, b.slice(HALF, HALF))
-            elif W_IS_KN:
-                tma.async_copy_global_to_shared(w, [expert * K + k0, n * BLOCK_N], bar, b)
-            else:
-                tma.async_copy_global_to_shared(w, [expert * N + n * BLOCK_N, k0], bar, b)
-            if GATHER:
-                async_copy.async_copy_global_to_shared(a, pointers + k0)
-                async_copy.mbarrier_arrive(bar, increment_count=False)
-            else:
-                tma.async_copy_global_to_shared(rows_in, [row0, k0], bar, a)
+            _fill(rows_in, pointers, w, ring, stage, expert, row0, n, k0, sizes, GATED, GATHER, W_IS_KN)
             step += 1
+            if TOGETHER == 2:
+                stage = step % STAGES
+                if k1 < K:
+                    _fill(rows_in, pointers, w, ring, stage, expert, row0, n, k1, sizes, GATED, GATHER, W_IS_KN)
+                    step += 1
 
 
 @gluon.jit
@@ -229,6 +265,7 @@ def hopper_gemm_kernel(
     GATHER: gl.constexpr,
     SAVE_Z: gl.constexpr,
     W_IS_KN: gl.constexpr,
+    TOGETHER: gl.constexpr,
     COOPERATIVE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -322,8 +359,8 @@ def hopper_gemm_kernel(
                     GATED,
                     GATHER,
                     W_IS_KN,
+                    TOGETHER,
                     BLOCK_M,
-                    BLOCK_N,
                     BLOCK_K,
                     GROUP_M,
                     STAGES,
@@ -333,6 +370,22 @@ def hopper_gemm_kernel(
         [4, 4 if GATHER else 1],
         [216 if GATHER else 232, 72 if GATHER else 40],
     )
+
+
+#: Where an expert has fewer rows, reading its weights takes longer than multiplying with them.
+_ROWS_PER_EXPERT = 512
+#: Weights of fewer bytes stay in the second-level cache.
+_CACHED_BYTES = 64 * 2**20
+
+
+def blocks_together(plan: RoutingPlan, weight: torch.Tensor) -> int:
+    """How many inner blocks the loading warps ask for at a time: 2 where the weights come from memory all the time.
+
+    A block is 128 bytes of each row, and memory gives neighbouring pieces faster when it is asked for both at once.
+    Waiting for two free stages costs where the weights lie in the cache. benchmarks/results/h100-log-8-loads.json.
+    """
+    few_rows = plan.rows < _ROWS_PER_EXPERT * plan.experts
+    return 2 if few_rows and weight.numel() * weight.element_size() > _CACHED_BYTES else 1
 
 
 _IDENTITY = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "GATHER": False, "SAVE_Z": False}
@@ -345,12 +398,13 @@ def up(
     width = weight.shape[1] // 2
     z = x.new_empty(plan.rows, 2 * width) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, width)
-    schedule = schedule_of("up")
+    schedule = schedule_of("up", x.device)
     columns = schedule.block_n // 2
     constants = {**gate.constants(), "GATHER": True, "SAVE_Z": save_z, "W_IS_KN": False}
     del constants["INTERLEAVED"]
     saved = z if save_z else a
     z_arguments = matrix(saved, schedule.rows, CHUNK.value), saved
+    constants["TOGETHER"] = blocks_together(plan, weight)
     _launch(x, x, matrix(weight, columns, BLOCK_K), z_arguments, a, plan, schedule, columns, constants)
     return z, a
 
@@ -368,10 +422,10 @@ def dgrad(rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> torch.
 def _rows_times_weight(kernel: str, rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     w_is_kn = kernel == "dgrad"
     out = rows.new_empty(plan.rows, weight.shape[2 if w_is_kn else 1])
-    schedule = schedule_of(kernel)
+    schedule = schedule_of(kernel, rows.device)
     columns = schedule.block_n
     w = matrix(weight, *((BLOCK_K, columns) if w_is_kn else (columns, BLOCK_K)))
-    constants = {**_IDENTITY, "W_IS_KN": w_is_kn}
+    constants = {**_IDENTITY, "W_IS_KN": w_is_kn, "TOGETHER": blocks_together(plan, weight)}
     _launch(matrix(rows, BLOCK_M, BLOCK_K), rows, w, (out, out), out, plan, schedule, columns, constants)
     return out
 

@@ -7,6 +7,7 @@ and ``empty`` (read by everyone who multiplies it).
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -129,21 +130,24 @@ class Schedule:
 
 _COOPERATIVE = Schedule(cooperative=True, block_n=256, stages=4)
 _IN_TURN = Schedule(cooperative=False, block_n=128, stages=5, group_m=4)
-#: Measured on an H200: benchmarks/results/h200-steps.json. "wgrad, odd": gradients whose rows are no multiple of
-#: BLOCK_M.
-SCHEDULES = {
-    "up": _COOPERATIVE,
-    "down": _IN_TURN,
-    "dgrad": _IN_TURN,
-    "wgrad": _IN_TURN,
-    "wgrad, odd": _COOPERATIVE,
-}
+#: Measured on an H100: benchmarks/results/h100-log-8-loads.json. "wgrad, odd": gradients whose rows are no multiple
+#: of BLOCK_M.
+SCHEDULES = dict.fromkeys(("up", "down", "dgrad", "wgrad", "wgrad, odd"), _COOPERATIVE)
+#: Measured on an H200, whose memory is 1.4 times as fast: benchmarks/results/h200-log-3-gathers.json. Tiles in turn
+#: read the rows twice as often, which costs an H100 up to a third.
+SCHEDULES_H200 = SCHEDULES | dict.fromkeys(("down", "dgrad", "wgrad"), _IN_TURN)
 _overrides: dict[str, Schedule] = {}
 
 
-def schedule_of(kernel: str) -> Schedule:
-    """The schedule that ``kernel`` uses."""
-    return _overrides.get(kernel) or SCHEDULES[kernel]
+def schedule_of(kernel: str, device: torch.device) -> Schedule:
+    """The schedule that ``kernel`` uses on ``device``."""
+    return _overrides.get(kernel) or _schedules(device)[kernel]
+
+
+@functools.cache
+def _schedules(device: torch.device) -> dict[str, Schedule]:
+    fast = device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)  # or GH200
+    return SCHEDULES_H200 if fast else SCHEDULES
 
 
 @contextlib.contextmanager

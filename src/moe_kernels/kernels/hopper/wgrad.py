@@ -258,7 +258,7 @@ def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.T
     """left (R, M) and right (R, N), sorted by expert -> (E, M, N)."""
     m, n = left.shape[1], right.shape[1]
     out = left.new_empty(plan.experts, m, n)
-    schedule = schedule_of("wgrad" if m % BLOCK_M == 0 else "wgrad, odd")
+    schedule = schedule_of("wgrad" if m % BLOCK_M == 0 else "wgrad, odd", out.device)
     tiles = plan.experts * cdiv(m, BLOCK_M) * cdiv(n, schedule.block_n)
     launch(
         hopper_wgrad_kernel,
