@@ -29,9 +29,8 @@ LAYER_COLUMNS = ("layer", "implementation", "forward ms", "forward + backward ms
                  "launches", "saved MiB", "peak MiB", "error")  # fmt: skip
 WIDE_COLUMNS = ("layer", "routing", "forward: ours, grouped_mm, dense", "forward and backward: the same",
                 "its wall time: the same", "of dense, wall (GPU time)", "saved / peak MiB", "error")  # fmt: skip
-SCALING_COLUMNS = ("family", "engine", "GPUs", "experts", "step ms (p20-p80)", "tokens/s per GPU",
-                   "peak GiB")  # fmt: skip
-SCALING_PAIRS = ("family", "engine", "moe_kernels faster", "losses apart")
+SCALING_COLUMNS = ("family", "engine", "GPUs", "step ms: stock, ours", "tokens/s per GPU: stock, ours",
+                   "peak GiB: stock, ours", "faster", "scaling: stock, ours", "losses apart")  # fmt: skip
 LORA_COLUMNS = ("base", "adapters", "implementation", "forward ms", "forward + backward ms", "of it GPU ms",
                 "saved MiB", "peak MiB", "weights MiB", "error")  # fmt: skip
 LORA_PACKAGES = ("torch", "triton", "transformers", "peft", "axolotl", "bitsandbytes")
@@ -66,6 +65,9 @@ def trainings(results: Results) -> str:
             f"**One expert layer** of each, measured in the same call (same files), all gradients computed. {LEGEND}",
             _table(LAYER_COLUMNS, layers),
         ]
+    if (several := scaling(results)) != NOTHING:
+        which = "[which engine is which](docs/distributed.md#measured-on-two-gpus)"
+        parts += [f"**Whole training on several GPUs**, {which}.", several]
     return "\n\n".join(parts) or NOTHING
 
 
@@ -127,36 +129,41 @@ def _side_by_side(shape: str, routing: str, by_name: dict[str, dict[str, Any]]) 
 
 
 def scaling(results: Results) -> str:
-    """Tables of the trainings on several GPUs, one for each file."""
+    """A line for each family and engine of the trainings on several GPUs, a table for each file."""
     parts = []
     for name, data in results:
         if data.get("kind") == "scaling" and data["environment"]["gpu"]:
             machine = data["environment"]
-            rows = [
-                [
-                    row["family"],
-                    row["engine"],
-                    str(row["gpus"]),
-                    row["experts"],
-                    f"{row['step_ms']['median']:.0f} ({row['step_ms']['p20']:.0f}-{row['step_ms']['p80']:.0f})",
-                    f"{row['tokens_per_s_per_gpu']:,.0f}",
-                    _number(row["peak_gib"], ".1f"),
-                ]
-                for row in data["rows"]
-                if row["ok"]
-            ]
-            pairs = [
-                [line["family"], line["engine"], _number(line["speedup"], ".2f"), f"{line['loss_difference']:.2%}"]
-                for line in data["summary"]
-                if line["speedup"]
-            ]
+            pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+            for row in data["rows"]:
+                if row["ok"]:
+                    pairs.setdefault((row["family"], row["engine"]), []).append(row)
+            lines = {(line["family"], line["engine"]): line for line in data["summary"]}
             parts += [
                 f"`{name}`: `{machine['command']}` on {data['setting']['gpus']} GPUs, {machine['gpu']}, torch "
-                f"{machine['torch']}, axolotl {machine['axolotl']}, {machine['date'][:10]}.",
-                _table(SCALING_COLUMNS, rows),
-                _table(SCALING_PAIRS, pairs),
+                f"{machine['torch']}, axolotl {machine['axolotl']}, {machine['date'][:10]}. Stock experts are "
+                "grouped_mm. Scaling: tokens/s per GPU over those of one GPU.",
+                _table(SCALING_COLUMNS, [_scaling_row(pair, lines[key]) for key, pair in sorted(pairs.items())]),
             ]
     return "\n\n".join(parts) or NOTHING
+
+
+def _scaling_row(pair: list[dict[str, Any]], line: dict[str, Any]) -> list[str]:
+    def each(field: Callable[[dict[str, Any]], str]) -> str:
+        return ", ".join(field(row) for row in pair)
+
+    efficiency = (line["efficiency_grouped_mm"], line["efficiency_moe_kernels"])
+    return [
+        line["family"],
+        line["engine"],
+        str(pair[0]["gpus"]),
+        each(lambda row: "{median:.0f} ({p20:.0f}-{p80:.0f})".format(**row["step_ms"])),
+        each(lambda row: f"{row['tokens_per_s_per_gpu']:,.0f}"),
+        each(lambda row: _number(row["peak_gib"], ".1f")),
+        _number(line["speedup"], ".2f"),
+        ", ".join(f"{value:.2f}" for value in efficiency if value),
+        _number(line["loss_difference"], ".2%"),
+    ]
 
 
 def lora(results: Results) -> str:

@@ -116,15 +116,24 @@ def test_the_newest_comparison_of_a_pair_is_shown():
 def test_scaling_tables():
     row = {"family": "mixtral", "engine": "fsdp2", "gpus": 2, "experts": "moe_kernels", "ok": True, "step_ms": SPREAD,
            "tokens_per_s_per_gpu": 1000.4, "peak_gib": 18.61}  # fmt: skip
+    stock = {**row, "experts": "grouped_mm", "tokens_per_s_per_gpu": 765.6, "peak_gib": None}
     machine = {"gpu": "GPU X", "command": "c", "torch": "2", "axolotl": "0", "date": "2026-01-02T03"}
-    pair = {"family": "mixtral", "engine": "fsdp2", "speedup": 1.3067, "loss_difference": 0.0006}
-    alone = {**pair, "engine": "ep", "speedup": None, "loss_difference": None}
-    data = {"kind": "scaling", "environment": machine, "setting": {"gpus": 2}, "rows": [row, {**row, "ok": False}],
-            "summary": [pair, alone]}  # fmt: skip
+    pair = {
+        "family": "mixtral",
+        "engine": "fsdp2",
+        "speedup": 1.3067,
+        "loss_difference": 0.0006,
+        "efficiency_grouped_mm": 0.972,
+        "efficiency_moe_kernels": 0.901,
+    }
+    nothing = dict.fromkeys(("speedup", "loss_difference", "efficiency_grouped_mm", "efficiency_moe_kernels"))
+    alone = {"family": "mixtral", "engine": "ep", **nothing}
+    rows = [stock, row, {**row, "ok": False}, {**row, "engine": "ep"}]
+    data = {"kind": "scaling", "environment": machine, "setting": {"gpus": 2}, "rows": rows, "summary": [pair, alone]}
     text = tables.scaling([("s.json", data)])
-    assert text.count("| mixtral | fsdp2 | 2 | moe_kernels | 100 (99-101) | 1,000 | 18.6 |") == 1
-    assert "| mixtral | fsdp2 | 1.31 | 0.06% |" in text
-    assert "| ep |" not in text
+    times, speeds = "100 (99-101), 100 (99-101)", "766, 1,000"
+    assert f"| mixtral | fsdp2 | 2 | {times} | {speeds} | , 18.6 | 1.31 | 0.97, 0.90 | 0.06% |" in text
+    assert "| mixtral | ep | 2 | 100 (99-101) | 1,000 | 18.6 |  |  |  |" in text
     assert tables.scaling([("s.json", {**data, "environment": {**machine, "gpu": None}})]) == tables.NOTHING
 
 

@@ -79,7 +79,7 @@ def check_lora(model: torch.nn.Module) -> int:
                 f"{name}: LoRA of rank {max(wrapper.r.values())} on {wrapper.parameter_name}, the kernels take at "
                 f"most {MAX_RANK}: lower lora_r, or train without moe_kernels."
             )
-        # 0.21.0 does so in a forward of 4-bit weights.
+        # 0.21.0 to 0.21.2 do so in a forward of 4-bit weights.
         chain = dict(getattr(wrapper.get_base_layer(), "parametrizations", {})).get(wrapper.parameter_name, ())
         if any(type(part).__module__.startswith("peft.") for part in chain):
             raise ValueError(
