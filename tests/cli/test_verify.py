@@ -6,10 +6,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moe_kernels import torch_backend
+from moe_kernels import backends, torch_backend
 from moe_kernels.cli import verify
 from moe_kernels.cli.app import app
+from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LayerShape
+from moe_kernels.testing import verification
 from moe_kernels.testing.verification import TORCH_CONFIGURATIONS
 
 SHAPE = LayerShape("tiny", 33, 40, 24, 5, 2)
@@ -34,6 +36,26 @@ def test_a_right_backend_passes(dtype):
     assert verdict.backend == "torch"
     assert verdict.routings == len(ROUTINGS)
     assert 0 < verdict.rms_ratio < 2
+
+
+@pytest.mark.parametrize("wrong", [None, 1, 2])
+def test_what_sizes_decide_is_checked_both_ways(wrong, monkeypatch):
+    """On Hopper a training's sizes choose how weights are loaded, and those of the check may choose otherwise."""
+    gemm = pytest.importorskip("moe_kernels.kernels.hopper.gemm")
+    seen = []
+
+    def experts(*tensors, backend, group_size, persistent, **options):
+        backends.count_dispatch(backend)
+        seen.append(gemm.blocks_together(None, None))  # without a choice it would look at its arguments
+        out = reference_experts(*tensors, **options)
+        return out * 2 if seen[-1] == wrong else out
+
+    monkeypatch.setattr(backends, "select", lambda problem, backend: ("gluon", ""))
+    monkeypatch.setattr(verification, "fused_experts", experts)
+    (verdict,) = judge(routings=("random",))
+    assert seen == [1, 1, 2, 2]
+    assert verdict.ok == (wrong is None)
+    assert all(f"random, {wrong} inner blocks at a time" in failure for failure in verdict.failures)
 
 
 def broken(step, breakage):

@@ -6,6 +6,7 @@ Used by ``moe-kernels verify`` and by ``moe-kernels tune``, which accepts no til
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -87,8 +88,19 @@ def verify_case(
                 verdict.failures = [str(error)]
                 continue
             verdict.routings += 1
-            _judge(verdict, routing, inputs, expected, plain)
+            for variant, chosen in _variants(verdict.backend).items():
+                with chosen:
+                    _judge(verdict, routing + variant, inputs, expected, plain)
     return verdicts
+
+
+def _variants(backend: str) -> dict[str, AbstractContextManager[None]]:
+    """What the sizes of a call choose, and those of this check may not: what to add to the routing, and how."""
+    if backend != "gluon":
+        return {"": nullcontext()}
+    from moe_kernels.kernels.hopper.gemm import use_blocks_together
+
+    return {f", {number} inner blocks at a time": use_blocks_together(number) for number in (1, 2)}
 
 
 def _judge(

@@ -54,7 +54,7 @@ def compile_cases() -> Iterator[CompileCase]:
     with contextlib.ExitStack() as both:
         for kernel in ("down", "dgrad", "wgrad"):
             both.enter_context(use_schedule(kernel, SCHEDULES_H200[kernel]))
-        both.enter_context(mock.patch.object(gemm, "blocks_together", return_value=2))
+        both.enter_context(gemm.use_blocks_together(2))
         cases = list(_cases(torch.bfloat16, Activation("silu")))
     yield from (dataclasses.replace(case, name=f"{case.name}-h200-large-weights") for case in cases)
     for activation in EVERY_ACTIVATION:

@@ -4,6 +4,9 @@ The same math and the same row tiles as ``kernels/triton/up.py`` and ``grouped_g
 asynchronous copies, everything else moves by TMA.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -35,6 +38,7 @@ from moe_kernels.kernels.hopper.ring import (
 from moe_kernels.kernels.triton.launch import Descriptor, cdiv, launch, multiprocessors
 from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.routing import RoutingPlan
+from moe_kernels.tuning import config
 
 
 @gluon.jit
@@ -384,8 +388,20 @@ def blocks_together(plan: RoutingPlan, weight: torch.Tensor) -> int:
     A block is 128 bytes of each row, and memory gives neighbouring pieces faster when it is asked for both at once.
     Waiting for two free stages costs where the weights lie in the cache. benchmarks/results/h100-log-8-loads.json.
     """
+    if _forced:
+        return _forced["all"]
     few_rows = plan.rows < _ROWS_PER_EXPERT * plan.experts
     return 2 if few_rows and weight.numel() * weight.element_size() > _CACHED_BYTES else 1
+
+
+_forced: dict[str, int] = {}
+
+
+@contextlib.contextmanager
+def use_blocks_together(number: int) -> Iterator[None]:
+    """Within this context the loading warps ask for ``number`` inner blocks at a time: for checks and tests."""
+    with config.override(_forced, "all", number):
+        yield
 
 
 _IDENTITY = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "GATHER": False, "SAVE_Z": False}
