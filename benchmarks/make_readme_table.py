@@ -134,10 +134,10 @@ def scaling(results: Results) -> str:
     for name, data in results:
         if data.get("kind") == "scaling" and data["environment"]["gpu"]:
             machine = data["environment"]
-            pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+            pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
             for row in data["rows"]:
                 if row["ok"]:
-                    pairs.setdefault((row["family"], row["engine"]), []).append(row)
+                    pairs.setdefault((row["family"], row["engine"]), {})[row["experts"]] = row
             lines = {(line["family"], line["engine"]): line for line in data["summary"]}
             parts += [
                 f"`{name}`: `{machine['command']}` on {data['setting']['gpus']} GPUs, {machine['gpu']}, torch "
@@ -148,20 +148,20 @@ def scaling(results: Results) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-def _scaling_row(pair: list[dict[str, Any]], line: dict[str, Any]) -> list[str]:
+def _scaling_row(pair: dict[str, dict[str, Any]], line: dict[str, Any]) -> list[str]:
     def each(field: Callable[[dict[str, Any]], str]) -> str:
-        return ", ".join(field(row) for row in pair)
+        return ", ".join(field(pair[name]) if name in pair else "-" for name in ("grouped_mm", "moe_kernels"))
 
-    efficiency = (line["efficiency_grouped_mm"], line["efficiency_moe_kernels"])
+    efficiency = [_number(line[f"efficiency_{name}"], ".2f") for name in ("grouped_mm", "moe_kernels")]
     return [
         line["family"],
         line["engine"],
-        str(pair[0]["gpus"]),
+        str(next(iter(pair.values()))["gpus"]),
         each(lambda row: "{median:.0f} ({p20:.0f}-{p80:.0f})".format(**row["step_ms"])),
         each(lambda row: f"{row['tokens_per_s_per_gpu']:,.0f}"),
         each(lambda row: _number(row["peak_gib"], ".1f")),
         _number(line["speedup"], ".2f"),
-        ", ".join(f"{value:.2f}" for value in efficiency if value),
+        ", ".join(value or "-" for value in efficiency) if any(efficiency) else "",
         _number(line["loss_difference"], ".2%"),
     ]
 

@@ -128,12 +128,12 @@ def test_scaling_tables():
     }
     nothing = dict.fromkeys(("speedup", "loss_difference", "efficiency_grouped_mm", "efficiency_moe_kernels"))
     alone = {"family": "mixtral", "engine": "ep", **nothing}
-    rows = [stock, row, {**row, "ok": False}, {**row, "engine": "ep"}]
+    rows = [row, stock, {**row, "ok": False}, {**row, "engine": "ep"}]  # a run that is repeated comes last
     data = {"kind": "scaling", "environment": machine, "setting": {"gpus": 2}, "rows": rows, "summary": [pair, alone]}
     text = tables.scaling([("s.json", data)])
     times, speeds = "100 (99-101), 100 (99-101)", "766, 1,000"
     assert f"| mixtral | fsdp2 | 2 | {times} | {speeds} | , 18.6 | 1.31 | 0.97, 0.90 | 0.06% |" in text
-    assert "| mixtral | ep | 2 | 100 (99-101) | 1,000 | 18.6 |  |  |  |" in text
+    assert "| mixtral | ep | 2 | -, 100 (99-101) | -, 1,000 | -, 18.6 |  |  |  |" in text
     assert tables.scaling([("s.json", {**data, "environment": {**machine, "gpu": None}})]) == tables.NOTHING
 
 

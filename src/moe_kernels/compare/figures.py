@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moe_kernels.compare.judge import smooth
 from moe_kernels.compare.metrics import OURS, RunMetrics
 from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED
-from moe_kernels.router_load import LayerLoad, RouterHistory
+from moe_kernels.router_load import LayerLoad, RouterHistory, numbers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -238,7 +238,10 @@ def _router_layers(analysis: Analysis) -> Plot | None:
         return None
     figure, axes = _axes(2.9)
     records = range(len(history.steps))
-    values = [[history.load(record, layer).imbalance for record in records] for layer in range(len(history.layers))]
+    values = [
+        numbers_of([history.load(record, layer) for record in records]).imbalance.tolist()
+        for layer in range(len(history.layers))
+    ]
     for layer, line in enumerate(values):
         # From the first layer to the last: faint to strong.
         alpha = 0.3 + 0.7 * (layer + 1) / len(values)

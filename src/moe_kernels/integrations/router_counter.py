@@ -44,9 +44,13 @@ class _Layer:
         # bin more than experts, for -1: the range of a single expert would be empty, and histc would look for one.
         values = ids.double() if ids.device.type == "cpu" else ids
         if len(self.histograms) == _MOST:
-            self.histograms = [torch.stack(self.histograms).sum(0)]
+            self.histograms = [self.total()]
         # Kept, not added to a counter: the host pays for each operation, in every layer of every step.
         self.histograms.append(torch.histc(values, bins=self.seen + 1, min=-1, max=self.seen - 1))
+
+    def total(self) -> torch.Tensor:
+        """(1 + seen,): the sum of the histograms."""
+        return torch.stack(self.histograms).sum(0)
 
 
 class RouterCounter:
@@ -108,8 +112,8 @@ class RouterCounter:
 
     def _everywhere(self) -> list[LayerLoad]:
         """Of all ranks together."""
-        devices = [histogram.device for layer in self.layers for histogram in layer.histograms]
-        device = next(iter(devices), torch.device("cpu"))
+        devices = (histogram.device for layer in self.layers for histogram in layer.histograms)
+        device = next(devices, torch.device("cpu"))
         total = torch.cat([_everywhere(layer, device) for layer in self.layers])
         torch.distributed.all_reduce(total)
         numbers = total.tolist()
@@ -144,7 +148,7 @@ def _everywhere(layer: _Layer, device: torch.device) -> torch.Tensor:
     if layer.histograms:
         rank = torch.distributed.get_rank() if layer.seen < layer.experts else 0
         first = rank % (layer.experts // layer.seen) * layer.seen
-        total[first : first + layer.seen] = torch.stack(layer.histograms).sum(0)[1:].to(device)
+        total[first : first + layer.seen] = layer.total()[1:].to(device)
     total[-1] = layer.rows
     return total
 

@@ -52,8 +52,8 @@ def compile_cases() -> Iterator[CompileCase]:
     for dtype in (torch.bfloat16, torch.float16):
         yield from _cases(dtype, Activation("silu"))
     with contextlib.ExitStack() as both:
-        for kernel in ("down", "dgrad", "wgrad"):
-            both.enter_context(use_schedule(kernel, SCHEDULES_H200[kernel]))
+        for kernel, schedule in SCHEDULES_H200.items():
+            both.enter_context(use_schedule(kernel, schedule))
         both.enter_context(gemm.use_blocks_together(2))
         cases = list(_cases(torch.bfloat16, Activation("silu")))
     yield from (dataclasses.replace(case, name=f"{case.name}-h200-large-weights") for case in cases)
