@@ -1,11 +1,14 @@
 """The Gluon backend, for Hopper: the Triton backend with GEMMs whose loading, multiplying and writing overlap.
 
-Rows of X are gathered inside the up projection, and the backward of the activation is the epilogue of a GEMM. What
-these kernels do not cover of a layer (a bias, a low-rank part, weights stored by columns, gate and up interleaved or
-no gate) runs on the Triton backend's kernels.
+Rows of X are gathered inside the up projection, and rows of dO inside the backward where experts are small. The
+backward of the activation is the epilogue of a GEMM. What these kernels do not cover of a layer (a bias, a low-rank
+part, weights stored by columns, gate and up interleaved or no gate) runs on the Triton backend's kernels.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -18,8 +21,9 @@ from moe_kernels.kernels.hopper import gemm
 from moe_kernels.kernels.hopper import wgrad as hopper_wgrad
 from moe_kernels.kernels.hopper.ring import BLOCK_M
 from moe_kernels.kernels.triton.launch import LowRank
-from moe_kernels.routing import RoutingPlan
+from moe_kernels.routing import RoutingPlan, TokenRows
 from moe_kernels.triton_backend import combine, combine_grad, expert_sum, gather, make_plan, up_low
+from moe_kernels.tuning import config
 
 NAME = "gluon"
 TRITON = "3.6"  # Gluon is experimental: its functions change names and arguments between releases
@@ -29,6 +33,7 @@ __all__ = [
     "combine",
     "combine_grad",
     "dgrad",
+    "dout_rows",
     "down",
     "down_grad",
     "expert_sum",
@@ -111,8 +116,34 @@ def dgrad(
     return triton_backend.dgrad(rows, weight, plan, persistent, low_rank)
 
 
+#: Intermediate sizes up to which the kernels gather rows of dO themselves. The copy costs R H, what the kernels lose
+#: R H I: benchmarks/results/log-9-epilogues.json has 256 (faster) and from 704 on (as fast, or slower).
+_GATHERED = 512
+_forced: dict[str, bool] = {}
+
+
+@contextlib.contextmanager
+def use_gathered(gathered: bool) -> Iterator[None]:
+    """Within this context the kernels gather rows of dO themselves, or never do: for checks and tests."""
+    with config.override(_forced, "dout", gathered):
+        yield
+
+
+def dout_rows(
+    dout: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, gate: Gate, plain: bool
+) -> torch.Tensor | TokenRows:
+    """dO (T, H) for ``down_grad`` and the gradient of W2: in expert order (R, H), or for small experts as it is.
+
+    plain: no bias and no low-rank part, whose gradients need rows in expert order.
+    """
+    plain = plain and gate.gated and not gate.interleaved
+    if plain and _forced.get("dout", weight.shape[2] <= _GATHERED) and _fits(dout, weight):
+        return TokenRows(dout, plan.top_k)
+    return gather(dout, plan)
+
+
 def down_grad(
-    dout_rows: torch.Tensor,
+    dout_rows: torch.Tensor | TokenRows,
     weight: torch.Tensor,
     z: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -125,15 +156,15 @@ def down_grad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`moe_kernels.triton_backend.down_grad`."""
     plain = bias is None and low_rank is None and gate.gated and not gate.interleaved
-    if plain and _fits(dout_rows, weight):
+    if isinstance(dout_rows, TokenRows) or (plain and _fits(dout_rows, weight)):
         return hopper_down_grad.down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z)
     return triton_backend.down_grad(
         dout_rows, weight, z, topk_weights, plan, gate, persistent, overwrite_z, bias, low_rank
     )
 
 
-def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
-    """As :func:`moe_kernels.triton_backend.wgrad`."""
-    if _fits(left, right):
+def wgrad(left: torch.Tensor | TokenRows, right: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """As :func:`moe_kernels.triton_backend.wgrad`; ``left`` may be what :func:`dout_rows` gives."""
+    if isinstance(left, TokenRows) or _fits(left, right):
         return hopper_wgrad.wgrad(left, right, plan)
     return triton_backend.wgrad(left, right, plan)

@@ -338,7 +338,8 @@ def _backward_steps(
 
     if recompute:
         z, _ = steps.up(x, gate_up, plan, gate, persistent, True, gate_up_bias, _pair(x_low, gate_up_left))
-    dout_rows = steps.gather(dout.contiguous(), _summed(topk_weights, plan, reduce)[1])
+    plain = down_bias is None and down_left is None
+    dout_rows = steps.dout_rows(dout.contiguous(), down, _summed(topk_weights, plan, reduce)[1], gate, plain)
     dout_low = None if down_left is None else steps.dgrad(dout_rows, down_left, plan, persistent)
     overwrite_z = overwrite_z or recompute
     dz, wa, dw = steps.down_grad(

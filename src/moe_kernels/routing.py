@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -123,3 +124,15 @@ class RoutingPlan:
     def max_tiles(self) -> int:
         """An upper bound of tile_count that is known without reading the device."""
         return self.rows // self.group_size + min(self.experts, self.rows)
+
+
+class TokenRows(NamedTuple):
+    """Routed rows that were not copied into expert order: sorted row r is ``tokens[row_slot[r] // top_k]``.
+
+    Attributes:
+        tokens: (T, H), or (R, H) by slot with top_k 1.
+        top_k: rows of each token.
+    """
+
+    tokens: torch.Tensor
+    top_k: int

@@ -136,6 +136,11 @@ def gather(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     return x[_row_token(plan)]
 
 
+def dout_rows(dout: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, gate: Gate, plain: bool) -> torch.Tensor:
+    """dO (T, H) in expert order (R, H), for ``down_grad`` and the gradient of W2."""
+    return gather(dout, plan)
+
+
 def dgrad(
     rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: bool, low_rank: LowRank | None = None
 ) -> torch.Tensor:

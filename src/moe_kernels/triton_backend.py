@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from moe_kernels.activation import Gate
 from moe_kernels.backends import Problem
 from moe_kernels.kernels.triton.combine import combine, combine_grad, gather
 from moe_kernels.kernels.triton.dact import dact, down_grad
@@ -17,6 +18,7 @@ from moe_kernels.kernels.triton.launch import interpreting
 from moe_kernels.kernels.triton.plan import make_plan
 from moe_kernels.kernels.triton.up import up, up_low
 from moe_kernels.kernels.triton.wgrad import wgrad
+from moe_kernels.routing import RoutingPlan
 
 NAME = "triton"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -26,6 +28,7 @@ __all__ = [
     "combine_grad",
     "dact",
     "dgrad",
+    "dout_rows",
     "down",
     "down_grad",
     "expert_sum",
@@ -36,6 +39,11 @@ __all__ = [
     "wgrad",
     "why_not",
 ]
+
+
+def dout_rows(dout: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, gate: Gate, plain: bool) -> torch.Tensor:
+    """dO (T, H) in expert order (R, H), for ``down_grad`` and the gradient of W2."""
+    return gather(dout, plan)
 
 
 def why_not(problem: Problem) -> str | None:

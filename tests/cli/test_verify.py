@@ -40,13 +40,13 @@ def test_a_right_backend_passes(dtype):
 
 @pytest.mark.parametrize("wrong", [None, 1, 2])
 def test_what_sizes_decide_is_checked_both_ways(wrong, monkeypatch):
-    """On Hopper a training's sizes choose how weights are loaded, and those of the check may choose otherwise."""
+    """On Hopper sizes and card choose how the kernels work, and those of the check may choose otherwise."""
     gemm = pytest.importorskip("moe_kernels.kernels.hopper.gemm")
     seen = []
 
     def experts(*tensors, backend, group_size, persistent, **options):
         backends.count_dispatch(backend)
-        seen.append(gemm.blocks_together(None, None))  # without a choice it would look at its arguments
+        seen.append(gemm.blocks_together("up", None, None))  # without a choice it would look at its arguments
         out = reference_experts(*tensors, **options)
         return out * 2 if seen[-1] == wrong else out
 
@@ -55,7 +55,8 @@ def test_what_sizes_decide_is_checked_both_ways(wrong, monkeypatch):
     (verdict,) = judge(routings=("random",))
     assert seen == [1, 1, 2, 2]
     assert verdict.ok == (wrong is None)
-    assert all(f"random, {wrong} inner blocks at a time" in failure for failure in verdict.failures)
+    tiles = {1: "cooperative tiles", 2: "tiles in turn"}
+    assert all(f"random, {tiles[wrong]}" in failure for failure in verdict.failures)
 
 
 def broken(step, breakage):

@@ -113,7 +113,6 @@ MUTANTS: list[tuple[Any, ...]] = [
 
 # pytest's -k: which tests of GPU_TESTS are run on a mutant
 ROUTINGS = "hostile and bfloat16"  # experts of one to a few tiles each, tails, dropped ids, empty experts
-IN_SLICES = "every_schedule and cooperative and wgrad"  # on an H200 its default is two groups in turn
 LARGE_WEIGHTS = "come_from_memory"
 BIAS, LORA, INTERLEAVED = (f"kinds and {kind}" for kind in ("bias", "lora and not 64", "interleaved"))
 
@@ -123,6 +122,9 @@ GPU_MUTANTS = [
     ("partial tile written to the first columns", "ring.py", "cols = col0 + gl.arange(0, COLUMNS,", "cols = gl.arange(0, COLUMNS,", ROUTINGS),
     ("chunk sent before it is in its buffer", "ring.py", "    put(values, buffer)\n    fence_async_shared()\n    tma.async_copy_shared_to_global(out, [row, col], buffer)\n", "    tma.async_copy_shared_to_global(out, [row, col], buffer)\n    tma.store_wait(0)\n    put(values, buffer)\n", ROUTINGS),
     ("no wait for the buffer to be free", "ring.py", "    tma.store_wait(1)\n", "", ROUTINGS),
+    ("no wait for two buffers to be free", "gemm.py", "    tma.store_wait(0)\n    put(left,", "    put(left,", ROUTINGS),
+    ("a tile that begins early begins one row too early", "gemm.py", "gl.minimum(row0, row_end - BLOCK_M)", "gl.minimum(row0, row_end - BLOCK_M - 1)", ROUTINGS),
+    ("a tile that begins early reaches into the expert before", "gemm.py", "gl.maximum(gl.minimum(row0, row_end - BLOCK_M), gl.load(expert_start_ptr + expert))", "gl.maximum(gl.minimum(row0, row_end - BLOCK_M), 0)", ROUTINGS),
     ("wrong gathered token", "gemm.py", "(slot // TOP_K).to(gl.int64)", "(slot % TOP_K).to(gl.int64)", ROUTINGS),
     ("last row of an expert gathers token 0", "gemm.py", "mask=rows < row_end, other=0)", "mask=rows < row_end - 1, other=0)", ROUTINGS),
     ("every K block gathers the first columns", "gemm.py", "async_copy_global_to_shared(a, pointers + k0)", "async_copy_global_to_shared(a, pointers)", ROUTINGS),
@@ -136,22 +138,28 @@ GPU_MUTANTS = [
     ("the last K block alone counts", "gemm.py", "warpgroup_mma(a, b, acc, is_async=True)", "warpgroup_mma(a, b, acc, use_acc=False, is_async=True)", ROUTINGS),
     ("both groups multiply the upper half", "gemm.py", "a = a.slice(WARPGROUP * ROWS, ROWS)", "a = a.slice(0, ROWS)", ROUTINGS),
     ("both groups write the upper half", "gemm.py", "row0 += WARPGROUP * ROWS", "row0 += 0", ROUTINGS),
-    ("gate and up swapped in the epilogue", "gemm.py", "value(left, right, ACTIVATION", "value(right, left, ACTIVATION", ROUTINGS),
+    ("gate and up swapped in the epilogue", "gemm.py", "value(gate0, up0, ACTIVATION", "value(up0, gate0, ACTIVATION", ROUTINGS),
+    ("the activation's halves swapped", "gemm.py", "_write_pair(a0, a1, buffers,", "_write_pair(a1, a0, buffers,", ROUTINGS),
     ("Z's up half written over its gate half", "gemm.py", "row0, row_end, N + n * HALF, 2 * N, 2 * N)", "row0, row_end, n * HALF, N, 2 * N)", ROUTINGS),
-    ("right half of a tile written over the left", "gemm.py", "row0, row_end, n * BLOCK_N + HALF, N, N)", "row0, row_end, n * BLOCK_N, N, N)", ROUTINGS),
-    ("second chunk of a half written over the first", "gemm.py", "row_end, col0 + CHUNK, col_end, width)", "row_end, col0, col_end, width)", ROUTINGS),
+    ("right half of a tile written over the left", "gemm.py", "row0, row_end, n * BLOCK_N + HALF + CHUNK, N)", "row0, row_end, n * BLOCK_N + CHUNK, N)", ROUTINGS),
+    ("second chunk of a half written over the first", "gemm.py", "row0, row_end, n * BLOCK_N + CHUNK, N)", "row0, row_end, n * BLOCK_N, N)", ROUTINGS),
+    ("second chunk of a pair written over the first", "gemm.py", "out, [row0, col0 + CHUNK], buffers.index(1)", "out, [row0, col0], buffers.index(1)", ROUTINGS),
+    ("second chunk of a pair lost at the edge", "gemm.py", "two = col0 + CHUNK < col_end", "two = col0 + 2 * CHUNK < col_end", ROUTINGS),
     ("tile written over the next expert's rows", "gemm.py", "elif row0 + values.shape[0] <= row_end:", "elif row0 <= row_end:", ROUTINGS),
+    ("pair written over the next expert's rows", "gemm.py", "if row0 + left.shape[0] <= row_end:", "if row0 <= row_end:", ROUTINGS),
     ("partial block of columns lost", "gemm.py", "num_n = (N + COLUMNS - 1) // COLUMNS", "num_n = N // COLUMNS", ROUTINGS),
     ("last tile lost", "gemm.py", "num_m = gl.load(tile_count_ptr)", "num_m = gl.load(tile_count_ptr) - 1", ROUTINGS),
     ("wgrad loses an expert's last row", "wgrad.py", "mask=(rows < row_end)[:, None] &", "mask=(rows < row_end - 1)[:, None] &", ROUTINGS),
-    ("wgrad's partial block multiplies other rows", "wgrad.py", "_copy_rows(b, right_ptr, row, end,", "_copy_rows(b, right_ptr, start, end,", ROUTINGS),
+    ("wgrad's partial block multiplies other rows", "wgrad.py", "_sources(row_slot_ptr, row, end, BLOCK_N, BLOCK_K, 0)", "_sources(row_slot_ptr, start, end, BLOCK_N, BLOCK_K, 0)", ROUTINGS),
+    ("wgrad gathers the same block of tokens again", "wgrad.py", "_sources(row_slot_ptr, row + BLOCK_K, end,", "_sources(row_slot_ptr, row, end,", ROUTINGS),
+    ("wgrad gathers another token", "wgrad.py", "other=0) // TOP_K", "other=0) % TOP_K", ROUTINGS),
     ("wgrad's whole blocks one row late on the left", "wgrad.py", "(left, [row, m * BLOCK_M], bar, a)", "(left, [row + 1, m * BLOCK_M], bar, a)", ROUTINGS),
     ("wgrad's right columns are the left's", "wgrad.py", "(right, [row, n * BLOCK_N], bar, b)", "(right, [row, m * BLOCK_M], bar, b)", ROUTINGS),
     ("wgrad sums the last block of rows alone", "wgrad.py", "b_ring.index(stage), acc, is_async=True)", "b_ring.index(stage), acc, use_acc=False, is_async=True)", ROUTINGS),
     ("wgrad skips experts without rows", "wgrad.py", "if m0 < M:", "if (m0 < M) & (start < end):", ROUTINGS),
-    ("wgrad writes the right half twice", "wgrad.py", "_write(left, buffers, 0, out,", "_write(right, buffers, 0, out,", ROUTINGS),
+    ("wgrad writes the right half twice", "wgrad.py", "_write(left, buffers, out,", "_write(right, buffers, out,", ROUTINGS),
     ("wgrad's partial block of columns lost", "wgrad.py", "num_n = (N + BLOCK_N - 1) // BLOCK_N", "num_n = N // BLOCK_N", ROUTINGS),
-    ("both groups of wgrad multiply the upper half", "wgrad.py", "a = a.slice(WARPGROUP * ROWS, ROWS, dim=1)", "a = a.slice(0, ROWS, dim=1)", IN_SLICES),
+    ("both groups of wgrad multiply the upper half", "wgrad.py", "slice(WARPGROUP * ROWS, ROWS, dim=1)", "slice(0, ROWS, dim=1)", ROUTINGS),
     ("dZ without the routing weight", "down_grad.py", "    da *= weight[:, None]\n", "    da *= 1.0\n", ROUTINGS),
     ("wA without the routing weight", "down_grad.py", "put(weight[:, None] * a,", "put(a,", ROUTINGS),
     ("routing weight of another slot", "down_grad.py", "gl.load(topk_weights_ptr + slot,", "gl.load(topk_weights_ptr + rows,", ROUTINGS),
@@ -163,6 +171,7 @@ GPU_MUTANTS = [
     ("down projection forgets the bias", "../../gluon_backend.py", "if bias is None and low_rank is None and _fits(a, weight)", "if low_rank is None and _fits(a, weight)", BIAS),
     ("dx forgets the low-rank part", "../../gluon_backend.py", "if low_rank is None and _fits(rows, weight)", "if _fits(rows, weight)", LORA),
     ("dZ forgets the low-rank part", "../../gluon_backend.py", "plain = bias is None and low_rank is None and", "plain = bias is None and", LORA),
+    ("rows in expert order taken for tokens", "../../gluon_backend.py", "return TokenRows(dout, plan.top_k)", "return TokenRows(gather(dout, plan), plan.top_k)", ROUTINGS),
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from moe_kernels import backends
 from moe_kernels.activation import Activation
 from moe_kernels.testing.problems import Case, check, make_inputs, run
 from moe_kernels.testing.routings import ROUTINGS
+from moe_kernels.testing.verification import variants
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
 if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
@@ -43,10 +44,12 @@ def test_models(model, record_property):
     judge(MODELS[model], record_property)
 
 
+@pytest.mark.parametrize("variant", [0, 1], ids=["cooperative", "in turn"])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
-def test_hostile_routings(routing, dtype, record_property):
-    judge(dataclasses.replace(CASE, routing=routing, dtype=dtype), record_property)
+def test_hostile_routings(routing, dtype, variant, record_property):
+    with list(variants("gluon").values())[variant]:
+        judge(dataclasses.replace(CASE, routing=routing, dtype=dtype), record_property)
 
 
 @pytest.mark.parametrize(
@@ -64,32 +67,43 @@ LARGE = [Case(500, 8, 64, 1024, 704, BF16), Case(300, 8, 48, 1088, 832, BF16, "z
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
-@pytest.mark.parametrize("schedules", ["SCHEDULES", "SCHEDULES_H200"])
-def test_weights_that_come_from_memory(case, schedules, record_property):
-    from moe_kernels.kernels.hopper import gemm, ring
+@pytest.mark.parametrize("together", [None, 1, 2])
+def test_weights_that_come_from_memory(case, together, record_property):
+    from moe_kernels.kernels.hopper import gemm
 
     inputs = inputs_of(case)
     plan = SimpleNamespace(rows=case.tokens * case.top_k, experts=case.experts)
-    assert gemm.blocks_together(plan, inputs.gate_up) == gemm.blocks_together(plan, inputs.down) == 2
-    with contextlib.ExitStack() as chosen:
-        for kernel, schedule in getattr(ring, schedules).items():
-            chosen.enter_context(ring.use_schedule(kernel, schedule))
+    assert gemm.blocks_together("dgrad", plan, inputs.gate_up) == 2
+    with gemm.use_blocks_together(together) if together else contextlib.nullcontext():
         judge(case, record_property)
 
 
-@pytest.mark.parametrize("kernel", ["up", "down", "dgrad", "wgrad"])
-@pytest.mark.parametrize("schedule", ["cooperative", "in turn", "three stages"])
+@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize("sizes", [(700, 2, 5, 128, 704), (129, 1, 2, 64, 576)], ids=str)
+def test_either_way_of_the_output_gradient(sizes, gathered, record_property):
+    from moe_kernels.gluon_backend import use_gathered
+
+    with use_gathered(gathered):
+        judge(Case(*sizes, BF16, "zipf"), record_property)
+
+
+@pytest.mark.parametrize("kernel", ["up", "down", "dgrad"])
+@pytest.mark.parametrize("schedule", ["in turn", "three stages"])
 @pytest.mark.parametrize("routing", ["zipf", "sentinels"])
-def test_every_schedule(kernel, schedule, routing, record_property):
+def test_other_schedules(kernel, schedule, routing, record_property):
     from moe_kernels.kernels.hopper.ring import Schedule, use_schedule
 
-    chosen = {
-        "cooperative": Schedule(True, 256, 4),
-        "in turn": Schedule(False, 128, 5),
-        "three stages": Schedule(True, 256, 3),
-    }[schedule]
+    if (kernel, schedule) == ("up", "in turn"):
+        pytest.skip("up has cooperative tiles alone")
+    chosen = {"in turn": Schedule(False, 128, 5), "three stages": Schedule(True, 256, 3)}[schedule]
     with use_schedule(kernel, chosen):
         judge(dataclasses.replace(CASE, routing=routing), record_property)
+
+
+@pytest.mark.parametrize("rows", [63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257])
+def test_sizes_of_the_last_tile(rows, record_property):
+    """Expert 0 has so many rows, and those of the experts after it border on its last tile."""
+    judge(Case(rows + 2, 1, 3, 256, 192, BF16, "one_token_each"), record_property)
 
 
 KINDS = {

@@ -5,8 +5,8 @@ Used by ``moe-kernels verify`` and by ``moe-kernels tune``, which accepts no til
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -88,19 +88,37 @@ def verify_case(
                 verdict.failures = [str(error)]
                 continue
             verdict.routings += 1
-            for variant, chosen in _variants(verdict.backend).items():
+            for variant, chosen in variants(verdict.backend).items():
                 with chosen:
                     _judge(verdict, routing + variant, inputs, expected, plain)
     return verdicts
 
 
-def _variants(backend: str) -> dict[str, AbstractContextManager[None]]:
-    """What the sizes of a call choose, and those of this check may not: what to add to the routing, and how."""
+def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
+    """What sizes and card choose, and those of a check may not: what to add to the routing, and how."""
     if backend != "gluon":
         return {"": nullcontext()}
-    from moe_kernels.kernels.hopper.gemm import use_blocks_together
+    from moe_kernels.kernels.hopper.ring import COOPERATIVE, IN_TURN
 
-    return {f", {number} inner blocks at a time": use_blocks_together(number) for number in (1, 2)}
+    return {
+        ", cooperative tiles, dO gathered inside": _hopper(COOPERATIVE, 1, True),
+        ", tiles in turn, two inner blocks at a time": _hopper(IN_TURN, 2, False),
+    }
+
+
+@contextmanager
+def _hopper(schedule: Any, together: int, gathered: bool) -> Iterator[None]:
+    from moe_kernels.gluon_backend import use_gathered
+    from moe_kernels.kernels.hopper.gemm import use_blocks_together
+    from moe_kernels.kernels.hopper.ring import use_schedule
+
+    with (
+        use_schedule("down", schedule),
+        use_schedule("dgrad", schedule),
+        use_blocks_together(together),
+        use_gathered(gathered),
+    ):
+        yield
 
 
 def _judge(

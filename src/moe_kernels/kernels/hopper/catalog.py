@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -16,10 +17,10 @@ import torch
 
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.hopper import down_grad, gemm, wgrad
-from moe_kernels.kernels.hopper.ring import SCHEDULES_H200, use_schedule
+from moe_kernels.kernels.hopper.ring import IN_TURN, use_schedule
 from moe_kernels.kernels.triton.catalog import EVERY_ACTIVATION, CompileCase
 from moe_kernels.kernels.triton.launch import Descriptor
-from moe_kernels.routing import RoutingPlan
+from moe_kernels.routing import RoutingPlan, TokenRows
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
 _TOKENS, _TOP_K, _EXPERTS, _HIDDEN, _INTERMEDIATE = 16, 2, 4, 128, 64
@@ -52,11 +53,11 @@ def compile_cases() -> Iterator[CompileCase]:
     for dtype in (torch.bfloat16, torch.float16):
         yield from _cases(dtype, Activation("silu"))
     with contextlib.ExitStack() as both:
-        for kernel, schedule in SCHEDULES_H200.items():
-            both.enter_context(use_schedule(kernel, schedule))
+        for kernel in ("down", "dgrad"):
+            both.enter_context(use_schedule(kernel, IN_TURN))
         both.enter_context(gemm.use_blocks_together(2))
         cases = list(_cases(torch.bfloat16, Activation("silu")))
-    yield from (dataclasses.replace(case, name=f"{case.name}-h200-large-weights") for case in cases)
+    yield from (dataclasses.replace(case, name=f"{case.name}-in-turn-large-weights") for case in cases)
     for activation in EVERY_ACTIVATION:
         if activation.name != "silu":
             yield from (
@@ -80,10 +81,9 @@ def _cases(dtype: torch.dtype, activation: Activation) -> Iterator[CompileCase]:
     yield _recorded(f"hopper-up-no-grad-{suffix}", gemm, lambda: gemm.up(x, gate_up, plan, gate, False))
     yield _recorded(f"hopper-down-{suffix}", gemm, lambda: gemm.down(a, down, plan))
     yield _recorded(f"hopper-dgrad-{suffix}", gemm, lambda: gemm.dgrad(z, gate_up, plan))
-    yield _recorded(f"hopper-wgrad-{suffix}", wgrad, lambda: wgrad.wgrad(z, a, plan))
-    yield _recorded(f"hopper-wgrad-odd-{suffix}", wgrad, lambda: wgrad.wgrad(a, z, plan))
-    yield _recorded(
-        f"hopper-down_grad-{suffix}",
-        down_grad,
-        lambda: down_grad.down_grad(dout_rows, down, z, weights, plan, gate, True),
-    )
+    yield _recorded(f"hopper-wgrad-dW1-{suffix}", wgrad, lambda: wgrad.wgrad(z, a, plan))
+    how: dict[str, torch.Tensor | TokenRows] = {"": dout_rows, "-gather": TokenRows(x, _TOP_K)}
+    for name, dout in how.items():
+        backward = functools.partial(down_grad.down_grad, dout, down, z, weights, plan, gate, True)
+        yield _recorded(f"hopper-wgrad-dW2{name}-{suffix}", wgrad, functools.partial(wgrad.wgrad, dout, a, plan))
+        yield _recorded(f"hopper-down_grad{name}-{suffix}", down_grad, backward)

@@ -1,5 +1,6 @@
 """Step 4 on Hopper: dA0 = dOs W2[e] with the backward of the activation in its epilogue.
 
+Rows of dO come by TMA from a sorted copy, or (GATHER) by asynchronous copies from their tokens.
 dA0 stays in registers and in float32. Z comes by TMA under the multiplication; the epilogue turns it in place into dZ
 and writes wA. The routing weight's gradient <dA0, A> is summed per column block, and over those in a second launch:
 a fixed order, no atomics. While one group of warps is in its epilogue the other multiplies.
@@ -34,7 +35,7 @@ from moe_kernels.kernels.hopper.ring import (
 )
 from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
 from moe_kernels.kernels.triton.tile import swizzled_tile
-from moe_kernels.routing import RoutingPlan
+from moe_kernels.routing import RoutingPlan, TokenRows
 
 COLUMNS = gl.constexpr(32)  # that are finished at a time: more do not fit the registers beside the accumulator
 
@@ -110,6 +111,7 @@ def _multiply(
     ring,
     turns,
     sizes,
+    GATHER: gl.constexpr,
     ACTIVATION: gl.constexpr,
     P0: gl.constexpr,
     P1: gl.constexpr,
@@ -149,6 +151,8 @@ def _multiply(
         for k0 in range(0, H, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+            if GATHER:
+                fence_async_shared()  # wgmma is to see what ordinary copies wrote
             acc = warpgroup_mma(a_ring.index(stage), b_ring.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             if k0 > 0:
@@ -201,7 +205,8 @@ def _multiply(
 
 @gluon.jit
 def hopper_down_grad_kernel(
-    dout_rows,  # (R, H): descriptor
+    dout_rows,  # (R, H): descriptor; any pointer if GATHER
+    dout_ptr,  # (R / TOP_K, H): read if GATHER
     w,  # (E * H, I): descriptor
     z,  # (R, 2I): descriptor
     dz,  # (R, 2I): descriptor, may be of the same memory as z
@@ -218,6 +223,8 @@ def hopper_down_grad_kernel(
     H,
     I,
     R,
+    TOP_K: gl.constexpr,
+    GATHER: gl.constexpr,
     ACTIVATION: gl.constexpr,
     P0: gl.constexpr,
     P1: gl.constexpr,
@@ -240,7 +247,7 @@ def hopper_down_grad_kernel(
     for i in gl.static_range(2):
         mbarrier.init(z_arrived0.index(i), count=1)
         mbarrier.init(z_arrived1.index(i), count=1)
-    ready, empty, turns = new_ring(STAGES, 1, 1)
+    ready, empty, turns = new_ring(STAGES, 1 + (128 if GATHER else 0), 1)
     num_m = gl.load(tile_count_ptr)
     num_n = (I + BLOCK_N - 1) // BLOCK_N
     tensors = (z, dz, dz_ptr, wa, wa_ptr)
@@ -262,6 +269,7 @@ def hopper_down_grad_kernel(
                     ring,
                     turns,
                     (H, I, R),
+                    GATHER,
                     ACTIVATION,
                     P0,
                     P1,
@@ -286,6 +294,7 @@ def hopper_down_grad_kernel(
                     ring,
                     turns,
                     (H, I, R),
+                    GATHER,
                     ACTIVATION,
                     P0,
                     P1,
@@ -300,17 +309,18 @@ def hopper_down_grad_kernel(
                 load_tiles,
                 (
                     dout_rows,
-                    wa_ptr,
+                    dout_ptr,
                     w,
                     row_slot_ptr,
                     tiles,
                     ring,
                     (H, I),
-                    1,
+                    TOP_K,
                     False,
-                    False,
+                    GATHER,
                     True,
                     1,
+                    False,  # dZ may be of the memory of Z: no row may be worked on twice
                     BLOCK_M,
                     BLOCK_K,
                     GROUP_M,
@@ -318,8 +328,8 @@ def hopper_down_grad_kernel(
                 ),
             ),
         ],
-        [4, 1],
-        [232, 40],
+        [4, 4 if GATHER else 1],
+        [216 if GATHER else 232, 72 if GATHER else 40],
     )
 
 
@@ -350,7 +360,7 @@ _NARROW = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=
 
 
 def down_grad(
-    dout_rows: torch.Tensor,
+    dout_rows: torch.Tensor | TokenRows,
     weight: torch.Tensor,
     z: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -361,7 +371,7 @@ def down_grad(
     """dZ (R, 2I), wA (R, I) and dw (T, K) from the output's gradient.
 
     Args:
-        dout_rows: (R, H), sorted by expert.
+        dout_rows: (R, H), sorted by expert, or the tokens that its rows are of.
         weight: (E, H, I).
         z: (R, 2I); its memory becomes dZ if overwrite_z.
         topk_weights: (T, K).
@@ -376,14 +386,16 @@ def down_grad(
     if tiles == 0:
         return dz, wa, dw
     parts = torch.empty((blocks, plan.rows), dtype=torch.float32, device=z.device)
-    constants = SCHEDULE.constants()
+    dout, top_k = dout_rows if isinstance(dout_rows, TokenRows) else (dout_rows, 0)
+    constants = {"TOP_K": max(top_k, 1), "GATHER": top_k > 0, **SCHEDULE.constants()}
     activation = gate.constants()
     del constants["COOPERATIVE"], activation["GATED"], activation["INTERLEAVED"]
     launch(
         hopper_down_grad_kernel,
         (min(tiles, multiprocessors(z.device)),),
         (
-            matrix(dout_rows, BLOCK_M, BLOCK_K),
+            dout if top_k else matrix(dout, BLOCK_M, BLOCK_K),
+            dout,
             matrix(weight, BLOCK_K, SCHEDULE.block_n),
             *(matrix(t, BLOCK_M, COLUMNS.value, layout=_NARROW) for t in (z, dz)),
             dz,

@@ -27,6 +27,7 @@ from moe_kernels.kernels.hopper.ring import (
     Schedule,
     await_turn,
     halves,
+    has_fast_memory,
     matrix,
     new_ring,
     pass_turn,
@@ -39,6 +40,22 @@ from moe_kernels.kernels.triton.launch import Descriptor, cdiv, launch, multipro
 from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tuning import config
+
+
+@gluon.jit
+def tile_rows(tiles, m, BLOCK_M: gl.constexpr, FULL: gl.constexpr):
+    """(expert, first row, end of the expert's rows) of row tile m.
+
+    FULL: an expert's last tile begins as early as it takes to be full, so that it is written like any other. The rows
+    that the tile before has too are computed twice, to the same bits.
+    """
+    expert_start_ptr, tile_expert_ptr, tile_row_ptr, _, _ = tiles
+    expert = gl.load(tile_expert_ptr + m)
+    row0 = gl.load(tile_row_ptr + m)
+    row_end = gl.load(expert_start_ptr + expert + 1)
+    if FULL:
+        row0 = gl.maximum(gl.minimum(row0, row_end - BLOCK_M), gl.load(expert_start_ptr + expert))
+    return expert, row0, row_end
 
 
 @gluon.jit
@@ -94,6 +111,7 @@ def load_tiles(
     GATHER: gl.constexpr,
     W_IS_KN: gl.constexpr,
     TOGETHER: gl.constexpr,
+    FULL: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -103,18 +121,16 @@ def load_tiles(
 
     TOGETHER: inner blocks that are asked for at a time, 1 or 2, see ``blocks_together``.
     """
-    expert_start_ptr, tile_expert_ptr, tile_row_ptr, num_m, num_n = tiles
+    _, _, _, num_m, num_n = tiles
     _, _, _, empty = ring
     K, _ = sizes
     gathered: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     step = 0
     for pid in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         m, n = swizzled_tile(pid, num_m, num_n, GROUP_M)
-        expert = gl.load(tile_expert_ptr + m)
-        row0 = gl.load(tile_row_ptr + m)
+        expert, row0, row_end = tile_rows(tiles, m, BLOCK_M, FULL)
         if GATHER:
             rows = row0 + gl.arange(0, BLOCK_M, gl.SliceLayout(1, gathered))
-            row_end = gl.load(expert_start_ptr + expert + 1)
             # Rows of the next expert read slot 0: a valid token whose result is not written.
             slot = gl.load(row_slot_ptr + rows, mask=rows < row_end, other=0)
             cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, gathered))
@@ -162,7 +178,7 @@ def _multiply(
 ):
     """One of the two multiplying groups of warps: consume the ring, write the tile."""
     z, z_ptr, out, out_ptr = tensors
-    expert_start_ptr, tile_expert_ptr, tile_row_ptr, num_m, num_n = tiles
+    _, _, _, num_m, num_n = tiles
     a_ring, b_ring, ready, empty = ring
     K, N = sizes
     ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M
@@ -173,9 +189,7 @@ def _multiply(
     for pid in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         if COOPERATIVE or turn % 2 == WARPGROUP:
             m, n = swizzled_tile(pid, num_m, num_n, GROUP_M)
-            expert = gl.load(tile_expert_ptr + m)
-            row0 = gl.load(tile_row_ptr + m)
-            row_end = gl.load(expert_start_ptr + expert + 1)
+            _expert, row0, row_end = tile_rows(tiles, m, BLOCK_M, COOPERATIVE)
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, acc_layout)
             if not COOPERATIVE:
                 await_turn(turns, WARPGROUP, turn // 2)
@@ -201,17 +215,30 @@ def _multiply(
                 pass_turn(turns, WARPGROUP)
             if COOPERATIVE:
                 row0 += WARPGROUP * ROWS
-            tma.store_wait(0)  # of the tile before: both buffers are free
             left, right = halves(acc)
             if GATED:
+                # Two chunks at a time: one fence for both, and the wait for those before is spent on the activation.
+                gate0, gate1 = halves(left)
+                up0, up1 = halves(right)
                 if SAVE_Z:
-                    _write(left, buffers, 0, z, z_ptr, row0, row_end, n * HALF, N, 2 * N)
-                    _write(right, buffers, 1, z, z_ptr, row0, row_end, N + n * HALF, 2 * N, 2 * N)
-                a_tile = value(left, right, ACTIVATION, P0, P1)
-                _write(a_tile, buffers, 2, out, out_ptr, row0, row_end, n * HALF, N, N)
+                    _write_pair(gate0, gate1, buffers, z, z_ptr, row0, row_end, n * HALF, N, 2 * N)
+                a0 = value(gate0, up0, ACTIVATION, P0, P1).to(out.dtype)
+                if SAVE_Z:
+                    _write_pair(up0, up1, buffers, z, z_ptr, row0, row_end, N + n * HALF, 2 * N, 2 * N)
+                a1 = value(gate1, up1, ACTIVATION, P0, P1).to(out.dtype)
+                _write_pair(a0, a1, buffers, out, out_ptr, row0, row_end, n * HALF, N, N)
             else:
-                _write(left, buffers, 0, out, out_ptr, row0, row_end, n * BLOCK_N, N, N)
-                _write(right, buffers, 1, out, out_ptr, row0, row_end, n * BLOCK_N + HALF, N, N)
+                tma.store_wait(0)  # of the tile before: both buffers are free
+                if COOPERATIVE:
+                    left0, left1 = halves(left)
+                    right0, right1 = halves(right)
+                    _write(left0, buffers.index(0), out, out_ptr, row0, row_end, n * BLOCK_N, N)
+                    _write(left1, buffers.index(1), out, out_ptr, row0, row_end, n * BLOCK_N + CHUNK, N)
+                    _write(right0, buffers.index(0), out, out_ptr, row0, row_end, n * BLOCK_N + HALF, N)
+                    _write(right1, buffers.index(1), out, out_ptr, row0, row_end, n * BLOCK_N + HALF + CHUNK, N)
+                else:
+                    _write(left, buffers.index(0), out, out_ptr, row0, row_end, n * BLOCK_N, N)
+                    _write(right, buffers.index(1), out, out_ptr, row0, row_end, n * BLOCK_N + HALF, N)
         else:
             step += (K + BLOCK_K - 1) // BLOCK_K
         turn += 1  # noqa: SIM113 (Gluon has no enumerate)
@@ -219,22 +246,9 @@ def _multiply(
 
 
 @gluon.jit
-def _write(values, buffers, FIRST: gl.constexpr, out, out_ptr, row0, row_end, col0, col_end, width):
-    """Write values [rows, 64 or 128] at (row0, col0) of a (., width) tensor: rows and columns below the ends.
-
-    FIRST: number of the first chunk within the tile, which decides the buffer.
-    """
-    if values.shape[1] == CHUNK:
-        _write_chunk(values, buffers.index(FIRST % 2), out, out_ptr, row0, row_end, col0, col_end, width)
-    else:
-        left, right = halves(values)
-        _write_chunk(left, buffers.index(0), out, out_ptr, row0, row_end, col0, col_end, width)
-        _write_chunk(right, buffers.index(1), out, out_ptr, row0, row_end, col0 + CHUNK, col_end, width)
-
-
-@gluon.jit
-def _write_chunk(values, buffer, out, out_ptr, row0, row_end, col0, col_end, width):
-    if col0 >= col_end:  # widths are multiples of CHUNK: a chunk is inside or outside
+def _write(values, buffer, out, out_ptr, row0, row_end, col0, width):
+    """Write values [rows, CHUNK] at (row0, col0) of a (., width) tensor: rows and columns below the ends."""
+    if col0 >= width:  # widths are multiples of CHUNK: a chunk is inside or outside
         tma.store_wait(0)
     elif row0 + values.shape[0] <= row_end:
         write_chunk(values, buffer, out, row0, col0)
@@ -243,6 +257,25 @@ def _write_chunk(values, buffer, out, out_ptr, row0, row_end, col0, col_end, wid
         tma.store_wait(0)
         put(values, buffer)
         store_masked(buffer, out_ptr, row0, row_end, col0, width)
+
+
+@gluon.jit
+def _write_pair(left, right, buffers, out, out_ptr, row0, row_end, col0, col_end, width):
+    """The same for two chunks side by side."""
+    tma.store_wait(0)
+    put(left, buffers.index(0))
+    put(right, buffers.index(1))
+    if col0 < col_end:
+        two = col0 + CHUNK < col_end
+        if row0 + left.shape[0] <= row_end:
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out, [row0, col0], buffers.index(0))
+            if two:
+                tma.async_copy_shared_to_global(out, [row0, col0 + CHUNK], buffers.index(1))
+        else:
+            store_masked(buffers.index(0), out_ptr, row0, row_end, col0, width)
+            if two:
+                store_masked(buffers.index(1), out_ptr, row0, row_end, col0 + CHUNK, width)
 
 
 @gluon.jit
@@ -364,6 +397,7 @@ def hopper_gemm_kernel(
                     GATHER,
                     W_IS_KN,
                     TOGETHER,
+                    COOPERATIVE,
                     BLOCK_M,
                     BLOCK_K,
                     GROUP_M,
@@ -381,18 +415,24 @@ def hopper_gemm_kernel(
 _ROWS_PER_EXPERT = 512
 #: Weights of fewer bytes may stay in the second-level cache: a bound by reasoning, not by measurement.
 _CACHED_BYTES = 64 * 2**20
+#: Rows of weights that are a multiple of these many bytes apart are slow to read in pieces on an H100.
+_SLOW_STRIDE = 2048
 
 
-def blocks_together(plan: RoutingPlan, weight: torch.Tensor) -> int:
-    """How many inner blocks the loading warps ask for at a time: 2 where the weights come from memory all the time.
+def blocks_together(kernel: str, plan: RoutingPlan, weight: torch.Tensor) -> int:
+    """How many inner blocks the loading warps of ``kernel`` ask for at a time: 2 where that is faster.
 
-    A block is 128 bytes of each row, and memory gives neighbouring pieces faster when it is asked for both at once.
-    Waiting for two free stages costs a few percent elsewhere. benchmarks/results/h100-log-8-loads.json.
+    It can be where the weights come from memory all the time. A block is 128 bytes of each row, and memory gives
+    neighbouring pieces faster when it is asked for both at once; waiting for two free stages costs a few percent.
+    By measurement, benchmarks/results/log-9-epilogues.json: dgrad on both cards, up and down on an H100.
     """
     if _forced:
         return _forced["all"]
     few_rows = plan.rows < _ROWS_PER_EXPERT * plan.experts
-    return 2 if few_rows and weight.numel() * weight.element_size() > _CACHED_BYTES else 1
+    if not few_rows or weight.numel() * weight.element_size() <= _CACHED_BYTES:
+        return 1
+    slow = not has_fast_memory(weight.device) and weight.shape[2] * weight.element_size() % _SLOW_STRIDE == 0
+    return 2 if kernel == "dgrad" or slow else 1
 
 
 _forced: dict[str, int] = {}
@@ -415,10 +455,10 @@ def up(
     width = weight.shape[1] // 2
     z = x.new_empty(plan.rows, 2 * width) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, width)
-    schedule = schedule_of("up", x.device)
+    schedule = schedule_of("up", x.shape[1], x.device)
     columns = schedule.block_n // 2
     constants = {**gate.constants(), "GATHER": True, "SAVE_Z": save_z, "W_IS_KN": False}
-    constants["TOGETHER"] = blocks_together(plan, weight)
+    constants["TOGETHER"] = blocks_together("up", plan, weight)
     del constants["INTERLEAVED"]
     saved = z if save_z else a
     z_arguments = matrix(saved, schedule.rows, CHUNK.value), saved
@@ -439,10 +479,10 @@ def dgrad(rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> torch.
 def _rows_times_weight(kernel: str, rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     w_is_kn = kernel == "dgrad"
     out = rows.new_empty(plan.rows, weight.shape[2 if w_is_kn else 1])
-    schedule = schedule_of(kernel, rows.device)
+    schedule = schedule_of(kernel, rows.shape[1], rows.device)
     columns = schedule.block_n
     w = matrix(weight, *((BLOCK_K, columns) if w_is_kn else (columns, BLOCK_K)))
-    constants = {**_IDENTITY, "W_IS_KN": w_is_kn, "TOGETHER": blocks_together(plan, weight)}
+    constants = {**_IDENTITY, "W_IS_KN": w_is_kn, "TOGETHER": blocks_together(kernel, plan, weight)}
     _launch(matrix(rows, BLOCK_M, BLOCK_K), rows, w, (out, out), out, plan, schedule, columns, constants)
     return out
 

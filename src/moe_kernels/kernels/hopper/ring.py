@@ -128,26 +128,27 @@ class Schedule:
         }
 
 
-_COOPERATIVE = Schedule(cooperative=True, block_n=256, stages=4)
-_IN_TURN = Schedule(cooperative=False, block_n=128, stages=5, group_m=4)
-#: Measured on an H100: benchmarks/results/h100-log-8-loads.json. "wgrad, odd": gradients whose rows are no multiple
-#: of BLOCK_M.
-SCHEDULES = dict.fromkeys(("up", "down", "dgrad", "wgrad", "wgrad, odd"), _COOPERATIVE)
-#: Measured on an H200, whose memory is 1.4 times as fast: benchmarks/results/h200-log-3-gathers.json. Tiles in turn
-#: read the rows twice as often, which costs an H100 up to a third.
-SCHEDULES_H200 = SCHEDULES | dict.fromkeys(("down", "dgrad", "wgrad"), _IN_TURN)
+COOPERATIVE = Schedule(cooperative=True, block_n=256, stages=4)
+IN_TURN = Schedule(cooperative=False, block_n=128, stages=5, group_m=4)
+_SHALLOW = 1024  # inner length up to which an H200 is better off with tiles in turn
 _overrides: dict[str, Schedule] = {}
 
 
-def schedule_of(kernel: str, device: torch.device) -> Schedule:
-    """The schedule that ``kernel`` uses on ``device``."""
-    return _overrides.get(kernel) or _schedules(device)[kernel]
+def schedule_of(kernel: str, depth: int, device: torch.device) -> Schedule:
+    """The schedule of ``kernel`` ("up", "down" or "dgrad") for an inner length of ``depth`` on ``device``.
+
+    In turn, one group of warps writes while the other multiplies, which pays where tiles have few inner blocks. But
+    the rows are read twice as often, which costs an H100 more than it gains. benchmarks/results/log-9-epilogues.json.
+    """
+    if kernel in _overrides:
+        return _overrides[kernel]
+    return IN_TURN if kernel != "up" and depth <= _SHALLOW and has_fast_memory(device) else COOPERATIVE
 
 
 @functools.cache
-def _schedules(device: torch.device) -> dict[str, Schedule]:
-    fast = device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)  # or GH200
-    return SCHEDULES_H200 if fast else SCHEDULES
+def has_fast_memory(device: torch.device) -> bool:
+    """Whether this is an H200 or GH200, whose memory is 1.4 times as fast as an H100's."""
+    return device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
 
 
 @contextlib.contextmanager

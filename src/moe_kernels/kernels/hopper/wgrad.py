@@ -2,6 +2,7 @@
 
 Whole blocks of rows come by TMA. The last, partial block comes by asynchronous copies that fill with zeros after the
 expert's last row, so that rows of the next expert (or its NaNs) never enter. Experts without rows get exact zeros.
+``left`` may be tokens that are not in expert order (GATHER): then its blocks always come by asynchronous copies.
 """
 
 import torch
@@ -20,28 +21,43 @@ from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
     CHUNK,
-    await_turn,
+    COOPERATIVE,
     halves,
     matrix,
     new_ring,
-    pass_turn,
-    schedule_of,
     write_chunk,
 )
 from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
 from moe_kernels.kernels.triton.tile import swizzled_tile
-from moe_kernels.routing import RoutingPlan
+from moe_kernels.routing import RoutingPlan, TokenRows
+
+
+@gluon.constexpr_function
+def _layout(columns):
+    """How the loading threads share a block of rows, so many columns of each: 16 bytes at a time."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
 
 
 @gluon.jit
-def _copy_rows(buffer, base, row0, row_end, col0, width):
-    """Rows [row0, row0 + BLOCK_K) of a (R, width) tensor at column col0 into ``buffer``; zeros outside."""
-    COLS: gl.constexpr = buffer.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
+def _copy_rows(buffer, base, sources, row0, row_end, col0, width):
+    """Rows ``sources`` of a (., width) tensor at column col0 into ``buffer``; zeros outside.
+
+    sources: (BLOCK_K,), for the sorted rows from row0 on.
+    """
+    layout: gl.constexpr = _layout(buffer.shape[1])
     rows = row0 + gl.arange(0, buffer.shape[0], gl.SliceLayout(1, layout))
-    cols = col0 + gl.arange(0, COLS, gl.SliceLayout(0, layout))
-    pointers = base + rows.to(gl.int64)[:, None] * width + cols[None, :]
+    cols = col0 + gl.arange(0, buffer.shape[1], gl.SliceLayout(0, layout))
+    pointers = base + sources.to(gl.int64)[:, None] * width + cols[None, :]
     async_copy.async_copy_global_to_shared(buffer, pointers, mask=(rows < row_end)[:, None] & (cols < width)[None, :])
+
+
+@gluon.jit
+def _sources(row_slot_ptr, row0, row_end, COLS: gl.constexpr, BLOCK_K: gl.constexpr, TOP_K: gl.constexpr):
+    """Rows of the tensor that the sorted rows from row0 on come from: themselves, or with TOP_K their tokens."""
+    rows = row0 + gl.arange(0, BLOCK_K, gl.SliceLayout(1, _layout(COLS)))
+    if TOP_K > 0:
+        rows = gl.load(row_slot_ptr + rows, mask=rows < row_end, other=0) // TOP_K
+    return rows
 
 
 @gluon.jit
@@ -50,9 +66,11 @@ def _load(
     right,
     left_ptr,
     right_ptr,
+    row_slot_ptr,
     expert_start_ptr,
     ring,
     sizes,
+    TOP_K: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -68,22 +86,29 @@ def _load(
         m, n = swizzled_tile(pid % (num_m * num_n), num_m, num_n, GROUP_M)
         start = gl.load(expert_start_ptr + expert)
         end = gl.load(expert_start_ptr + expert + 1)
+        following = _sources(row_slot_ptr, start, end, BLOCK_M, BLOCK_K, TOP_K)
         for row in range(start, end, BLOCK_K):
+            sources = following
+            following = _sources(row_slot_ptr, row + BLOCK_K, end, BLOCK_M, BLOCK_K, TOP_K)  # in time for its copies
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             a = a_ring.index(stage)
             b = b_ring.index(stage)
             bar = ready.index(stage)
-            if row + BLOCK_K <= end:
-                mbarrier.expect(bar, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
-                tma.async_copy_global_to_shared(left, [row, m * BLOCK_M], bar, a)
+            whole = row + BLOCK_K <= end
+            if whole:
+                mbarrier.expect(bar, (BLOCK_N if TOP_K > 0 else BLOCK_M + BLOCK_N) * BLOCK_K * 2)
                 tma.async_copy_global_to_shared(right, [row, n * BLOCK_N], bar, b)
+            else:
+                rows = _sources(row_slot_ptr, row, end, BLOCK_N, BLOCK_K, 0)
+                _copy_rows(b, right_ptr, rows, row, end, n * BLOCK_N, N)
+                mbarrier.arrive(bar, count=1)
+            if TOP_K == 0 and whole:
+                tma.async_copy_global_to_shared(left, [row, m * BLOCK_M], bar, a)
                 mbarrier.arrive(bar, count=128)
             else:
-                _copy_rows(a, left_ptr, row, end, m * BLOCK_M, M)
-                _copy_rows(b, right_ptr, row, end, n * BLOCK_N, N)
+                _copy_rows(a, left_ptr, sources, row, end, m * BLOCK_M, M)
                 async_copy.mbarrier_arrive(bar, increment_count=False)
-                mbarrier.arrive(bar, count=1)
             step += 1
 
 
@@ -94,86 +119,69 @@ def _multiply(
     out,
     expert_start_ptr,
     ring,
-    turns,
     sizes,
-    COOPERATIVE: gl.constexpr,
+    GATHER: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One of the two multiplying groups of warps: consume the ring, write the tile."""
+    """One of the two multiplying groups of warps: consume the ring, write its half of the tile."""
     a_ring, b_ring, ready, empty = ring
     E, num_m, num_n, M, _ = sizes
-    ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M
+    ROWS: gl.constexpr = BLOCK_M // 2
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     step = 0
-    turn = 0
     for pid in range(gl.program_id(0), E * num_m * num_n, gl.num_programs(0)):
         expert = pid // (num_m * num_n)
         start = gl.load(expert_start_ptr + expert)
         end = gl.load(expert_start_ptr + expert + 1)
-        if COOPERATIVE or turn % 2 == WARPGROUP:
-            m, n = swizzled_tile(pid % (num_m * num_n), num_m, num_n, GROUP_M)
-            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, acc_layout)
-            if not COOPERATIVE:
-                await_turn(turns, WARPGROUP, turn // 2)
-            for row in range(start, end, BLOCK_K):
-                stage = step % STAGES
-                mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-                if row + BLOCK_K > end:
-                    fence_async_shared()  # wgmma is to see what ordinary copies wrote
-                a = a_ring.index(stage)
-                if COOPERATIVE:
-                    a = a.slice(WARPGROUP * ROWS, ROWS, dim=1)
-                acc = warpgroup_mma(a.permute((1, 0)), b_ring.index(stage), acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-                if row > start:
-                    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-                step += 1
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            if start < end:
+        m, n = swizzled_tile(pid % (num_m * num_n), num_m, num_n, GROUP_M)
+        acc = gl.zeros((ROWS, BLOCK_N), gl.float32, acc_layout)
+        for row in range(start, end, BLOCK_K):
+            stage = step % STAGES
+            mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+            if GATHER or row + BLOCK_K > end:
+                fence_async_shared()  # wgmma is to see what ordinary copies wrote
+            a = a_ring.index(stage).slice(WARPGROUP * ROWS, ROWS, dim=1)
+            acc = warpgroup_mma(a.permute((1, 0)), b_ring.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            if row > start:
                 mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-            if not COOPERATIVE:
-                pass_turn(turns, WARPGROUP)
-            tma.store_wait(0)  # of the tile before: both buffers are free
-            m0 = m * BLOCK_M
-            if COOPERATIVE:
-                m0 += WARPGROUP * ROWS
-            if m0 < M:  # M is a multiple of ROWS
-                left, right = halves(acc)
-                _write(left, buffers, 0, out, expert * M + m0, n * BLOCK_N)
-                _write(right, buffers, 1, out, expert * M + m0, n * BLOCK_N + BLOCK_N // 2)
-        else:
-            step += (end - start + BLOCK_K - 1) // BLOCK_K
-        turn += 1  # noqa: SIM113 (Gluon has no enumerate)
+            step += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        if start < end:
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        m0 = m * BLOCK_M + WARPGROUP * ROWS
+        if m0 < M:  # M is a multiple of ROWS
+            left, right = halves(acc)
+            _write(left, buffers, out, expert * M + m0, n * BLOCK_N)
+            _write(right, buffers, out, expert * M + m0, n * BLOCK_N + BLOCK_N // 2)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _write(values, buffers, FIRST: gl.constexpr, out, row, col):
-    """Write values [ROWS, 64 or 128] at (row, col) of ``out``, a chunk of columns at a time."""
-    if values.shape[1] == CHUNK:
-        write_chunk(values, buffers.index(FIRST), out, row, col)
-    else:
-        left, right = halves(values)
-        write_chunk(left, buffers.index(0), out, row, col)
-        write_chunk(right, buffers.index(1), out, row, col + CHUNK)
+def _write(values, buffers, out, row, col):
+    """Write values [ROWS, 128] at (row, col) of ``out``; columns outside are left out by TMA."""
+    left, right = halves(values)
+    write_chunk(left, buffers.index(0), out, row, col)
+    write_chunk(right, buffers.index(1), out, row, col + CHUNK)
 
 
 @gluon.jit
 def hopper_wgrad_kernel(
-    left,  # (R, M): descriptor
+    left,  # (R, M): descriptor; any pointer with TOP_K
     right,  # (R, N): descriptor
-    left_ptr,  # the same tensors by pointer, for the partial block of rows
+    left_ptr,  # the same tensors by pointer, for the partial block of rows; with TOP_K left is (R / TOP_K, M)
     right_ptr,
     out,  # (E * M, N): descriptor
+    row_slot_ptr,  # read with TOP_K
     expert_start_ptr,
     E,
     M,
     N,
-    COOPERATIVE: gl.constexpr,
+    TOP_K: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -182,13 +190,13 @@ def hopper_wgrad_kernel(
 ):
     dtype: gl.constexpr = left_ptr.dtype.element_ty
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M
+    ROWS: gl.constexpr = BLOCK_M // 2
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_M], swizzled)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], swizzled)
     buffers0 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     buffers1 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     # A stage is ready when TMA has brought its bytes, or each loading thread's copies have landed.
-    ready, empty, turns = new_ring(STAGES, 129, 2 if COOPERATIVE else 1)
+    ready, empty, _ = new_ring(STAGES, 129, 2)
     num_m = (M + BLOCK_M - 1) // BLOCK_M
     num_n = (N + BLOCK_N - 1) // BLOCK_N
     ring = (a_ring, b_ring, ready, empty)
@@ -203,9 +211,8 @@ def hopper_wgrad_kernel(
                     out,
                     expert_start_ptr,
                     ring,
-                    turns,
                     sizes,
-                    COOPERATIVE,
+                    TOP_K > 0,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -221,9 +228,8 @@ def hopper_wgrad_kernel(
                     out,
                     expert_start_ptr,
                     ring,
-                    turns,
                     sizes,
-                    COOPERATIVE,
+                    TOP_K > 0,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -238,9 +244,11 @@ def hopper_wgrad_kernel(
                     right,
                     left_ptr,
                     right_ptr,
+                    row_slot_ptr,
                     expert_start_ptr,
                     ring,
                     sizes,
+                    TOP_K,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_K,
@@ -254,26 +262,29 @@ def hopper_wgrad_kernel(
     )
 
 
-def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
-    """left (R, M) and right (R, N), sorted by expert -> (E, M, N)."""
-    m, n = left.shape[1], right.shape[1]
-    out = left.new_empty(plan.experts, m, n)
-    schedule = schedule_of("wgrad" if m % BLOCK_M == 0 else "wgrad, odd", out.device)
-    tiles = plan.experts * cdiv(m, BLOCK_M) * cdiv(n, schedule.block_n)
+def wgrad(left: torch.Tensor | TokenRows, right: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """left (R, M) and right (R, N), sorted by expert -> (E, M, N). ``left`` may be the tokens of its rows instead."""
+    tokens, top_k = left if isinstance(left, TokenRows) else (left, 0)
+    m, n = tokens.shape[1], right.shape[1]
+    out = right.new_empty(plan.experts, m, n)
+    tiles = plan.experts * cdiv(m, BLOCK_M) * cdiv(n, COOPERATIVE.block_n)
+    constants = COOPERATIVE.constants()
+    del constants["COOPERATIVE"]
     launch(
         hopper_wgrad_kernel,
         (min(tiles, multiprocessors(out.device)),),
         (
-            matrix(left, BLOCK_K, BLOCK_M),
-            matrix(right, BLOCK_K, schedule.block_n),
-            left,
+            tokens if top_k else matrix(tokens, BLOCK_K, BLOCK_M),
+            matrix(right, BLOCK_K, COOPERATIVE.block_n),
+            tokens,
             right,
-            matrix(out, schedule.rows, CHUNK.value),
+            matrix(out, COOPERATIVE.rows, CHUNK.value),
+            plan.row_slot,
             plan.expert_start,
             plan.experts,
             m,
             n,
         ),
-        {**schedule.constants(), "num_warps": 4},
+        {"TOP_K": top_k, **constants, "num_warps": 4},
     )
     return out
