@@ -155,3 +155,9 @@ def dispatch_reason() -> str:
 def reset_dispatch_counts() -> None:
     """Forget the counts."""
     _counts.clear()
+
+
+def set_dispatch_counts(counts: dict[str, int]) -> None:
+    """Go back to these counts."""
+    _counts.clear()
+    _counts.update(counts)

@@ -25,6 +25,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,11 +35,14 @@ from torch import Tensor
 
 from moe_kernels import backends
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.kernels.triton.launch import compiling_only
 from moe_kernels.kernels.triton.replay import replayed
 from moe_kernels.memory import explains_out_of_memory
 from moe_kernels.reference import LowRankPair
 from moe_kernels.routing import AUTO_GROUP_SIZE, RoutingPlan, plan_elements, resolve_group_size
 from moe_kernels.settings import GroupSize, check_settings
+
+logger = logging.getLogger("moe_kernels")
 
 
 def fused_experts(
@@ -434,8 +439,34 @@ def _counter(x: Tensor, topk_ids: Tensor, *rest: Any) -> Callable[[], None]:
     return functools.partial(backends.count_dispatch, steps.NAME)
 
 
+_compiled: set[tuple[Any, ...]] = set()
+
+
+def _compile(*inputs: Any) -> None:
+    """Compile the kernels of a layer, side by side, before its first forward: those of the backward too.
+
+    One after the other, each where it is first launched, they take several seconds of a training's first step.
+    """
+    tensors, settings = inputs[:11], inputs[11:]
+    needs = [tensor is not None and tensor.requires_grad for tensor in (tensors[0], *tensors[2:])]
+    shapes = [None if t is None else (t.dtype, t.stride()[1:], t.shape[n < 3 :]) for n, t in enumerate(tensors)]
+    key = (*shapes, *needs, *(tuple(value) if isinstance(value, list) else value for value in settings))
+    if key in _compiled:
+        return
+    _compiled.add(key)
+    began, counts = time.perf_counter(), backends.dispatch_counts()
+    with compiling_only(tensors[0].device) as kernels:
+        out, *saved = inspect.unwrap(_forward_steps)(*inputs)
+        if settings[-1]:
+            x, _, *others = tensors
+            inspect.unwrap(_backward_steps)(out, x, *others, *saved, *settings[:-1], needs, False)
+    backends.set_dispatch_counts(counts)  # nothing ran
+    sizes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in (("gate_up", tensors[3]), ("down", tensors[4])))
+    logger.info("compiled %d kernels for %s in %.1f s", len(kernels), sizes, time.perf_counter() - began)
+
+
 # The eager path replays steps of known sizes.
-_forward = explains_out_of_memory("forward pass")(replayed(inspect.unwrap(_forward_steps), _counter))
+_forward = explains_out_of_memory("forward pass")(replayed(inspect.unwrap(_forward_steps), _counter, _compile))
 _backward = explains_out_of_memory("backward pass")(replayed(inspect.unwrap(_backward_steps)))
 
 

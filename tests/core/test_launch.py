@@ -9,6 +9,7 @@ import gc
 import itertools
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -763,6 +764,97 @@ def test_another_thread_launches_on_its_stream(cuda):
     assert cuda.last.stream == 99
     launch(COPY, (1,), args, KEYWORDS)
     assert cuda.last.stream == 7
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """One entry each time that Triton had to compile a kernel, or to wait for it."""
+    found, real = [], JITFunction._do_compile
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda *args, **kw: found.append(1) or real(*args, **kw))
+    return found
+
+
+def test_compiling_only_launches_nothing(cuda, choose, compiled):
+    cuda.expect(8, 8, 4, 4, 1)
+    kernel, other = JITFunction(copy), JITFunction(copy)
+    args = (memory(), memory(), 64, 1.0, True, None)
+    launch(COPY, (1,), args, KEYWORDS)
+    compiled.clear()
+    before = cuda.launches
+    with module.compiling_only(torch.device("cpu")) as asked:
+        launch(kernel, (1,), args, KEYWORDS)
+        launch(kernel, (1,), args, KEYWORDS)
+        launch(other, (1,), args, KEYWORDS | {"BLOCK": 64})
+        thread = threading.Thread(target=launch, args=(COPY, (1,), args, KEYWORDS))
+        thread.start()
+        thread.join()
+        assert cuda.launches == before + 1  # another thread's launch is a launch
+    assert len(asked) == 2
+    compiled.clear()
+    assert all(kernel.result()._run is not None for kernel in asked)
+    launch(kernel, (1,), args, KEYWORDS)
+    launch(other, (1,), args, KEYWORDS | {"BLOCK": 64})
+    assert cuda.launches == before + 3
+    assert not compiled
+
+
+def test_what_does_not_compile_is_said_while_compiling_only(cuda, choose):
+    def broken(x, BLOCK: tl.constexpr):
+        tl.store(x, undefined)  # noqa: F821
+
+    with pytest.raises(triton.CompilationError, match="undefined"), module.compiling_only(torch.device("cpu")):
+        launch(JITFunction(broken), (1,), (memory(),), {"BLOCK": 32})
+    assert not module._compilers
+
+
+FIRST_FORWARD = """
+import logging, sys
+from pathlib import Path
+import pytest, torch
+from triton.runtime.jit import JITFunction
+import moe_kernels
+from moe_kernels import backends
+from moe_kernels.testing import fake_cuda
+from moe_kernels.testing.problems import Case, make_inputs
+
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+compiled, real = [], JITFunction._do_compile
+JITFunction._do_compile = lambda *args, **kwargs: compiled.append(1) or real(*args, **kwargs)
+with pytest.MonkeyPatch.context() as patch, fake_cuda.install(Path(sys.argv[1]), patch) as cuda:
+    cuda.expect()
+    patch.setattr(backends, "select", lambda problem, name: ("triton", "asked for"))
+    for tokens in (48, 32, 16):
+        inputs = make_inputs(Case(tokens, 2, 3, 64, 32, torch.bfloat16))
+        leaves = {name: leaf.requires_grad_() for name, leaf in inputs.leaves().items()}
+        args = (leaves["x"], inputs.topk_ids, leaves["topk_weights"], leaves["gate_up"], leaves["down"])
+        out = moe_kernels.fused_experts(*args, backend="triton")
+        print("forward", tokens, len(compiled) > 9, cuda.launches)
+        compiled.clear()
+        torch.autograd.grad(out, list(leaves.values()), inputs.grad)
+        print("backward", tokens, len(compiled), backends.dispatch_counts())
+"""
+
+
+def test_the_first_forward_compiles_the_backward_too(tmp_path):
+    reason = fake_cuda.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", FIRST_FORWARD, str(tmp_path)]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    found = [line for line in said.splitlines() if line.startswith(("compiled", "forward", "backward"))]
+    assert re.fullmatch(
+        r"compiled 1\d kernels for gate_up \(3, 64, 64\), down \(3, 64, 32\) in \d+\.\d s", found.pop(0)
+    )
+    launches = [int(line.split()[-1]) for line in found[::2]]
+    assert launches[0] == 5  # compiling launched nothing
+    assert found[::2] == [
+        f"forward {tokens} {tokens == 48} {number}" for tokens, number in zip((48, 32, 16), launches, strict=True)
+    ]
+    # The backward compiles nothing, and no number of tokens does again.
+    assert found[1::2] == [
+        f"backward {tokens} 0 {{'triton': {calls}}}" for calls, tokens in enumerate((48, 32, 16), start=1)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU

@@ -9,13 +9,15 @@ specialisation, keeps the compiled kernel, and then calls its C launcher with th
 from __future__ import annotations
 
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -208,6 +210,8 @@ _counts: collections.Counter[str] = collections.Counter()
 # Who follows the launches of a thread, see replay.py: called with the direct launch (None if Triton made it), grid
 # and arguments.
 _followers: dict[int, Callable[..., None]] = {}
+# Threads that compile only, and the kernels they asked for.
+_compilers: dict[int, list[Any]] = {}
 
 
 def launch_counts() -> dict[str, int]:
@@ -232,6 +236,12 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
             or a descriptor, and all are on its device: what calls the op checks that.
         keywords: the compile-time arguments, and options such as num_warps.
     """
+    if _compilers and (kernels := _compilers.get(threading.get_ident())) is not None:
+        with torch.cuda.device_of(_tensor(args[0])):
+            compiled = kernel.warmup(*_bound(args), grid=grid, **keywords)
+        if compiled not in kernels:
+            kernels.append(compiled)
+        return None
     if refusal() is not None or _watched(kernel):
         return _through_triton(kernel, grid, args, keywords)
     first = args[0]
@@ -283,6 +293,31 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
     if _followers and (follow := _followers.get(threading.get_ident())) is not None:
         follow(direct, (x, y, z), args)
     return None
+
+
+@contextlib.contextmanager
+def compiling_only(device: torch.device) -> Iterator[list[Any]]:
+    """Within this context launches of this thread run nothing; their kernels are compiled side by side.
+
+    Gives the list of the kernels asked for. They are ready for ``device`` when the context ends: compiled or found in
+    Triton's cache, loaded, and with the C launcher of their signature, for which Triton runs a C compiler.
+    """
+
+    def prepare(kernel: Any) -> None:
+        compiled = kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            _ = compiled.run  # a property that makes it
+
+    thread = threading.get_ident()
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with triton.AsyncCompileMode(pool, ignore_errors=True):  # or it stays active after one; prepare raises it
+            kernels: list[Any] = []
+            _compilers[thread] = kernels
+            try:
+                yield kernels
+            finally:
+                del _compilers[thread]
+        list(pool.map(prepare, kernels))
 
 
 @functools.cache
@@ -344,14 +379,18 @@ def _through_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], k
     _counts["triton"] += 1
     if _followers and (follow := _followers.get(threading.get_ident())) is not None:
         follow(None, grid, args)
-    bound = (
+    with torch.cuda.device_of(_tensor(args[0])):
+        return kernel[grid](*_bound(args), **keywords)
+
+
+def _bound(args: tuple[Any, ...]) -> list[Any]:
+    """``args`` as Triton takes them."""
+    return [
         _host_descriptor(arg.tensor, arg.tensor.shape, arg.tensor.stride(), arg.block, arg.layout)
         if isinstance(arg, Descriptor)
         else arg
         for arg in args
-    )
-    with torch.cuda.device_of(_tensor(args[0])):
-        return kernel[grid](*bound, **keywords)
+    ]
 
 
 def _host_descriptor(

@@ -219,13 +219,16 @@ config.on_change.append(_programs.clear)
 
 
 def replayed(
-    steps: Callable[..., Any], beside: Callable[..., Callable[[], None]] | None = None
+    steps: Callable[..., Any],
+    beside: Callable[..., Callable[[], None]] | None = None,
+    first: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """``steps``, replayed from the third call of a signature on.
 
     ``steps`` takes tensors, None and settings by position and returns tensors, all of which it allocates. What it
     does must follow from its arguments' shapes, strides and dtypes, its settings and ``tuning.config`` alone.
-    ``beside``, with the same arguments, gives what a replay has to call beside.
+    ``beside``, with the same arguments, gives what a replay has to call beside; ``first`` is called before the first
+    call of a signature.
     """
 
     @functools.wraps(steps)
@@ -258,6 +261,8 @@ def replayed(
         if len(_programs) >= _SIGNATURES:
             _programs.clear()
         _programs[signature] = program + 1
+        if program == 0 and first is not None:
+            first(*args)
         if not 1 <= program < _TRIES:
             return steps(*args)
         return _followed(signature, steps, args, beside)
