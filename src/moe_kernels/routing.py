@@ -12,6 +12,7 @@ Worked example: T=4, K=2, E=3, topk_ids = [[1, 0], [1, 2], [0, 1], [9, 1]] (9 is
     row's token      0  2 | 0  1  2  3 | 1 | 3      row_slot[r] // K
     slot_row         2  0  3  6  1  4  7  5         slot s went to sorted row slot_row[s]
     expert_start     [0, 2, 6, 7]                   expert e owns rows [expert_start[e], expert_start[e+1])
+    expert_order     [1, 0, 2]                      the experts with most rows first
 
 With ``group_size`` 2 rows per tile (2 for the example; 64, 128 or 256 in use)::
 
@@ -49,10 +50,10 @@ def _aligned(n: int) -> int:
     return (n + _ALIGN - 1) // _ALIGN * _ALIGN
 
 
-def _field_sizes(rows: int, experts: int) -> tuple[int, int, int, int, int, int]:
+def _field_sizes(rows: int, experts: int) -> tuple[int, ...]:
     # The tile tables are sized for the smallest tile, so that the plan's shape depends on (T, K, E) alone.
     tiles = rows // _MIN_GROUP_SIZE + experts
-    return rows, rows, experts + 1, tiles, tiles, 1
+    return rows, rows, experts + 1, experts, tiles, tiles, 1
 
 
 @functools.lru_cache(maxsize=256)
@@ -75,6 +76,7 @@ class RoutingPlan:
         row_slot: (R,) slot of each sorted row.
         slot_row: (R,) sorted row of each slot, the inverse of row_slot.
         expert_start: (E + 1,) first sorted row of each expert; the last entry is the number of routed rows.
+        expert_order: (E,) the experts by falling number of rows, equal ones by number.
         tile_expert: (at least the number of tiles,) expert of each tile.
         tile_row: first sorted row of each tile.
         tile_count: (1,) number of tiles in use.
@@ -86,6 +88,7 @@ class RoutingPlan:
     row_slot: torch.Tensor
     slot_row: torch.Tensor
     expert_start: torch.Tensor
+    expert_order: torch.Tensor
     tile_expert: torch.Tensor
     tile_row: torch.Tensor
     tile_count: torch.Tensor
@@ -96,8 +99,8 @@ class RoutingPlan:
     def from_packed(cls, packed: torch.Tensor, tokens: int, top_k: int, experts: int, group_size: int) -> RoutingPlan:
         """View a packed plan, filled or just allocated, as its fields."""
         parts = packed.split_with_sizes(_layout(tokens * top_k, experts, _MIN_GROUP_SIZE))
-        row_slot, slot_row, expert_start, tile_expert, tile_row, tile_count = parts[::2]
-        return cls(packed, row_slot, slot_row, expert_start, tile_expert, tile_row, tile_count, top_k, group_size)
+        row_slot, slot_row, start, order, tile_expert, tile_row, tile_count = parts[::2]
+        return cls(packed, row_slot, slot_row, start, order, tile_expert, tile_row, tile_count, top_k, group_size)
 
     @classmethod
     def empty(cls, tokens: int, top_k: int, experts: int, group_size: int, device: torch.device) -> RoutingPlan:

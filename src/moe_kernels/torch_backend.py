@@ -51,6 +51,7 @@ def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int) -> RoutingP
     plan.row_slot.copy_(order)
     plan.slot_row[order] = torch.arange(plan.rows, dtype=torch.int32, device=ids.device)
     plan.expert_start[1:] = counts.cumsum(0)
+    plan.expert_order.copy_(counts.sort(descending=True, stable=True).indices)
     tiles = (counts + group_size - 1) // group_size
     first_tile = tiles.cumsum(0) - tiles
     tile_expert = torch.repeat_interleave(torch.arange(experts, device=ids.device), tiles)

@@ -153,6 +153,8 @@ GPU_MUTANTS = [
     ("wgrad's partial block multiplies other rows", "wgrad.py", "_sources(row_slot_ptr, row, end, BLOCK_N, BLOCK_K, 0)", "_sources(row_slot_ptr, start, end, BLOCK_N, BLOCK_K, 0)", ROUTINGS),
     ("wgrad gathers the same block of tokens again", "wgrad.py", "_sources(row_slot_ptr, row + BLOCK_K, end,", "_sources(row_slot_ptr, row, end,", ROUTINGS),
     ("wgrad gathers another token", "wgrad.py", "other=0) // TOP_K", "other=0) % TOP_K", ROUTINGS),
+    ("wgrad's programs do not turn round", "wgrad.py", "2 * gl.num_programs(0) - stride", "stride", "models and qwen2"),
+    ("an expert's place in the order taken for its number", "wgrad.py", "return expert, gl.load(expert_start_ptr + expert)", "return gl.minimum(tile // per_expert, experts - 1), gl.load(expert_start_ptr + expert)", ROUTINGS),
     ("wgrad's whole blocks one row late on the left", "wgrad.py", "(left, [row, m * BLOCK_M], bar, a)", "(left, [row + 1, m * BLOCK_M], bar, a)", ROUTINGS),
     ("wgrad's right columns are the left's", "wgrad.py", "(right, [row, n * BLOCK_N], bar, b)", "(right, [row, m * BLOCK_M], bar, b)", ROUTINGS),
     ("wgrad sums the last block of rows alone", "wgrad.py", "b_ring.index(stage), acc, is_async=True)", "b_ring.index(stage), acc, use_acc=False, is_async=True)", ROUTINGS),

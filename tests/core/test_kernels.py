@@ -28,6 +28,7 @@ def check_plan(plan, ids, experts, group_size):
     assert plan.slot_row[order].tolist() == list(range(len(flat)))
     starts = plan.expert_start.tolist()
     assert starts == [int((flat < e).sum()) for e in range(experts + 1)]
+    assert plan.expert_order.tolist() == sorted(range(experts), key=lambda e: starts[e] - starts[e + 1])
     tiles = [(e, row) for e in range(experts) for row in range(starts[e], starts[e + 1], group_size)]
     assert plan.tile_count.item() == len(tiles) <= plan.max_tiles
     table = zip(plan.tile_expert[: len(tiles)].tolist(), plan.tile_row[: len(tiles)].tolist(), strict=True)

@@ -61,13 +61,40 @@ def _sources(row_slot_ptr, row0, row_end, COLS: gl.constexpr, BLOCK_K: gl.conste
 
 
 @gluon.jit
+def _first_tile(tiles):
+    """(first tile of this program, distance to its second, place of the first).
+
+    A tile takes as long as its expert has rows. Tiles are in the order of falling length, and programs take them
+    forth and back, so that who had the longest of one round has the shortest of the next: program p of P takes p,
+    2P - 1 - p, 2P + p, 4P - 1 - p, ...
+    """
+    tile = gl.program_id(0)
+    return tile, 2 * (gl.num_programs(0) - 1 - tile) + 1, _place(tile, tiles)
+
+
+@gluon.jit
+def _next_tile(tile, stride, tiles):
+    """The same of the tile after ``tile``: to be asked early, as its place is two loads away."""
+    tile += stride
+    return tile, 2 * gl.num_programs(0) - stride, _place(tile, tiles)
+
+
+@gluon.jit
+def _place(tile, tiles):
+    """(expert, its first row, the end of its rows) of a tile; of the last expert behind the last tile."""
+    expert_start_ptr, expert_order_ptr, experts, per_expert = tiles
+    expert = gl.load(expert_order_ptr + gl.minimum(tile // per_expert, experts - 1))
+    return expert, gl.load(expert_start_ptr + expert), gl.load(expert_start_ptr + expert + 1)
+
+
+@gluon.jit
 def _load(
     left,
     right,
     left_ptr,
     right_ptr,
     row_slot_ptr,
-    expert_start_ptr,
+    tiles,
     ring,
     sizes,
     TOP_K: gl.constexpr,
@@ -79,13 +106,14 @@ def _load(
 ):
     """The loading warps: fill the ring, stage after stage, tile after tile."""
     a_ring, b_ring, ready, empty = ring
-    E, num_m, num_n, M, N = sizes
+    num_m, num_n, M, N = sizes
+    _, _, experts, per_expert = tiles
     step = 0
-    for pid in range(gl.program_id(0), E * num_m * num_n, gl.num_programs(0)):
-        expert = pid // (num_m * num_n)
-        m, n = swizzled_tile(pid % (num_m * num_n), num_m, num_n, GROUP_M)
-        start = gl.load(expert_start_ptr + expert)
-        end = gl.load(expert_start_ptr + expert + 1)
+    tile, stride, place = _first_tile(tiles)
+    while tile < experts * per_expert:
+        m, n = swizzled_tile(tile % per_expert, num_m, num_n, GROUP_M)
+        _expert, start, end = place
+        tile, stride, place = _next_tile(tile, stride, tiles)
         following = _sources(row_slot_ptr, start, end, BLOCK_M, BLOCK_K, TOP_K)
         for row in range(start, end, BLOCK_K):
             sources = following
@@ -117,7 +145,7 @@ def _multiply(
     WARPGROUP: gl.constexpr,
     buffers,
     out,
-    expert_start_ptr,
+    tiles,
     ring,
     sizes,
     GATHER: gl.constexpr,
@@ -129,15 +157,16 @@ def _multiply(
 ):
     """One of the two multiplying groups of warps: consume the ring, write its half of the tile."""
     a_ring, b_ring, ready, empty = ring
-    E, num_m, num_n, M, _ = sizes
+    num_m, num_n, M, _ = sizes
+    _, _, experts, per_expert = tiles
     ROWS: gl.constexpr = BLOCK_M // 2
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     step = 0
-    for pid in range(gl.program_id(0), E * num_m * num_n, gl.num_programs(0)):
-        expert = pid // (num_m * num_n)
-        start = gl.load(expert_start_ptr + expert)
-        end = gl.load(expert_start_ptr + expert + 1)
-        m, n = swizzled_tile(pid % (num_m * num_n), num_m, num_n, GROUP_M)
+    tile, stride, place = _first_tile(tiles)
+    while tile < experts * per_expert:
+        m, n = swizzled_tile(tile % per_expert, num_m, num_n, GROUP_M)
+        expert, start, end = place
+        tile, stride, place = _next_tile(tile, stride, tiles)
         acc = gl.zeros((ROWS, BLOCK_N), gl.float32, acc_layout)
         for row in range(start, end, BLOCK_K):
             stage = step % STAGES
@@ -178,6 +207,7 @@ def hopper_wgrad_kernel(
     out,  # (E * M, N): descriptor
     row_slot_ptr,  # read with TOP_K
     expert_start_ptr,
+    expert_order_ptr,
     E,
     M,
     N,
@@ -200,7 +230,8 @@ def hopper_wgrad_kernel(
     num_m = (M + BLOCK_M - 1) // BLOCK_M
     num_n = (N + BLOCK_N - 1) // BLOCK_N
     ring = (a_ring, b_ring, ready, empty)
-    sizes = (E, num_m, num_n, M, N)
+    tiles = (expert_start_ptr, expert_order_ptr, E, num_m * num_n)
+    sizes = (num_m, num_n, M, N)
     gl.warp_specialize(
         [
             (
@@ -209,7 +240,7 @@ def hopper_wgrad_kernel(
                     0,
                     buffers0,
                     out,
-                    expert_start_ptr,
+                    tiles,
                     ring,
                     sizes,
                     TOP_K > 0,
@@ -226,7 +257,7 @@ def hopper_wgrad_kernel(
                     1,
                     buffers1,
                     out,
-                    expert_start_ptr,
+                    tiles,
                     ring,
                     sizes,
                     TOP_K > 0,
@@ -245,7 +276,7 @@ def hopper_wgrad_kernel(
                     left_ptr,
                     right_ptr,
                     row_slot_ptr,
-                    expert_start_ptr,
+                    tiles,
                     ring,
                     sizes,
                     TOP_K,
@@ -281,6 +312,7 @@ def wgrad(left: torch.Tensor | TokenRows, right: torch.Tensor, plan: RoutingPlan
             matrix(out, COOPERATIVE.rows, CHUNK.value),
             plan.row_slot,
             plan.expert_start,
+            plan.expert_order,
             plan.experts,
             m,
             n,

@@ -27,6 +27,7 @@ _PLAN = (
     "row_slot_ptr",
     "slot_row_ptr",
     "expert_start_ptr",
+    "expert_order_ptr",
     "tile_expert_ptr",
     "tile_row_ptr",
     "tile_count_ptr",

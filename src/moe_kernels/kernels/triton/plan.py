@@ -77,6 +77,7 @@ def place_kernel(
     row_slot_ptr,  # (R,)
     slot_row_ptr,  # (R,)
     expert_start_ptr,  # (E + 1,)
+    expert_order_ptr,  # (E,)
     tile_expert_ptr,  # (at least the number of tiles,)
     tile_row_ptr,
     tile_count_ptr,  # (1,)
@@ -112,6 +113,8 @@ def place_kernel(
         tl.store(expert_start_ptr + bins, start, mask=bins < E)
         tl.store(expert_start_ptr + E, routed)
         tl.store(tile_count_ptr, tile_count)
+        by_rows = tl.sort(bins - total.to(tl.int64) * BLOCK_E)  # experts past E have no rows and come last
+        tl.store(expert_order_ptr + bins, (by_rows & (BLOCK_E - 1)).to(tl.int32), mask=bins < E)
 
     # The expert of tile t is the number of experts whose tiles all come before it.
     row_of_tile_0 = start - (tile_end - tiles) * GROUP_SIZE  # as if the expert's tiles began with the first of all
@@ -173,6 +176,7 @@ def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int) -> RoutingP
             plan.row_slot,
             plan.slot_row,
             plan.expert_start,
+            plan.expert_order,
             plan.tile_expert,
             plan.tile_row,
             plan.tile_count,
