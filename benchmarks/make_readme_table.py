@@ -59,12 +59,10 @@ def trainings(results: Results) -> str:
     for compares in by_gpu.values():
         pairs = [row for name, data in compares for row in _compare_rows(name, data)]
         layers = [row for _, data in compares for row in _layer_rows(data["experts"]["measurements"])]
-        parts += [
-            _compare_caption(compares[-1][1]),
-            _table(COMPARE_COLUMNS, pairs),
-            f"**One expert layer** of each, measured in the same call (same files), all gradients computed. {LEGEND}",
-            _table(LAYER_COLUMNS, layers),
-        ]
+        parts += [_compare_caption(compares[-1][1]), _table(COMPARE_COLUMNS, pairs)]
+        if layers:  # none for adapters alone
+            measured = "measured in the same call (same files), all gradients computed"
+            parts += [f"**One expert layer** of each, {measured}. {LEGEND}", _table(LAYER_COLUMNS, layers)]
     if (several := scaling(results)) != NOTHING:
         which = "[which engine is which](docs/distributed.md#measured-on-two-gpus)"
         parts += [f"**Whole training on several GPUs**, {which}.", several]

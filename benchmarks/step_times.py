@@ -1,9 +1,14 @@
 """Time every step of an expert layer on this GPU, backend by backend: the evidence behind docs/performance.md.
 
     python benchmarks/step_times.py --shapes mixtral-1b,qwen2-moe-1b --out steps.json
+    python benchmarks/step_times.py --table steps.json --ceilings bench.json
 
 Each step runs on the same tensors, calls in turn, launches queued ahead, the second-level cache flushed before each;
 "dense" is torch.mm on as many rows. Backends that do not run the layer are left out.
+
+``--table`` measures nothing: it prints what was measured beside what each step must at least move and compute, and
+how much of its time that takes at the speeds of copy and matrix product that `moe-kernels bench --json bench.json`
+measured on the same GPU.
 """
 
 from __future__ import annotations
@@ -22,12 +27,47 @@ from moe_kernels.backends import Problem
 from moe_kernels.bench.environment import environment
 from moe_kernels.bench.tiles import layer_tensors
 from moe_kernels.bench.timing import Clock
-from moe_kernels.shapes import LAYERS
+from moe_kernels.shapes import LAYERS, LayerShape
 
 BACKENDS = ("triton", "gluon")
 #: GEMM flop of a step over 2 R H I.
 GEMMS = {"up": 2, "down": 1, "down_grad": 1, "wgrad (dW2)": 1, "dgrad (dXr)": 2, "wgrad (dW1)": 2}
 Call = Callable[[], object]
+
+
+def least_bytes(step: str, shape: LayerShape) -> float:
+    """16-bit numbers that ``step`` reads or writes at least once, in bytes; integers of the plan are left out."""
+    tokens, rows = shape.tokens * shape.hidden, shape.rows * shape.hidden  # of X, O and their gradients
+    a = shape.rows * shape.intermediate  # A; Z has twice as many
+    w = shape.experts * shape.hidden * shape.intermediate  # W2; W1 has twice as many
+    numbers = {
+        "up": tokens + 2 * w + 3 * a,
+        "down": a + w + rows,
+        "combine": rows + tokens,
+        "gather (dO)": tokens + rows,
+        "down_grad": rows + w + 5 * a,
+        "wgrad (dW2)": rows + a + w,
+        "dgrad (dXr)": 2 * a + 2 * w + rows,
+        "combine_grad": rows + tokens,
+        "gather (X)": tokens + rows,
+        "wgrad (dW1)": 2 * a + rows + 2 * w,
+    }
+    return 2.0 * numbers.get(step, 0)
+
+
+def table(measured: Path, ceilings: Path) -> str:
+    """Markdown: milliseconds of every step and layer, bytes and flop, and how much of the time these must take."""
+    rows = [row for row in json.loads(measured.read_text())["rows"] if row["backend"] == "gluon"]
+    speeds = json.loads(ceilings.read_text())["ceilings"]
+    steps: dict[str, list[str]] = {}
+    for row in rows:
+        moved, ms = least_bytes(row["step"], LAYERS[row["shape"]]), row["ms"]["median"]
+        floor = max(moved / speeds["copy_tbs"], row["flop"] / speeds["matmul_tflops"]) * 1e-9
+        work = f"; {moved / 1e9:.2f} GB, {row['flop'] / 1e12:.2f} TFLOP; {floor / ms:.2f}" if moved else ""
+        steps.setdefault(row["step"], []).append(f"{ms:.3f}{work}")
+    head = ["step", *dict.fromkeys(row["shape"] for row in rows)]
+    lines = [head, ["---"] * len(head), *([step, *cells] for step, cells in steps.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def calls_of(backend: str, t: SimpleNamespace) -> dict[str, Call]:
@@ -68,7 +108,12 @@ def main() -> None:
     parser.add_argument("--shapes", default="mixtral-1b,qwen2-moe-1b,deepseek-v3-1b", help="comma-separated layers")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("steps.json"))
+    parser.add_argument("--table", type=Path, help="print a table of this file instead")
+    parser.add_argument("--ceilings", type=Path, help="what `moe-kernels bench --json` wrote on the same GPU")
     args = parser.parse_args()
+    if args.table:
+        print(table(args.table, args.ceilings))
+        return
     device = torch.device("cuda")
     clock, rows = Clock(device), []
     for name in args.shapes.split(","):

@@ -117,7 +117,7 @@ def dgrad(
 
 
 #: Intermediate sizes up to which the kernels gather rows of dO themselves. The copy costs R H, what the kernels lose
-#: R H I: benchmarks/results/log-9-epilogues.json has 256 (faster) and from 704 on (as fast, or slower).
+#: R H I: benchmarks/results/h*00-log-9-epilogues.json has 256 (faster) and from 704 on (as fast, or slower).
 _GATHERED = 512
 _forced: dict[str, bool] = {}
 

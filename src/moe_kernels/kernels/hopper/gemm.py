@@ -424,7 +424,7 @@ def blocks_together(kernel: str, plan: RoutingPlan, weight: torch.Tensor) -> int
 
     It can be where the weights come from memory all the time. A block is 128 bytes of each row, and memory gives
     neighbouring pieces faster when it is asked for both at once; waiting for two free stages costs a few percent.
-    By measurement, benchmarks/results/log-9-epilogues.json: dgrad on both cards, up and down on an H100.
+    By measurement, benchmarks/results/h*00-log-9-epilogues.json: dgrad on both cards, up and down on an H100.
     """
     if _forced:
         return _forced["all"]
