@@ -14,9 +14,16 @@ from moe_kernels.shapes import LayerShape
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "make_readme_table.py"
-spec = importlib.util.spec_from_file_location("make_readme_table", SCRIPT)
-tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tables)
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tables, steps = script("make_readme_table"), script("step_times")
 
 SPREAD = {"median": 100.04, "p20": 99.0, "p80": 101.0}
 
@@ -163,3 +170,25 @@ def test_rewrites_between_the_markers_and_notices_a_stale_table(tmp_path):
 def test_missing_markers_are_named():
     with pytest.raises(SystemExit, match="markers"):
         tables.updated("no markers here", "")
+
+
+def test_the_steps_against_their_floors_are_those_measured():
+    results = ROOT / "benchmarks" / "results"
+    table = steps.table(results / "h200-steps.json", results / "h200-layers.json")
+    assert table in (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_the_floor_of_a_step(tmp_path):
+    """Mixtral-1B's down projection: A and Y of R = 32768 rows and W2 of 8 experts, 2 R H I flop."""
+    moved = 2 * (32768 * 3584 + 32768 * 1024 + 8 * 1024 * 3584)
+    flop = 2.0 * 32768 * 1024 * 3584
+    row = {"shape": "mixtral-1b", "step": "down", "backend": "gluon", "flop": flop, "ms": {"median": 1.0}}
+    plan = row | {"step": "make_plan", "flop": 0, "ms": {"median": 0.5}}
+    measured, ceilings = tmp_path / "steps.json", tmp_path / "bench.json"
+    measured.write_text(json.dumps({"rows": [plan, row, row | {"backend": "triton"}]}))
+    for speeds, floor in (((1e9, 500.0), flop / 500e9), ((1.0, 1e9), moved / 1e9)):
+        ceilings.write_text(json.dumps({"ceilings": dict(zip(("copy_tbs", "matmul_tflops"), speeds, strict=True))}))
+        assert steps.table(measured, ceilings).splitlines() == [
+            "| step | mixtral-1b |", "| --- | --- |", "| make_plan | 0.500 |",
+            f"| down | 1.000; {moved / 1e9:.2f} GB, {flop / 1e12:.2f} TFLOP; {floor:.2f} |",
+        ]  # fmt: skip

@@ -138,7 +138,8 @@ def schedule_of(kernel: str, depth: int, device: torch.device) -> Schedule:
     """The schedule of ``kernel`` ("up", "down" or "dgrad") for an inner length of ``depth`` on ``device``.
 
     In turn, one group of warps writes while the other multiplies, which pays where tiles have few inner blocks. But
-    the rows are read twice as often, which costs an H100 more than it gains. benchmarks/results/h*00-log-9-epilogues.json.
+    the rows are read twice as often, which costs an H100 more than it gains (h*00-log-9-epilogues.json among the
+    results of benchmarks).
     """
     if kernel in _overrides:
         return _overrides[kernel]
