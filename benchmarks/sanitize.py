@@ -55,6 +55,7 @@ from moe_kernels.kernels.triton.launch import interpreting
 from moe_kernels.moe import fused_experts
 from moe_kernels.testing import interpreter
 from moe_kernels.testing.problems import Case, make_inputs, run
+from moe_kernels.testing.verification import variants
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CLAMPED, SILU_CLAMPED = Activation("clamped_glu", (1.702, 0.7)), Activation("clamped_silu", (0.5,))
@@ -157,8 +158,10 @@ def run_job(name: str, device: torch.device) -> None:
                 for patch in _patches("tma_fits", lambda *_: False):
                     stack.enter_context(patch)
             inputs = make_inputs(job.case, device)
-            for _ in range(CALLS):
-                run(functools.partial(fused_experts, backend=job.backend, **job.settings), inputs)
+            for chosen in variants(job.backend).values():  # what sizes and card choose otherwise
+                with chosen:
+                    for _ in range(CALLS):
+                        run(functools.partial(fused_experts, backend=job.backend, **job.settings), inputs)
     if device.type == "cuda":
         torch.cuda.synchronize()
 
