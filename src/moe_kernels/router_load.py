@@ -76,7 +76,7 @@ def numbers_of(loads: Sequence[LayerLoad]) -> LoadNumbers:
         imbalance=np.where(used, np.maximum.reduceat(tokens, first) * experts / some, 1.0),
         entropy=np.where(used & (experts > 1), np.maximum(bits, 0.0) / np.log2(np.maximum(experts, 2)), 1.0),
         dead=np.add.reduceat((tokens == 0).astype(np.int64), first),
-        dropped_share=np.where(rows > 0, 1.0 - total / np.maximum(rows, 1.0), 0.0),
+        dropped_share=np.maximum(1.0 - total / np.maximum(rows, 1.0), 0.0) * (rows > 0),  # sums round beyond 2**53
     )
 
 

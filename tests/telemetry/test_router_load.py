@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moe_kernels import router_load
@@ -100,6 +100,7 @@ def test_anything_else_is_refused(path: Path, content: str | bytes, words: str) 
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2**62)), min_size=1, max_size=4))
+@example([(0, 24), (9, 555566993652515168)])
 def test_numbers_stay_within_their_bounds(counts: list[tuple[int, int]]) -> None:
     tokens = tuple(count for pair in counts for count in pair)
     load = LayerLoad(tokens, sum(tokens) + 5)
