@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("MOE_KERNELS_AOT") != "1", reason="needs the compiler: make test-compiled"
 )
 BARRIER = "barrier.sync 1"
-KERNELS = ("hopper-up-silu-bf16", "hopper-down-silu-bf16", "hopper-wgrad-silu-bf16", "hopper-down_grad-silu-bf16")
+NAMES = ("up", "down", "wgrad-dW1", "wgrad-dW2-gather", "down_grad", "down_grad-gather")
+KERNELS = [f"hopper-{name}-silu-bf16" for name in NAMES]
 
 
 def dispatch(ptx, lines):
