@@ -1,7 +1,7 @@
 """Time every step of an expert layer on this GPU, backend by backend: the evidence behind docs/performance.md.
 
     python benchmarks/step_times.py --shapes mixtral-1b,qwen2-moe-1b --out steps.json
-    python benchmarks/step_times.py --table steps.json --ceilings bench.json
+    python benchmarks/step_times.py --table steps.json bench.json
 
 Each step runs on the same tensors, calls in turn, launches queued ahead, the second-level cache flushed before each;
 "dense" is torch.mm on as many rows. Backends that do not run the layer are left out.
@@ -55,10 +55,10 @@ def least_bytes(step: str, shape: LayerShape) -> float:
     return 2.0 * numbers.get(step, 0)
 
 
-def table(measured: Path, ceilings: Path) -> str:
+def table(measured: Path, bench: Path) -> str:
     """Markdown: milliseconds of every step and layer, bytes and flop, and how much of the time these must take."""
     rows = [row for row in json.loads(measured.read_text())["rows"] if row["backend"] == "gluon"]
-    speeds = json.loads(ceilings.read_text())["ceilings"]
+    speeds = json.loads(bench.read_text())["ceilings"]
     steps: dict[str, list[str]] = {}
     for row in rows:
         moved, ms = least_bytes(row["step"], LAYERS[row["shape"]]), row["ms"]["median"]
@@ -108,11 +108,10 @@ def main() -> None:
     parser.add_argument("--shapes", default="mixtral-1b,qwen2-moe-1b,deepseek-v3-1b", help="comma-separated layers")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("steps.json"))
-    parser.add_argument("--table", type=Path, help="print a table of this file instead")
-    parser.add_argument("--ceilings", type=Path, help="what `moe-kernels bench --json` wrote on the same GPU")
+    parser.add_argument("--table", type=Path, nargs=2, metavar=("STEPS", "BENCH"), help="print a table instead")
     args = parser.parse_args()
     if args.table:
-        print(table(args.table, args.ceilings))
+        print(table(*args.table))
         return
     device = torch.device("cuda")
     clock, rows = Clock(device), []

@@ -137,9 +137,9 @@ _counts: collections.Counter[str] = collections.Counter()
 _reasons: dict[str, str] = {}
 
 
-def count_dispatch(name: str) -> None:
-    """Called once by every forward of the op that runs."""
-    _counts[name] += 1
+def count_dispatch(name: str, times: int = 1) -> None:
+    """Called once by every forward of the op that runs; -1 takes back what did not run."""
+    _counts[name] += times
 
 
 def dispatch_counts() -> dict[str, int]:
@@ -155,9 +155,3 @@ def dispatch_reason() -> str:
 def reset_dispatch_counts() -> None:
     """Forget the counts."""
     _counts.clear()
-
-
-def set_dispatch_counts(counts: dict[str, int]) -> None:
-    """Go back to these counts."""
-    _counts.clear()
-    _counts.update(counts)

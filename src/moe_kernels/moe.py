@@ -458,16 +458,16 @@ def _compile(*inputs: Any) -> None:
     layouts = [None if t is None else (t.dtype, t.stride()[1:], t.shape[1:]) for t in tensors]
     plain = (tuple(value) if isinstance(value, list) else value for value in settings)
     key = (tensors[3].shape, *layouts, *needs, *plain)
-    if key in _compiled or _backend(*inputs[1:]) == "torch":
+    if key in _compiled or (backend := _backend(*inputs[1:])) == "torch":
         return
     _compiled.add(key)
-    began, counts = time.perf_counter(), backends.dispatch_counts()
+    began = time.perf_counter()
     with compiling_only(tensors[0].device) as kernels:
         out, *saved = inspect.unwrap(_forward_steps)(*inputs)
         if settings[-1]:
             x, _, *others = tensors
             inspect.unwrap(_backward_steps)(out, x, *others, *saved, *settings[:-1], needs, False)
-    backends.set_dispatch_counts(counts)  # nothing ran
+    backends.count_dispatch(backend, -1)  # nothing ran
     sizes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in (("gate_up", tensors[3]), ("down", tensors[4])))
     logger.info("compiled %d kernels for %s in %.1f s", len(kernels), sizes, time.perf_counter() - began)
 

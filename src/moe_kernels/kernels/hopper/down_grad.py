@@ -205,8 +205,8 @@ def _multiply(
 
 @gluon.jit
 def hopper_down_grad_kernel(
-    dout_rows,  # (R, H): descriptor; any pointer if GATHER
-    dout_ptr,  # (R / TOP_K, H): read if GATHER
+    dout_rows,  # (R, H): descriptor; any pointer with TOP_K
+    dout_ptr,  # (R / TOP_K, H): read with TOP_K
     w,  # (E * H, I): descriptor
     z,  # (R, 2I): descriptor
     dz,  # (R, 2I): descriptor, may be of the same memory as z
@@ -224,7 +224,6 @@ def hopper_down_grad_kernel(
     I,
     R,
     TOP_K: gl.constexpr,
-    GATHER: gl.constexpr,
     ACTIVATION: gl.constexpr,
     P0: gl.constexpr,
     P1: gl.constexpr,
@@ -235,6 +234,7 @@ def hopper_down_grad_kernel(
     STAGES: gl.constexpr,
 ):
     dtype: gl.constexpr = wa_ptr.dtype.element_ty
+    GATHER: gl.constexpr = TOP_K > 0
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], swizzled)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], swizzled)
@@ -387,7 +387,7 @@ def down_grad(
         return dz, wa, dw
     parts = torch.empty((blocks, plan.rows), dtype=torch.float32, device=z.device)
     dout, top_k = dout_rows if isinstance(dout_rows, TokenRows) else (dout_rows, 0)
-    constants = {"TOP_K": max(top_k, 1), "GATHER": top_k > 0, **SCHEDULE.constants()}
+    constants = {"TOP_K": top_k, **SCHEDULE.constants()}
     activation = gate.constants()
     del constants["COOPERATIVE"], activation["GATED"], activation["INTERLEAVED"]
     launch(

@@ -310,6 +310,7 @@ def hopper_gemm_kernel(
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    gl.static_assert(COOPERATIVE or not GATED, "the halves of gate and up are written from cooperative tiles")
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M

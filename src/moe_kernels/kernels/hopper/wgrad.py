@@ -2,7 +2,7 @@
 
 Whole blocks of rows come by TMA. The last, partial block comes by asynchronous copies that fill with zeros after the
 expert's last row, so that rows of the next expert (or its NaNs) never enter. Experts without rows get exact zeros.
-``left`` may be tokens that are not in expert order (GATHER): then its blocks always come by asynchronous copies.
+``left`` may be tokens that are not in expert order (TOP_K): then its blocks always come by asynchronous copies.
 """
 
 import torch
