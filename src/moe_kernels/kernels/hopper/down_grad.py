@@ -29,6 +29,7 @@ from moe_kernels.kernels.hopper.ring import (
     halves,
     matrix,
     new_ring,
+    new_turns,
     pass_turn,
     put,
     store_masked,
@@ -247,7 +248,8 @@ def hopper_down_grad_kernel(
     for i in gl.static_range(2):
         mbarrier.init(z_arrived0.index(i), count=1)
         mbarrier.init(z_arrived1.index(i), count=1)
-    ready, empty, turns = new_ring(STAGES, 1 + (128 if GATHER else 0), 1)
+    ready, empty = new_ring(STAGES, 1 + (128 if GATHER else 0), 1)
+    turns = new_turns()
     num_m = gl.load(tile_count_ptr)
     num_n = (I + BLOCK_N - 1) // BLOCK_N
     tensors = (z, dz, dz_ptr, wa, wa_ptr)

@@ -30,6 +30,7 @@ from moe_kernels.kernels.hopper.ring import (
     has_fast_memory,
     matrix,
     new_ring,
+    new_turns,
     pass_turn,
     put,
     schedule_of,
@@ -322,7 +323,8 @@ def hopper_gemm_kernel(
     buffers0 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     buffers1 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     # A stage is ready when TMA has brought its bytes, and each gathering thread's copies have landed.
-    ready, empty, turns = new_ring(STAGES, 1 + (128 if GATHER else 0), 2 if COOPERATIVE else 1)
+    ready, empty = new_ring(STAGES, 1 + (128 if GATHER else 0), 2 if COOPERATIVE else 1)
+    turns = empty if COOPERATIVE else new_turns()  # cooperative groups have no turns
     num_m = gl.load(tile_count_ptr)
     COLUMNS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     num_n = (N + COLUMNS - 1) // COLUMNS

@@ -226,7 +226,7 @@ def hopper_wgrad_kernel(
     buffers0 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     buffers1 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     # A stage is ready when TMA has brought its bytes, or each loading thread's copies have landed.
-    ready, empty, _ = new_ring(STAGES, 129, 2)
+    ready, empty = new_ring(STAGES, 129, 2)
     num_m = (M + BLOCK_M - 1) // BLOCK_M
     num_n = (N + BLOCK_N - 1) // BLOCK_N
     ring = (a_ring, b_ring, ready, empty)

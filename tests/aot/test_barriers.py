@@ -1,0 +1,51 @@
+"""The memory of a Hopper kernel's barriers belongs to them until it ends.
+
+The compiler gives the memory of what is not used any more to something else, and counts a barrier that is initialised
+and then never waited on among it. PTX forbids that (``mbarrier.inval`` would have to come before). The GPU does not
+mind, but compute-sanitizer, which follows barriers, did: such kernels hung or read wrong addresses under racecheck.
+"""
+
+import inspect
+import os
+import re
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+
+from moe_kernels.testing import aot
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("MOE_KERNELS_AOT") != "1", reason="needs the compiler: make test-compiled"
+)
+NAMES = ("up", "down", "dgrad", "wgrad-dW1", "wgrad-dW2-gather", "down_grad", "down_grad-gather")
+KERNELS = [f"hopper-{name}-silu-bf16" for name in NAMES] + ["hopper-down-silu-bf16-in-turn-large-weights"]
+BYTES = 8  # of a barrier
+
+
+def ptx_of(case):
+    signature = {name: case.types.get(name, "constexpr") for name in inspect.signature(case.fn.fn).parameters}
+    program = aot.GluonASTSource(case.fn, signature, case.constants, aot._attributes(case))
+    return triton.compile(program, target=GPUTarget("cuda", 90, 32), options=dict(case.options)).asm["ptx"]
+
+
+def barriers(ptx):
+    """Offsets in shared memory at which barriers are initialised."""
+    registers = re.findall(r"mbarrier\.init\S*\s+\[(%r\d+)\]", ptx)
+    return {int(re.search(rf"add\.s32\s+{register}, %r\d+, (\d+);", ptx)[1]) for register in registers}
+
+
+def handed_over(ptx):
+    """Offsets of the words through which warp_specialize hands its groups of warps their arguments."""
+    return {int(offset) for offset in re.findall(r"st\.shared\S*\s+\[global_smem\+(\d+)\]", ptx)}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_memory_of_barriers_is_not_used_again(name):
+    from moe_kernels.kernels.hopper import catalog
+
+    ptx = ptx_of(next(case for case in catalog.compile_cases() if case.name == name))
+    found, words = barriers(ptx), handed_over(ptx)
+    assert len(found) == ptx.count("mbarrier.init") >= 8
+    assert words
+    assert not [word for word in words if any(barrier <= word < barrier + BYTES for barrier in found)]
