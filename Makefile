@@ -79,6 +79,7 @@ mutants: $(READY)
 
 # Every kernel under NVIDIA's compute-sanitizer (needs a GPU; under three minutes on one H200).
 sanitize: $(READY)
+	$(BIN)/python -m pip install -e '.[sanitize]'
 	$(BIN)/python benchmarks/sanitize.py $(ARGS)
 
 # A wheel as it is released, and the test that what it must hold is in it and works.

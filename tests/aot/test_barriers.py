@@ -8,6 +8,8 @@ mind, but compute-sanitizer, which follows barriers, did: such kernels hung or r
 import inspect
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import triton
@@ -49,3 +51,28 @@ def test_memory_of_barriers_is_not_used_again(name):
     assert len(found) == ptx.count("mbarrier.init") >= 8
     assert words
     assert not [word for word in words if any(barrier <= word < barrier + BYTES for barrier in found)]
+
+
+DELAYED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_barriers import KERNELS, ptx_of
+from moe_kernels.testing import delays
+delays.install()
+from moe_kernels.kernels.hopper import catalog
+for case in catalog.compile_cases():
+    if case.name in KERNELS:
+        print(ptx_of(case).count("nanosleep"))
+"""
+
+
+def test_each_kernel_compiles_with_delays():
+    """What tests/device/test_delays_gpu.py runs. In a process of its own: kernels there stay so."""
+    here = os.path.dirname(__file__)
+    ran = subprocess.run(
+        [sys.executable, "-c", DELAYED, here], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    counts = [int(count) for count in ran.stdout.split()]
+    assert len(counts) == len(KERNELS)
+    assert min(counts) >= 12

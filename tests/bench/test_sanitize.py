@@ -81,52 +81,6 @@ def test_a_report_belongs_to_the_kernel_it_names(sanitize, text, ours, others):
     assert set(log.samples) == set(ours)
 
 
-DISPATCH = """\
-========= COMPUTE-SANITIZER
-========= Error: Race reported between Read access at up_kernel+0x1f0 in gemm.py:216
-=========     and Write access at up_kernel+0x9790 in gemm.py:216 [7 hazards]
-=========     and Write access at up_kernel+0x11140 in gemm.py:{line} [10 hazards]
-=========
-========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
-"""
-
-
-def test_only_the_dispatchs_own_accesses_are_set_aside(sanitize):
-    dispatch = {"gemm.py:216", "gemm.py:264"}
-    log = sanitize.read_log(DISPATCH.format(line=264), OURS, dispatch)
-    assert (log.ours.total(), log.dispatch.total()) == (0, 1)
-    log = sanitize.read_log(DISPATCH.format(line=150), OURS, dispatch)  # one access is the kernel's
-    assert (log.ours.total(), log.dispatch.total()) == (1, 0)
-    log = sanitize.read_log(DISPATCH.format(line=264), OURS)
-    assert (log.ours.total(), log.dispatch.total()) == (1, 0)
-
-
-PTX = """\
-	.loc	1 216 0                         // gemm.py:216
-	st.shared.v2.b32 	[global_smem+229680], {0, 50397698};
-	st.shared.b32 	[global_smem+229376], %r452;
-	barrier.sync 	1;
-	setmaxnreg.dec.sync.aligned.u32 	248;
-	.loc	1 150 0
-	ld.shared.b32 	%r1, [global_smem];
-	bar.sync 	2, 128;
-	st.shared.b32 	[global_smem], %r1;
-	bra.uni 	$L__BB0_2;
-$L__BB0_2:
-	.loc	2 264 0
-	setmaxnreg.dec.sync.aligned.u32 	120;
-	barrier.sync 	1;
-	ld.shared.b8 	%r237, [%r238+229676];
-	.file	1 "/some/where/gemm.py"
-	.file	2 "ring.py"
-"""
-
-
-def test_the_dispatchs_accesses_are_those_beside_a_barrier_of_all_threads(sanitize):
-    assert sanitize.dispatch_places(PTX) == {"gemm.py:216", "ring.py:264"}
-    assert sanitize.dispatch_places(PTX.replace("barrier.sync", "bar.sync")) == set()
-
-
 def test_a_log_without_an_end_is_not_clean(sanitize):
     assert not sanitize.read_log("========= COMPUTE-SANITIZER\n", OURS).finished
     assert sanitize.read_log("========= Internal Sanitizer Error: no memory\n" + CLEAN, OURS).broken
@@ -148,7 +102,7 @@ FAKE = """#!{python}
 import subprocess, sys
 arguments = sys.argv[1:]
 if arguments == ["--version"]:
-    print("Version 0.0")
+    print("Version {version}")
     sys.exit()
 code = subprocess.call(arguments[arguments.index(sys.executable):])
 with open(arguments[arguments.index("--log-file") + 1], "w") as log:
@@ -158,24 +112,29 @@ sys.exit(code)
 FAULT = MEMCHECK.replace("up_kernel", "route_kernel")
 
 
+def paper(folder, version, logs):
+    """An environment with a compute-sanitizer of paper on the PATH."""
+    tool = folder / "compute-sanitizer"
+    tool.write_text(FAKE.format(python=sys.executable, version=version, logs=logs))
+    tool.chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "TRITON_INTERPRET": "1"}
+
+
 @pytest.mark.parametrize(
     ("logs", "exit_code"), [({"memcheck": CLEAN}, 0), ({"memcheck": CLEAN, "racecheck": FAULT, "initcheck": ""}, 1)]
 )
 def test_the_whole_way_with_a_tool_of_paper(tmp_path, logs, exit_code):
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(FAKE.format(python=sys.executable, logs=logs))
-    tool.chmod(0o755)
     result = tmp_path / "sanitize.json"
     ran = subprocess.run(
         [sys.executable, SCRIPT, "--device", "cpu", "--only", "router-softmax", "--tools", ",".join(logs),
          "--jobs", "2", "--json", result],
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRITON_INTERPRET": "1"},
+        env=paper(tmp_path, "2026.4.0.0", logs),
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert ran.returncode == exit_code, ran.stdout + ran.stderr
     assert "memcheck: clean: 0 reports of 2 kernels" in ran.stdout
     report = json.loads(result.read_text())
-    assert report["compute_sanitizer"] == "Version 0.0"
+    assert report["compute_sanitizer"] == "2026.4.0.0"
     found = report["tools"]
     assert all(set(found[name]["kernels"]) == {"route_kernel", "route_grad_kernel"} for name in logs)
     assert not found["memcheck"]["problems"]
@@ -189,3 +148,10 @@ def test_without_a_gpu_it_says_what_is_missing():
                          capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
     assert ran.returncode == 3
     assert "compute-sanitizer" in ran.stdout
+
+
+def test_an_old_tool_is_refused(tmp_path):
+    ran = subprocess.run([sys.executable, SCRIPT, "--device", "cpu"], env=paper(tmp_path, "2025.3.1.0", {}),
+                         capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    assert ran.returncode == 3
+    assert "version 2025.3; 2026.4 is needed: pip install nvidia-cuda-sanitizer-api" in ran.stdout

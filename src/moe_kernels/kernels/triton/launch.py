@@ -397,6 +397,10 @@ def _host_descriptor(
     base: Any, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], layout: Any
 ) -> Any:
     """The descriptor of Triton, or with a layout that of Gluon."""
+    if torch.cuda.is_initialized():
+        # Encoding it takes the device's context, and a thread of autograd whose first call of CUDA this is has none
+        # yet. Setting the device makes one, also where it is the current device.
+        torch.cuda.set_device(torch.cuda.current_device())
     if layout is None:
         return TensorDescriptor(base, list(shape), list(strides), list(block))
     return gluon.TensorDescriptor(base, list(shape), list(strides), list(block), layout)

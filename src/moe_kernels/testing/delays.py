@@ -1,0 +1,125 @@
+"""The kernels for Hopper with random delays around their barriers: no warp that comes late may change a result.
+
+Their groups of warps hand each other stages of shared memory through barriers. A barrier that is missing or waited
+for too early can go unseen for years, because the timing of a GPU hardly varies. Here it does: before and after each
+operation on a barrier every warp sleeps for up to 16 microseconds, most often not at all. ``python -m
+moe_kernels.testing.delays`` runs some problems so for a while, on a Hopper GPU, and compares: with float64, and all
+runs to the bit. A deadlock is for the caller to notice: ``tests/device/test_delays_gpu.py`` ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+import types
+from unittest import mock
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+import moe_kernels
+from moe_kernels.kernels.hopper import down_grad, gemm, ring, wgrad
+from moe_kernels.testing.problems import Case, check, make_inputs, run
+from moe_kernels.testing.verification import variants
+
+# 16 bits from the clock and the warp's place: the lower byte are nanoseconds, times 64 if six of the upper
+# bits are zero; 60 and less are not slept.
+_SLEEP = gl.constexpr("""{
+    .reg .u32 time, mixed;
+    .reg .pred sleeps;
+    mov.u32 time, %clock;
+    mov.u32 mixed, %warpid;
+    mad.lo.u32 time, mixed, 0x9E3779B1, time;
+    mul.lo.u32 time, time, 0x85EBCA6B;
+    shr.u32 mixed, time, 13;
+    xor.b32 time, time, mixed;
+    mul.lo.u32 time, time, 0xC2B2AE35;
+    shr.u32 time, time, 16;
+    and.b32 mixed, time, 0x3f00;
+    and.b32 time, time, 0xff;
+    setp.eq.u32 sleeps, mixed, 0;
+    @sleeps shl.b32 time, time, 6;
+    setp.gt.u32 sleeps, time, 60;
+    @sleeps nanosleep.u32 time;
+    mov.u32 $0, time;
+}""")
+#: Programs of a persistent grid: few, so that each walks many tiles.
+PROGRAMS = 3
+BF16 = torch.bfloat16
+CASES = (
+    Case(301, 3, 5, 192, 320, BF16, "sentinels"),
+    Case(67, 2, 9, 64, 128, torch.float16, "one_token_each"),
+    Case(700, 4, 9, 512, 192, BF16, "zipf"),
+    Case(500, 2, 5, 448, 704, BF16, "balanced"),
+)
+
+
+@gluon.jit
+def _sleep():
+    gl.inline_asm_elementwise(_SLEEP, "=r,r", [gl.to_tensor(0)], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _wait(barrier, phase):
+    _sleep()
+    mbarrier.wait(barrier, phase)
+    _sleep()
+
+
+@gluon.jit
+def _arrive(barrier, count: gl.constexpr):
+    _sleep()
+    mbarrier.arrive(barrier, count=count)
+
+
+@gluon.jit
+def _expect(barrier, nbytes: gl.constexpr):
+    _sleep()
+    mbarrier.expect(barrier, nbytes)
+    _sleep()
+
+
+def install() -> None:
+    """From here on, and until this process ends, kernels for Hopper are compiled with delays."""
+    delayed = types.ModuleType("delayed_mbarrier")
+    vars(delayed).update(init=mbarrier.init, MBarrierLayout=mbarrier.MBarrierLayout)
+    vars(delayed).update(wait=_wait, arrive=_arrive, expect=_expect)
+    for module in (ring, gemm, wgrad, down_grad):
+        module.mbarrier = delayed  # type: ignore[attr-defined]
+
+
+def _few_programs(device: torch.device) -> int:
+    return PROGRAMS
+
+
+def main() -> int:
+    """Run every case in every variant for its share of the time."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=30.0, help="for all cases together, compiling left out")
+    wanted = parser.parse_args()
+    install()
+    for module in (gemm, wgrad, down_grad):
+        mock.patch.object(module, "multiprocessors", _few_programs).start()
+    gluon_backend = functools.partial(moe_kernels.fused_experts, backend="gluon")
+    todo = [(case, *way) for case in CASES for way in variants("gluon").items()]
+    wrong = 0
+    for case, name, chosen in todo:
+        inputs = make_inputs(case, "cuda")
+        with chosen:
+            check(gluon_backend, inputs, str(case))  # against float64
+            first, runs = run(gluon_backend, inputs), 0
+            end = time.monotonic() + wanted.seconds / len(todo)
+            while time.monotonic() < end:
+                again = run(gluon_backend, inputs)
+                wrong += any(not torch.equal(first[key], again[key]) for key in first)  # type: ignore[arg-type]
+                runs += 1
+        print(f"{case}{name}: {runs} runs, {wrong} that differ", flush=True)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""The kernels for Hopper whichever of their warps comes late, and in a thread without a context."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
+if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("the Gluon kernels are for Hopper", allow_module_level=True)
+
+
+def finished(*arguments):
+    """What a process of its own printed: kernels are compiled anew in it, and it can be ended with its kernels."""
+    ran = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def test_delays_change_nothing():
+    assert finished("-m", "moe_kernels.testing.delays", "--seconds", "16").count("runs, 0 that differ") == 8
+
+
+FIRST_CALL = """
+import torch
+from moe_kernels import fused_experts
+
+x = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+ids = torch.arange(128, device="cuda").view(64, 2) % 4
+weights = torch.rand(64, 2, device="cuda")
+gate_up, down = (torch.randn(4, *s, device="cuda", dtype=torch.bfloat16) for s in ((256, 128), (128, 128)))
+gradient = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16)
+fused_experts(x, ids, weights, gate_up, down, backend="gluon").backward(gradient)
+assert x.grad.isfinite().all()
+"""
+
+
+def test_the_first_backward_pass_of_a_process():
+    """Its first kernel takes tensor maps, and autograd's thread has called CUDA for nothing else yet."""
+    finished("-c", FIRST_CALL)
