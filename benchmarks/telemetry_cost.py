@@ -41,8 +41,9 @@ from moe_kernels.shapes import FAMILIES
 
 GROUP = 4
 SWITCH = "telemetry_switch.TelemetrySwitch"
-#: What the switch leaves in the output folder: step_ms, and of the steps with telemetry hooks_ms and log_ms.
+#: What the switch leaves in the output folder: step_ms, and of the steps with telemetry these parts of them.
 TIMES = "telemetry_times.json"
+PARTS = ("hooks_ms", "log_ms", "write_ms")
 UNDECIDED = 3
 
 
@@ -122,12 +123,12 @@ def main() -> int:
         name: statistics.median(step_ms[step] for step in timed if telemetry_is_on(step) is on)
         for name, on in (("without", False), ("with", True))
     }
-    own = {name: statistics.median(times[name][wanted.warmup_steps // 2 :]) for name in ("hooks_ms", "log_ms")}
+    own = {name: statistics.median(times[name][wanted.warmup_steps // 2 :]) for name in PARTS}
     console.print(
         f"{wanted.family}-{size}: telemetry costs {cost:+.2f}% of a step (95% interval {low:+.2f}% to {high:+.2f}%, "
         f"{len(percents)} groups of {GROUP} steps); {medians['without']:.2f} ms without, {medians['with']:.2f} ms "
-        f"with. The host spends {own['hooks_ms']:.2f} ms in its hooks and {own['log_ms']:.2f} ms in its log: "
-        f"{100 * sum(own.values()) / medians['without']:.2f}%",
+        f"with. The host spends {own['hooks_ms']:.2f} ms in its hooks, {own['log_ms']:.2f} ms in its log and "
+        f"{own['write_ms']:.2f} ms in its file: {100 * sum(own.values()) / medians['without']:.2f}%",
         soft_wrap=True,
     )
     if wanted.json:

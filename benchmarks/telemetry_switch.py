@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from axolotl.integrations.base import BasePlugin
-from telemetry_cost import TIMES, telemetry_is_on
+from telemetry_cost import PARTS, TIMES, telemetry_is_on
 from transformers import TrainerCallback
 
 from axolotl.integrations.moe_kernels.telemetry import RouterCallback
@@ -49,20 +49,19 @@ class _Switch(TrainerCallback):
         self.on = False
         self.began: float | None = None
         self.step_ms: list[float] = []
-        self.hooks_ms: list[float] = []
-        self.log_ms: list[float] = []
+        self.parts: dict[str, list[float]] = {name: [] for name in PARTS}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.began is not None:
             self.step_ms.append(1000 * (time.perf_counter() - self.began))
         telemetry, on = self._telemetry(), telemetry_is_on(state.global_step)
-        if not on:
+        if not on:  # what is still to be written waits for a step with telemetry
             telemetry.counter.close()
-            telemetry.on_step_end = lambda *args, **kwargs: None
+            telemetry.on_step_end = telemetry.on_pre_optimizer_step = lambda *args, **kwargs: None
         elif not self.on:
             telemetry.counter.close()
             telemetry.counter = _Timed(model)
-            telemetry.on_step_end = self._log
+            telemetry.on_step_end, telemetry.on_pre_optimizer_step = self._log, self._write
         self.on = on
         self.began = time.perf_counter()
 
@@ -73,15 +72,20 @@ class _Switch(TrainerCallback):
         telemetry = self._telemetry()
         counter = telemetry.counter
         assert isinstance(counter, _Timed)
-        self.hooks_ms.append(1000 * counter.spent)
+        self.parts["hooks_ms"].append(1000 * counter.spent)
         counter.spent = 0.0
         # What follows reads from the device, so it waits anyway: the wait is not telemetry's own work.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         began = time.perf_counter()
         type(telemetry).on_step_end(telemetry, *args, **kwargs)
-        self.log_ms.append(1000 * (time.perf_counter() - began))
+        self.parts["log_ms"].append(1000 * (time.perf_counter() - began))
+
+    def _write(self, *args: Any, **kwargs: Any) -> None:
+        telemetry = self._telemetry()
+        began = time.perf_counter()
+        type(telemetry).on_pre_optimizer_step(telemetry, *args, **kwargs)
+        self.parts["write_ms"].append(1000 * (time.perf_counter() - began))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        times = {"step_ms": self.step_ms, "hooks_ms": self.hooks_ms, "log_ms": self.log_ms}
-        Path(args.output_dir, TIMES).write_text(json.dumps(times))
+        Path(args.output_dir, TIMES).write_text(json.dumps({"step_ms": self.step_ms, **self.parts}))

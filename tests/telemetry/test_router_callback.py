@@ -53,7 +53,8 @@ def train(
     callback.on_train_begin(None, state, None)
     for step in steps:
         state.global_step = step + 1
-        callback.on_step_end(None, state, SimpleNamespace(should_log=step % 2 == 1))
+        callback.on_pre_optimizer_step(None, state, None)
+        callback.on_step_end(None, state, SimpleNamespace(should_log=step % 2 == 1, should_save=False))
     callback.on_train_end(None, state, None)
     assert counter.layers == []
     return counter
@@ -79,6 +80,27 @@ def test_reads_only_when_the_trainer_logs(tmp_path: Path) -> None:
     history = read_history(tmp_path / "out" / FILE_NAME)
     assert (history.layers, history.experts, history.steps) == (["one", "two"], [2, 2], [2, 4])
     assert [history.load(1, layer) for layer in range(2)] == LOADS
+
+
+def test_the_file_is_written_while_the_device_is_busy_and_before_a_checkpoint(tmp_path: Path) -> None:
+    from axolotl.integrations.moe_kernels.telemetry import RouterCallback
+
+    callback = RouterCallback(FakeTrainer(), FakeCounter(), str(tmp_path), False)  # type: ignore[arg-type]
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    steps = []
+    callback.on_train_begin(None, state, None)
+    for step in (1, 2, 3):
+        callback.on_pre_optimizer_step(None, state, None)
+        state.global_step = step
+        callback.on_step_end(None, state, SimpleNamespace(should_log=True, should_save=step == 2))
+        steps.append(read_history(tmp_path / FILE_NAME).steps)
+    assert steps == [[], [1, 2], [1, 2]]
+    callback.on_epoch_end(None, state, None)
+    assert read_history(tmp_path / FILE_NAME).steps == [1, 2, 3]
+    state.global_step = 4
+    callback.on_step_end(None, state, SimpleNamespace(should_log=True, should_save=False))
+    callback.on_train_end(None, state, None)
+    assert read_history(tmp_path / FILE_NAME).steps == [1, 2, 3, 4]
 
 
 def test_each_layer_on_request(tmp_path: Path) -> None:
@@ -172,7 +194,7 @@ def test_the_key_hooks_the_model(tmp_path: Path, log: pytest.LogCaptureFixture) 
     callback.on_train_begin(None, state, None)
     model(input_ids=torch.arange(8)[None])
     state.global_step = 1
-    callback.on_step_end(None, state, SimpleNamespace(should_log=True))
+    callback.on_step_end(None, state, SimpleNamespace(should_log=True, should_save=True))
     assert read_history(tmp_path / FILE_NAME).rows == [[16]]
     assert trainer.metrics[0]["moe/dropped_share"] == 0.0
     assert json.loads((tmp_path / FILE_NAME).read_text().splitlines()[1])["layers"] == ["model.layers.0.mlp.experts"]

@@ -99,14 +99,16 @@ class RouterCounter:
         for layer in self.layers:
             for histogram in layer.histograms:
                 parts.setdefault(histogram.device, []).append(histogram)
-        numbers = {device: torch.cat(of_device).cpu().numpy() for device, of_device in parts.items()}
+        numbers = {device: torch.cat(of_device).cpu().numpy().astype(np.int64) for device, of_device in parts.items()}
+        read = dict.fromkeys(numbers, 0)
         loads = []
         for layer in self.layers:
             tokens: tuple[int, ...] = (0,) * layer.seen
             if layer.histograms:
-                device, size = layer.histograms[0].device, len(layer.histograms) * (layer.seen + 1)
-                mine, numbers[device] = np.split(numbers[device], [size])
-                tokens = tuple(mine.reshape(-1, layer.seen + 1).sum(0)[1:].astype(np.int64).tolist())
+                device, first = layer.histograms[0].device, read[layer.histograms[0].device]
+                read[device] += len(layer.histograms) * (layer.seen + 1)
+                mine = numbers[device][first : read[device]].reshape(-1, layer.seen + 1)
+                tokens = tuple(mine.sum(0)[1:].tolist())
             loads.append(LayerLoad(tokens, layer.rows))
         return loads
 

@@ -24,6 +24,7 @@ class RouterCallback(TrainerCallback):
         self.counter = counter
         self.file: Path | None = Path(folder, router_load.FILE_NAME)
         self.each_layer = each_layer
+        self.unwritten: list[tuple[int, list[LayerLoad]]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not hasattr(self.trainer, "store_metrics"):
@@ -38,10 +39,25 @@ class RouterCallback(TrainerCallback):
         loads = self.counter.take()
         if hasattr(self.trainer, "store_metrics"):
             self.trainer.store_metrics(metrics(loads, self.each_layer), train_eval="train")
-        self._write(state, router_load.record(state.global_step, loads), "a")
+        self.unwritten.append((state.global_step, loads))
+        if control.should_save:  # a training that resumes from there needs it
+            self._write_records(state)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Here the device is busy with gradients. At the end of a step, once it was read from, it has nothing to do.
+        self._write_records(state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write_records(state)  # it may be saved too
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write_records(state)
         self.counter.close()
+
+    def _write_records(self, state: Any) -> None:
+        if self.unwritten:
+            self._write(state, "".join(router_load.record(*record) for record in self.unwritten), "a")
+            self.unwritten.clear()
 
     def _write(self, state: Any, line: str, mode: str) -> None:
         if self.file is None or not state.is_world_process_zero:
