@@ -29,8 +29,8 @@ class _Timed(RouterCounter):
 
     spent = 0.0
 
-    def _hook(self, layer: Any) -> Any:
-        count = super()._hook(layer)
+    def _hook(self, number: int) -> Any:
+        count = super()._hook(number)
 
         @torch.compiler.disable
         def timed(*args: Any) -> None:

@@ -34,22 +34,22 @@ class LayerLoad:
     @property
     def imbalance(self) -> float:
         """Rows of the busiest expert over the mean: 1 is even, the number of experts is one for all."""
-        return float(numbers_of([self]).imbalance[0])
+        return float(Loads.of([self]).numbers().imbalance[0])
 
     @property
     def entropy(self) -> float:
         """Entropy of the distribution over that of an even one: 1 is even, 0 is one expert for all."""
-        return float(numbers_of([self]).entropy[0])
+        return float(Loads.of([self]).numbers().entropy[0])
 
     @property
     def dead(self) -> int:
         """Experts that were given nothing."""
-        return int(numbers_of([self]).dead[0])
+        return int(Loads.of([self]).numbers().dead[0])
 
     @property
     def dropped_share(self) -> float:
         """Share of the rows that went to no expert."""
-        return float(numbers_of([self]).dropped_share[0])
+        return float(Loads.of([self]).numbers().dropped_share[0])
 
 
 class LoadNumbers(NamedTuple):
@@ -61,23 +61,47 @@ class LoadNumbers(NamedTuple):
     dropped_share: NDArray[np.float64]
 
 
-def numbers_of(loads: Sequence[LayerLoad]) -> LoadNumbers:
-    """The numbers of all layers at once: a training waits for them, and has hundreds of experts."""
-    tokens = np.fromiter(chain.from_iterable(load.tokens for load in loads), np.float64)
-    experts = np.array([len(load.tokens) for load in loads])
-    rows = np.array([load.rows for load in loads], np.float64)
-    first = np.cumsum(experts) - experts
-    total = np.add.reduceat(tokens, first)
-    used = total > 0
-    some = np.where(used, total, 1.0)
-    shares = tokens / np.repeat(some, experts)
-    bits = np.add.reduceat(shares * -np.log2(shares, out=np.zeros_like(shares), where=shares > 0), first)
-    return LoadNumbers(
-        imbalance=np.where(used, np.maximum.reduceat(tokens, first) * experts / some, 1.0),
-        entropy=np.where(used & (experts > 1), np.maximum(bits, 0.0) / np.log2(np.maximum(experts, 2)), 1.0),
-        dead=np.add.reduceat((tokens == 0).astype(np.int64), first),
-        dropped_share=np.maximum(1.0 - total / np.maximum(rows, 1.0), 0.0) * (rows > 0),  # sums round beyond 2**53
-    )
+@dataclass(frozen=True, eq=False)
+class Loads:
+    """What several expert layers were given, all in one array: a training waits while it is looked at.
+
+    Attributes:
+        tokens: (sum of the layers' experts,) int64, routed rows of each expert, layer after layer.
+        experts: (layers,) int64.
+        rows: (layers,) int64, see :class:`LayerLoad`.
+    """
+
+    tokens: NDArray[np.int64]
+    experts: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerLoad]) -> Loads:
+        """The same of layers one by one."""
+        tokens = np.fromiter(chain.from_iterable(layer.tokens for layer in layers), np.int64)
+        return cls(tokens, *np.array([(len(layer.tokens), layer.rows) for layer in layers], np.int64).T)
+
+    def layers(self) -> list[LayerLoad]:
+        """One by one, as Python's own numbers."""
+        parts = np.split(self.tokens, np.cumsum(self.experts)[:-1])
+        return [LayerLoad(tuple(part.tolist()), rows) for part, rows in zip(parts, self.rows.tolist(), strict=True)]
+
+    def numbers(self) -> LoadNumbers:
+        """The properties of each layer."""
+        tokens, experts = self.tokens.astype(np.float64), self.experts
+        first = np.cumsum(experts) - experts
+        total = np.add.reduceat(tokens, first)
+        used = total > 0
+        some = np.where(used, total, 1.0)
+        shares = tokens / np.repeat(some, experts)
+        bits = np.add.reduceat(shares * -np.log2(shares, out=np.zeros_like(shares), where=shares > 0), first)
+        missing = 1.0 - total / np.maximum(self.rows, 1)  # sums round beyond 2**53
+        return LoadNumbers(
+            imbalance=np.where(used, np.maximum.reduceat(tokens, first) * experts / some, 1.0),
+            entropy=np.where(used & (experts > 1), np.maximum(bits, 0.0) / np.log2(np.maximum(experts, 2)), 1.0),
+            dead=np.add.reduceat((tokens == 0).astype(np.int64), first),
+            dropped_share=np.maximum(missing, 0.0) * (self.rows > 0),
+        )
 
 
 @dataclass

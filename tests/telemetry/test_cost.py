@@ -85,7 +85,7 @@ def test_the_switch_counts_and_times_half_the_steps(tmp_path):
 
     class Recorded(RouterCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            counted[state.global_step] = self.counter.take()[0].rows
+            counted[state.global_step] = int(self.counter.take().rows[0])
 
     counted = {}
     trainer = type("Trainer", (), {})()

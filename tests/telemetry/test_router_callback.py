@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_kernels.router_load import FILE_NAME, LayerLoad, read_history
+from moe_kernels.router_load import FILE_NAME, LayerLoad, Loads, read_history
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
     pytest.skip("axolotl is not installed: pip install 'moe-kernels[axolotl]'", allow_module_level=True)
@@ -25,9 +25,9 @@ class FakeCounter:
         self.layers = [SimpleNamespace(name=name, experts=2) for name in ("one", "two")]
         self.taken = 0
 
-    def take(self) -> list[LayerLoad]:
+    def take(self) -> Loads:
         self.taken += 1
-        return LOADS
+        return Loads.of(LOADS)
 
     def close(self) -> None:
         self.layers = []
@@ -82,25 +82,31 @@ def test_reads_only_when_the_trainer_logs(tmp_path: Path) -> None:
     assert [history.load(1, layer) for layer in range(2)] == LOADS
 
 
-def test_the_file_is_written_while_the_device_is_busy_and_before_a_checkpoint(tmp_path: Path) -> None:
+def test_the_file_is_written_while_the_device_is_busy_and_before_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from axolotl.integrations.moe_kernels import telemetry
     from axolotl.integrations.moe_kernels.telemetry import RouterCallback
 
+    now = 100.0
+    monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: now))
     callback = RouterCallback(FakeTrainer(), FakeCounter(), str(tmp_path), False)  # type: ignore[arg-type]
     state = SimpleNamespace(global_step=0, is_world_process_zero=True)
     steps = []
     callback.on_train_begin(None, state, None)
-    for step in (1, 2, 3):
+    for step in range(1, 7):
         callback.on_pre_optimizer_step(None, state, None)
+        now += 0.4
         state.global_step = step
         callback.on_step_end(None, state, SimpleNamespace(should_log=True, should_save=step == 2))
-        steps.append(read_history(tmp_path / FILE_NAME).steps)
-    assert steps == [[], [1, 2], [1, 2]]
+        steps.append(len(read_history(tmp_path / FILE_NAME).steps))
+    assert steps == [0, 2, 2, 2, 2, 5]
     callback.on_epoch_end(None, state, None)
-    assert read_history(tmp_path / FILE_NAME).steps == [1, 2, 3]
-    state.global_step = 4
+    assert read_history(tmp_path / FILE_NAME).steps == [*range(1, 7)]
+    state.global_step = 7
     callback.on_step_end(None, state, SimpleNamespace(should_log=True, should_save=False))
     callback.on_train_end(None, state, None)
-    assert read_history(tmp_path / FILE_NAME).steps == [1, 2, 3, 4]
+    assert read_history(tmp_path / FILE_NAME).steps == [*range(1, 8)]
 
 
 def test_each_layer_on_request(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe_kernels.integrations.router_counter import _MOST, RouterCounter, _everywhere, _Layer, _layer
+from moe_kernels.integrations.router_counter import _MOST, RouterCounter, _Layer, _layer
 from moe_kernels.integrations.transformers import experts_modules
 from moe_kernels.router_load import LayerLoad
 
@@ -52,11 +52,11 @@ def test_counts_are_those_of_a_plain_count(model: Any) -> None:
     counter, noted = RouterCounter(model), seen_ids(model)
     step(model)
     step(model, 7)
-    loads = counter.take()
+    loads = counter.take().layers()
     assert [layer.name for layer in counter.layers] == [f"model.layers.{n}.mlp.experts" for n in range(LAYERS)]
     for load, calls in zip(loads, noted, strict=True):
         assert load == LayerLoad(plain_count(calls), 2 * (12 + 7) * K)
-    assert [load.rows for load in counter.take()] == [0] * LAYERS, "reading starts again"
+    assert [load.rows for load in counter.take().layers()] == [0] * LAYERS, "reading starts again"
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -66,21 +66,21 @@ def test_a_recomputed_forward_is_not_counted_again(model: Any, reentrant: bool) 
     counter, noted = RouterCounter(model), seen_ids(model)
     step(model)
     assert [len(calls) for calls in noted] == [2] * LAYERS, "the layers must have been recomputed"
-    assert counter.take() == [LayerLoad(plain_count(calls[:1]), 2 * 12 * K) for calls in noted]
+    assert counter.take().layers() == [LayerLoad(plain_count(calls[:1]), 2 * 12 * K) for calls in noted]
 
 
 def test_evaluation_is_not_counted(model: Any) -> None:
     counter = RouterCounter(model)
     model.eval()
     step(model)
-    assert [load.rows for load in counter.take()] == [0] * LAYERS
+    assert [load.rows for load in counter.take().layers()] == [0] * LAYERS
 
 
 def test_closed_counter_counts_nothing(model: Any) -> None:
     counter = RouterCounter(model)
     counter.close()
     step(model)
-    assert [load.rows for load in counter.take()] == [0] * LAYERS
+    assert [load.rows for load in counter.take().layers()] == [0] * LAYERS
 
 
 def test_models_without_experts_are_refused() -> None:
@@ -95,29 +95,59 @@ def test_every_id_lands_in_its_own_counter(experts: int, dtype: torch.dtype, dev
     outside += [2**40, -(2**62)] if dtype == torch.int64 else []
     ids = torch.tensor([*range(experts), experts - 1, *outside], dtype=dtype, device=device)
     counter = _counter_of(_Layer("", experts, experts))
-    counter.layers[0].add(ids)
-    counter.layers[0].add(ids[: experts + 1].expand(2, -1))
-    assert counter.take() == [LayerLoad((3,) * (experts - 1) + (6,), ids.numel() + 2 * (experts + 1))]
+    counter.count(0, ids)
+    counter.count(0, ids[: experts + 1].expand(2, -1))
+    assert counter.take().layers() == [LayerLoad((3,) * (experts - 1) + (6,), ids.numel() + 2 * (experts + 1))]
 
 
 def test_many_calls_between_two_readings_keep_few_histograms(device: torch.device) -> None:
     counter = _counter_of(_Layer("", 3, 3), _Layer("never called", 2, 2))
     for call in range(3 * _MOST):
-        counter.layers[0].add(torch.tensor([call % 3, 2], device=device))
-        assert len(counter.layers[0].histograms) <= _MOST
-    assert counter.take() == [LayerLoad((_MOST, _MOST, 4 * _MOST), 6 * _MOST), LayerLoad((0, 0), 0)]
-    assert counter.take() == [LayerLoad((0, 0, 0), 0), LayerLoad((0, 0), 0)]
+        counter.count(0, torch.tensor([call % 3, 2], device=device))
+        assert all(len(histograms) <= _MOST for histograms in counter._histograms.values())
+    assert counter.take().layers() == [LayerLoad((_MOST, _MOST, 4 * _MOST), 6 * _MOST), LayerLoad((0, 0), 0)]
+    assert counter.take().layers() == [LayerLoad((0, 0, 0), 0), LayerLoad((0, 0), 0)]
+
+
+def test_layers_of_different_shapes_and_experts(device: torch.device) -> None:
+    """Layers that are alike are counted together, the others beside them; a layer that is left out has nothing."""
+    counter = _counter_of(*(_Layer("", experts, experts) for experts in (3, 5, 3, 4, 3)))
+    chosen = {0: [0, 2], 1: [4, 4], 2: [2, 3], 4: [1, 1, -1]}
+    for number, ids in chosen.items():
+        counter.count(number, torch.tensor(ids, device=device))
+    assert [load.tokens for load in counter.take().layers()] == [
+        (1, 0, 1), (0, 0, 0, 0, 2), (0, 0, 1), (0, 0, 0, 0), (0, 2, 0),
+    ]  # fmt: skip
+
+
+def test_a_forward_pass_that_ends_early_counts_once(device: torch.device) -> None:
+    counter = _counter_of(_Layer("", 2, 2), _Layer("", 2, 2))
+    for _ in range(3):
+        counter.count(0, torch.tensor([0, 1], device=device))
+    assert counter.take().layers() == [LayerLoad((3, 3), 6), LayerLoad((0, 0), 0)]
+
+
+def test_ids_that_change_in_place_are_refused(device: torch.device) -> None:
+    counter = _counter_of(_Layer("model.experts", 2, 2), _Layer("", 2, 2))
+    ids = torch.tensor([0, 1], device=device)
+    counter.count(0, ids)
+    ids.clamp_(max=0)
+    with pytest.raises(
+        RuntimeError, match=r"model.experts changes its expert ids in place.* moe_router_telemetry: false"
+    ):
+        counter.count(1, torch.tensor([0, 1], device=device))
 
 
 @pytest.mark.gpu
 def test_counting_waits_for_nothing() -> None:
-    layer = _Layer("", 8, 8)
+    counter = _counter_of(_Layer("", 8, 8), _Layer("", 8, 8))
     ids = torch.randint(0, 8, (4096, 2), device="cuda")
-    layer.add(ids)
+    counter.count(0, ids)
+    counter.count(1, ids)  # what is made once is made here
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(2 * _MOST):
-            layer.add(ids)
+        for call in range(4 * _MOST):
+            counter.count(call % 2, ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -127,12 +157,12 @@ def test_under_compile(model: Any) -> None:
     compiled = torch.compile(model, backend="eager")
     ids = torch.randint(0, 64, (2, 12), device=model.device)
     compiled(input_ids=ids, labels=ids).loss.backward()
-    assert counter.take() == [LayerLoad(plain_count(calls), 2 * 12 * K) for calls in noted]
+    assert counter.take().layers() == [LayerLoad(plain_count(calls), 2 * 12 * K) for calls in noted]
 
 
 def _counter_of(*layers: _Layer) -> RouterCounter:
     counter = RouterCounter.__new__(RouterCounter)
-    counter.layers = [*layers]
+    counter._begin([*layers])
     return counter
 
 
@@ -140,19 +170,20 @@ def _counter_of_rank(rank: int) -> RouterCounter:
     """Two experts a rank, parallel over two ranks, twice; beside a layer that every rank holds whole."""
     counter = _counter_of(_Layer("parallel", 4, 2), _Layer("whole", 3, 3), _Layer("never called", 4, 2))
     local = torch.tensor([[0, 1], [0, 3], [0, 2]]) - 2 * (rank % 2)
-    counter.layers[0].add(torch.where((local < 0) | (local > 1), 2, local))
-    counter.layers[1].add(torch.full((1, 2), rank % 3))
+    counter.count(0, torch.where((local < 0) | (local > 1), 2, local))
+    counter.count(1, torch.full((1, 2), rank % 3))
     return counter
 
 
 def test_ranks_are_added_up_and_local_ids_put_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     total = torch.zeros(4 + 3 + 4 + 3, dtype=torch.int64)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", total.add_)
     for rank in range(4):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        total += torch.cat([_everywhere(layer, total.device) for layer in _counter_of_rank(rank).layers])
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        _counter_of_rank(rank).take()
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda mine: mine.copy_(total))
-    loads = _counter_of_rank(3).take()
+    loads = _counter_of_rank(3).take().layers()
     # Two replicas saw three tokens each; the four ranks of the whole layer one token each.
     assert loads == [LayerLoad((6, 2, 2, 2), 12), LayerLoad((4, 2, 2), 8), LayerLoad((0,) * 4, 0)]
     assert loads[0].dropped_share == 0.0

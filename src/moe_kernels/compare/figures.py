@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moe_kernels.compare.judge import smooth
 from moe_kernels.compare.metrics import OURS, RunMetrics
 from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED
-from moe_kernels.router_load import LayerLoad, RouterHistory, numbers_of
+from moe_kernels.router_load import LayerLoad, Loads, RouterHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -239,7 +239,7 @@ def _router_layers(analysis: Analysis) -> Plot | None:
     figure, axes = _axes(2.9)
     records = range(len(history.steps))
     values = [
-        numbers_of([history.load(record, layer) for record in records]).imbalance.tolist()
+        Loads.of([history.load(record, layer) for record in records]).numbers().imbalance.tolist()
         for layer in range(len(history.layers))
     ]
     for layer, line in enumerate(values):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
+from numpy.typing import NDArray
 
 from moe_kernels.integrations.transformers import experts_modules
-from moe_kernels.router_load import LayerLoad
+from moe_kernels.router_load import Loads
 
 # Names under which model configurations keep the number of routed experts.
 _EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-# Histograms that a layer keeps before it adds them up: some kilobytes, and a reading copies all of them.
+# Histograms that are kept before they are added up: each is some kilobytes.
 _MOST = 32
 
 
@@ -27,39 +29,23 @@ class _Layer:
         experts: of the whole layer, on all ranks.
         seen: ids that its experts function can be given: ``experts``, or this rank's own under transformers'
             expert parallelism, which hands it ids of its own and one id for all others.
-        histograms: (1 + seen,) on the device, one of each call since the last reading, first the ids of -1.
         rows: tokens x K since the last reading, counted on the host from shapes.
     """
 
     name: str
     experts: int
     seen: int
-    histograms: list[torch.Tensor] = field(default_factory=list)
     rows: int = 0
-
-    def add(self, ids: torch.Tensor) -> None:
-        """Count ``ids`` (any shape, integers), those outside [0, seen) as rows alone."""
-        self.rows += ids.numel()
-        # With its range given, histc never waits for the device; bincount does. On a CPU it knows no integers. One
-        # bin more than experts, for -1: the range of a single expert would be empty, and histc would look for one.
-        values = ids.double() if ids.device.type == "cpu" else ids
-        if len(self.histograms) == _MOST:
-            self.histograms = [self.total()]
-        # Kept, not added to a counter: the host pays for each operation, in every layer of every step.
-        self.histograms.append(torch.histc(values, bins=self.seen + 1, min=-1, max=self.seen - 1))
-
-    def total(self) -> torch.Tensor:
-        """(1 + seen,): the sum of the histograms."""
-        return torch.stack(self.histograms).sum(0)
 
 
 class RouterCounter:
     """Counts the routed rows of every expert of a model, in training mode only.
 
-    A hook of each experts module sees the ids that the router gives it, whichever implementation runs the experts.
-    Per layer and call it makes a histogram of the ids on the device: no copy to the host and no wait.
-    A call inside a backward pass is a recomputation (gradient checkpointing) and is not counted again. Padding
-    counts, for the experts work on it. Under ``torch.compile`` each layer costs a graph break.
+    A hook of each experts module keeps the ids that the router gives it, whichever implementation runs the experts.
+    After the last layer of a forward pass one histogram of all of them is made on the device: no copy to the host, no
+    wait, and few operations, for the host pays for each. A call inside a backward pass is a recomputation (gradient
+    checkpointing) and is not counted again. Padding counts, for the experts work on it. Under ``torch.compile`` each
+    layer costs a graph break.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -70,70 +56,115 @@ class RouterCounter:
                 f"{type(model).__name__} has no experts module that dispatches through transformers' experts "
                 "interface, so that there is no routing to count: set moe_router_telemetry: false."
             )
-        self.layers = [_layer(name, module) for name, module in modules]
+        self._begin([_layer(name, module) for name, module in modules])
         self._hooks = [
-            module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
-            for layer, (_, module) in zip(self.layers, modules, strict=True)
+            module.register_forward_pre_hook(self._hook(number), with_kwargs=True)
+            for number, (_, module) in enumerate(modules)
         ]
+
+    def _begin(self, layers: list[_Layer]) -> None:
+        self.layers = layers
+        # Of each layer in the forward pass under way: the ids, and how often they had been changed.
+        self._ids: dict[int, tuple[torch.Tensor, int]] = {}
+        # By layers that were counted together, their ``seen`` and the device: histograms since the last reading.
+        self._histograms: dict[tuple[tuple[int, ...], int, torch.device], list[torch.Tensor]] = {}
+        self._device = torch.device("cpu")
 
     def close(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
 
-    def take(self) -> list[LayerLoad]:
+    def count(self, number: int, ids: torch.Tensor) -> None:
+        """Count the ``ids`` (any shape, integers) of a layer, those outside [0, seen) as rows alone."""
+        if number in self._ids:  # the last layer was not called
+            self._add_up()
+        self.layers[number].rows += ids.numel()
+        self._ids[number] = ids, ids._version
+        if number == len(self.layers) - 1:
+            self._add_up()
+
+    def take(self) -> Loads:
         """The counts since the last call, of all ranks together, and start again. Waits for the device.
 
         Where several processes train, all must call it at the same step: it adds up over them.
         """
-        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-        loads = self._everywhere() if parallel else self._here()
+        self._add_up()
+        tokens = [np.zeros(layer.seen, np.int64) for layer in self.layers]
+        for (numbers, seen, _), histograms in self._histograms.items():
+            counted = _sum(histograms).cpu().numpy().astype(np.int64).reshape(-1, seen + 2)
+            for number, of_layer in zip(numbers, counted, strict=True):
+                tokens[number] += of_layer[1:-1]
+        rows = [layer.rows for layer in self.layers]
         for layer in self.layers:
             layer.rows = 0
-            layer.histograms.clear()
-        return loads
+        self._histograms.clear()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            tokens, rows = self._everywhere(tokens, rows)
+        experts = np.array([layer.experts for layer in self.layers])
+        return Loads(np.concatenate(tokens), experts, np.array(rows))
 
-    def _here(self) -> list[LayerLoad]:
-        # One copy for each device that holds layers.
-        parts: dict[torch.device, list[torch.Tensor]] = {}
-        for layer in self.layers:
-            for histogram in layer.histograms:
-                parts.setdefault(histogram.device, []).append(histogram)
-        numbers = {device: torch.cat(of_device).cpu().numpy().astype(np.int64) for device, of_device in parts.items()}
-        read = dict.fromkeys(numbers, 0)
-        loads = []
-        for layer in self.layers:
-            tokens: tuple[int, ...] = (0,) * layer.seen
-            if layer.histograms:
-                device, first = layer.histograms[0].device, read[layer.histograms[0].device]
-                read[device] += len(layer.histograms) * (layer.seen + 1)
-                mine = numbers[device][first : read[device]].reshape(-1, layer.seen + 1)
-                tokens = tuple(mine.sum(0)[1:].tolist())
-            loads.append(LayerLoad(tokens, layer.rows))
-        return loads
+    def _add_up(self) -> None:
+        """One histogram of the ids of all layers that have the same shape."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for number, (ids, version) in self._ids.items():
+            if ids._version != version:
+                raise RuntimeError(
+                    f"{self.layers[number].name} changes its expert ids in place, so that they cannot be counted: "
+                    "set moe_router_telemetry: false."
+                )
+            alike.setdefault((self.layers[number].seen, ids.device, ids.dtype, ids.shape), []).append(number)
+        for (seen, device, dtype, shape), numbers in alike.items():
+            # Bins of a layer: one for what is below 0, one for each expert, one for what is above.
+            values = torch.stack([self._ids[number][0] for number in numbers]).clamp_(-1, seen)
+            values += _first_bins(len(numbers), seen + 2, len(shape), device, dtype)
+            # With its range given, histc never waits for the device; bincount does. On a CPU it knows no integers.
+            values = values.double() if device.type == "cpu" else values
+            bins = len(numbers) * (seen + 2)
+            self._device = device
+            histograms = self._histograms.setdefault((tuple(numbers), seen, device), [])
+            histograms.append(torch.histc(values, bins=bins, min=0, max=bins - 1))
+            if len(histograms) == _MOST:
+                histograms[:] = [_sum(histograms)]
+        self._ids.clear()
 
-    def _everywhere(self) -> list[LayerLoad]:
-        """Of all ranks together."""
-        devices = (histogram.device for layer in self.layers for histogram in layer.histograms)
-        device = next(devices, torch.device("cpu"))
-        total = torch.cat([_everywhere(layer, device) for layer in self.layers])
+    def _everywhere(
+        self, tokens: list[NDArray[np.int64]], rows: list[int]
+    ) -> tuple[list[NDArray[np.int64]], list[int]]:
+        """Of all ranks together, each layer with all its experts."""
+        parts = []
+        for layer, of_layer, count in zip(self.layers, tokens, rows, strict=True):
+            part = np.zeros(layer.experts + 1, np.int64)
+            first = torch.distributed.get_rank() % (layer.experts // layer.seen) * layer.seen
+            part[first : first + layer.seen] = of_layer
+            part[-1] = count
+            parts.append(part)
+        total = torch.from_numpy(np.concatenate(parts)).to(self._device)
         torch.distributed.all_reduce(total)
-        numbers = total.tolist()
-        loads = []
-        for layer in self.layers:
-            tokens, rows = tuple(numbers[: layer.experts]), numbers[layer.experts]
-            # The ranks that share a layer's experts all saw the same tokens.
-            loads.append(LayerLoad(tokens, rows // (layer.experts // layer.seen)))
-            del numbers[: layer.experts + 1]
-        return loads
+        parts = np.split(total.cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
+        # The ranks that share a layer's experts all saw the same tokens.
+        sharing = [layer.experts // layer.seen for layer in self.layers]
+        return [part[:-1] for part in parts], [
+            int(part[-1]) // ranks for part, ranks in zip(parts, sharing, strict=True)
+        ]
 
-    def _hook(self, layer: _Layer) -> Any:
+    def _hook(self, number: int) -> Any:
         @torch.compiler.disable
         def count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module.training and torch._C._current_graph_task_id() == -1:
-                layer.add(_ids(args, kwargs))
+                self.count(number, _ids(args, kwargs))
 
         return count
+
+
+@functools.cache
+def _first_bins(layers: int, bins: int, dimensions: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(layers, 1, ...): the bin of expert 0 of each layer."""
+    return (torch.arange(layers, device=device, dtype=dtype) * bins + 1).view(-1, *[1] * dimensions)
+
+
+def _sum(histograms: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(histograms).sum(0) if len(histograms) > 1 else histograms[0]
 
 
 def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -142,17 +173,6 @@ def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         if isinstance(value, torch.Tensor) and not value.is_floating_point():
             return value
     raise ValueError("An experts module was called without expert ids: set moe_router_telemetry: false.")
-
-
-def _everywhere(layer: _Layer, device: torch.device) -> torch.Tensor:
-    """(experts + 1,) int64: this rank's counts at their place in the whole layer, and its rows."""
-    total = torch.zeros(layer.experts + 1, dtype=torch.int64, device=device)
-    if layer.histograms:
-        rank = torch.distributed.get_rank() if layer.seen < layer.experts else 0
-        first = rank % (layer.experts // layer.seen) * layer.seen
-        total[first : first + layer.seen] = layer.total()[1:].to(device)
-    total[-1] = layer.rows
-    return total
 
 
 def _layer(name: str, module: Any) -> _Layer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from transformers import TrainerCallback
 
 from moe_kernels import router_load
 from moe_kernels.integrations.router_counter import RouterCounter
-from moe_kernels.router_load import LayerLoad
+from moe_kernels.router_load import Loads
 
 LOG = get_logger(__name__)
+#: Between two writings: what a killed training loses of the file, at most, since its last checkpoint.
+SECONDS = 1.0
 
 
 class RouterCallback(TrainerCallback):
@@ -24,7 +27,8 @@ class RouterCallback(TrainerCallback):
         self.counter = counter
         self.file: Path | None = Path(folder, router_load.FILE_NAME)
         self.each_layer = each_layer
-        self.unwritten: list[tuple[int, list[LayerLoad]]] = []
+        self.unwritten: list[tuple[int, Loads]] = []
+        self.written = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not hasattr(self.trainer, "store_metrics"):
@@ -45,7 +49,8 @@ class RouterCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Here the device is busy with gradients. At the end of a step, once it was read from, it has nothing to do.
-        self._write_records(state)
+        if time.monotonic() - self.written >= SECONDS:
+            self._write_records(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write_records(state)  # it may be saved too
@@ -56,25 +61,27 @@ class RouterCallback(TrainerCallback):
 
     def _write_records(self, state: Any) -> None:
         if self.unwritten:
-            self._write(state, "".join(router_load.record(*record) for record in self.unwritten), "a")
+            lines = [router_load.record(step, loads.layers()) for step, loads in self.unwritten]
+            self._write(state, "".join(lines), "a")
             self.unwritten.clear()
+            self.written = time.monotonic()
 
-    def _write(self, state: Any, line: str, mode: str) -> None:
+    def _write(self, state: Any, lines: str, mode: str) -> None:
         if self.file is None or not state.is_world_process_zero:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open(mode, encoding="utf-8") as file:
-                file.write(line)
+                file.write(lines)
         except OSError as error:
             # A full disk must not end a training for the sake of its statistics.
             LOG.warning(f"moe_kernels: router telemetry is not written to {self.file} any more: {error}")
             self.file = None
 
 
-def metrics(loads: list[LayerLoad], each_layer: bool) -> dict[str, float]:
+def metrics(loads: Loads, each_layer: bool) -> dict[str, float]:
     """What goes into the trainer's log: the worst layer and the sums, and each layer if asked for."""
-    numbers = router_load.numbers_of(loads)
+    numbers = loads.numbers()
     found = {
         "moe/load_imbalance": float(numbers.imbalance.max()),
         "moe/load_imbalance_mean": float(numbers.imbalance.mean()),
