@@ -2,14 +2,16 @@
 
     python tests/core/mutations.py --json benchmarks/results/mutants.json           # in triton's interpreter
     python tests/core/mutations.py --gpu --json benchmarks/results/mutants-gpu.json # the kernels for Hopper, compiled
+    python tests/core/mutations.py --barriers --json mutants-barriers.json          # what their groups of warps wait for
 
 The interpreter does not run the kernels for Hopper: their mutants need such a GPU. A mutant counts as noticed if a
 test fails on a wrong result or the process crashes; one that does not compile, or does not end in time, proves
-nothing and counts as alive. So that none can stop the GPU, no mutant touches what groups of warps wait for: the
-phases and counts of barriers, and how many steps of the ring each group walks.
+nothing and counts as alive. So that none can stop the GPU, no mutant of --gpu touches what groups of warps wait for:
+the phases and counts of barriers, and how many steps of the ring each group walks. Those of --barriers do, and are run
+with random delays (tests/device/test_delays_gpu.py) in a process that the test ends if it does not end by itself.
 
 About eleven minutes of one core; two minutes with --gpu on 16 cores. Exit code 1 if a mutant is alive, or if a planted
-text is not in the source any more; 2 if --gpu finds no such GPU.
+text is not in the source any more; 2 if there is no such GPU.
 """
 
 # ruff: noqa: E501
@@ -177,6 +179,28 @@ GPU_MUTANTS = [
 ]  # fmt: skip
 
 
+DELAYED = ("-k", "delays", "tests/device/test_delays_gpu.py")
+_EMPTY, _READY = (
+    "mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)\n",
+    "mbarrier.wait(ready.index(stage), (step // STAGES) & 1)\n",
+)
+# what the bug is, file, text, replacement
+BARRIER_MUTANTS = [
+    ("no wait for a group's turn", "ring.py", "    mbarrier.wait(turns.index(WARPGROUP), (tile + 1 - WARPGROUP) & 1)\n", "    pass\n"),
+    ("a stage is filled before it is empty", "gemm.py", "            mbarrier.wait(empty.index(step % STAGES), ((step // STAGES) & 1) ^ 1)\n", ""),
+    ("the second of two stages is filled before it is empty", "gemm.py", "                    mbarrier.wait(empty.index((step + 1) % STAGES), (((step + 1) // STAGES) & 1) ^ 1)\n", "                    pass\n"),
+    ("a stage is multiplied before it is full", "gemm.py", f"                {_READY}", ""),
+    ("one group gives a stage back for both", "gemm.py", "2 if COOPERATIVE else 1)", "1)"),
+    ("a stage counts as full without its rows", "gemm.py", "b.numel * 2 if GATHER else (a.numel + b.numel) * 2", "b.numel * 2"),
+    ("gathered rows are not waited for", "gemm.py", "1 + (128 if GATHER else 0)", "1"),
+    ("wgrad's stage is filled before it is empty", "wgrad.py", f"            {_EMPTY}", ""),
+    ("wgrad's stage is multiplied before it is full", "wgrad.py", f"            {_READY}", ""),
+    ("one group of wgrad gives a stage back for both", "wgrad.py", "new_ring(STAGES, 129, 2)", "new_ring(STAGES, 129, 1)"),
+    ("Z is read before it has come", "down_grad.py", "    mbarrier.wait(z_arrived.index(SET), z_phase)\n", ""),
+    ("down_grad multiplies a stage before it is full", "down_grad.py", f"            {_READY}", ""),
+]  # fmt: skip
+
+
 class Mutant(NamedTuple):
     """One planted bug, and pytest's arguments that must notice it. ``file`` is relative to ROOT."""
 
@@ -218,6 +242,13 @@ def gpu_suite() -> Suite:
         for title, file, text, replacement, tests in GPU_MUTANTS
     ]
     return Suite(mutants, False, 180)
+
+
+def barrier_suite() -> Suite:
+    """The kernels for Hopper with random delays, compiled."""
+    mutants = [Mutant(title, f"{HOPPER}/{file}", text, replacement, DELAYED)
+               for title, file, text, replacement in BARRIER_MUTANTS]  # fmt: skip
+    return Suite(mutants, False, 400)
 
 
 def why_no_gpu() -> str | None:
@@ -338,17 +369,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Run every mutant; print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="the kernels for Hopper, on such a GPU")
+    parser.add_argument("--barriers", action="store_true", help="what their groups of warps wait for, on such a GPU")
     jobs = max(1, (os.cpu_count() or 1) * 3 // 4)
     parser.add_argument(
         "--jobs", type=int, default=jobs, help="mutants at a time (default: three quarters of the cores)"
     )
     parser.add_argument("--json", type=Path, help="write what became of each mutant, after each")
     wanted = parser.parse_args(arguments)
-    reason = why_no_gpu() if wanted.gpu else None
+    reason = why_no_gpu() if wanted.gpu or wanted.barriers else None
     if reason is not None:
-        print(f"--gpu needs an NVIDIA Hopper GPU (H100, H200): {reason}")
+        print(f"{'--gpu' if wanted.gpu else '--barriers'} needs an NVIDIA Hopper GPU (H100, H200): {reason}")
         return 2
-    suite = gpu_suite() if wanted.gpu else interpreted_suite()
+    suite = barrier_suite() if wanted.barriers else gpu_suite() if wanted.gpu else interpreted_suite()
     results: list[dict[str, object]] = []
     command = ["python", "tests/core/mutations.py", *(sys.argv[1:] if arguments is None else arguments)]
     machine = environment() | {"command": " ".join(command)}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import mutations
 import pytest
-from mutations import Mutant, Suite, gpu_suite, interpreted_suite, verdict
+from mutations import Mutant, Suite, barrier_suite, gpu_suite, interpreted_suite, verdict
 
-SUITES = {"interpreted": interpreted_suite(), "gpu": gpu_suite()}
+SUITES = {"interpreted": interpreted_suite(), "gpu": gpu_suite(), "barriers": barrier_suite()}
 EVERY = [pytest.param(m, id=f"{suite}-{m.title}") for suite, made in SUITES.items() for m in made.mutants]
 
 
@@ -54,7 +54,7 @@ def test_no_mutant_can_stop_the_gpu(mutant):
 
 def test_the_chosen_tests_are_there():
     """In one process of its own, where none of this one's plugins and options count."""
-    selections = sorted({mutant.tests for mutant in SUITES["gpu"].mutants})
+    selections = sorted({mutant.tests for suite in ("gpu", "barriers") for mutant in SUITES[suite].mutants})
     collect = "[int(pytest.main(['--collect-only', '-qq', *tests])) for tests in json.load(sys.stdin)]"
     script = f"import json, pytest, sys; print({collect})"
     done = subprocess.run(
@@ -71,6 +71,7 @@ def test_the_chosen_tests_are_there():
         (1, "FAILED tests/a.py::test_b - assert tensor(False)", True),
         (1, "FAILED tests/a.py::test_b - torch.AcceleratorError: CUDA error: an illegal memory access", True),
         (1, "FAILED tests/a.py::test_b - triton.compiler.errors.CompilationError: at 3:1: NameError('k')", False),
+        (1, "FAILED tests/a.py::test_b - subprocess.TimeoutExpired: Command timed out after 150 seconds", True),
         (1, "FAILED tests/a.py::test_b - RuntimeError: PassManager::run failed", False),
         (
             1,
@@ -175,6 +176,7 @@ def test_the_report(fake, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(mutations.why_no_gpu() is None, reason="this machine has a Hopper GPU")
-def test_without_a_gpu(capsys):
-    assert mutations.main(["--gpu"]) == 2
-    assert "needs an NVIDIA Hopper GPU" in capsys.readouterr().out
+@pytest.mark.parametrize("suite", ["--gpu", "--barriers"])
+def test_without_a_gpu(suite, capsys):
+    assert mutations.main([suite]) == 2
+    assert f"{suite} needs an NVIDIA Hopper GPU" in capsys.readouterr().out
