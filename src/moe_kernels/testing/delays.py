@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 import time
 import types
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -22,6 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 import moe_kernels
+from moe_kernels.bench.environment import environment
 from moe_kernels.kernels.hopper import down_grad, gemm, ring, wgrad
 from moe_kernels.testing.problems import Case, check, make_inputs, run
 from moe_kernels.testing.verification import variants
@@ -100,25 +103,31 @@ def main() -> int:
     """Run every case in every variant for its share of the time."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=30.0, help="for all cases together, compiling left out")
+    parser.add_argument("--json", type=Path, help="write what was run and how often")
     wanted = parser.parse_args()
     install()
     for module in (gemm, wgrad, down_grad):
         mock.patch.object(module, "multiprocessors", _few_programs).start()
     gluon_backend = functools.partial(moe_kernels.fused_experts, backend="gluon")
     todo = [(case, *way) for case in CASES for way in variants("gluon").items()]
-    wrong = 0
+    results = []
     for case, name, chosen in todo:
         inputs = make_inputs(case, "cuda")
         with chosen:
             check(gluon_backend, inputs, str(case))  # against float64
-            first, runs = run(gluon_backend, inputs), 0
+            first, runs, wrong = run(gluon_backend, inputs), 0, 0
             end = time.monotonic() + wanted.seconds / len(todo)
             while time.monotonic() < end:
                 again = run(gluon_backend, inputs)
                 wrong += any(not torch.equal(first[key], again[key]) for key in first)  # type: ignore[arg-type]
                 runs += 1
         print(f"{case}{name}: {runs} runs, {wrong} that differ", flush=True)
-    return int(wrong > 0)
+        results.append({"problem": f"{case}{name}", "runs": runs, "differ": wrong})
+        if wanted.json:
+            command = " ".join(["python -m moe_kernels.testing.delays", *sys.argv[1:]])
+            report = environment() | {"command": command, "results": results}
+            wanted.json.write_text(json.dumps(report, indent=1) + "\n")
+    return int(any(result["differ"] for result in results))
 
 
 if __name__ == "__main__":
