@@ -63,6 +63,17 @@ def test_knobs_become_rows():
     ]  # fmt: skip
 
 
+def test_recomputing_keeps_less():
+    kept, again, _ = measure(implementations=("moe_kernels",), recompute=(False, True))
+    assert (kept.implementation, again.implementation) == (
+        "moe_kernels[g=128,p=1]",
+        "moe_kernels[g=128,p=1,recompute]",
+    )
+    z = 4 * SHAPE.rows * 2 * SHAPE.intermediate / timing.MIB
+    assert kept.saved_mb - again.saved_mb == pytest.approx(z, rel=0.01)
+    assert again.rel_error == kept.rel_error
+
+
 @pytest.mark.parametrize("breakage", [lambda out: out * 1.001, lambda out: out * math.nan])
 def test_a_wrong_implementation_is_not_timed(monkeypatch, breakage):
     real = experts.transformers_experts

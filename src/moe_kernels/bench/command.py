@@ -47,7 +47,12 @@ def bench(
     group_sizes: Annotated[
         str, typer.Option(help="Values of moe_group_size to measure: 64, 128, 256, auto.")
     ] = "128",
-    persistent: Annotated[str, typer.Option(help="Knob values of moe_kernels: true, false or both.")] = "true",
+    persistent: Annotated[
+        str, typer.Option(help="Values of moe_persistent_kernel to measure: true, false or both.")
+    ] = "true",
+    recompute: Annotated[
+        str, typer.Option(help="Values of moe_recompute to measure: true, false or both.")
+    ] = "false",
     device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the random tensors.")] = 0,
     json_file: Annotated[
@@ -71,9 +76,7 @@ def bench(
     routings = _several("routing", routing, ROUTINGS)
     wanted = _shapes(shapes, tokens)
     knobs = _group_sizes(group_sizes)
-    walks = {"true": (True,), "false": (False,), "both": (True, False)}[
-        _one_of("persistent", persistent, ("true", "false", "both"))
-    ]
+    walks, again = _switch("persistent", persistent), _switch("recompute", recompute)
 
     if plots is not None and importlib.util.find_spec("matplotlib") is None:
         raise MissingDependency("--plots needs matplotlib. Cure: pip install 'moe-kernels[report]'")
@@ -94,7 +97,7 @@ def bench(
             wanted = [CPU_SHAPE]
     torch_dtype = getattr(torch, DTYPES[chosen_dtype])
     arguments = {"peers": list(names), "dtype": chosen_dtype, "repeats": repeats, "device": where, "seed": seed,
-                 "group_sizes": list(knobs), "persistent": list(walks)}  # fmt: skip
+                 "group_sizes": list(knobs), "persistent": list(walks), "recompute": list(again)}  # fmt: skip
     store = Store(json_file, environment(), arguments, fresh)
     cells = [(shape, routing) for shape in wanted for routing in routings]
     missing = [cell for cell in cells if not store.find(cell[0].name, cell[0].tokens, cell[1])]
@@ -119,6 +122,7 @@ def bench(
                 routing=kind,
                 group_sizes=knobs,
                 persistent=walks,
+                recompute=again,
                 seed=seed,
                 progress=lambda message: bar.update(task, description=escape(message)),
             )
@@ -156,6 +160,11 @@ def _one_of(option: str, value: str, valid: tuple[str, ...]) -> str:
     if value not in valid:
         raise UsageError(f"--{option} {value}: choose from {', '.join(valid)}")
     return value
+
+
+def _switch(option: str, value: str) -> tuple[bool, ...]:
+    values = {"true": (True,), "false": (False,), "both": (True, False)}
+    return values[_one_of(option, value, tuple(values))]
 
 
 def _shapes(names: str, tokens: int | None) -> list[LayerShape]:

@@ -104,6 +104,7 @@ def measure(
     routing: str = "mild",
     group_sizes: tuple[GroupSize, ...] = (128,),
     persistent: tuple[bool, ...] = (True,),
+    recompute: tuple[bool, ...] = (False,),
     backend: str = "auto",
     seed: int = 0,
     progress: Progress = lambda message: None,
@@ -116,7 +117,7 @@ def measure(
         device, dtype: where, and the dtype of x and the weights.
         repeats: timed calls of each implementation; medians are of these.
         routing: balanced, mild or heavy.
-        group_sizes, persistent: knobs of moe_kernels; each combination becomes a row.
+        group_sizes, persistent, recompute: knobs of moe_kernels; each combination becomes a row.
         backend: of moe_kernels: auto, triton, gluon or torch.
         seed: of the random tensors.
         progress: called with what is being done.
@@ -139,7 +140,7 @@ def measure(
     absent: dict[str, str] = {}
     for name in implementations:
         if name == OURS:
-            ours = our_variants(group_sizes, persistent, backend)
+            ours = our_variants(group_sizes, persistent, backend, recompute)
             rows += ours
             runners |= {row: transformers_experts(layer, registered) for row, registered in ours.items()}
             continue

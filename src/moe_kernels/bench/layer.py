@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -91,20 +92,21 @@ def make_layer(shape: LayerShape, routing: str, device: torch.device, dtype: tor
 
 
 def our_variants(
-    group_sizes: Sequence[GroupSize], persistent: Sequence[bool], backend: str = "auto"
+    group_sizes: Sequence[GroupSize],
+    persistent: Sequence[bool],
+    backend: str = "auto",
+    recompute: Sequence[bool] = (False,),
 ) -> dict[str, str]:
     """Register one transformers implementation per knob setting: {name of the row: registered name}."""
     from moe_kernels.integrations.transformers import register
 
-    single = len(group_sizes) == len(persistent) == 1
+    single = len(group_sizes) == len(persistent) == len(recompute) == 1
     rows = {}
-    for group_size in group_sizes:
-        for walk in persistent:
-            knobs = f"[g={group_size},p={int(walk)}]"
-            row = OURS if single else OURS + knobs
-            name = f"{OURS}_bench_{group_size}_{int(walk)}_{backend}"
-            register(group_size=group_size, persistent=walk, backend=backend, name=name)
-            rows[row] = name
+    for group_size, walk, again in itertools.product(group_sizes, persistent, recompute):
+        knobs = f"[g={group_size},p={int(walk)}{',recompute' if again else ''}]"
+        name = f"{OURS}_bench_{group_size}_{int(walk)}_{int(again)}_{backend}"
+        register(group_size=group_size, persistent=walk, recompute=again, backend=backend, name=name)
+        rows[OURS if single else OURS + knobs] = name
     return rows
 
 
