@@ -8,7 +8,7 @@ The interpreter does not run the kernels for Hopper: their mutants need such a G
 test fails on a wrong result or the process crashes; one that does not compile, or does not end in time, proves
 nothing and counts as alive. So that none can stop the GPU, no mutant of --gpu touches what groups of warps wait for:
 the phases and counts of barriers, and how many steps of the ring each group walks. Those of --barriers do, and are run
-with random delays (tests/device/test_delays_gpu.py) in a process that the test ends if it does not end by itself.
+with random delays (tests/device/test_delays_gpu.py) in a process that ends itself if a kernel does not.
 
 About eleven minutes of one core; two minutes with --gpu on 16 cores. Exit code 1 if a mutant is alive, or if a planted
 text is not in the source any more; 2 if there is no such GPU.

@@ -12,8 +12,8 @@ if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
 
 
 def finished(*arguments):
-    """What a process of its own printed: kernels are compiled anew in it, and it can be ended with its kernels."""
-    ran = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=150, check=False)
+    """What a process of its own printed: what is done to kernels and threads there stays there."""
+    ran = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 

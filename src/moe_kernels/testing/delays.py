@@ -4,12 +4,13 @@ Their groups of warps hand each other stages of shared memory through barriers. 
 for too early can go unseen for years, because the timing of a GPU hardly varies. Here it does: before and after each
 operation on a barrier every warp sleeps for up to 16 microseconds, most often not at all. ``python -m
 moe_kernels.testing.delays`` runs some problems so for a while, on a Hopper GPU, and compares: with float64, and all
-runs to the bit. A deadlock is for the caller to notice: ``tests/device/test_delays_gpu.py`` ends it.
+runs to the bit. A kernel that does not end is ended with the process, exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import functools
 import json
 import sys
@@ -52,6 +53,8 @@ _SLEEP = gl.constexpr("""{
 }""")
 #: Programs of a persistent grid: few, so that each walks many tiles.
 PROGRAMS = 3
+#: Seconds that a problem may take to compile.
+PATIENCE = 120.0
 BF16 = torch.bfloat16
 CASES = (
     Case(301, 3, 5, 192, 320, BF16, "sentinels"),
@@ -105,6 +108,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=30.0, help="for all cases together, compiling left out")
     parser.add_argument("--json", type=Path, help="write what was run and how often")
     wanted = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        parser.error("needs an NVIDIA Hopper GPU (H100, H200): other GPUs run no kernels with barriers")
     install()
     for module in (gemm, wgrad, down_grad):
         mock.patch.object(module, "multiprocessors", _few_programs).start()
@@ -113,10 +118,12 @@ def main() -> int:
     results = []
     for case, name, chosen in todo:
         inputs = make_inputs(case, "cuda")
+        share = wanted.seconds / len(todo)
+        faulthandler.dump_traceback_later(PATIENCE + share, exit=True)
         with chosen:
             check(gluon_backend, inputs, str(case))  # against float64
             first, runs, wrong = run(gluon_backend, inputs), 0, 0
-            end = time.monotonic() + wanted.seconds / len(todo)
+            end = time.monotonic() + share
             while time.monotonic() < end:
                 again = run(gluon_backend, inputs)
                 wrong += any(not torch.equal(first[key], again[key]) for key in first)  # type: ignore[arg-type]
@@ -127,6 +134,7 @@ def main() -> int:
             command = " ".join(["python -m moe_kernels.testing.delays", *sys.argv[1:]])
             report = environment() | {"command": command, "results": results}
             wanted.json.write_text(json.dumps(report, indent=1) + "\n")
+    faulthandler.cancel_dump_traceback_later()
     return int(any(result["differ"] for result in results))
 
 
