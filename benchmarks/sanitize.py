@@ -32,13 +32,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
@@ -53,6 +51,7 @@ from moe_kernels.bench.environment import environment
 from moe_kernels.kernels.triton.launch import interpreting
 from moe_kernels.moe import fused_experts
 from moe_kernels.testing import interpreter
+from moe_kernels.testing.patches import patches
 from moe_kernels.testing.problems import Case, make_inputs, run
 from moe_kernels.testing.verification import variants
 
@@ -151,10 +150,10 @@ def run_job(name: str, device: torch.device) -> None:
     else:
         job = JOBS[name]
         with ExitStack() as stack:
-            for patch in _patches("multiprocessors", lambda *_: PROGRAMS):
+            for patch in patches("multiprocessors", lambda *_: PROGRAMS):
                 stack.enter_context(patch)
             if job.pointers:
-                for patch in _patches("tma_fits", lambda *_: False):
+                for patch in patches("tma_fits", lambda *_: False):
                     stack.enter_context(patch)
             inputs = make_inputs(job.case, device)
             for chosen in variants(job.backend).values():  # what sizes and card choose otherwise
@@ -163,14 +162,6 @@ def run_job(name: str, device: torch.device) -> None:
                         run(functools.partial(fused_experts, backend=job.backend, **job.settings), inputs)
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _patches(name: str, value: Any) -> Iterator[Any]:
-    """One patch for every module of kernels that has ``name``."""
-    modules = [m for n, m in sys.modules.items() if n.startswith("moe_kernels.kernels.") and hasattr(m, name)]
-    if not modules:
-        raise SystemExit(f"no module of kernels has {name} any more: update benchmarks/sanitize.py")
-    return (mock.patch.object(module, name, value) for module in modules)
 
 
 def package_kernels(device: str) -> set[str]:
@@ -529,6 +520,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--logs", type=Path, help="keep what the tools wrote in this folder")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with TRITON_INTERPRET=1 to test this program")
+    parser.add_argument("--program", help="compute-sanitizer, if not the Python package's, the PATH's or CUDA's")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--plant", help=argparse.SUPPRESS)
     parser.add_argument("--control", action="store_true", help=argparse.SUPPRESS)
@@ -543,7 +535,7 @@ def main() -> int:
         parser.error(f"{', '.join(unknown)}: not one of {', '.join((*NAMES, *TOOLS))}")
     if wanted.work:
         return work(names, wanted.device, wanted.seen)
-    program = sanitizer()
+    program = wanted.program or sanitizer()
     if program is None or (wanted.device == "cuda" and not torch.cuda.is_available()):
         print(f"needs an NVIDIA GPU and compute-sanitizer: pip install {PACKAGE}")
         return 3

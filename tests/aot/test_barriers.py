@@ -5,15 +5,12 @@ and then never waited on among it. PTX forbids that (``mbarrier.inval`` would ha
 mind, but compute-sanitizer, which follows barriers, did: such kernels hung or read wrong addresses under racecheck.
 """
 
-import inspect
 import os
 import re
 import subprocess
 import sys
 
 import pytest
-import triton
-from triton.backends.compiler import GPUTarget
 
 from moe_kernels.testing import aot
 
@@ -26,9 +23,7 @@ BYTES = 8  # of a barrier
 
 
 def ptx_of(case):
-    signature = {name: case.types.get(name, "constexpr") for name in inspect.signature(case.fn.fn).parameters}
-    program = aot.GluonASTSource(case.fn, signature, case.constants, aot._attributes(case))
-    return triton.compile(program, target=GPUTarget("cuda", 90, 32), options=dict(case.options)).asm["ptx"]
+    return aot.compiled(case, 90).asm["ptx"]
 
 
 def barriers(ptx):

@@ -113,11 +113,11 @@ FAULT = MEMCHECK.replace("up_kernel", "route_kernel")
 
 
 def paper(folder, version, logs):
-    """An environment with a compute-sanitizer of paper on the PATH."""
+    """A compute-sanitizer of paper."""
     tool = folder / "compute-sanitizer"
     tool.write_text(FAKE.format(python=sys.executable, version=version, logs=logs))
     tool.chmod(0o755)
-    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "TRITON_INTERPRET": "1"}
+    return tool
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_the_whole_way_with_a_tool_of_paper(tmp_path, logs, exit_code):
     result = tmp_path / "sanitize.json"
     ran = subprocess.run(
         [sys.executable, SCRIPT, "--device", "cpu", "--only", "router-softmax", "--tools", ",".join(logs),
-         "--jobs", "2", "--json", result],
-        env=paper(tmp_path, "2026.4.0.0", logs),
+         "--jobs", "2", "--json", result, "--program", paper(tmp_path, "2026.4.0.0", logs)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert ran.returncode == exit_code, ran.stdout + ran.stderr
@@ -151,7 +151,10 @@ def test_without_a_gpu_it_says_what_is_missing():
 
 
 def test_an_old_tool_is_refused(tmp_path):
-    ran = subprocess.run([sys.executable, SCRIPT, "--device", "cpu"], env=paper(tmp_path, "2025.3.1.0", {}),
-                         capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, SCRIPT, "--device", "cpu", "--program", paper(tmp_path, "2025.3.1.0", {})],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert ran.returncode == 3
     assert "version 2025.3; 2026.4 is needed: pip install nvidia-cuda-sanitizer-api" in ran.stdout

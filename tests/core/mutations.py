@@ -368,8 +368,9 @@ def run_suite(suite: Suite, jobs: int) -> Iterable[dict[str, object]]:
 def main(arguments: list[str] | None = None) -> int:
     """Run every mutant; print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="the kernels for Hopper, on such a GPU")
-    parser.add_argument("--barriers", action="store_true", help="what their groups of warps wait for, on such a GPU")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--gpu", action="store_true", help="the kernels for Hopper, on such a GPU")
+    which.add_argument("--barriers", action="store_true", help="what their groups of warps wait for, on such a GPU")
     jobs = max(1, (os.cpu_count() or 1) * 3 // 4)
     parser.add_argument(
         "--jobs", type=int, default=jobs, help="mutants at a time (default: three quarters of the cores)"

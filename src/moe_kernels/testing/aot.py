@@ -82,8 +82,8 @@ def _attributes(case: CompileCase) -> dict[tuple[int, ...], list[list[Any]]]:
     }
 
 
-def compile_case(case: CompileCase, arch: int) -> Resources:
-    """Compile ``case`` for sm_<arch> and read the cubin.
+def compiled(case: CompileCase, arch: int) -> Any:
+    """Triton's compiled kernel of ``case`` for sm_<arch>.
 
     Args:
         case: kernel, types of its run-time arguments, values of its constants, num_warps and num_stages.
@@ -94,11 +94,16 @@ def compile_case(case: CompileCase, arch: int) -> Resources:
     """
     if not isinstance(case.fn, triton.JITFunction):
         raise RuntimeError(f"{case.name}: kernels were imported for the interpreter; unset TRITON_INTERPRET")
-    started = time.perf_counter()
     signature = {name: case.types.get(name, "constexpr") for name in inspect.signature(case.fn.fn).parameters}
     language = GluonASTSource if case.fn.is_gluon() else ASTSource
     source = language(case.fn, signature, case.constants, _attributes(case))
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
+
+
+def compile_case(case: CompileCase, arch: int) -> Resources:
+    """Compile ``case`` as :func:`compiled` does and read the cubin."""
+    started = time.perf_counter()
+    kernel = compiled(case, arch)
     seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

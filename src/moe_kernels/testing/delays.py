@@ -17,7 +17,6 @@ import sys
 import time
 import types
 from pathlib import Path
-from unittest import mock
 
 import torch
 from triton.experimental import gluon
@@ -27,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 import moe_kernels
 from moe_kernels.bench.environment import environment
 from moe_kernels.kernels.hopper import down_grad, gemm, ring, wgrad
+from moe_kernels.testing.patches import patches
 from moe_kernels.testing.problems import Case, check, make_inputs, run
 from moe_kernels.testing.verification import variants
 
@@ -98,10 +98,6 @@ def install() -> None:
         module.mbarrier = delayed  # type: ignore[attr-defined]
 
 
-def _few_programs(device: torch.device) -> int:
-    return PROGRAMS
-
-
 def main() -> int:
     """Run every case in every variant for its share of the time."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -111,8 +107,8 @@ def main() -> int:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         parser.error("needs an NVIDIA Hopper GPU (H100, H200): other GPUs run no kernels with barriers")
     install()
-    for module in (gemm, wgrad, down_grad):
-        mock.patch.object(module, "multiprocessors", _few_programs).start()
+    for patch in patches("multiprocessors", lambda *_: PROGRAMS):
+        patch.start()
     gluon_backend = functools.partial(moe_kernels.fused_experts, backend="gluon")
     todo = [(case, *way) for case in CASES for way in variants("gluon").items()]
     results = []
