@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 AOT = os.environ.get("MOE_KERNELS_AOT") == "1"
 if AOT:
@@ -24,6 +25,10 @@ if INTERPRETED:
     from moe_kernels.testing import interpreter
 
     interpreter.install()
+
+# The same problems each time, so that a run is red because of a change; MOE_KERNELS_FUZZ (make fuzz) tries new ones.
+settings.register_profile("suite", deadline=None, database=None, derandomize="MOE_KERNELS_FUZZ" not in os.environ)
+settings.load_profile("suite")
 
 
 def pytest_configure(config):

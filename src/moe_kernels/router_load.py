@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 FILE_NAME = "moe_router.jsonl"
 SCHEMA = "moe-kernels router 1"
+MOST_ROWS = 2**63  # of one layer over a whole training: sums over records fit into int64
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class LayerLoad:
 
     Attributes:
         tokens: routed rows of each expert; a token counts once for each expert it was sent to.
-        rows: tokens x K, those without an expert too (ids outside ``[0, E)``).
+        rows: tokens x K, those without an expert too (ids outside ``[0, E)``); less than ``MOST_ROWS``.
     """
 
     tokens: tuple[int, ...]
@@ -203,6 +204,8 @@ def _parsed(data: bytes, where: str) -> RouterHistory:
             history.rows.append(entry["rows"])
     if not begun:
         raise ValueError(f"{where} is not a router history ({SCHEMA}).")
+    if any(sum(rows) >= MOST_ROWS for rows in zip(*history.rows, strict=True)):
+        raise ValueError(f"{where}: more rows than a training can have.")
     return history
 
 
@@ -239,7 +242,7 @@ def _is_record(entry: Any, experts: Sequence[int]) -> bool:
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_ROWS
 
 
 def _counts(values: Any, length: int) -> bool:

@@ -18,7 +18,7 @@ pytest.importorskip("moe_kernels.triton_backend")
 
 def budget(examples):
     return settings(
-        max_examples=examples, deadline=None, database=None, derandomize=True,
+        max_examples=examples,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
     )  # fmt: skip
 

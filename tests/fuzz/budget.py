@@ -17,8 +17,5 @@ def fuzz(share: float = 1.0) -> Any:
     """Settings of one fuzz test; ``share`` below 1 for what takes long."""
     return settings(
         max_examples=max(5, int((BUDGET or SMALL) * share)),
-        deadline=None,
-        derandomize=not BUDGET,
-        database=None,
         suppress_health_check=[*HealthCheck],
     )

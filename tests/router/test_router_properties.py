@@ -34,7 +34,7 @@ def problems(draw):
     return logits.to(dtype), arguments
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(problems())
 def test_backends_agree_and_routings_are_sound(device, problem):
     logits, arguments = problem

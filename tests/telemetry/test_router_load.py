@@ -88,19 +88,24 @@ def test_another_model_in_the_same_folder_starts_anew(path: Path) -> None:
         (text(1).replace("[0,1,2]", "[0,100,2]"), "line 3: no line"),
         (text(1).replace(router_load.SCHEMA, "moe-kernels router 2"), "line 2: no line"),
         (text(1).replace("[2,3]", "[2,0]"), "line 2: no line"),
+        (text(1) + router_load.record(2, [LayerLoad((0, 0), 2**63 - 10), LayerLoad((0, 0, 0), 0)]), "more rows than"),
         ("9" * 5000 + "\n" + text(1)[:20], "is not a router history"),
         ("[" * 200_000, "is not a router history"),
         (b"\xff\xfe\x00", "is not a router history"),
     ],
-    ids=range(19),
+    ids=range(20),
 )
 def test_anything_else_is_refused(path: Path, content: str | bytes, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read(path, content)
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2**62)), min_size=1, max_size=4))
+MANY = router_load.MOST_ROWS // 4 - 20
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, MANY)), min_size=1, max_size=4))
 @example([(0, 24), (9, 555566993652515168)])
+@example([(9, MANY)] * 4)
 def test_numbers_stay_within_their_bounds(counts: list[tuple[int, int]]) -> None:
     tokens = tuple(count for pair in counts for count in pair)
     load = LayerLoad(tokens, sum(tokens) + 5)
