@@ -63,9 +63,6 @@ def trainings(results: Results) -> str:
         if layers:  # none for adapters alone
             measured = "measured in the same call (same files), all gradients computed"
             parts += [f"**One expert layer** of each, {measured}. {LEGEND}", _table(LAYER_COLUMNS, layers)]
-    if (several := scaling(results)) != NOTHING:
-        which = "[which engine is which](docs/distributed.md#measured-on-two-gpus)"
-        parts += [f"**Whole training on several GPUs**, {which}.", several]
     return "\n\n".join(parts) or NOTHING
 
 

@@ -29,7 +29,7 @@ class ExpertsSettings:
         group_size: rows per tile of the grouped GEMMs. Each tile of that many sorted rows belongs to one
             expert. ``"auto"`` picks from the mean number of rows per expert.
         persistent: one program per multiprocessor walks all tiles, instead of one program per tile.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"auto"``, ``"gluon"``, ``"triton"`` or ``"torch"``.
         recompute: keep X but not Z for the backward, which runs the up projection once more.
     """
 
