@@ -25,10 +25,11 @@ AREAS = {
     "moe_kernels/cli/": "Other commands",
     "moe_kernels/": "In fused_experts and the other functions",
 }
-HEAD = """# Every error message
+HEAD = """# Error messages
 
-Each message that this package can end with, made from its sources. Three dots stand for what is filled in. What needs
-more words is in [Troubleshooting](troubleshooting.md). `python -m moe_kernels.testing.error_index` writes this page.
+Most messages that this package can end with: those that its sources raise with a literal text. Three dots stand for
+what is filled in. What needs more words is in [Troubleshooting](troubleshooting.md).
+`python -m moe_kernels.testing.error_index --write docs/errors.md` writes this page.
 """
 
 
