@@ -26,12 +26,12 @@ PASSED, ABSENT = "passed", "-"
 _HEAD = """# Supported models
 
 Every class of transformers that dispatches its experts (`use_experts_implementation`), run through moe-kernels and
-compared with its own eager forward: output and every gradient, float32 and bfloat16, three routings. Where there is no
-GPU, as for the columns below, the plain-torch backend runs them, which proves layout, activation, biases and gradients;
-the kernels themselves ran all classes of 5.17.0 on an H100 (`benchmarks/results/h100-conformance.json`). "passed" means
-that no error exceeds what transformers' own implementations make in the same dtype. A dash: this version of
-transformers has no such class. A class that is not listed here is found out in the same way when a model is loaded:
-`check_model` probes its activation, and refuses what it cannot reproduce before training starts.
+compared with its own eager forward: output and every gradient, float32 and bfloat16, three routings. Where there is
+no GPU, as for the columns below, the plain-torch backend runs them, which proves layout, activation, biases and
+gradients; the kernels themselves ran all classes of 5.17.0 on an H100 (`benchmarks/results/h100-conformance.json`).
+"passed" means that no error exceeds what transformers' own implementations make in the same dtype. A dash: this
+version of transformers has no such class. A class that is not listed here is found out in the same way when a model
+is loaded: `check_model` probes its activation, and refuses what it cannot reproduce before training starts.
 
 `python -m moe_kernels.testing.support_table --write docs/support.md` writes the column of the installed version.
 """
