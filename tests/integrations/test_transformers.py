@@ -485,6 +485,19 @@ def test_model_on_another_implementation_raises(other: str) -> None:
         mk.check_model(model)
 
 
+def test_experts_of_another_interface_raise() -> None:
+    """FP8 experts look the name up where it is not registered: transformers would raise KeyError in the forward."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    model = make_model("qwen3_moe")
+    model.set_experts_implementation("moe_kernels")
+    fp8.replace_with_fp8_linear(model, ["lm_head"], transformers.FineGrainedFP8Config(weight_block_size=(8, 8)))
+    assert not any(mk.is_served(module) for _, module in mk.experts_modules(model))
+    with pytest.raises(
+        mk.UnsupportedExperts, match=r"layers\.0\.mlp\.experts \(FP8Experts\): its class .* in FP8ExpertsInterface"
+    ):
+        mk.check_model(model)
+
+
 def test_changed_number_of_experts_raises() -> None:
     experts = experts_module("mixtral")
     experts.num_experts = 2

@@ -134,16 +134,19 @@ def run_experts(
 
 def is_served(module: Any) -> bool:
     """Whether a call of ``module`` leads to these kernels."""
-    if not dispatches(type(module)):
-        return False
-    implementation = module.config._experts_implementation
-    function = ALL_EXPERTS_FUNCTIONS.get(implementation)
-    return function is not None and function is _registered.get(implementation)
+    return _leads_here(type(module), getattr(getattr(module, "config", None), "_experts_implementation", None))
+
+
+# torch.compile would look into the cells of a closure, and then not understand the function they belong to.
+@torch.compiler.assume_constant_result
+def _leads_here(cls: type, implementation: str | None) -> bool:
+    interface, function = dispatches(cls), _registered.get(str(implementation))
+    return interface is not None and function is not None and interface.get(implementation) is function
 
 
 def experts_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """``(name, module)`` of every module that dispatches through transformers' experts interface."""
-    return [(name, module) for name, module in model.named_modules() if dispatches(type(module))]
+    return [(name, module) for name, module in model.named_modules() if dispatches(type(module)) is not None]
 
 
 def check_model(model: torch.nn.Module) -> int:
@@ -166,6 +169,10 @@ def check_model(model: torch.nn.Module) -> int:
             "experts class (Liger: liger_glu_activation), or train this model without moe_kernels."
         )
     for name, module in modules:
+        interface = dispatches(type(module))
+        if interface is not ALL_EXPERTS_FUNCTIONS and not is_served(module):
+            reason = f"its class looks for the implementation in {type(interface).__name__}, where moe_kernels has none."
+            raise UnsupportedExperts.of(module, reason, name)
         if not is_served(module):
             raise UnsupportedExperts(
                 f"{name} ({type(module).__name__}) runs "
@@ -180,14 +187,13 @@ def check_model(model: torch.nn.Module) -> int:
     return len(modules)
 
 
-# torch.compile would look into the cells of the closure, and then not understand the function they belong to.
-@torch.compiler.assume_constant_result
-def dispatches(cls: type) -> bool:
-    """Whether transformers' ``use_experts_implementation`` made ``cls.forward``, maybe wrapped again."""
+def dispatches(cls: type) -> ExpertsInterface | None:
+    """Where ``cls.forward``, maybe wrapped again, looks for its implementation; FP8 experts have an interface of
+    their own. None where transformers' ``use_experts_implementation`` did not make it."""
     forward = getattr(cls, "forward", None)
     while forward is not None:
-        cells = getattr(forward, "__closure__", None) or ()
-        if any(isinstance(cell.cell_contents, ExpertsInterface) for cell in cells):
-            return True
+        for cell in getattr(forward, "__closure__", None) or ():
+            if isinstance(cell.cell_contents, ExpertsInterface):
+                return cell.cell_contents
         forward = getattr(forward, "__wrapped__", None)
-    return False
+    return None
