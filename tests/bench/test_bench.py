@@ -109,6 +109,15 @@ def test_errors_agree_with_the_reference_in_one_piece(routing):
     assert all(leaf.grad is None for leaf in tensors.leaves().values())
 
 
+def test_in_float32_nobody_is_exact_because_it_rounds_as_the_reference_does():
+    """Eager sums in the reference's order: against a float32 reference it had no error, and others were wrong."""
+    stock, ours = (row.rel_error for row in measure(implementations=("eager", "moe_kernels"))[:2])
+    eps = torch.finfo(torch.float32).eps
+    for name, error in stock.items():
+        assert 0.1 * eps < error < 10 * eps, name
+        assert ours[name] < 2 * error, name
+
+
 def test_routings_differ_in_balance():
     shape = LayerShape("uneven", 512, 16, 16, 32, 4)
     spread = {name: layer.make_layer(shape, name, CPU, torch.float32).imbalance() for name in layer.ROUTINGS}

@@ -1,4 +1,4 @@
-"""Correctness before speed: the error of an implementation against the float32 reference."""
+"""Correctness before speed: the error of an implementation against the reference in a wider dtype."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Error:
         self.difference = self.truth = 0.0
 
     def add(self, ours: torch.Tensor, truth: torch.Tensor) -> None:
-        self.difference += (ours.float() - truth).square().sum(dtype=torch.float64).item()
+        self.difference += (ours.to(truth.dtype) - truth).square().sum(dtype=torch.float64).item()
         self.truth += truth.square().sum(dtype=torch.float64).item()
 
     def value(self) -> float:
@@ -45,29 +45,32 @@ class _Error:
 def relative_errors(layer: Layer, experts: Experts) -> dict[str, float]:
     """Relative L2 error of the output and of every gradient: keys out, dx, dgate_up, ddown, dw.
 
-    The reference is evaluated in float32 expert by expert, so that float32 copies of all weights and of their
-    gradients never exist at once: the largest layers fit beside the implementation's own memory.
+    The reference is evaluated expert by expert, so that wide copies of all weights and of their gradients never exist
+    at once: the largest layers fit beside the implementation's own memory. It is one of float32, and of float64 for
+    float32 layers: an implementation that rounds just as the reference does would be without error, and the others
+    be judged by that.
     """
+    wide = torch.float64 if layer.x.dtype == torch.float32 else torch.float32
     layer.clear_gradients()
     out = experts(layer.x, layer.topk_ids, layer.topk_weights)
     out.backward(layer.grad_out)
     errors = {name: _Error() for name in ("out", *layer.leaves())}
-    true_out = torch.zeros_like(layer.x, dtype=torch.float32)
+    true_out = torch.zeros_like(layer.x, dtype=wide)
     true_dx = torch.zeros_like(true_out)
-    true_dw = torch.zeros_like(layer.topk_weights, dtype=torch.float32)
+    true_dw = torch.zeros_like(layer.topk_weights, dtype=wide)
     gradients = {name: leaf.grad for name, leaf in layer.leaves().items()}
     with exact_float32():
         for expert in range(layer.shape.experts):
             token, slot = torch.where(layer.topk_ids == expert)
             inputs = (
-                layer.x.detach()[token].float().requires_grad_(),
-                layer.topk_weights.detach()[token, slot, None].float().requires_grad_(),
-                layer.gate_up.detach()[expert : expert + 1].float().requires_grad_(),
-                layer.down.detach()[expert : expert + 1].float().requires_grad_(),
+                layer.x.detach()[token].to(wide).requires_grad_(),
+                layer.topk_weights.detach()[token, slot, None].to(wide).requires_grad_(),
+                layer.gate_up.detach()[expert : expert + 1].to(wide).requires_grad_(),
+                layer.down.detach()[expert : expert + 1].to(wide).requires_grad_(),
             )
             x, weights, gate_up, down = inputs
             y = reference_experts(x, torch.zeros_like(slot)[:, None], weights, gate_up, down)
-            dx, dw, dgate_up, ddown = torch.autograd.grad(y, inputs, layer.grad_out[token].float())
+            dx, dw, dgate_up, ddown = torch.autograd.grad(y, inputs, layer.grad_out[token].to(wide))
             true_out.index_add_(0, token, y.detach())
             true_dx.index_add_(0, token, dx)
             true_dw[token, slot] = dw[:, 0]

@@ -199,7 +199,8 @@ def _device(wanted: str) -> str:
 COLUMNS = ("forward ms", "f+b ms", "p20-p80", "f+b GPU", "f+b host", "TFLOP/s", "of dense", "launches",
            "saved", "peak", "err out", "err grad")  # fmt: skip
 CAPTION = """ms: from the call to its last kernel. GPU: launches queued ahead. host: until the call returns.
-Medians. launches: forward / forward + backward. Memory in MiB. Errors: relative L2 against float32."""
+Medians. launches: forward / forward + backward. Memory in MiB.
+Errors: relative L2 against float32, of fp32 against float64."""
 
 
 def _show(tables: Console, shape: LayerShape, rows: list[Row]) -> None:
