@@ -1,8 +1,10 @@
 """The command line's frame: help, version, exit codes, and no traceback for an expected failure."""
 
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +13,7 @@ import moe_kernels
 from moe_kernels.backends import UnsupportedProblem
 from moe_kernels.cli import app as cli
 from moe_kernels.cli.errors import CommandError, MissingDependency, UsageError, missing_module
+from moe_kernels.install import pip_install
 
 
 @pytest.fixture
@@ -77,7 +80,7 @@ def test_expected_failures_become_a_sentence_and_a_code(runner, monkeypatch, err
     result = runner.invoke(cli.app, ["doctor"])
     assert result.exit_code == code
     assert "Traceback" not in result.output
-    assert str(error) in result.output or "pip install 'moe-kernels[axolotl]'" in result.output
+    assert str(error) in result.output or pip_install("axolotl") in result.output
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), ModuleNotFoundError("x", name="nonesuch")])
@@ -96,7 +99,16 @@ def test_missing_module_names_the_extra():
     for package, extra in (("jinja2", "report"), ("transformers", "transformers")):
         found = missing_module(ModuleNotFoundError("gone", name=f"{package}.sub"))
         assert found is not None
-        assert f"moe-kernels[{extra}]" in str(found)
+        assert str(found).endswith(pip_install(extra))
+
+
+def test_no_hint_would_fetch_the_foreign_project_of_this_name_on_pypi():
+    assert pip_install("report") == "pip install 'moe-kernels[report] @ git+https://github.com/moe-kernels/moe-kernels'"
+    assert pip_install() == "pip install 'moe-kernels @ git+https://github.com/moe-kernels/moe-kernels'"
+    bare = re.compile("pip" + r" install '?moe-kernels(?!\{|\S* @ git)")
+    tests = Path(__file__).parents[1]
+    files = [*tests.rglob("*.py"), *tests.with_name("src").rglob("*.py"), *tests.with_name("src").rglob("*.md")]
+    assert [str(file) for file in files if bare.search(file.read_text())] == []
 
 
 def _raiser(error):

@@ -23,7 +23,7 @@ from moe_kernels.router_load import FILE_NAME, RouterHistory, read_history
 from moe_kernels.shapes import FAMILIES, ModelShape
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
-    pytest.skip("axolotl is not installed: pip install 'moe-kernels[axolotl]'", allow_module_level=True)
+    pytest.skip("axolotl is not installed: needs moe-kernels[axolotl]", allow_module_level=True)
 
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 

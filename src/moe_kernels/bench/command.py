@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moe_kernels.cli.errors import CHECK_FAILED, MissingDependency, UsageError
+from moe_kernels.install import pip_install
 from moe_kernels.settings import GROUP_SIZES, GroupSize
 from moe_kernels.shapes import LAYERS, LayerShape
 
@@ -79,7 +80,7 @@ def bench(
     walks, again = _switch("persistent", persistent), _switch("recompute", recompute)
 
     if plots is not None and importlib.util.find_spec("matplotlib") is None:
-        raise MissingDependency("--plots needs matplotlib. Cure: pip install 'moe-kernels[report]'")
+        raise MissingDependency(f"--plots needs matplotlib. Cure: {pip_install('report')}")
     console = Console(stderr=True)
     with console.status("loading torch and transformers"):
         import torch

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_kernels.bench.layer import Experts, Layer, transformers_experts
+from moe_kernels.install import pip_install
 from moe_kernels.shapes import LayerShape
 
 #: What other people's code raises when it cannot do its work. A bug of ours must not hide here: not for our own op.
@@ -127,7 +128,7 @@ def _why_not_sonicmoe(shape: LayerShape, device: torch.device, dtype: torch.dtyp
         sonicmoe.load_sonicmoe_kernel()
     except PEER_FAILURES as error:
         return (
-            f"transformers cannot load it: {failure(error)} Cure: pip install 'moe-kernels[peers]' with Python 3.12, "
+            f"transformers cannot load it: {failure(error)} Cure: {pip_install('peers')} with Python 3.12, "
             "and reach the Hugging Face hub once (kernels-community/sonic-moe)."
         )
     return None

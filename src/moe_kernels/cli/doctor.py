@@ -18,6 +18,7 @@ from rich.table import Table
 
 from moe_kernels.bench.environment import driver_version, installed_version, package_version
 from moe_kernels.cli.errors import CHECK_FAILED
+from moe_kernels.install import pip_install
 from moe_kernels.shapes import FAMILIES
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
@@ -33,8 +34,8 @@ REQUIRED = ("torch", "triton")
 CURES = {
     "torch": "pip install torch",
     "triton": "pip install triton (it comes with torch's CUDA build on Linux)",
-    "transformers": "pip install 'moe-kernels[transformers]'",
-    "axolotl": "pip install torch, then pip install 'moe-kernels[axolotl]'",
+    "transformers": pip_install("transformers"),
+    "axolotl": f"pip install torch, then {pip_install('axolotl')}",
 }
 #: Packages of the extra [report], by the module that is imported.
 REPORT_MODULES = ("jinja2", "matplotlib", "pynvml", "yaml", "psutil", "wandb")
@@ -183,7 +184,7 @@ def _axolotl() -> list[Finding]:
         return [Finding("Axolotl plugin", NOTE, "axolotl is not installed", CURES["axolotl"])]
     reason = _imports(PLUGIN)
     if reason is not None:
-        cure = "pip install moe-kernels into the environment that runs axolotl"
+        cure = f"{pip_install()} in the environment that runs axolotl"
         return [Finding("Axolotl plugin", BROKEN, f"{PLUGIN}: {reason}", cure)]
     return [Finding("Axolotl plugin", OK, f"{PLUGIN}.MoeOptimizedPlugin")]
 
@@ -191,7 +192,7 @@ def _axolotl() -> list[Finding]:
 def _report() -> Finding:
     missing = [module for module in REPORT_MODULES if importlib.util.find_spec(module) is None]
     if missing:
-        return Finding("compare's report", NOTE, f"missing {', '.join(missing)}", "pip install 'moe-kernels[report]'")
+        return Finding("compare's report", NOTE, f"missing {', '.join(missing)}", pip_install("report"))
     return Finding("compare's report", OK, "its packages are installed")
 
 

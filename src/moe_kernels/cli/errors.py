@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from moe_kernels.install import pip_install
+
 CHECK_FAILED = 1
 WRONG_USAGE = 2
 MISSING = 3
@@ -61,4 +63,4 @@ def missing_module(error: ModuleNotFoundError) -> MissingDependency | None:
     extra = EXTRAS.get(package)
     if extra is None:
         return None
-    return MissingDependency(f"{package} is not installed. Cure: pip install 'moe-kernels[{extra}]'")
+    return MissingDependency(f"{package} is not installed. Cure: {pip_install(extra)}")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_kernels.cli.errors import MissingDependency, UsageError
-from moe_kernels.compare.plan import load_yaml, tokens_per_micro_batch
+from moe_kernels.compare.plan import base_model, load_yaml, precision, tokens_per_micro_batch
 
 if TYPE_CHECKING:
     from moe_kernels.testing.problems import Case
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
 DEFAULT_TOKENS = 4096
+OVERRIDES = "overrides_of_model_config"
 # What a configuration with values that make no sense ends in, within transformers and torch.
 NONSENSE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
@@ -28,12 +30,14 @@ class Target:
         tokens: of one micro-batch.
         dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         lora_rank: of the adapters of the expert weights; 0 without.
+        overrides: of the model's configuration, as the run file sets them.
     """
 
     model: str
     tokens: int = DEFAULT_TOKENS
     dtype: str = "bf16"
     lora_rank: int = 0
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_target(path: Path) -> Target:
@@ -44,11 +48,13 @@ def read_target(path: Path) -> Target:
     """
     if path.suffix in (".yml", ".yaml"):
         config = load_yaml(path)
-        model = config.get("base_model")
-        if not isinstance(model, str) or not model:
-            raise UsageError(f"{path} names no base_model.")
-        dtype = "bf16" if config.get("bf16") else "fp16" if config.get("fp16") else "fp32"
-        return Target(model, tokens_per_micro_batch(config), dtype, _lora_rank(config, path))
+        return Target(
+            base_model(config, path),
+            tokens_per_micro_batch(config),
+            precision(config),
+            _lora_rank(config, path),
+            config.get(OVERRIDES) or {},
+        )
     folder = path.parent if path.name == "config.json" else path
     if not (folder / "config.json").is_file():
         raise UsageError(f"{path} is no run file (.yml) and no model: there is no {folder / 'config.json'}.")
@@ -62,27 +68,48 @@ def expert_layers(target: Target) -> list[tuple[str, Case]]:
         UsageError: the model cannot be read, or has no expert layers.
         UnsupportedExperts: the kernels do not compute what a layer computes.
     """
+    return [(names[0], case) for case, names in kinds_of_layers(build(target), target).items()]
+
+
+def build(target: Target) -> Any:
+    """The model of transformers, without memory for its weights.
+
+    Raises:
+        UsageError: its configuration cannot be used.
+        MissingDependency: it is not on this machine.
+    """
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from moe_kernels.integrations.support import recipe_of
-    from moe_kernels.integrations.transformers import experts_modules
-    from moe_kernels.testing.problems import Case
-
     try:
         config = AutoConfig.from_pretrained(target.model, local_files_only=True, trust_remote_code=False)
+        for key, value in target.overrides.items():
+            setattr(config, key, value)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except OSError as error:
         raise MissingDependency(
             f"{target.model} cannot be read here: {_first_line(error)} Cure: `moe-kernels prepare`, or download it."
         ) from error
     except (StrictDataclassError, *NONSENSE) as error:
         raise UsageError(f"The configuration of {target.model} cannot be used: {_first_line(error)}") from error
-    text = config.get_text_config()
+
+
+def kinds_of_layers(model: Any, target: Target) -> dict[Case, list[str]]:
+    """The expert layers of a model that :func:`build` returned: the names of all that are alike, by what they are.
+
+    Raises:
+        UsageError: it has none that these kernels could run.
+        UnsupportedExperts: the kernels do not compute what a layer computes.
+    """
+    from moe_kernels.integrations.support import recipe_of
+    from moe_kernels.integrations.transformers import experts_modules
+    from moe_kernels.testing.problems import Case
+
+    text = model.config.get_text_config()
     top_k = next((value for key in _TOP_K if isinstance(value := getattr(text, key, None), int)), 2)
-    cases: dict[Case, str] = {}
+    kinds: dict[Case, list[str]] = {}
     for name, module in experts_modules(model):
         recipe = recipe_of(module, name)
         experts, *sides = module.down_proj.shape
@@ -101,12 +128,12 @@ def expert_layers(target: Target) -> list[tuple[str, Case]]:
             lora_rank=target.lora_rank,
             reduce=not recipe.post_norm,
         )
-        cases.setdefault(case, name.removeprefix("model."))
-    if not cases:
+        kinds.setdefault(case, []).append(name.removeprefix("model."))
+    if not kinds:
         raise UsageError(f"{target.model} has no expert layers that these kernels could run.")
-    if any(min(case.hidden, case.intermediate, case.top_k, case.experts) < 1 for case in cases):
+    if any(min(case.hidden, case.intermediate, case.top_k, case.experts) < 1 for case in kinds):
         raise UsageError(f"The configuration of {target.model} has an expert layer without rows, columns or experts.")
-    return [(name, case) for case, name in cases.items()]
+    return kinds
 
 
 def _lora_rank(config: dict[str, Any], path: Path) -> int:

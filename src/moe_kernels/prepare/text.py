@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_kernels.cli.errors import MissingDependency, UsageError
+from moe_kernels.install import pip_install
 from moe_kernels.prepare.cache import (
     Report,
     check_space,
@@ -143,7 +144,7 @@ def dataset_texts(dataset: str, text_field: str) -> Iterator[str]:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise MissingDependency("datasets is not installed. Cure: pip install 'moe-kernels[axolotl]'") from error
+        raise MissingDependency(f"datasets is not installed. Cure: {pip_install('axolotl')}") from error
 
     builder = BUILDERS.get(Path(dataset).suffix)
     if builder is None:
