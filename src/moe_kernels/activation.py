@@ -258,6 +258,10 @@ class Activation:
                 f"activation {self.name!r} takes the parameters ({', '.join(wanted)}), got {self.parameters}: "
                 f"pass Activation({self.name!r}, (...))."
             )
+        if not all(isinstance(value, (int, float)) and 0 < value < math.inf for value in self.parameters):
+            raise ValueError(
+                f"activation {self.name!r} takes positive numbers for ({', '.join(wanted)}), got {self.parameters}."
+            )
 
     @classmethod
     def of(cls, activation: str | Activation) -> Activation:

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moe_kernels import backends
 from moe_kernels.activation import Activation, Gate
@@ -137,11 +138,17 @@ def fused_experts(
     )
     if torch.compiler.is_compiling():
         out = torch.ops.moe_kernels.experts_forward(*args)[0]
-    elif needs_grad:
+    elif needs_grad or _has_tangent(tensors):  # autograd refuses forward-mode derivatives there
         out = _Experts.apply(*args, reload)
     else:
         out = _forward(*args)[0]
-    return (out if reduce else out.view(*topk_ids.shape, -1)).to(x.dtype)
+    return (out if reduce else out.view(*topk_ids.shape, down.shape[1])).to(x.dtype)
+
+
+def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _padded(pair: LowRankPair | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -172,6 +179,8 @@ def _check_inputs(
             f"sizes disagree: x {tuple(x.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)}; "
             "want (T, H), (E, 2I, H) or (E, I, H), (E, H, I)"
         )
+    if experts == 0 or topk_ids.shape[-1] == 0:
+        raise ValueError(f"there is nothing to route to: {experts} experts, topk_ids {tuple(topk_ids.shape)}")
     if reduce != (topk_weights is not None):
         raise ValueError("topk_weights belong to the sum: pass them with reduce=True, and None with reduce=False")
     if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0]:
@@ -228,7 +237,7 @@ def _check_low_rank(name: str, weight: Tensor, pair: LowRankPair | None) -> None
     if pair is None:
         return
     (experts, rows, cols), (left, right) = weight.shape, pair
-    rank = left.shape[-1]
+    rank = left.shape[-1] if left.dim() == 3 else 0
     if left.shape != (experts, rows, rank) or right.shape != (experts, rank, cols) or not 1 <= rank <= 128:
         raise ValueError(
             f"{name}_lora is {tuple(left.shape)}, {tuple(right.shape)}; want ({experts}, {rows}, r), "

@@ -77,6 +77,8 @@ def route(
         ValueError: sizes that do not fit each other; names them.
         UnsupportedProblem: the backend asked for, or on a GPU Triton's, cannot run this.
     """
+    if correction_bias is not None:
+        correction_bias = correction_bias.contiguous()
     settings = Settings(top_k, scoring == "sigmoid", normalize, groups, top_groups, float(scale),
                         weights_dtype or logits.dtype)  # fmt: skip
     _check(logits, correction_bias, settings, scoring)
@@ -101,26 +103,28 @@ def reference_route(
         else:
             scores = logits.to(wide).softmax(-1)
             choice = logits.detach()
+        order = _falling(choice)
         if settings.groups > 1:
-            choice = _best_groups(choice, settings.groups, settings.top_groups)
-        ids = _largest(choice, settings.top_k)
+            outside = _outside(choice, settings.groups, settings.top_groups).gather(-1, order)
+            order = order.gather(-1, torch.sort(outside, dim=-1, stable=True).indices)
+        ids = order[..., : settings.top_k]
         weights = scores.gather(-1, ids)
         if settings.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if settings.sigmoid else 0.0))
         return (weights * settings.scale).to(settings.weights_dtype), ids
 
 
-def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the ``count`` largest of each row, by falling value, the lowest index first among equals."""
-    return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :count]
+def _falling(values: torch.Tensor) -> torch.Tensor:
+    """Indices of each row by falling value, the lowest first among equals."""
+    return torch.sort(values, dim=-1, descending=True, stable=True).indices
 
 
-def _best_groups(choice: torch.Tensor, groups: int, top_groups: int) -> torch.Tensor:
-    """``choice`` (T, E) with -inf outside the groups whose two largest sum to most."""
+def _outside(choice: torch.Tensor, groups: int, top_groups: int) -> torch.Tensor:
+    """(T, E), true outside the groups whose two largest of ``choice`` (T, E) sum to most."""
     grouped = choice.unflatten(-1, (groups, -1))
-    best = _largest(grouped.topk(2, dim=-1).values.sum(-1), top_groups)
+    best = _falling(grouped.topk(2, dim=-1).values.sum(-1))[..., :top_groups]
     outside = torch.ones(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter(-1, best, False)
-    return grouped.masked_fill(outside[..., None], float("-inf")).flatten(-2)
+    return outside[..., None].expand_as(grouped).flatten(-2)
 
 
 def _check(logits: torch.Tensor, bias: torch.Tensor | None, settings: Settings, scoring: str) -> None:
@@ -133,9 +137,13 @@ def _check(logits: torch.Tensor, bias: torch.Tensor | None, settings: Settings, 
         raise ValueError(f"top_k={settings.top_k} does not fit {experts} experts: 1 to {experts}")
     if bias is not None and bias.shape != (experts,):
         raise ValueError(f"correction_bias is {tuple(bias.shape)}, want ({experts},)")
+    if bias is not None and bias.device != logits.device:
+        raise ValueError(f"logits are on {logits.device}, correction_bias is on {bias.device}: move it there")
     if not settings.sigmoid and (bias is not None or settings.groups != 1):
         raise ValueError("correction_bias and groups belong to scoring='sigmoid'")
     groups, top_groups = settings.groups, settings.top_groups
+    if groups < 1:
+        raise ValueError(f"groups={groups} must be at least 1")
     if groups > 1 and (experts % groups or experts // groups < 2):
         raise ValueError(f"groups={groups} must divide {experts} experts into groups of two at least")
     if not 1 <= top_groups <= groups or settings.top_k > top_groups * (experts // groups):

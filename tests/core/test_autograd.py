@@ -1,14 +1,17 @@
 """The op inside PyTorch: which gradients, what is saved, checkpointing, autocast, no_grad, dispatch, errors."""
 
+import dataclasses
 import functools
 import itertools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import moe_kernels
 from moe_kernels import backends
+from moe_kernels.activation import Activation
 from moe_kernels.routing import plan_elements
 from moe_kernels.testing.problems import DIFFERENTIABLE, Case, call, eager, make_inputs, run, truth
 from moe_kernels.testing.tolerances import assert_close_to_truth
@@ -52,6 +55,14 @@ def test_double_backward_is_refused(experts, device):
     (dx,) = torch.autograd.grad(experts(x, *rest), x, inputs.grad.clone().requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         dx.sum().backward()
+
+
+def test_forward_mode_is_refused(experts, device):
+    inputs = make_inputs(SMALL, device)
+    with forward_ad.dual_level():
+        inputs = dataclasses.replace(inputs, x=forward_ad.make_dual(inputs.x, torch.ones_like(inputs.x)))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            call(experts, inputs)
 
 
 def test_backward_twice_is_equal(experts, device):
@@ -202,6 +213,15 @@ BAD = {
     "integer routing weights": (lambda a: {"topk_weights": a.topk_weights.long()}, "must be a floating dtype"),
     "weights of two dtypes": (lambda a: {"down": a.down.float()}, "cast one of them"),
     "weights with gaps": (lambda a: {"down": a.down.repeat(1, 1, 2)[..., ::2]}, "must be contiguous"),
+    "no expert": (lambda a: {"gate_up": a.gate_up[:0], "down": a.down[:0]}, "0 experts"),
+    "no expert of a token": (
+        lambda a: {"topk_ids": a.topk_ids[:, :0], "topk_weights": a.topk_weights[:, :0]},
+        "nothing to route to",
+    ),
+    "a low-rank pair of numbers": (
+        lambda a: {"extras": {"down_left": a.down.sum(), "down_right": a.down.sum()}},
+        "down_lora is",
+    ),
     "weights without a sum": (lambda a: {"options": {"reduce": False}}, "None with reduce=False"),
     "bias of another size": (lambda a: {"extras": {"gate_up_bias": a.gate_up[:, 1:, 0]}}, "gate_up_bias is"),
     "rank of the factors": (
@@ -242,3 +262,9 @@ def test_bad_settings_list_the_valid_ones(device, setting, message):
         moe_kernels.fused_experts(
             inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.gate_up, inputs.down, **setting
         )
+
+
+@pytest.mark.parametrize("parameters", [(-1.0,), (0.0,), (float("nan"),), ("7",)], ids=str)
+def test_parameters_of_an_activation_are_positive_numbers(parameters):
+    with pytest.raises(ValueError, match=r"takes positive numbers for \(limit\)"):
+        Activation("clamped_silu", parameters)

@@ -185,6 +185,11 @@ def test_no_tokens(experts, device):
     assert torch.count_nonzero(results["ddown"]) == 0
 
 
+def test_no_tokens_without_a_sum(experts, device):
+    results = run(experts, make_inputs(case(tokens=0, reduce=False), device))
+    assert results["out"].shape == (0, SMALL.top_k, SMALL.hidden)
+
+
 def test_float64_gradcheck_on_torch_backend():
     c = case(
         tokens=6, hidden=6, intermediate=4, dtype=torch.float64, weights_dtype=torch.float64, routing="sentinels"

@@ -2,13 +2,15 @@
 tokens fill several tiles with ragged ends."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 
-from moe_kernels import torch_backend
+from moe_kernels import UnsupportedProblem, fused_experts, torch_backend
 from moe_kernels.activation import Activation, Gate
-from moe_kernels.testing.problems import Case, make_inputs
+from moe_kernels.kernels.triton import launch
+from moe_kernels.testing.problems import Case, make_inputs, run
 from moe_kernels.testing.routings import ROUTINGS, make_routing
 from moe_kernels.testing.tolerances import assert_close_to_truth
 
@@ -212,3 +214,23 @@ def test_combine_grad(s):
     dxr[s.routed.stop :] = float("nan")
     ours, truth, eager = both(s, "combine_grad", s.rounded["y"], s.plan, triton_args=(dxr, s.plan))
     assert_close_to_truth(ours, truth, eager, "dx", min_exact_share=0.95)
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_the_newer_switch_for_tf32_is_read_too(setting):
+    """Once it is set, torch refuses to read the older one; ``TrainingArguments(tf32=True)`` sets it."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert launch.dot_precision(torch.float32) == setting
+        assert launch.dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_factors_that_do_not_fit_beside_a_tile_are_refused(device):
+    with pytest.raises(UnsupportedProblem, match="set moe_group_size: 128"):
+        run(
+            functools.partial(fused_experts, backend="triton", group_size=256),
+            make_inputs(Case(4, 1, 2, 16, 16, lora_rank=65), device),
+        )

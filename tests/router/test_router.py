@@ -229,6 +229,27 @@ def test_strided_logits_and_gradients(device):
     torch.testing.assert_close(logits.grad.gather(-1, ids), picked.grad)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_strided_bias(backend, device):
+    logits, biases = torch.randn(6, 8, device=device), torch.randn(8, 2, device=device)
+    for bias in (biases[:, 0], biases[:1, 0].expand(8)):
+        assert not bias.is_contiguous()
+        ids, expected = (
+            router.route(logits, 2, scoring="sigmoid", correction_bias=b, backend=backend)[1]
+            for b in (bias, bias.contiguous())
+        )
+        assert torch.equal(ids, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_best_groups_are_chosen_from(backend, device):
+    """Where their experts are ruled out by a bias of -inf too."""
+    bias = torch.tensor([-torch.inf] * 4 + [1.0, 1.0, -torch.inf, -torch.inf], device=device)
+    choice = {"scoring": "sigmoid", "correction_bias": bias, "groups": 2, "top_groups": 1, "backend": backend}
+    _, ids = router.route(torch.zeros(3, 8, device=device), 3, **choice)
+    assert ids.tolist() == [[4, 5, 6]] * 3
+
+
 @pytest.mark.parametrize("tokens", [1, 300, 1100])
 def test_counts_are_the_histogram_of_each_chunk(model, tokens, device, monkeypatch):
     monkeypatch.setattr(kernels, "_MAX_CHUNKS", 5)
@@ -304,6 +325,8 @@ def test_compiles_to_one_graph(name, backend, device):
         ({"scoring": "sigmoid", "groups": 8}, "groups of two at least"),
         ({"scoring": "sigmoid", "groups": 4, "top_groups": 1, "top_k": 3}, "cannot give 3 experts"),
         ({"scoring": "sigmoid", "groups": 4, "top_groups": 5}, "cannot give"),
+        ({"scoring": "sigmoid", "groups": 0}, "groups=0 must be at least 1"),
+        ({"scoring": "sigmoid", "correction_bias": torch.zeros(8, device="meta")}, "correction_bias is on meta"),
         ({"scoring": "sigmoid", "correction_bias": torch.zeros(7)}, r"correction_bias is \(7,\), want \(8,\)"),
         ({"backend": "cuda"}, "not one of auto, triton, torch"),
     ],

@@ -47,14 +47,25 @@ def test_backends_agree_and_routings_are_sound(device, problem):
         weights.backward(grad)
         results.append((weights.detach(), ids, leaf.grad))
     (weights, ids, dlogits), (expected, expected_ids, expected_grad) = results
-    assert torch.equal(ids, expected_ids)
+    # Two sigmoids one unit in the last place apart may swap neighbours.
+    alike = (ids == expected_ids).all(-1)
+    choice = logits.to(device).float()
+    if "scoring" in arguments:
+        choice = choice.sigmoid() + arguments.get("correction_bias", 0.0)
+        gap = 1e-6 if weights.dtype == torch.float32 else 4e-3
+        torch.testing.assert_close(choice.gather(-1, ids), choice.gather(-1, expected_ids), rtol=0, atol=gap)
+    else:
+        assert alike.all()
+    assert alike.sum() >= len(ids) - 1 - len(ids) // 20
     coarse = weights.dtype != torch.float32 or logits.dtype != torch.float32
-    torch.testing.assert_close(weights, expected, rtol=1e-2 if weights.dtype != torch.float32 else 1e-5, atol=1e-6)
+    rtol = 1e-2 if weights.dtype != torch.float32 else 1e-5
+    torch.testing.assert_close(weights[alike], expected[alike], rtol=rtol, atol=1e-6)
     # Scores that all but vanish are divided by their sum and the model's own 1e-20: a gradient of rounding errors.
     scores = logits.float().sigmoid() if "scoring" in arguments else torch.ones_like(logits, dtype=torch.float32)
     sound = scores.to(device).gather(-1, ids).sum(-1) > 1e-3
+    same = sound & alike
     torch.testing.assert_close(
-        dlogits[sound], expected_grad[sound], rtol=2e-2 if coarse else 1e-4, atol=1e-3 if coarse else 1e-6
+        dlogits[same], expected_grad[same], rtol=2e-2 if coarse else 1e-4, atol=1e-3 if coarse else 1e-6
     )
 
     assert ((ids >= 0) & (ids < logits.shape[1])).all()

@@ -190,6 +190,23 @@ def test_the_cache_is_where_the_user_wants_it(monkeypatch, tmp_path):
     assert tuned.cache_file(CPU).name == "tiles-nvidia-h200.json"
 
 
+@pytest.mark.parametrize("fault", ["a folder that nobody may look into", "no home"])
+def test_a_cache_out_of_reach_holds_no_tiles(monkeypatch, cache, caplog, fault):
+    """Tuned tiles are an extra: a training runs without, and the log says why."""
+    write(cache, entry())
+    if fault == "no home":
+        for variable in (tuned.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    else:
+        monkeypatch.setattr(tuned.Path, "exists", lambda path: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    config.forget_tuned_tiles()
+    with caplog.at_level(logging.WARNING, logger="moe_kernels"):
+        assert select() == default()
+    assert "no tuned tiles are used" in caplog.text
+    assert environment.tuned_tiles() is None
+
+
 @pytest.fixture
 def seen(monkeypatch):
     """(kernel, sizes) of every GEMM launched."""

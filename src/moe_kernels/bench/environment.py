@@ -74,8 +74,8 @@ def tuned_tiles() -> str | None:
     from moe_kernels.tuning import tuned
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    file = tuned.cache_file(device)
-    return str(tuned.read(file)["digest"])[:12] if file.exists() else None
+    file = tuned.own_file(device)
+    return str(tuned.read(file)["digest"])[:12] if file else None
 
 
 def _program() -> str:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from moe_kernels.kernels.triton.catalog import CompileCase
 
 #: Dynamic shared memory one program may use, in bytes, by architecture (CUDA programming guide, table of limits).
-SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 #: The instruction that feeds the tensor cores with 16-bit operands.
-MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 TMA_LOAD = "UTMALDG"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
@@ -87,7 +87,7 @@ def compiled(case: CompileCase, arch: int) -> Any:
 
     Args:
         case: kernel, types of its run-time arguments, values of its constants, num_warps and num_stages.
-        arch: 80, 86, 89, 90, 100.
+        arch: 80, 86, 89, 90, 100, 120.
 
     Raises:
         Exception: whatever Triton or ptxas raise, among them "ptxas error" for registers or shared memory.

@@ -57,7 +57,8 @@ _HOPPER = {
     ("dgrad", 256): GemmConfig(256, 128, 64, 8, 3, flatten=True),
     ("wgrad", None): GemmConfig(128, 128, 64, 4, 3),
 }
-# Pointer loads: Ampere and Ada, and everywhere sizes that are not multiples of 16.
+# Pointer loads: GPUs without tensor-memory copies or with less shared memory (99 KiB a block on Ada and on Blackwell
+# of capability 12), and everywhere sizes that are not multiples of 16.
 _POINTER = {
     ("up", 64): GemmConfig(64, 64, 32, 4, 3),
     ("up", 128): GemmConfig(128, 64, 32, 8, 3),
@@ -79,6 +80,11 @@ _BLACKWELL = {key: dataclasses.replace(config, flatten=False) for key, config in
     ("up", 128): GemmConfig(128, 128, 32, 8, 3),
     ("up", 256): GemmConfig(256, 64, 32, 8, 3),
 }
+
+
+def loads_by_tma(capability: tuple[int, int] | None) -> bool:
+    """Whether 16-bit GEMMs load by tensor-memory copies; capability None is the interpreter."""
+    return capability is None or (9, 0) <= capability < (12, 0)
 
 
 def table(

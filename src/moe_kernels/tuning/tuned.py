@@ -80,11 +80,30 @@ def device_name(device: torch.device) -> str:
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where `moe-kernels tune` keeps the tiles of this GPU: in ``MOE_KERNELS_CACHE``, or the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "moe-kernels")
+    """Where `moe-kernels tune` keeps the tiles of this GPU: in ``MOE_KERNELS_CACHE``, or the user's cache folder.
+
+    Raises:
+        TunedTilesError: there is neither.
+    """
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        folder = Path(chosen)
+    else:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if home.startswith("~"):
+            raise TunedTilesError(f"this user has no home folder: set {CACHE_VARIABLE} to a folder for tuned tiles.")
+        folder = Path(home, "moe-kernels")
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     return folder / f"tiles-{slug}.json"
+
+
+def own_file(device: torch.device) -> Path | None:
+    """:func:`cache_file` where there is one; a folder that nobody may look into holds none."""
+    try:
+        file = cache_file(device)
+        return file if file.exists() else None
+    except (OSError, TunedTilesError) as error:
+        logger.warning("no tuned tiles are used: %s", error)
+        return None
 
 
 def find(kernel: str, device: torch.device, group_size: int | None, tma: bool, sizes: Sizes) -> dict[str, Any] | None:
@@ -105,8 +124,8 @@ def tiles_of(device: torch.device) -> dict[Key, dict[str, Any]]:
         report = read(file)
         if capability is not None and tuple(report["capability"]) == capability:
             found |= tiles(report)
-    own = cache_file(device)
-    if own.exists():
+    own = own_file(device)
+    if own is not None:
         report = read(own)
         if report["triton"] == triton.__version__:
             found |= tiles(report)

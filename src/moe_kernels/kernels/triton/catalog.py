@@ -15,12 +15,12 @@ from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
 from moe_kernels.kernels.triton.expert_sum import expert_sum_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
-from moe_kernels.kernels.triton.launch import fit_columns, fit_rank
+from moe_kernels.kernels.triton.launch import fit_columns, fit_rank, max_rank
 from moe_kernels.kernels.triton.plan import count_kernel, place_kernel, plan_blocks
 from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, route_grad_kernel, route_kernel
 from moe_kernels.kernels.triton.up import up_kernel
 from moe_kernels.kernels.triton.wgrad import wgrad_kernel
-from moe_kernels.tuning.config import GemmConfig, table
+from moe_kernels.tuning.config import ROW_TILED, GemmConfig, loads_by_tma, table
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _PLAN = (
@@ -129,7 +129,7 @@ def gemm_case(
     """
     t = _TYPES[dtype]
     pointer = f"*{t}"
-    config = fit_rank(config, variant.rank)
+    config = fit_rank(config, variant.rank, dtype)
     m, n, k = config.block_m, config.block_n, config.block_k
 
     def weight(columns: int, by_columns: bool) -> str:
@@ -171,13 +171,20 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         # 16-bit tensors load by TMA where the GPU has it and their sizes are multiples of 16.
         sizes = [(False, (True, True)), (False, (False, True)), (False, (False, False))]
-        if capability >= (9, 0) and dtype != torch.float32:
+        if loads_by_tma(capability) and dtype != torch.float32:
             sizes = [(True, (True, True)), (True, (False, True)), (False, (False, False))]
         for tma, (aligned, divisible) in sizes:
             for (kernel, group), config in table(capability, dtype, tma).items():
                 label = kernel if group is None else f"{kernel}-g{group}"
                 yield gemm_case(kernel, config, dtype, tma, label, aligned, divisible)
-    yield from _variant_cases(table(capability, torch.bfloat16, capability >= (9, 0)), capability >= (9, 0))
+    tma = loads_by_tma(capability)
+    yield from _variant_cases(table(capability, torch.bfloat16, tma), tma)
+    for (kernel, group), config in table(capability, torch.float32, False).items():
+        if kernel in ROW_TILED:  # the highest rank, whose factors need most shared memory (and all registers)
+            rank = max_rank(group, torch.float32)
+            label = f"{kernel}-g{group}-lora{rank}"
+            case = gemm_case(kernel, config, torch.float32, False, label, variant=Variant(rank=rank))
+            yield dataclasses.replace(case, spills=10_000)
     yield from _small_cases()
     yield from _router_cases()
     if capability == (9, 0):

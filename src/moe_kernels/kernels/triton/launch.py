@@ -27,9 +27,9 @@ from triton.backends.nvidia import driver as nvidia
 from triton.experimental.gluon.nvidia import hopper as gluon
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.backends import device_capability
+from moe_kernels.backends import UnsupportedProblem, device_capability
 from moe_kernels.routing import RoutingPlan
-from moe_kernels.tuning.config import GemmConfig
+from moe_kernels.tuning.config import GemmConfig, loads_by_tma
 
 logger = logging.getLogger("moe_kernels")
 
@@ -71,12 +71,11 @@ def cdiv(a: int, b: int) -> int:
 def tma_fits(*tensors: torch.Tensor) -> bool:
     """True if a GEMM over these row-major operands loads by tensor-memory copies.
 
-    Hopper or later, 16-bit, rows of a multiple of 16 elements, aligned bases. Other sizes would store element by
-    element, for which the large tiles of this path have no registers left. float32 stays on pointer loads: its exact
-    products run on the ordinary cores, which such copies cannot feed.
+    Hopper or Blackwell of a data centre, 16-bit, rows of a multiple of 16 elements, aligned bases. Other sizes would
+    store element by element, for which the large tiles of this path have no registers left. float32 stays on pointer
+    loads: its exact products run on the ordinary cores, which such copies cannot feed.
     """
-    capability = device_capability(tensors[0].device)
-    if capability is not None and capability < (9, 0):
+    if not loads_by_tma(device_capability(tensors[0].device)):
         return False
     for t in tensors:  # a generator would cost another microsecond
         if t.element_size() != 2 or t.shape[-1] % 16 or t.data_ptr() % 16 or t.numel() == 0:
@@ -122,8 +121,18 @@ def fit_columns(config: GemmConfig, width: int) -> GemmConfig:
     return _narrowed(config, width)
 
 
-def fit_rank(config: GemmConfig, rank: int) -> GemmConfig:
+def max_rank(group_size: int | None, dtype: torch.dtype) -> int:
+    """The largest rank of a low-rank part, a power of two, whose factors fit into 99 KiB of shared memory."""
+    return 64 if dtype == torch.float32 and group_size == 256 else 128
+
+
+def fit_rank(config: GemmConfig, rank: int, dtype: torch.dtype) -> GemmConfig:
     """``config`` with fewer stages where the factors of a low-rank part need their shared memory."""
+    if rank > max_rank(config.block_m, dtype):
+        raise UnsupportedProblem(
+            f"low-rank factors of rank {rank} in {dtype} do not fit beside tiles of {config.block_m} rows: set "
+            "moe_group_size: 128."
+        )
     return config if config.num_stages <= 4 - rank // 64 else _shortened(config, rank)
 
 
@@ -139,7 +148,8 @@ def _narrowed(config: GemmConfig, width: int) -> GemmConfig:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """float32 products are exact (IEEE) unless torch's own switch allows TF32; 16-bit types ignore this."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # The older allow_tf32 cannot be read once the switch was set in the newer way; this holds what either set.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def launch_grid(
