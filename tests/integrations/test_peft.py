@@ -341,8 +341,43 @@ def test_check_lora() -> None:
     assert mk_peft.check_lora(model) == 0, "nothing is served"
     assert mk_peft.check_lora(ours(model)) == 2 * LAYERS
     fused = ours(adapted("mixtral", lora("mixtral", r=129)))
-    with pytest.raises(ValueError, match="rank 129 on down_proj, the kernels take at most 128: lower lora_r"):
+    with pytest.raises(ValueError, match=r"rank 129 \(default\) on down_proj, .* at most 128: lower lora_r"):
         mk_peft.check_lora(fused)
+
+
+def test_active_adapters_of_too_high_a_rank_together() -> None:
+    model = adapted("mixtral", lora("mixtral", r=96))
+    model.add_adapter("second", lora("mixtral", r=96))
+    fused = ours(model)
+    assert mk_peft.check_lora(fused) == 2 * LAYERS, "one is active"
+    fused.base_model.set_adapter(["default", "second"])
+    words = r"LoRA of rank 192 \(default \+ second\) on down_proj, .* activate fewer adapters"
+    with pytest.raises(ValueError, match=rf"layers\.0.*: {words}"):
+        mk_peft.check_lora(fused)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        run(fused)
+
+
+def test_replicated_factors_are_used_and_sharded_ones_refused(tmp_path: Path) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    wrapper, cpu = outer_wrapper(ours(adapted("mixtral"))), torch.device("cpu")
+    expected = through(wrapper, cpu)
+    factors = wrapper.lora_A["default"]
+    plain = factors.weight.detach()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        factors.weight = nn.Parameter(distribute_tensor(plain, mesh, [Replicate()]))
+        out, grads = through(wrapper, cpu)
+        assert_same((out, {name: getattr(g, "to_local", lambda g=g: g)() for name, g in grads.items()}), expected)
+        factors.weight = nn.Parameter(distribute_tensor(plain, mesh, [Shard(0)]))
+        with pytest.raises(
+            mk.UnsupportedExperts, match=r"LoRA factors of .* are sharded .*: shard the decoder layer"
+        ):
+            through(wrapper, cpu)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", MODELS)

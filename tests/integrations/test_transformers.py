@@ -524,6 +524,45 @@ def test_quantised_weights_raise() -> None:
         experts(*experts_inputs(experts_module("mixtral")))
 
 
+class Wrapped(torch.Tensor):
+    """A weight as torchao keeps it: it says bfloat16, and has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, packed: torch.Tensor) -> Wrapped:
+        return torch.Tensor._make_wrapper_subclass(cls, packed.shape, dtype=torch.bfloat16)
+
+    def __init__(self, packed: torch.Tensor) -> None:
+        self.packed = packed
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["packed"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict, *_: object) -> Wrapped:
+        return Wrapped(inner["packed"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default), "nothing may be computed"
+        return args[0]
+
+
+def test_wrapped_weights_raise_at_check_and_in_the_forward() -> None:
+    model = make_model("mixtral").to(torch.bfloat16)
+    model.set_experts_implementation("moe_kernels")
+    experts = model.model.layers[1].mlp.experts
+    inputs = experts_inputs(experts)
+    packed = experts.down_proj.detach().to(torch.float8_e4m3fn)
+    experts.down_proj = nn.Parameter(Wrapped(packed), requires_grad=False)
+    assert experts.down_proj.dtype == torch.bfloat16
+    with pytest.raises(
+        mk.UnsupportedExperts, match=r"layers\.1\.mlp\.experts \(MixtralExperts\): .* stored as Wrapped"
+    ):
+        mk.check_model(model)
+    with pytest.raises(mk.UnsupportedExperts, match=r"stored as Wrapped.*: grouped_mm"):
+        experts(*inputs)
+
+
 # What wraps the weights of a model
 
 

@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise ImportError("moe_kernels.integrations.peft needs peft 0.20 or newer: pip install 'peft>=0.20'") from error
 
-from moe_kernels.integrations.support import LORA_ATTRIBUTE
+from moe_kernels.integrations.support import LORA_ATTRIBUTE, UnsupportedExperts, is_sharded, own_part
 from moe_kernels.integrations.transformers import is_served
 
 MAX_RANK = 128  # of fused_experts
@@ -74,11 +74,8 @@ def check_lora(model: torch.nn.Module) -> int:
         if isinstance(module, ParamWrapper) and _is_fused(module)
     ]
     for name, wrapper in wrappers:
-        if max(wrapper.r.values()) > MAX_RANK:
-            raise ValueError(
-                f"{name}: LoRA of rank {max(wrapper.r.values())} on {wrapper.parameter_name}, the kernels take at "
-                f"most {MAX_RANK}: lower lora_r, or train without moe_kernels."
-            )
+        for adapters in (*([one] for one in wrapper.r), wrapper.active_adapters):
+            _check_rank(wrapper, adapters, f"{name}: ")
         # 0.21.0 to 0.21.2 do so in a forward of 4-bit weights.
         chain = dict(getattr(wrapper.get_base_layer(), "parametrizations", {})).get(wrapper.parameter_name, ())
         if any(type(part).__module__.startswith("peft.") for part in chain):
@@ -95,6 +92,15 @@ def check_lora(model: torch.nn.Module) -> int:
     return len(wrappers)
 
 
+def _check_rank(wrapper: Any, adapters: list[str], where: str = "") -> None:
+    rank = sum(wrapper.r.get(adapter, 0) for adapter in adapters)
+    if rank > MAX_RANK:
+        raise ValueError(
+            f"{where}LoRA of rank {rank} ({' + '.join(adapters)}) on {wrapper.parameter_name}, the kernels take at "
+            f"most {MAX_RANK}: lower lora_r, activate fewer adapters, or train without moe_kernels."
+        )
+
+
 def _is_fused(wrapper: Any) -> bool:
     return wrapper.parameter_name in _WEIGHTS and is_served(wrapper.get_base_layer())
 
@@ -104,16 +110,31 @@ def low_rank_pair(wrapper: Any, adapters: list[str]) -> tuple[torch.Tensor, torc
     (E, N, K), the scaling included. None where no adapter has this weight.
 
     PEFT packs A as (E*r, K), experts slowest, and B as (N, r*E), experts fastest, whichever way the weight is stored.
+
+    Raises:
+        ValueError: the adapters have a higher rank together than the kernels take.
+        UnsupportedExperts: a factor is sharded, or stored in a class of its own.
     """
     adapters = [name for name in adapters if name in wrapper.lora_A]
     if not adapters:
         return None
+    _check_rank(wrapper, adapters)
     experts = wrapper.num_experts
     lefts, rights = [], []
     for name in adapters:
-        a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+        a, b = (_factor(wrapper, factors[name].weight) for factors in (wrapper.lora_A, wrapper.lora_B))
         rights.append(a.view(experts, -1, a.shape[1]) * wrapper.scaling[name])
         lefts.append(b.view(b.shape[0], -1, experts).permute(2, 0, 1))
     if len(adapters) == 1:  # torch.cat would copy it, and its gradient
         return lefts[0], rights[0]
     return torch.cat(lefts, dim=2), torch.cat(rights, dim=1)
+
+
+def _factor(wrapper: Any, weight: Any) -> torch.Tensor:
+    experts = wrapper.get_base_layer()
+    if is_sharded(weight):  # nothing gathers it: PEFT reads it past the forward of its linear
+        raise UnsupportedExperts(
+            f"{type(experts).__name__}: the LoRA factors of {wrapper.parameter_name} are sharded in forward "
+            f"({weight.placements}): shard the decoder layer (fully_shard), not the linears of the adapter."
+        )
+    return own_part(experts, weight)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_kernels.activation import ACTIVATIONS, PLAIN, Activation, Gate
 
@@ -178,10 +179,9 @@ def plain_weight(module: Any, weight: Any) -> torch.Tensor:
     Raises:
         UnsupportedExperts: sharded, quantised, or of another number of experts than the module routes to.
     """
-    if hasattr(weight, "placements"):  # a DTensor; plain FSDP2 hands whole parameters to forward
-        if not all(placement.is_replicate() for placement in weight.placements):
-            raise UnsupportedExperts.of(module, f"its weights are sharded in forward ({weight.placements}).")
-        weight = weight.to_local()
+    if is_sharded(weight):
+        raise UnsupportedExperts.of(module, f"its weights are sharded in forward ({weight.placements}).")
+    weight = own_part(module, weight)
     if weight.dtype not in _DTYPES:
         raise UnsupportedExperts.of(module, f"its weights are stored as {weight.dtype}.")
     if weight.shape[0] != module.num_experts:
@@ -190,3 +190,20 @@ def plain_weight(module: Any, weight: Any) -> torch.Tensor:
             f"it says num_experts={module.num_experts} but holds weights of {weight.shape[0]} experts.",
         )
     return weight
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether this process has a part of ``tensor`` only; plain FSDP2 hands whole parameters to forward."""
+    return not all(placement.is_replicate() for placement in getattr(tensor, "placements", ()))
+
+
+def own_part(module: Any, tensor: Any, name: str = "") -> torch.Tensor:
+    """What this process has of ``tensor``, a parameter of ``module``, as a tensor with memory of its own.
+
+    Raises:
+        UnsupportedExperts: a class of its own wraps the memory (torchao's quantised weights say they are bfloat16).
+    """
+    tensor = tensor.to_local() if hasattr(tensor, "placements") else tensor
+    if is_traceable_wrapper_subclass(tensor):
+        raise UnsupportedExperts.of(module, f"its weights are stored as {type(tensor).__name__}.", name)
+    return tensor

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from moe_kernels.install import pip_install
 from moe_kernels.moe import fused_experts
 from moe_kernels.settings import ExpertsSettings, GroupSize
 
@@ -28,14 +29,14 @@ try:
     from moe_kernels.integrations.support import (
         LORA_ATTRIBUTE,
         UnsupportedExperts,
+        own_part,
         plain_weight,
         recipe_of,
         why_not_module,
     )
 except ImportError as error:
     raise ImportError(
-        "moe_kernels.integrations.transformers needs transformers 5.16.1 or newer: "
-        "pip install 'moe-kernels[transformers]'"
+        f"moe_kernels.integrations.transformers needs transformers 5.16.1 or newer: {pip_install('transformers')}"
     ) from error
 
 __all__ = ["UnsupportedExperts", "check_model", "experts_modules", "register", "why_not_module"]
@@ -171,7 +172,9 @@ def check_model(model: torch.nn.Module) -> int:
     for name, module in modules:
         interface = dispatches(type(module))
         if interface is not ALL_EXPERTS_FUNCTIONS and not is_served(module):
-            reason = f"its class looks for the implementation in {type(interface).__name__}, where moe_kernels has none."
+            reason = (
+                f"its class looks for the implementation in {type(interface).__name__}, where moe_kernels has none."
+            )
             raise UnsupportedExperts.of(module, reason, name)
         if not is_served(module):
             raise UnsupportedExperts(
@@ -180,6 +183,8 @@ def check_model(model: torch.nn.Module) -> int:
                 "moe_kernels: call register() and load the model with experts_implementation='moe_kernels'."
             )
         recipe_of(module, name)
+        for parameter in module.parameters(recurse=False):  # not by attribute, which may dequantise it
+            own_part(module, parameter, name)
     if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
         from moe_kernels.integrations.peft import fuse_lora
 
