@@ -197,6 +197,29 @@ def test_command_writes_the_schema(tmp_path, monkeypatch):
         assert set(row["forward_ms"]) == {"median", "p20", "p80"}
 
 
+def test_tokens_are_those_asked_for_on_a_cpu_too(tmp_path):
+    file = tmp_path / "bench.json"
+    result = bench("--tokens", "32", "--peers", "none", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    assert {row["tokens"] for row in json.loads(file.read_text())["results"]} == {32}
+
+
+@pytest.mark.parametrize("command", ["bench", "tune", "verify"])
+@pytest.mark.parametrize("names", [",", ""])
+def test_no_layer_at_all_is_refused(tmp_path, command, names):
+    file = tmp_path / "out.json"
+    result = CliRunner().invoke(app, [command, "--shapes", names, "--json", str(file)])
+    assert result.exit_code == 2
+    assert f"--shapes {names!r} names nothing: choose from " in result.output
+    assert not file.exists()
+
+
+def test_a_seed_beyond_torchs_is_refused():
+    result = bench("--seed", "99999999999999999999")
+    assert result.exit_code == 2
+    assert "'--seed'" in result.output
+
+
 def test_command_fails_when_an_implementation_is_wrong(monkeypatch):
     monkeypatch.setitem(bench_command.LAYERS, "tiny", SHAPE)
     monkeypatch.setattr(experts, "what_is_wrong", lambda *args: "wrong on purpose")
@@ -319,6 +342,7 @@ def test_a_killed_run_goes_on_from_its_file(two_layers, monkeypatch, tmp_path):
     result = bench(*arguments)
     assert "holds 4 of 4" in " ".join(result.output.split())
     assert two_layers == cells
+    assert "wrote" not in result.output
     assert all(f"{name}: T=48" in result.output for name in ("tiny", "other"))
     assert bench(*arguments, "--fresh").exit_code == 0
     assert two_layers == cells * 2

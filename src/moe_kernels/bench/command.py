@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moe_kernels.cli.errors import CHECK_FAILED, MissingDependency, UsageError
+from moe_kernels.cli.errors import CHECK_FAILED, MissingDependency
+from moe_kernels.cli.options import MAX_SEED, one_of, several
 from moe_kernels.install import pip_install
 from moe_kernels.settings import GROUP_SIZES, GroupSize
 from moe_kernels.shapes import LAYERS, LayerShape
@@ -25,13 +26,17 @@ DEFAULT_PEERS = "eager,grouped_mm"
 ROUTINGS = ("balanced", "mild", "heavy")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 CPU_SHAPE = LayerShape("cpu-demo", 64, 64, 48, 8, 2)
-CPU_WARNING = "No NVIDIA GPU here: one small layer on the CPU shows that the benchmark works, nothing about speed."
+CPU_WARNING = "On the CPU this shows that the benchmark works, nothing about speed."
 
 
 def bench(
     shapes: Annotated[
-        str, typer.Option(help=f"Comma-separated layers, or all. Known: {', '.join(LAYERS)}.")
-    ] = DEFAULT_SHAPES,
+        str | None,
+        typer.Option(
+            help=f"Comma-separated layers, or all. Known: {', '.join(LAYERS)}.",
+            show_default=f"{DEFAULT_SHAPES}; on a CPU one small layer",
+        ),
+    ] = None,
     peers: Annotated[
         str,
         typer.Option(
@@ -55,7 +60,7 @@ def bench(
         str, typer.Option(help="Values of moe_recompute to measure: true, false or both.")
     ] = "false",
     device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the random tensors.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random tensors.", min=0, max=MAX_SEED)] = 0,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", dir_okay=False, help="Write the results to this file, and go on where it ends."),
@@ -73,9 +78,9 @@ def bench(
     time of the same GEMMs through dense torch.mm is the ceiling. The file of --json is written after every layer,
     and a call that was interrupted goes on from it. Exit code 1 if an implementation was wrong or failed.
     """
-    chosen_dtype = _one_of("dtype", dtype, tuple(DTYPES))
-    routings = _several("routing", routing, ROUTINGS)
-    wanted = _shapes(shapes, tokens)
+    chosen_dtype = one_of("dtype", dtype, tuple(DTYPES))
+    routings = several("routing", routing, ROUTINGS)
+    layers = [LAYERS[name] for name in several("shapes", DEFAULT_SHAPES if shapes is None else shapes, tuple(LAYERS))]
     knobs = _group_sizes(group_sizes)
     walks, again = _switch("persistent", persistent), _switch("recompute", recompute)
 
@@ -90,12 +95,13 @@ def bench(
         from moe_kernels.bench.experts import OURS, measure
         from moe_kernels.bench.peers import PEERS
         from moe_kernels.bench.store import Store
-    names = () if peers == "none" else _several("peers", peers, tuple(PEERS))
+    names = () if peers == "none" else several("peers", peers, tuple(PEERS))
     where = _device(device)
     if where == "cpu":
         console.print(CPU_WARNING, style="yellow")
-        if shapes == DEFAULT_SHAPES:
-            wanted = [CPU_SHAPE]
+        if shapes is None:
+            layers = [CPU_SHAPE]
+    wanted = [replace(layer, tokens=tokens or layer.tokens) for layer in layers]
     torch_dtype = getattr(torch, DTYPES[chosen_dtype])
     arguments = {"peers": list(names), "dtype": chosen_dtype, "repeats": repeats, "device": where, "seed": seed,
                  "group_sizes": list(knobs), "persistent": list(walks), "recompute": list(again)}  # fmt: skip
@@ -133,7 +139,7 @@ def bench(
     for shape, kind in cells:
         _show(tables, shape, store.find(shape.name, shape.tokens, kind))
     _summarise(tables, results, where)
-    if json_file is not None:
+    if json_file is not None and missing:
         console.print(f"wrote {json_file}", highlight=False)
     if plots is not None:
         from moe_kernels.bench.plots import write_plots
@@ -151,45 +157,20 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def _several(option: str, values: str, valid: tuple[str, ...]) -> tuple[str, ...]:
-    """Comma-separated values, or all of them."""
-    names = valid if values == "all" else tuple(value.strip() for value in values.split(",") if value.strip())
-    return tuple(_one_of(option, name, valid) for name in names)
-
-
-def _one_of(option: str, value: str, valid: tuple[str, ...]) -> str:
-    if value not in valid:
-        raise UsageError(f"--{option} {value}: choose from {', '.join(valid)}")
-    return value
-
-
 def _switch(option: str, value: str) -> tuple[bool, ...]:
     values = {"true": (True,), "false": (False,), "both": (True, False)}
-    return values[_one_of(option, value, tuple(values))]
-
-
-def _shapes(names: str, tokens: int | None) -> list[LayerShape]:
-    chosen = list(LAYERS) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
-    for name in chosen:
-        _one_of("shapes", name, tuple(LAYERS))
-    layers = [LAYERS[name] for name in chosen]
-    if tokens is None:
-        return layers
-    return [
-        LayerShape(layer.name, tokens, layer.hidden, layer.intermediate, layer.experts, layer.top_k)
-        for layer in layers
-    ]
+    return values[one_of(option, value, tuple(values))]
 
 
 def _group_sizes(values: str) -> tuple[GroupSize, ...]:
     valid = {str(size): size for size in GROUP_SIZES}
-    return tuple(valid[_one_of("group-sizes", value.strip(), tuple(valid))] for value in values.split(","))
+    return tuple(valid[name] for name in several("group-sizes", values, tuple(valid)))
 
 
 def _device(wanted: str) -> str:
     import torch
 
-    _one_of("device", wanted, ("auto", "cuda", "cpu"))
+    one_of("device", wanted, ("auto", "cuda", "cpu"))
     if wanted == "cuda" and not torch.cuda.is_available():
         raise MissingDependency("torch sees no NVIDIA GPU. Cure: see `moe-kernels doctor`, or use --device cpu")
     if wanted == "auto":

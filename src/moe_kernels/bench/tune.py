@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moe_kernels.cli.errors import MissingDependency, UsageError
+from moe_kernels.cli.errors import MissingDependency
+from moe_kernels.cli.options import several
 from moe_kernels.shapes import LAYERS, LayerShape
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def tune(
     import torch
 
     wanted = _shapes(shapes, tokens)
-    groups = [int(_one_of("group-sizes", part.strip(), GROUP_SIZES)) for part in group_sizes.split(",")]
+    groups = [int(size) for size in several("group-sizes", group_sizes, GROUP_SIZES)]
     if not torch.cuda.is_available():
         raise MissingDependency("tune measures on an NVIDIA GPU, and torch sees none. Cure: see `moe-kernels doctor`")
     from moe_kernels.bench.tiles import compile_ahead, time_shape
@@ -165,15 +166,6 @@ def _write_measurements(file: Path, timings: list[Timing]) -> None:
     )
 
 
-def _one_of(option: str, value: str, valid: tuple[str, ...]) -> str:
-    if value not in valid:
-        raise UsageError(f"--{option} {value}: choose from {', '.join(valid)}")
-    return value
-
-
 def _shapes(names: str, tokens: int | None) -> list[LayerShape]:
-    import dataclasses
-
-    chosen = list(LAYERS) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
-    layers = [LAYERS[_one_of("shapes", name, tuple(LAYERS))] for name in chosen]
-    return [dataclasses.replace(layer, tokens=tokens or layer.tokens) for layer in layers]
+    layers = [LAYERS[name] for name in several("shapes", names, tuple(LAYERS))]
+    return [replace(layer, tokens=tokens or layer.tokens) for layer in layers]

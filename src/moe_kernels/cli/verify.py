@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_kernels.cli.errors import CHECK_FAILED, MissingDependency, UsageError
+from moe_kernels.cli.options import one_of, several
 from moe_kernels.settings import BACKEND_NAMES, GroupSize
 from moe_kernels.shapes import LAYERS, LayerShape
 
@@ -81,7 +82,7 @@ def verify(
     shapes: Annotated[
         str | None,
         typer.Option(
-            help=f"Comma-separated: small (the hostile sizes), or of {', '.join(LAYERS)}.",
+            help=f"Comma-separated, or all: small (the hostile sizes), and of {', '.join(LAYERS)}.",
             show_default=DEFAULT_SHAPES,
         ),
     ] = None,
@@ -107,10 +108,9 @@ def verify(
     from moe_kernels.testing.verification import TORCH_CONFIGURATIONS, TRITON_CONFIGURATIONS, verify_case
 
     console = Console(stderr=True)
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
-    if backend not in BACKEND_NAMES:
-        raise UsageError(f"--backend {backend}: choose from {', '.join(BACKEND_NAMES)}")
+    if dtype is not None:
+        one_of("dtype", dtype, tuple(DTYPES))
+    one_of("backend", backend, BACKEND_NAMES)
     where = _device(device)
     if target is not None and shapes is not None:
         raise UsageError("Name a run file or a model, or --shapes, not both.")
@@ -120,7 +120,7 @@ def verify(
         kind = getattr(torch, DTYPES[dtype or "bf16"])
         wanted = [
             (_case(shape, kind), shape.name, routings)
-            for shape, routings in _shapes(shapes or DEFAULT_SHAPES, where.type, tokens)
+            for shape, routings in _shapes(DEFAULT_SHAPES if shapes is None else shapes, where.type, tokens)
         ]
     if where.type == "cpu":
         console.print("No NVIDIA GPU: this checks the plain-torch backend on the CPU.", style="yellow")
@@ -162,8 +162,7 @@ def verify(
 def _device(wanted: str) -> torch.device:
     import torch
 
-    if wanted not in ("auto", "cuda", "cpu"):
-        raise UsageError(f"--device {wanted}: choose from auto, cuda, cpu")
+    one_of("device", wanted, ("auto", "cuda", "cpu"))
     if wanted == "cuda" and not torch.cuda.is_available():
         raise MissingDependency("torch sees no NVIDIA GPU. Cure: `moe-kernels doctor`, or --device cpu")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
@@ -174,23 +173,21 @@ def _shapes(names: str, device_type: str, tokens: int | None) -> list[tuple[Laye
     from moe_kernels.testing.routings import ROUTINGS
 
     chosen: list[tuple[LayerShape, Sequence[str]]] = []
-    for name in (part.strip() for part in names.split(",") if part.strip()):
+    for name in several("shapes", names, (SMALL, *LAYERS)):
         if name == SMALL:
             chosen += [(s, tuple(ROUTINGS) if s.tokens > 1 else ONE_TOKEN_ROUTINGS) for s in SMALL_SHAPES]
-        elif name in LAYERS:
-            layer = LAYERS[name]
-            if device_type == "cuda":
-                layer = replace(layer, tokens=tokens or GPU_TOKENS)
-            else:
-                layer = replace(
-                    layer,
-                    tokens=tokens or CPU_TOKENS,
-                    hidden=layer.hidden // CPU_SHRINK,
-                    intermediate=layer.intermediate // CPU_SHRINK,
-                )
-            chosen.append((layer, LAYER_ROUTINGS))
+            continue
+        layer = LAYERS[name]
+        if device_type == "cuda":
+            layer = replace(layer, tokens=tokens or GPU_TOKENS)
         else:
-            raise UsageError(f"--shapes {name}: choose from {', '.join((SMALL, *LAYERS))}")
+            layer = replace(
+                layer,
+                tokens=tokens or CPU_TOKENS,
+                hidden=layer.hidden // CPU_SHRINK,
+                intermediate=layer.intermediate // CPU_SHRINK,
+            )
+        chosen.append((layer, LAYER_ROUTINGS))
     return chosen
 
 
