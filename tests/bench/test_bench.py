@@ -2,15 +2,17 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
+import threading
 
 import pytest
 import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from moe_kernels.bench import accuracy, experts, goals, layer, peers, timing
+from moe_kernels.bench import accuracy, environment, experts, goals, layer, peers, store, timing
 from moe_kernels.bench import command as bench_command
 from moe_kernels.bench.plots import bytes_moved
 from moe_kernels.cli.app import app
@@ -353,7 +355,13 @@ def test_a_killed_run_goes_on_from_its_file(two_layers, monkeypatch, tmp_path):
     [
         (lambda report: report["environment"].update(torch="1.0"), "measured with torch='1.0'"),
         (lambda report: report["arguments"].update(repeats=9), "measured with repeats=9, this call has 1"),
+        (lambda report: report["environment"].update(sources="0"), "measured with sources='0'"),
+        (lambda report: report["environment"].update({"liger-kernel": "0"}), "measured with liger-kernel='0'"),
         (lambda report: report.update(schema=1), "no result of this version"),
+        (lambda report: report.pop("environment"), "no result of this version"),
+        (lambda report: report.pop("ceilings"), "no result of this version"),
+        (lambda report: report["results"][0].pop("routing"), "no result of this version"),
+        (lambda report: report.update(results=[[]]), "no result of this version"),
         (None, "is not JSON"),
     ],
 )
@@ -372,6 +380,38 @@ def test_a_file_of_something_else_is_refused(two_layers, tmp_path, spoil, messag
     assert "--fresh" in result.output
     assert file.read_text() == text, "a refused file must be left alone"
     assert bench(*arguments, "--fresh").exit_code == 0
+
+
+def test_what_two_calls_write_to_one_file_at_once_is_all_kept(tmp_path):
+    file = tmp_path / "bench.json"
+    (row, _) = measure(implementations=("moe_kernels",))
+
+    def call(name):
+        mine = store.Store(file, {"gpu": None}, {"repeats": 1}, fresh=False)
+        for tokens in range(20):
+            mine.add([{**row.to_json(), "shape": name, "tokens": tokens}])
+
+    calls = [threading.Thread(target=call, args=(name,)) for name in ("one", "other")]
+    for thread in calls:
+        thread.start()
+    for thread in calls:
+        thread.join()
+    found = [(row["shape"], row["tokens"]) for row in json.loads(file.read_text())["results"]]
+    assert sorted(found) == [(name, tokens) for name in ("one", "other") for tokens in range(20)]
+
+
+def test_the_hash_of_the_environment_sees_files_that_git_does_not_know(tmp_path, monkeypatch):
+    package = tmp_path / "moe_kernels"
+    (package / "bench").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(environment.moe_kernels, "__file__", str(package / "__init__.py"))
+    names = ("sources", "bench_sources")
+    seen = [environment.environment()]
+    for file in ("moe.py", "bench/timing.py"):
+        (package / file).write_text("1")
+        seen.append(environment.environment())
+    changed = [[a[name] != b[name] for name in names] for a, b in itertools.pairwise(seen)]
+    assert changed == [[True, False], [False, True]]
 
 
 def test_plots(two_layers, tmp_path):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+
+import moe_kernels
 
 PACKAGES: tuple[str, ...] = (
     "torch",
@@ -22,6 +26,8 @@ PACKAGES: tuple[str, ...] = (
     "nvidia-cutlass-dsl",
     "apache-tvm-ffi",
 )
+#: What decides how an expert layer runs. The tools around it do not.
+KERNEL_SOURCES = ("*.py", "kernels", "tuning", "integrations")
 
 
 def installed_version(package: str) -> str | None:
@@ -34,8 +40,6 @@ def installed_version(package: str) -> str | None:
 
 def package_version() -> str:
     """Our own version; works from a source tree on PYTHONPATH as well as installed."""
-    import moe_kernels
-
     return moe_kernels.__version__
 
 
@@ -53,6 +57,25 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+changes" if changes else "")
+
+
+def source_hash(patterns: Sequence[str] = KERNEL_SOURCES) -> str:
+    """A short hash of sources: without ``patterns``, of the kernels and of all that decides which of them runs."""
+    package = Path(moe_kernels.__file__).resolve().parent
+    files = [file for pattern in patterns for file in _files(package, pattern)]
+    if patterns is KERNEL_SOURCES:
+        files += _files(package.parent / "axolotl" / "integrations", "moe_kernels")
+    total = hashlib.sha256()
+    for file in sorted(set(files)):
+        total.update(f"{file.relative_to(package.parent)}\n".encode())
+        total.update(file.read_bytes())
+    return total.hexdigest()[:12]
+
+
+def _files(root: Path, pattern: str) -> list[Path]:
+    found = [root / pattern] if (root / pattern).is_dir() else list(root.glob(pattern))
+    inside = [file for entry in found for file in (entry.rglob("*") if entry.is_dir() else [entry])]
+    return [file for file in inside if file.suffix in (".py", ".json")]
 
 
 def driver_version() -> str | None:
@@ -102,6 +125,9 @@ def environment() -> dict[str, str | int | None]:
         "moe_kernels": package_version(),
         **versions,
         "commit": commit(),
+        # In a checkout with changes, and of files that git does not know, the commit says nothing.
+        "sources": source_hash(),
+        "bench_sources": source_hash(("bench",)),
         "tuned_tiles": tuned_tiles(),
         "command": " ".join([_program(), *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

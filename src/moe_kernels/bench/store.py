@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from moe_kernels.bench.environment import PACKAGES
 from moe_kernels.cli.errors import UsageError
 
 SCHEMA = 2
 #: What must be the same for two calls to write into one file.
-SAME = ("gpu", "cpu", "torch", "triton", "transformers", "moe_kernels", "commit", "tuned_tiles")
+SAME = ("gpu", "cpu", *PACKAGES, "moe_kernels", "commit", "sources", "bench_sources", "tuned_tiles")
 
 
 class Store:
@@ -38,43 +42,81 @@ class Store:
             "ceilings": None,
             "results": [],
         }
-        if file is None or fresh or not file.exists():
-            return
-        found = _read(file)
-        for what, names in (("environment", SAME), ("arguments", arguments)):
-            for name in names:
-                if found[what].get(name) != self.report[what].get(name):
-                    raise UsageError(
-                        f"{file} was measured with {name}={found[what].get(name)!r}, this call has "
-                        f"{self.report[what].get(name)!r}: use another --json, or --fresh to start over."
-                    )
-        self.report = found
+        self._fresh = fresh
+        self._read()
 
     def find(self, shape: str, tokens: int, routing: str) -> list[dict[str, Any]]:
         """The rows of a cell; empty if it is still to be measured."""
-        return [
-            row
-            for row in self.report["results"]
-            if (row["shape"], row["tokens"], row["routing"]) == (shape, tokens, routing)
-        ]
+        return [row for row in self.report["results"] if _cell(row) == (shape, tokens, routing)]
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Add a measured cell and write the file, so that a killed run loses one cell at most."""
-        self.report["results"] += rows
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+        """Add a measured cell and write the file, so that a killed run loses one cell at most.
+
+        Another call may write to the same file: what it has added stays, and of one cell the newer rows.
+        """
+        if self.file is None:
+            self.report["results"] += rows
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.file.with_name(f".{self.file.name}.lock")):
+            self._read()
+            cells = {_cell(row) for row in rows}
+            self.report["results"] = [row for row in self.report["results"] if _cell(row) not in cells] + rows
             part = self.file.with_name(self.file.name + ".part")
             part.write_text(json.dumps(self.report, indent=1) + "\n")
             os.replace(part, self.file)
+        self._fresh = False
+
+    def _read(self) -> None:
+        """Take over what the file holds, unless it is to be replaced."""
+        if self.file is None or self._fresh or not self.file.exists():
+            return
+        found = _report(self.file)
+        for what, names in (("environment", SAME), ("arguments", self.report["arguments"])):
+            for name in names:
+                if found[what].get(name) != self.report[what].get(name):
+                    raise UsageError(
+                        f"{self.file} was measured with {name}={found[what].get(name)!r}, this call has "
+                        f"{self.report[what].get(name)!r}: use another --json, or --fresh to start over."
+                    )
+        self.report = {**found, "ceilings": found["ceilings"] or self.report["ceilings"]}
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _cell(row: dict[str, Any]) -> tuple[str, int, str]:
+    return row["shape"], row["tokens"], row["routing"]
+
+
+def _report(file: Path) -> dict[str, Any]:
+    """The content of a result file, if it is whole."""
+    from moe_kernels.bench.experts import Measurement
+
     try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise UsageError(f"{file} is not JSON ({error}): remove it, or use --fresh.") from None
-    if not isinstance(found, dict) or found.get("kind") != "bench" or found.get("schema") != SCHEMA:
+        found = read_json(file)
+    except UsageError as error:
+        raise UsageError(f"{error} Remove it, or use --fresh.") from None
+    columns = {field.name for field in fields(Measurement)}
+    parts: dict[str, Any] = {"environment": dict, "arguments": dict, "ceilings": (dict, type(None)), "results": list}
+    if (
+        (found.get("kind"), found.get("schema")) != ("bench", SCHEMA)
+        or not all(isinstance(found.get(name, ""), kind) for name, kind in parts.items())
+        or not all(isinstance(row, dict) and columns <= row.keys() for row in found["results"])
+    ):
         raise UsageError(
             f"{file} is no result of this version of `moe-kernels bench`: use another --json, or --fresh."
         )
+    return found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is not JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{file} is not a result of this project.")
     return found
