@@ -64,8 +64,13 @@ def test_every_group_that_divides_gpus_and_experts_is_a_row() -> None:
     assert [row["ep"] for row in rows if row["model"] == "deepseek-v3"] == [1, 8, 1, 8, 64]
 
 
+ROW = {"implementation": "moe_kernels", "device": "GPU", "shape": "mixtral-8x7b", "intermediate": 14336,
+       "dtype": "bfloat16", "routing": "mild", "tokens": 4096, "forward_tflops": 1.0,
+       "forward_backward_tflops": 2.0}  # fmt: skip
+
+
 def test_own_layer_is_preferred_and_the_nearest_named(tmp_path: Path) -> None:
-    row = {"implementation": "moe_kernels", "device": "GPU", "forward_tflops": 1.0, "forward_backward_tflops": 2.0}
+    row = ROW
     twin, wide, narrow, own = (
         row | {"shape": shape, "intermediate": width}
         for shape, width in (("twin", 14336), ("wide", 9000), ("narrow", 700), ("mixtral-8x7b", 14336))
@@ -76,6 +81,57 @@ def test_own_layer_is_preferred_and_the_nearest_named(tmp_path: Path) -> None:
         rates = measured_rates(file, "mixtral-8x7b")
         assert rates.source.startswith(f"{expected} ")
         assert (rates.forward, rates.forward_backward) == (1e12, 2e12)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"# Title", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"[]", "is not a result of this project"),
+        (b"{}", "is no result of `moe-kernels bench`"),
+        (b'{"results": [{"implementation": "moe_kernels"}]}', "is no result of `moe-kernels bench`"),
+        (json.dumps({"results": [{**ROW, "device": "cpu"}]}).encode(), "no measurement of moe_kernels on a GPU"),
+        (
+            json.dumps({"results": [ROW, {**ROW, "routing": "heavy", "dtype": "float32"}]}).encode(),
+            "holds mixtral-8x7b 2 times (bfloat16, mild routing, 4096 tokens; float32, heavy routing, 4096 tokens)",
+        ),
+    ],
+)
+def test_a_file_of_something_else_is_a_sentence(tmp_path: Path, content: bytes, words: str) -> None:
+    file = tmp_path / "bench.json"
+    file.write_bytes(content)
+    result = CliRunner().invoke(app, ["plan", "--measured", str(file)])
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+def test_another_dtype_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps({"results": [{**ROW, "dtype": "float32"}]}))
+    assert "(I=14336, float32)" in measured_rates(file, "mixtral-8x7b").source
+
+
+def test_every_result_file_that_has_the_columns_can_be_read() -> None:
+    for name in ("h100-layers.json", "h200-layers.json", "h200-log-2-layers.json"):
+        assert measured_rates(ROOT / MEASURED.parent / name, "mixtral-8x7b").forward > 1e14
+
+
+def test_outside_a_clone_the_measurements_of_the_clone_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["plan"]).exit_code == 0
+    monkeypatch.setattr("moe_kernels.__file__", str(tmp_path / "lib/site-packages/moe_kernels/__init__.py"))
+    result = CliRunner().invoke(app, ["plan"])
+    assert result.exit_code == 3
+    assert "run this in a clone of the project, or name with --measured a file" in result.output
+
+
+def test_what_no_ep_divides_is_said() -> None:
+    notes = json.loads(run("--gpus", "3,8", "--ep", "2", "--json"))["notes"]
+    assert notes[-1].startswith("Left out, since no --ep of 2 divides GPUs and experts: mixtral-8x7b on 3 GPUs, ")
+    assert "on 8 GPUs" not in notes[-1]
 
 
 def run(*arguments: str) -> str:
@@ -94,7 +150,14 @@ def test_json_states_every_assumption() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--models", "gpt-9"], "There is no model 'gpt-9'"),
+        (["--models", "gpt-9"], "--models gpt-9: choose from"),
+        (["--models", ","], "--models ',' names nothing"),
+        (["--gpus", "3", "--ep", "2"], "No --ep of 2 divides both the GPUs (3) and the experts"),
+        (["--gpus", "²"], "not a list of numbers of GPUs"),
+        (["--gpus", "9" * 5000], "not a list of numbers of GPUs"),
+        (["--other-tflops", "nan"], "other_flops is nan: name a finite number"),
+        (["--node-link", "inf"], "node_link is inf: name a finite number"),
+        (["--tokens", "9" * 400], "name a finite number"),
         (["--ep", "0"], "--ep '0' is not a list of numbers"),
         (["--gpus", "many"], "not a list of numbers of GPUs"),
         (["--measured", "nowhere.json"], "nowhere.json is not there"),

@@ -12,11 +12,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moe_kernels.cli.errors import UsageError
+import moe_kernels
+from moe_kernels.bench.store import read_json
+from moe_kernels.cli.errors import MissingDependency, UsageError
+from moe_kernels.cli.options import several
 from moe_kernels.cluster.estimate import MODELS, Assumptions, Estimate, Rates, estimate
 
 DEFAULT = Assumptions()
 MEASURED = Path("benchmarks/results/h100-layers.json")
+#: What is read of each row.
+READ = {"implementation", "device", "shape", "intermediate", "dtype", "routing", "tokens",
+        "forward_tflops", "forward_backward_tflops"}  # fmt: skip
+TOO_LARGE = 1e18
 OURS = ("moe_kernels", "moe_kernels[g=128,p=1]")
 COLUMNS = (
     "model", "GPUs", "EP", "weights GB", "grads GB", "optimizer GB", "gathered GB", "activations GB", "memory GB",
@@ -28,7 +35,9 @@ def plan(
     models: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(MODELS)}.")] = ",".join(MODELS),
     gpus: Annotated[str, typer.Option(help="Comma-separated numbers of GPUs.")] = "8,64,512",
     ep: Annotated[str, typer.Option(help="Comma-separated numbers of GPUs that experts are spread over.")] = "1,8,64",
-    measured: Annotated[Path, typer.Option(help="What `moe-kernels bench --json` wrote.")] = MEASURED,
+    measured: Annotated[
+        Path | None, typer.Option(help="What `moe-kernels bench --json` wrote.", show_default=str(MEASURED))
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens per GPU and micro-batch.", min=1)] = DEFAULT.tokens,
     sequence: Annotated[int, typer.Option(help="Length of a sequence.", min=1)] = DEFAULT.sequence,
     other_tflops: Annotated[
@@ -54,12 +63,12 @@ def plan(
         tokens, sequence, other_tflops * 1e12, gpus_per_node, node_link * 1e9, network_link * 1e9,
         weight_bytes, grad_bytes, optimizer_bytes,
     )  # fmt: skip
-    names = [name.strip() for name in models.split(",")]
-    unknown = [name for name in names if name not in MODELS]
-    if unknown:
-        raise UsageError(f"There is no model {unknown[0]!r} to plan for. Name some of {', '.join(MODELS)}.")
+    if wild := [f"{name} is {value}" for name, value in asdict(assumptions).items() if not value < TOO_LARGE]:
+        raise UsageError(f"{wild[0]}: name a finite number below {TOO_LARGE:.0e} for it.")
+    names = several("models", models, tuple(MODELS))
     sizes, groups = numbers("--gpus", gpus), numbers("--ep", ep)
-    rates = {name: measured_rates(measured, name) for name in names}
+    file = shipped(MEASURED) if measured is None else measured
+    rates = {name: measured_rates(file, name) for name in names}
     rows = [
         estimate(name, size, group, rates[name], assumptions)
         for name in names
@@ -67,7 +76,16 @@ def plan(
         for group in groups
         if size % group == 0 and MODELS[name].layer.experts % group == 0
     ]
-    notes = assumed(rates, assumptions, measured)
+    planned = {(row.model, row.gpus) for row in rows}
+    missing = [f"{name} on {size} GPUs" for name in names for size in sizes if (name, size) not in planned]
+    if not rows:
+        raise UsageError(
+            f"No --ep of {ep} divides both the GPUs ({gpus}) and the experts of a model "
+            f"({', '.join(f'{name}: {MODELS[name].layer.experts}' for name in names)}). --ep 1 always does."
+        )
+    notes = assumed(rates, assumptions, file)
+    if missing:
+        notes.append(f"Left out, since no --ep of {ep} divides GPUs and experts: {', '.join(missing)}.")
     if as_json:
         estimates = [asdict(row) | {"memory": row.memory, "step_s": row.step_s} for row in rows]
         report = {"assumptions": asdict(assumptions), "notes": notes, "estimates": estimates}
@@ -87,34 +105,60 @@ def plan(
 def numbers(option: str, text: str) -> list[int]:
     """The numbers of a comma-separated option."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and len(part) < 10 and int(part) for part in parts):
         raise UsageError(f"{option} {text!r} is not a list of numbers of GPUs, such as 8,64.")
     return [int(part) for part in parts]
+
+
+def shipped(name: Path) -> Path:
+    """A file of the project: below the current directory, or in the source checkout this package runs from."""
+    checkout = Path(moe_kernels.__file__).resolve().parents[2]
+    for root in (Path(), checkout):
+        if (root / name).is_file():
+            return root / name
+    raise MissingDependency(
+        f"{name} is neither here nor in {checkout}. Cure: run this in a clone of the project, or name with "
+        "--measured a file that `moe-kernels bench --json` wrote."
+    )
 
 
 def measured_rates(path: Path, name: str) -> Rates:
     """The rates of the model's own layer where the file has it, else of the one nearest in width.
 
     Raises:
-        UsageError: no such file, or it holds no measurement of these kernels on a GPU.
+        UsageError: no such file, or it holds no measurement of these kernels on a GPU, or several of one layer.
     """
     if not path.is_file():
         raise UsageError(f"{path} is not there. Name with --measured a file that `moe-kernels bench --json` wrote.")
-    found: dict[str, dict[str, Any]] = {
-        row["shape"]: row
-        for row in json.loads(path.read_text(encoding="utf-8")).get("results", [])
-        if row["implementation"] in OURS and row["device"] != "cpu" and row["forward_backward_tflops"]
-    }
-    if not found:
+    ours: dict[str, list[dict[str, Any]]] = {}
+    for row in _rows(path):
+        if row["implementation"] in OURS and row["device"] != "cpu" and row["forward_backward_tflops"]:
+            ours.setdefault(row["shape"], []).append(row)
+    if not ours:
         raise UsageError(
             f"{path} holds no measurement of moe_kernels on a GPU. Run `moe-kernels bench --json` on one."
         )
     width = MODELS[name].layer.intermediate
-    shape = name if name in found else min(found, key=lambda s: abs(math.log(found[s]["intermediate"] / width)))
-    row = found[shape]
+    shape = name if name in ours else min(ours, key=lambda s: abs(math.log(ours[s][0]["intermediate"] / width)))
+    row = ours[shape][0]
+    if len(ours[shape]) > 1:
+        cells = [f"{row['dtype']}, {row['routing']} routing, {row['tokens']} tokens" for row in ours[shape]]
+        raise UsageError(
+            f"{path} holds {shape} {len(cells)} times ({'; '.join(cells)}), and plan takes one. Cure: name a file of "
+            "`moe-kernels bench --json` with one --dtype, --routing and --tokens."
+        )
     forward, both = row["forward_tflops"], row["forward_backward_tflops"]
-    source = f"{shape} (I={row['intermediate']}) on {row['device']}: {forward:.0f} and {both:.0f} TFLOP/s"
+    dtype = "" if row["dtype"] == "bfloat16" else f", {row['dtype']}"
+    source = f"{shape} (I={row['intermediate']}{dtype}) on {row['device']}: {forward:.0f} and {both:.0f} TFLOP/s"
     return Rates(forward * 1e12, both * 1e12, source)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """What `moe-kernels bench` measured, of any version that had these columns."""
+    rows = read_json(path).get("results")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= READ for row in rows):
+        raise UsageError(f"{path} is no result of `moe-kernels bench`. Name with --measured what its --json wrote.")
+    return rows
 
 
 def assumed(rates: dict[str, Rates], a: Assumptions, measured: Path) -> list[str]:
