@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from moe_kernels.cli.app import app
 from moe_kernels.compare import command
+from moe_kernels.compare.gpu import Gpu
 from moe_kernels.compare.runner import Machine
 
 
@@ -100,6 +101,45 @@ def test_reports_of_several_calls_are_merged() -> None:
     assert 'id="qwen2-moe"' in page
 
 
+def test_reports_of_one_name_are_numbered_and_of_another_size_are_named_so() -> None:
+    found = [{}, {}, {"size": "tiny", "gpu": None}, {"name": "Mixtral"}, {"name": "how"}]
+    for number, changes in enumerate(found):
+        command.save(builders.comparison(**changes), Path("in") / f"{number}.json")
+    result = compare("--report-only", "in", "--out", "out")
+    assert result.exit_code == 0, result.output
+    names = ("mixtral", "mixtral-2", "mixtral-tiny", "Mixtral-3", "how-2")
+    assert {path.stem for path in Path("out").glob("*.json")} == set(names)
+    page = Path("out/report.html").read_text()
+    assert all(page.count(f'id="{name.lower()}"') == 1 for name in (*names, "how"))
+
+
+def test_the_tiny_models_have_a_report_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "run_plan", lambda plan, *_: builders.comparison(name=plan.name, size=plan.size))
+    for names, folder in ((("mixtral",), "mixtral-tiny"), (("mixtral", "qwen2-moe"), "all-tiny")):
+        assert compare(*names, "--size", "tiny").exit_code == 0
+        assert Path("artifacts/compare", folder, "mixtral-tiny.json").is_file()
+
+
+def test_a_finished_run_of_another_gpu_is_not_reported_as_this_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "visible_gpu", lambda: "0")
+    logs, before = [], []
+    for name in ("H100", "H200", "H200"):
+        monkeypatch.setattr(command, "describe", lambda device, name=name: Gpu(f"NVIDIA {name}", "580", 80.0))
+        assert compare(*pair()).exit_code == 0
+        before, logs = logs, [log.stat().st_mtime_ns for log in sorted(Path("artifacts").rglob("train.log"))]
+        if name == "H100":
+            first = logs
+    assert before == logs != first
+
+
+def test_another_comparison_at_work_is_named() -> None:
+    arguments = pair()
+    with command.alone(Path("artifacts/runs/compare/a-vs-b-own")):
+        result = compare(*arguments)
+    assert result.exit_code == 2
+    assert "Another `moe-kernels compare` is at work in artifacts/runs/compare/a-vs-b-own." in result.output
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing() -> None:
     result = compare(*pair(), "--dry-run")
     assert result.exit_code == 0
@@ -113,15 +153,25 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing() -> None:
     ("arguments", "code", "message"),
     [
         (("llama",), 2, "There is nothing called llama to compare"),
-        (("a.yml", "nothing.yml"), 2, "There is no file"),
+        (("a.yml", "nothing.yml", "--steps", "20"), 2, "There is no file"),
         (("mixtral", "--size", "7b"), 2, "--size is auto, 1b or tiny"),
         (("mixtral", "--size", "1b"), 3, "need an NVIDIA GPU"),
         (("mixtral", "--wandb", "on"), 2, "--wandb is offline or online"),
         (("mixtral", "--steps", "5", "--dry-run"), 2, "leave nothing to time"),
+        (("all", "llama", "--dry-run"), 2, "There is nothing called llama to compare"),
+        (
+            ("a.yml", "b.yml", "--out", "file/x", "--warmup-steps", "2"),
+            2,
+            "file/x cannot be the report's folder: a file is in its place",
+        ),
+        (("a.yml", "b.yml", "--out", "file", "--warmup-steps", "2"), 2, "file cannot be the report's folder"),
         (("--report-only", "nowhere"), 2, "There is no report JSON at nowhere"),
     ],
 )
 def test_wrong_usage_says_what_and_the_cure(arguments: tuple[str, ...], code: int, message: str) -> None:
+    Path("file").touch()
+    pair()
     result = compare(*arguments)
     assert result.exit_code == code, result.output
+    assert not Path("artifacts").exists()
     assert message in " ".join(result.output.split())

@@ -8,7 +8,17 @@ import pytest
 
 import moe_kernels
 from moe_kernels.compare import environment
-from moe_kernels.compare.environment import COMMIT, NO_COMMIT, SOURCES, source_hash, versions, with_commit
+from moe_kernels.compare.environment import (
+    BENCH,
+    COMMIT,
+    LAUNCHER,
+    NO_COMMIT,
+    SOURCES,
+    TILES,
+    source_hash,
+    versions,
+    with_commit,
+)
 
 
 def test_versions_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,6 +27,19 @@ def test_versions_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["no-such-package"] == "not installed"
     assert found["torch"] != "not installed"
     assert found[SOURCES] == source_hash()
+
+
+def test_versions_tell_how_our_kernels_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setenv("MOE_KERNELS_LAUNCHER", "triton")
+    before = versions()
+    assert (before[TILES], before[LAUNCHER]) == ("none", "triton")
+    (tmp_path / "tiles-nvidia-h200.json").write_text("{}")
+    after = versions()
+    assert len(after[TILES]) == 12
+    assert {name for name in before if before[name] != after[name]} == {TILES}
+    monkeypatch.setattr(environment, "BENCH_SOURCES", ("compare",))
+    assert versions()[BENCH] != before[BENCH]
 
 
 @pytest.mark.parametrize(

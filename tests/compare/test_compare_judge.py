@@ -9,6 +9,7 @@ from builders import comparison, experts, losses, run
 
 from moe_kernels.compare.comparison import Analysis
 from moe_kernels.compare.judge import CONFIRMED, NOT_CONFIRMED, NOT_JUDGED, smooth
+from moe_kernels.compare.report import layer_table, problems
 
 
 def verdicts(analysis: Analysis) -> dict[str, str]:
@@ -78,6 +79,58 @@ def test_noise_of_the_baseline_widens_the_tolerance() -> None:
     assert loss.noise_mean == pytest.approx(0.1)
 
 
+def test_every_optimised_run_is_judged_and_the_worst_is_reported() -> None:
+    runs = [*comparison().runs, run("optimized-2", 150.0, calls=10, losses=losses(3.0))]
+    analysis = Analysis(comparison(runs=runs))
+    assert analysis.loss.verdict == NOT_CONFIRMED
+    assert analysis.loss.words.startswith("optimized-2, the furthest off of 2: the first step differs by 3")
+    assert analysis.loss.differences == pytest.approx([3.0] * 40)
+    runs[3] = run("optimized-2", 150.0, calls=10, losses=losses(), first_norm=2.2)
+    assert "optimized-2, the furthest off of 2: the first gradient norm" in Analysis(comparison(runs=runs)).loss.words
+
+
+def test_noise_is_that_of_the_baselines_furthest_apart() -> None:
+    runs = [
+        run("baseline-1", 187.0),
+        run("optimized-1", 150.0, calls=10, losses=losses(0.2)),
+        run("baseline-2", 187.0, losses=losses(0.05)),
+        run("baseline-3", 187.0, losses=losses(-0.05)),
+    ]
+    loss = Analysis(comparison(runs=runs)).loss
+    assert loss.noise_mean == pytest.approx(0.1)
+    assert loss.verdict == CONFIRMED
+
+
+@pytest.mark.parametrize(("off", "verdict"), [(2.0, NOT_JUDGED), (0.0, NOT_JUDGED), (4.0, NOT_CONFIRMED)])
+def test_noise_that_hides_every_fault_confirms_nothing(off: float, verdict: str) -> None:
+    runs = [
+        run("baseline-1", 187.0),
+        run("optimized-1", 150.0, calls=10, losses=losses(off)),
+        run("baseline-2", 187.0, losses=losses(1.0)),
+    ]
+    analysis = Analysis(comparison(runs=runs))
+    assert analysis.loss.verdict == verdict
+    assert not analysis.sound
+    [problem] = problems(analysis)
+    assert ("cannot be judged: two equal baseline runs differ by so much" in problem) == (verdict == NOT_JUDGED)
+
+
+def test_negative_losses_have_tolerances_too() -> None:
+    runs = comparison().runs
+    for result in runs:
+        for row in result.rows:
+            row["train/loss"] = -row["train/loss"]
+    loss = Analysis(comparison(runs=runs)).loss
+    assert loss.verdict == CONFIRMED
+    assert loss.tolerance > 0
+    assert loss.first_tolerance > 0
+
+
+def test_a_gradient_where_the_baseline_has_none_is_a_fault() -> None:
+    runs = [run("baseline-1", 187.0, first_norm=0.0), run("optimized-1", 150.0, calls=10)]
+    assert Analysis(comparison(runs=runs)).loss.verdict == NOT_CONFIRMED
+
+
 def test_the_first_step_is_judged_more_tightly() -> None:
     values = losses()
     values[0] += 0.05
@@ -126,6 +179,21 @@ def test_no_dispatch_is_the_only_verdict(calls: int | None) -> None:
     assert not analysis.sound
 
 
+@pytest.mark.parametrize("calls", [0, None, "nan"])
+def test_a_step_without_a_call_is_not_our_kernels(calls: object) -> None:
+    runs = comparison().runs
+    runs[1].rows[7]["train/moe/expert_calls"] = calls
+    analysis = Analysis(comparison(runs=runs))
+    assert "optimized-1 did not use the kernels at step 8" in (analysis.fault or "")
+
+
+def test_any_spelling_of_a_precision_decides_the_tolerance() -> None:
+    runs = [run("baseline-1", 187.0), run("optimized-1", 150.0, calls=10, losses=losses(0.02))]
+    for result in runs:
+        result.config = {"bfloat16": True}
+    assert Analysis(comparison(runs=runs)).loss.verdict == CONFIRMED
+
+
 def test_a_baseline_on_our_kernels_is_no_baseline() -> None:
     analysis = Analysis(comparison(runs=[run("baseline-1", 187.0, calls=10), run("optimized-1", 150.0, calls=10)]))
     assert "baseline-1 should show the stock kernels" in (analysis.fault or "")
@@ -168,6 +236,14 @@ def test_a_layer_that_could_not_be_measured_is_a_fault() -> None:
     analysis = Analysis(comparison(experts={"error": "out of memory", "measurements": []}))
     assert analysis.faults == ["the expert layer was not measured: out of memory"]
     assert not analysis.sound
+
+
+def test_a_layer_that_the_benchmark_cannot_run_is_no_fault_and_is_said() -> None:
+    analysis = Analysis(comparison(experts={"error": "", "note": "it has a bias", "measurements": []}))
+    assert analysis.sound
+    evidence = [claim.evidence for claim in analysis.claims]
+    assert evidence.count("the expert layer was not measured: it has a bias") == 3
+    assert layer_table(analysis).rows == (("not measured", "it has a bias"),)
 
 
 def test_smoothing_is_a_running_mean() -> None:

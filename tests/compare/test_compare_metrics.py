@@ -92,5 +92,8 @@ def test_the_baseline_runs_on_what_transformers_picks_unless_the_file_says() -> 
     analysis = Analysis(comparison(runs=[named]))
     assert analysis.implementation["baseline"] == "eager"
     assert analysis.shares["baseline"].experts_ms == pytest.approx(107.0)
+    # The plugin selects our kernels itself: the run file need not name them.
+    ours = run("optimized-1", 150.0, calls=10, config={"bf16": True, "moe_kernels": True})
+    assert Analysis(comparison(runs=[named, ours])).implementation["optimized"] == "moe_kernels"
     assert Analysis(comparison(experts={"error": "crashed"})).implementation["baseline"] == "unknown"
     assert experts()["default"] == "grouped_mm"

@@ -6,13 +6,15 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
-from builders import comparison, losses, run
+from builders import STEPS, comparison, losses, run
 
 from moe_kernels.cli.errors import UsageError
+from moe_kernels.compare import figures
 from moe_kernels.compare.comparison import Analysis, Comparison, load, save
-from moe_kernels.compare.report import write_report
+from moe_kernels.compare.report import banner, write_report
 
 EVIL = "<script>alert('x')</script>"
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -155,6 +157,62 @@ def test_another_json_is_refused(tmp_path: Path, text: str, message: str) -> Non
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UsageError, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"planned": [], "runs": []}, "no run of the baseline, or none with moe-kernels"),
+        ({"planned": ["baseline-1"]}, "no run of the baseline, or none with moe-kernels"),
+        ({"planned": ["baseline-1", "optimized-1"]}, "'baseline-2' of role 'baseline' was not planned"),
+        ({"runs.1.rows": []}, "optimized-1 finished without a step"),
+        ({"runs.2.rows": []}, "baseline-2 finished without a step"),
+        ({"runs.2.rows.3.train/loss": None}, r"baseline-2: rows\[3\].train/loss should be a number"),
+        ({"name": "../../evil"}, "is no plain name"),
+        ({"name": ".."}, "is no plain name"),
+        ({"name": "a\0b"}, "is no plain name"),
+        ({"name": "a" * 300}, "too long"),
+        ({"size": "/tmp"}, "is no plain name"),
+    ],
+)
+def test_a_report_that_lacks_something_or_names_another_place_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    save(comparison(), tmp_path / "a.json")
+    data = json.loads((tmp_path / "a.json").read_text())
+    for where, value in change.items():
+        *parts, last = where.split(".")
+        place = data
+        for part in parts:
+            place = place[int(part) if part.isdecimal() else part]
+        place[last] = value
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path)
+
+
+def test_a_dollar_sign_is_no_formula(tmp_path: Path) -> None:
+    found = comparison()
+    found.experts["measurements"][0]["implementation"] = "a$^{$b"
+    assert "a$^{$b" in write_report([Analysis(found)], tmp_path).read_text()
+
+
+def test_the_first_time_belongs_to_the_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, **line: drawn.append(list(x)))
+    for warmup, first in ((0, 2), (1, 2), (10, 11)):
+        drawn.clear()
+        figures._step_times(Analysis(comparison(warmup_steps=warmup)))
+        assert {(steps[0], steps[-1]) for steps in drawn} == {(first, STEPS)}
+
+
+def test_a_merged_report_says_which_part_has_no_gpu(tmp_path: Path) -> None:
+    both = [comparison(), comparison(name="mine", gpu=None)]
+    assert banner([Analysis(both[0])]) is None
+    assert "tiny" not in (banner([Analysis(both[1])]) or "tiny")
+    text = write_report([Analysis(found) for found in both], tmp_path).read_text()
+    assert "No GPU for mine: trained on the CPU" in text
+    assert "NVIDIA H200, driver 580; a processor" in text
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -12,24 +12,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import yaml
 
 from moe_kernels.cli.errors import MissingDependency, UsageError
-from moe_kernels.compare.environment import SOURCES
-from moe_kernels.compare.plan import Options, Plan, find_config, load_yaml, plan_family, plan_files
+from moe_kernels.compare.environment import LAUNCHER, SOURCES, TILES
+from moe_kernels.compare.gpu import Gpu
+from moe_kernels.compare.plan import Options, Plan, find_config, load_yaml, plan_family, plan_files, precision
 from moe_kernels.compare.runner import (
     LogReader,
     Machine,
     Progress,
     RunResult,
+    _drop_half_tokenised,
+    alone,
     environment,
+    fingerprint,
     finished_result,
     last_error,
     run_training,
+    write_text,
 )
 from moe_kernels.shapes import FAMILIES
 
+CACHED = "hub/models--some--model/snapshots/0123abc/tokenizer.json"
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_trainer.py"))
 BASE: dict[str, Any] = {
     "base_model": "model",
@@ -49,11 +56,11 @@ def _inside_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PYTHONPATH", "/kept")
 
 
-def make_plan(fake: str = "train", options: Options | None = None) -> Plan:
-    Path("a.yml").write_text(yaml.safe_dump(BASE))
-    Path("b.yml").write_text(
-        yaml.safe_dump({**BASE, "moe_kernels": True, "wandb_project": "moe-kernels", "fake": fake})
-    )
+def make_plan(fake: str = "train", options: Options | None = None, base: dict[str, Any] | None = None) -> Plan:
+    config = BASE | (base or {})
+    Path("a.yml").write_text(yaml.safe_dump(config))
+    ours = {"moe_kernels": True, "wandb_project": "moe-kernels", "fake": fake}
+    Path("b.yml").write_text(yaml.safe_dump(config | ours))
     return plan_files(Path("a.yml"), Path("b.yml"), options or Options(warmup_steps=2))
 
 
@@ -155,6 +162,110 @@ def test_a_changed_kernel_leaves_the_baseline_alone() -> None:
     assert finished_result(plan.runs[0], machine(versions={"torch": "2", SOURCES: "new"})) is not None
 
 
+H100, H200 = Gpu("NVIDIA H100", "580", 80.0), Gpu("NVIDIA H200", "580", 140.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"device": "0", "gpu": H100}, {"device": "0", "gpu": H200}),
+        ({"device": "0", "gpu": H100}, {"device": "0", "gpu": replace(H100, driver="590")}),
+        ({"cpu": "one processor"}, {"cpu": "another processor"}),
+    ],
+)
+def test_a_run_of_another_machine_is_not_taken_for_one_of_this(one: dict[str, Any], other: dict[str, Any]) -> None:
+    run = make_plan().runs[0]
+    assert fingerprint(run, machine(**one)) == fingerprint(run, machine(**one))
+    assert fingerprint(run, machine(**one)) != fingerprint(run, machine(**other))
+
+
+@pytest.mark.parametrize(
+    "name", ["model/config.json", "model/tokenizer.json", "text.jsonl", "texts/a/b.jsonl", CACHED]
+)
+def test_a_changed_file_of_model_or_data_runs_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(Path("hub").absolute()))
+    named = [{"path": "text.jsonl"}, {"path": "json", "data_files": ["texts"]}, {"path": "x" * 5000}]
+    plan = make_plan(base={"datasets": named, "tokenizer_config": "some/model"})
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("one")
+    before = [fingerprint(run, machine()) for run in plan.runs]
+    assert before == [fingerprint(run, machine()) for run in plan.runs]
+    Path(name).write_text("another")
+    assert not set(before) & {fingerprint(run, machine()) for run in plan.runs}
+
+
+@pytest.mark.parametrize("name", [TILES, LAUNCHER])
+def test_what_our_kernels_run_with_counts_for_our_runs_alone(name: str) -> None:
+    stock, ours = make_plan().runs[:2]
+    one, other = (machine(versions={"torch": "2", name: value}) for value in ("a", "b"))
+    assert fingerprint(stock, one) == fingerprint(stock, other)
+    assert fingerprint(ours, one) != fingerprint(ours, other)
+
+
+def test_tokenised_data_older_than_its_text_is_removed() -> None:
+    arrow = Path("prepared/hash/data-00000-of-00001.arrow")
+    arrow.parent.mkdir(parents=True)
+    for path in (arrow, arrow.with_name("dataset_info.json"), Path("text.jsonl")):
+        path.write_text("{}")
+    config = {"dataset_prepared_path": "prepared", "datasets": [{"path": "text.jsonl"}]}
+    os.utime("text.jsonl", (1, 1))
+    _drop_half_tokenised(config)
+    assert arrow.is_file()
+    os.utime(arrow.with_name("dataset_info.json"), (0, 0))
+    _drop_half_tokenised(config)
+    assert not arrow.exists()
+
+
+def test_two_comparisons_do_not_share_a_folder() -> None:
+    plan = make_plan()
+    code = f"""
+        from pathlib import Path
+        from moe_kernels.compare.runner import alone
+        with alone(Path({str(plan.folder)!r})):
+            print("mine", flush=True)
+            input()
+    """
+    env = {**os.environ, "PYTHONPATH": ""}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "mine\n"
+        with (
+            pytest.raises(UsageError, match=r"Another `moe-kernels compare` is at work in .*a-vs-b-own"),
+            alone(plan.folder),
+        ):
+            raise AssertionError("both are at work")
+        other.kill()
+    with alone(plan.folder):
+        pass
+
+
+def test_two_writers_of_one_file_and_one_that_was_killed() -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        Path(f"x.html.{pid}.part").write_text("half")
+    write_text(Path("x.html"), "half a letter: \ud800")
+    assert sorted(path.name for path in Path().iterdir()) == ["x.html", f"x.html.{os.getppid()}.part"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, "fp32"),
+        ({"bf16": True}, "bf16"),
+        ({"bf16": "auto"}, "bf16"),
+        ({"bf16": "auto", "fp16": True}, "fp16"),
+        ({"bf16": False, "bfloat16": True}, "bf16"),
+        ({"float16": True}, "fp16"),
+        ({"bf16": False, "fp16": True}, "fp16"),
+        ({"load_in_8bit": True}, "fp16"),
+    ],
+)
+def test_every_spelling_of_a_precision(config: dict[str, Any], expected: str) -> None:
+    assert precision(config) == expected
+
+
 def test_the_environment_is_offline_and_keeps_the_callers_path() -> None:
     run = make_plan().runs[0]
     env = environment(run, machine(device="1"))
@@ -219,6 +330,17 @@ def test_wrong_files_are_named() -> None:
         plan_files(Path("b.yml"), Path("a.yml"), Options())
     with pytest.raises(UsageError, match=r"a\.yml does not use moe-kernels"):
         plan_files(Path("a.yml"), Path("a.yml"), Options())
+    Path("c.yml").write_text("moe_kernels: true\nmax_steps: 20")
+    with pytest.raises(UsageError, match=r"c\.yml names no base_model"):
+        plan_files(Path("a.yml"), Path("c.yml"), Options())
+    for text in ("wandb_name: 2026-01-05", "special_tokens: {1: a, b: c}", "a: &x [*x]", "a: !!binary aGVsbG8="):
+        Path("c.yml").write_text(text)
+        with pytest.raises(UsageError, match=r"c\.yml: \w+ is .*Cure: put what is text"):
+            load_yaml(Path("c.yml"))
+    for name, words in (("x" * 200, "is too long for the name"), ("x\ny", "is no plain name")):
+        Path(f"{name}.yml").write_text(Path("b.yml").read_text())
+        with pytest.raises(UsageError, match=words):
+            plan_files(Path("a.yml"), Path(f"{name}.yml"), Options(warmup_steps=2))
 
 
 def test_the_log_is_followed_in_pieces() -> None:

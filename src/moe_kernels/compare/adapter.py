@@ -11,9 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe_kernels.compare.plan import Config
+from moe_kernels.compare.plan import ADAPTER_FOLDER, Config
 from moe_kernels.compare.runner import read_json
-from moe_kernels.prepare.cache import replacing
+from moe_kernels.prepare.cache import alone, replacing
+
+
+def adapter_made(config: Config) -> bool:
+    """Whether the adapter that a run starts from is there."""
+    return (Path(config["lora_model_dir"]) / "adapter_config.json").is_file()
 
 
 def make_adapter(config: Config) -> None:
@@ -22,6 +27,8 @@ def make_adapter(config: Config) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    if adapter_made(config):  # by another comparison, for which this one waited
+        return
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(
         config["base_model"], dtype=torch.float32, local_files_only=True
@@ -40,4 +47,5 @@ def make_adapter(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    make_adapter(read_json(Path(sys.argv[1])))
+    with alone(ADAPTER_FOLDER, print):
+        make_adapter(read_json(Path(sys.argv[1])))

@@ -20,13 +20,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Display
 
 from moe_kernels.cli.errors import CHECK_FAILED, CommandError, MissingDependency, UsageError
-from moe_kernels.compare.comparison import Analysis, Comparison, load, save
-from moe_kernels.compare.environment import cpu_name, versions, with_commit
+from moe_kernels.compare.adapter import adapter_made
+from moe_kernels.compare.comparison import Analysis, Comparison, load, number_names, save
+from moe_kernels.compare.environment import versions, with_commit
 from moe_kernels.compare.experts_bench import measure_experts
 from moe_kernels.compare.gpu import describe, visible_gpu
-from moe_kernels.compare.plan import Options, Plan, RunSpec, dump_yaml, plan_family, plan_files
+from moe_kernels.compare.plan import (
+    LONGEST_NAME,
+    Options,
+    Plan,
+    RunSpec,
+    dump_yaml,
+    label,
+    plan_family,
+    plan_files,
+)
 from moe_kernels.compare.report import show_comparison, show_failures, write_report
-from moe_kernels.compare.runner import Machine, Progress, RunResult, finished_result, run_training, write_json
+from moe_kernels.compare.runner import (
+    Machine,
+    Progress,
+    RunResult,
+    alone,
+    finished_result,
+    run_training,
+    write_json,
+)
 from moe_kernels.shapes import FAMILIES, SIZES
 
 REPORT_FOLDER = Path("artifacts") / "compare"
@@ -100,10 +118,12 @@ def compare(
     names = targets or ["all"]
     if report_only:
         comparisons = [found for target in names for found in load(Path(target))]
-        folder = out or REPORT_FOLDER / "-".join(dict.fromkeys(found.name for found in comparisons))
+        number_names(comparisons)
+        folder = out or REPORT_FOLDER / "-".join(found.label for found in comparisons)[:LONGEST_NAME]
+        _make_folder(folder)
         for comparison in comparisons:
             comparison.versions = with_commit(comparison.versions)
-            save(comparison, folder / f"{comparison.name}.json")
+            save(comparison, folder / f"{comparison.label}.json")
         raise typer.Exit(_finish(comparisons, folder, strict, console))
     if wandb not in ("offline", "online"):
         raise UsageError(f"--wandb is offline or online, not {wandb!r}.")
@@ -127,19 +147,26 @@ def compare(
         qlora=qlora,
     )
     plans = make_plans(names, options)
-    folder = out or REPORT_FOLDER / ("all" if len(plans) > 1 else plans[0].name)
+    folder = out or REPORT_FOLDER / (label("all", plans[0].size) if len(plans) > 1 else plans[0].label)
     for plan in plans:
         _show_plan(plan, dry_run, console)
     if dry_run:
         return
+    _make_folder(folder)
     machine = Machine(
-        device=device, versions=versions(), wandb=wandb, timeout_s=60 * timeout, keep_weights=keep_weights
+        device=device,
+        gpu=describe(device),
+        versions=versions(),
+        wandb=wandb,
+        timeout_s=60 * timeout,
+        keep_weights=keep_weights,
     )
     comparisons = []
     with _sigterm_as_interrupt():
         for plan in plans:
-            comparison = run_plan(plan, machine, fresh, console)
-            save(comparison, folder / f"{plan.name}.json")
+            with alone(plan.folder):
+                comparison = run_plan(plan, machine, fresh, console)
+            save(comparison, folder / f"{plan.label}.json")
             comparisons.append(comparison)
             show_comparison(Analysis(comparison), console)
     raise typer.Exit(_finish(comparisons, folder, strict, console))
@@ -155,8 +182,7 @@ def make_plans(names: list[str], options: Options) -> list[Plan]:
 
     if len(names) == 2 and all(name.endswith((".yml", ".yaml")) for name in names):
         return [plan_files(Path(names[0]), Path(names[1]), options)]
-    families = list(FAMILIES) if "all" in names else names
-    unknown = [name for name in families if name not in FAMILIES]
+    unknown = [name for name in names if name not in (*FAMILIES, "all")]
     if unknown:
         raise UsageError(
             f"There is nothing called {', '.join(unknown)} to compare. "
@@ -164,14 +190,13 @@ def make_plans(names: list[str], options: Options) -> list[Plan]:
         )
     return [
         plan_family(name, options, tiny_overrides(name) if options.size == "tiny" else None)
-        for name in dict.fromkeys(families)
+        for name in (FAMILIES if "all" in names else dict.fromkeys(names))
     ]
 
 
 def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Comparison:
     """Make what is missing, run every training that is not finished, measure the layer."""
     prepare_missing(plan, console)
-    gpu = describe(machine.device)
     comparison = Comparison(
         name=plan.name,
         size=plan.size,
@@ -182,8 +207,8 @@ def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Com
         command=shlex.join(["moe-kernels", *sys.argv[1:]]),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=machine.versions,
-        gpu=asdict(gpu) if gpu else None,
-        cpu=cpu_name(),
+        gpu=asdict(machine.gpu) if machine.gpu else None,
+        cpu=machine.cpu,
     )
     columns = (
         SpinnerColumn(),
@@ -204,7 +229,8 @@ def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Com
                 )
         task = display.add_task(f"{plan.name} expert layer", total=1, note="starting")
         comparison.experts = measure_experts(plan, machine, fresh, lambda line: display.update(task, note=line[:60]))
-        display.update(task, completed=1, note=comparison.experts["error"] or "measured")
+        note = comparison.experts["error"] or comparison.experts.get("note") or "measured"
+        display.update(task, completed=1, note=note)
     show_failures(comparison, console)
     return comparison
 
@@ -234,12 +260,19 @@ def prepare_missing(plan: Plan, console: Console) -> None:
     if not ((Path(config["base_model"]) / "config.json").is_file() and all(path.exists() for path in data)):
         console.print(f"Making {config['base_model']} and its data")
         _make([sys.executable, "-m", "moe_kernels", "prepare", FAMILIES[plan.family].sizes[plan.size].name])
-    adapter = config.get("lora_model_dir")
-    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
-        console.print(f"Making {adapter}")
+    if config.get("lora_model_dir") and not adapter_made(config):
+        console.print(f"Making {config['lora_model_dir']}")
         request = plan.folder / "adapter.json"
         write_json(request, config)
         _make([sys.executable, "-m", "moe_kernels.compare.adapter", str(request)])
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the report's folder before anything is trained for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{folder} cannot be the report's folder: a file is in its place. Cure: --out.") from None
 
 
 def _make(command: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from moe_kernels.compare.decode import Misfit, decode
 from moe_kernels.compare.experts_bench import check_experts
 from moe_kernels.compare.gpu import Gpu
 from moe_kernels.compare.judge import (
+    CONFIRMED,
     NOT_CONFIRMED,
     Claim,
     LossAgreement,
@@ -28,10 +30,12 @@ from moe_kernels.compare.metrics import (
     share,
     side_metrics,
 )
-from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED
+from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED, label, precision, why_no_name
 from moe_kernels.compare.runner import FINISHED, RunResult, read_json, write_json
 
 SCHEMA = "moe-kernels compare 1"
+# Ids of the page that no comparison may have.
+RESERVED = ("how",)
 
 
 @dataclass
@@ -70,10 +74,22 @@ class Comparison:
             raise Misfit(f"files should name two files and names {len(self.files)}")
         if len({run.run_id for run in self.runs}) < len(self.runs):
             raise Misfit("two runs have the same run_id")
+        for name in (self.name, self.size):
+            if (reason := why_no_name(name)) is not None:
+                raise Misfit(reason)
+        if not {BASELINE, OPTIMIZED} <= {run_id.rpartition("-")[0] for run_id in self.planned}:
+            raise Misfit("no run of the baseline, or none with moe-kernels, was planned")
         for run in self.runs:
+            if run.run_id not in self.planned or run.run_id.rpartition("-")[0] != run.role:
+                raise Misfit(f"the run {run.run_id!r:.40} of role {run.role!r:.40} was not planned")
             run.check()
         self.gpu = self.gpu and asdict(decode(Gpu, self.gpu, "gpu"))
         check_experts(self.experts)
+
+    @property
+    def label(self) -> str:
+        """Its name in a report, and of its file."""
+        return label(self.name, self.size)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: the raw part, and under ``judged`` what :class:`Analysis` makes of it."""
@@ -83,6 +99,22 @@ class Comparison:
 def save(comparison: Comparison, path: Path) -> None:
     """Write one comparison as JSON."""
     write_json(path, comparison.to_json())
+
+
+def number_names(comparisons: Sequence[Comparison]) -> None:
+    """Number those whose name in the report, or whose place in its page, another one has already."""
+    taken: set[str] = set(RESERVED)
+    for comparison in comparisons:
+        name, number = comparison.name, 1
+        while slug(comparison.label) in taken:
+            number += 1
+            comparison.name = f"{name}-{number}"
+        taken.add(slug(comparison.label))
+
+
+def slug(text: str) -> str:
+    """A text as an id of the page."""
+    return "".join(letter if letter.isalnum() else "-" for letter in text.lower())
 
 
 def load(path: Path) -> list[Comparison]:
@@ -135,13 +167,14 @@ class Analysis:
         self.fault: str | None = kernels_ran(self.runs, {run.run_id: run.uses_kernels for run in comparison.runs})
         self.failed = [run for run in comparison.runs if run.status != FINISHED]
         self.missing = sorted(set(comparison.planned) - {run.run_id for run in comparison.runs})
-        self.claims: list[Claim] = judge_claims(self.sides, self.layer, self.loss, self.on_gpu, self.fault)
+        self.claims: list[Claim] = judge_claims(
+            self.sides, self.layer, self.loss, self.on_gpu, self.fault, comparison.experts.get("note", "")
+        )
 
     @property
     def dtype(self) -> str:
         """``"bf16"``, ``"fp16"`` or ``"fp32"``: what the trainings ran in."""
-        config = self._config(BASELINE)
-        return "bf16" if config.get("bf16") else "fp16" if config.get("fp16") else "fp32"
+        return precision(self._config(BASELINE))
 
     @property
     def speedup(self) -> float | None:
@@ -160,7 +193,7 @@ class Analysis:
     @property
     def sound(self) -> bool:
         """All planned trainings finished with the kernels they should use, and losses and layer are right."""
-        return not (self.failed or self.missing or self.faults) and self.loss.verdict != NOT_CONFIRMED
+        return not (self.failed or self.missing or self.faults) and self.loss.verdict == CONFIRMED
 
     @property
     def faults(self) -> list[str]:
@@ -204,6 +237,8 @@ class Analysis:
         return next((run.config for run in self.comparison.runs if run.role == role), {})
 
     def _implementation(self, role: str) -> str:
-        """What runs the experts: what the run file names, else what transformers picks for this model."""
+        """What runs the experts: our kernels, what the run file names, or what transformers picks for this model."""
+        if any(run.uses_kernels for run in self.comparison.runs if run.role == role):
+            return OURS  # the plugin selects them, whether or not the run file names them
         named = self._config(role).get("experts_implementation")
         return str(named or self.comparison.experts.get("default") or "unknown")

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from moe_kernels.activation import Activation
 from moe_kernels.bench.experts import Measurement
 from moe_kernels.cli.errors import UsageError
+from moe_kernels.cli.layers import OVERRIDES, Target, build, kinds_of_layers
 from moe_kernels.compare.decode import Misfit, decode
-from moe_kernels.compare.environment import SOURCES
+from moe_kernels.compare.environment import NOT_FOR_LAYER, inputs
 from moe_kernels.compare.metrics import OURS
-from moe_kernels.compare.plan import OPTIMIZED, Plan, digest, tokens_per_micro_batch
-from moe_kernels.compare.runner import Machine, last_error, read_json, write_json
+from moe_kernels.compare.plan import OPTIMIZED, Plan, digest, precision, tokens_per_micro_batch
+from moe_kernels.compare.runner import Machine, log_tail, read_json, run_command, why_ended, write_json
+from moe_kernels.integrations.support import UnsupportedExperts
 from moe_kernels.shapes import LayerShape
 
 READ_ALWAYS = ("implementation", "ok", "note", "dtype")
@@ -34,58 +36,48 @@ def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[s
 
     Returns:
         ``measurements`` (as of ``moe-kernels bench``), ``layer`` and ``moe_layers`` of the model, ``default``
-        (what transformers picks for this model where the run file names no experts_implementation), and
-        ``error``: empty, or why there are no measurements.
+        (what transformers picks for this model where the run file names no experts_implementation), ``note``: empty,
+        or why the benchmark cannot run this layer, and ``error``: empty, or why it should have run and did not.
     """
     config = next(run.config for run in plan.runs if run.role == OPTIMIZED)
     request = {
         "model": config["base_model"],
-        "name": plan.layer.name if plan.layer else Path(config["base_model"]).name,
+        "overrides": config.get(OVERRIDES) or {},
+        "name": plan.layer.name if plan.layer else "",
         "tokens": tokens_per_micro_batch(config),
-        "group_size": config.get("moe_group_size", 128),
-        "persistent": config.get("moe_persistent_kernel", True),
+        "group_size": config.get("moe_group_size") or 128,
+        "persistent": config.get("moe_persistent_kernel") is not False,
+        "recompute": bool(config.get("moe_recompute")),
         "device": "cpu" if machine.device is None else "cuda",
-        "dtype": "bfloat16" if config.get("bf16") else "float16" if config.get("fp16") else "float32",
+        "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision(config)],
         "repeats": CPU_REPEATS if machine.device is None else GPU_REPEATS,
-        # The layer's benchmark computes every weight's gradient: what it says is nothing about frozen weights.
-        "implementations": [] if config.get("adapter") else [*STOCK, OURS],
+        "frozen": bool(config.get("adapter")),
     }
     folder = plan.folder / "experts"
-    stored, mark = (
-        folder / "answer.json",
-        digest(request, machine.versions[SOURCES], machine.versions["torch"]),
-    )
+    stored, log = folder / "answer.json", folder / "bench.log"
+    mark = digest(request, machine.identity(NOT_FOR_LAYER), inputs({"base_model": config["base_model"]}))
     if stored.is_file() and not fresh:
         answer = _stored(stored)
         if answer is not None and answer["fingerprint"] == mark:
             return answer
     stored.unlink(missing_ok=True)
     write_json(folder / "request.json", request)
-    command = [
-        sys.executable,
-        "-m",
-        "moe_kernels.compare.experts_bench",
-        str(folder / "request.json"),
-        str(stored),
-    ]
+    command = [sys.executable, "-m", "moe_kernels.compare.experts_bench", str(folder / "request.json"), str(stored)]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if machine.device is not None:
         env["CUDA_VISIBLE_DEVICES"] = machine.device
-    tail: list[str] = []
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            tail = [*tail[-39:], line.rstrip()]
-            show(line.strip())
-    if child.returncode != 0:
-        reason = last_error(tail) or f"exit code {child.returncode}"
-        return {"measurements": [], "error": reason, "tail": tail, "request": request}
-    answer = {
-        **read_json(stored),
-        "fingerprint": mark,
-        "request": request,
-        "error": "",
-    }
+
+    def feed(text: str) -> None:
+        for line in text.split("\n"):
+            if line.strip():
+                show(line.strip())
+
+    exit_code = run_command(command, env, log, machine.timeout_s, feed)
+    if exit_code != 0:
+        tail = log_tail(log)
+        error = why_ended("the measurement", exit_code, tail, machine)
+        return {"measurements": [], "error": error, "tail": tail, "request": request}
+    answer = {**read_json(stored), "fingerprint": mark, "request": request, "error": ""}
     write_json(stored, answer)
     return answer
 
@@ -116,33 +108,39 @@ def check_experts(experts: dict[str, Any]) -> None:
         for size in (found.get("saved_mb"), found.get("peak_mb")):
             if size is not None and not 0 <= size < math.inf:
                 raise Misfit(f"{where} needs {size} MiB")
-    others = {"error": str, "default": str, "moe_layers": int | None, "layer": LayerShape | None}
+    others = {"error": str, "note": str, "default": str, "moe_layers": int | None, "layer": LayerShape | None}
     for key, kind in others.items():
         if key in experts:
             decode(kind, experts[key], f"experts.{key}")
 
 
-def inspect_model(folder: str, name: str, tokens: int) -> tuple[LayerShape, int, str]:
-    """The expert layer of a model folder, how many it has, and the implementation transformers picks for it.
-
-    The model is built without memory for its weights.
+def inspect_model(folder: str, name: str, tokens: int, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """``layer``, ``moe_layers``, ``default`` and ``note`` of :func:`measure_experts`, from a model's configuration.
 
     Raises:
-        UsageError: the model has no expert layers with 3-D weights.
+        UsageError: the configuration cannot be used.
+        MissingDependency: the model is not on this machine.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layers = [module for module in model.modules() if getattr(module, "gate_up_proj", None) is not None]
-    layers = [module for module in layers if module.gate_up_proj.ndim == 3]
-    if not layers:
-        raise UsageError(f"{folder} has no expert layers: there is nothing for moe-kernels to speed up.")
-    experts, double, hidden = layers[0].gate_up_proj.shape
-    shape = LayerShape(name, tokens, hidden, double // 2, experts, config.num_experts_per_tok)
-    return shape, len(layers), str(model.config._experts_implementation)
+    target = Target(folder, tokens, overrides=overrides or {})
+    model = build(target)
+    found = {"layer": None, "moe_layers": None, "default": str(model.config._experts_implementation)}
+    try:
+        kinds = kinds_of_layers(model, target)
+    except (UsageError, UnsupportedExperts) as error:
+        return {**found, "note": str(error)}
+    if len(kinds) > 1:
+        return {**found, "note": f"{folder} has {len(kinds)} kinds of expert layers, and the benchmark measures one"}
+    [(case, names)] = kinds.items()
+    # The name decides what dtype the routing weights have, as the model's type does.
+    shape = LayerShape(
+        name or model.config.model_type, tokens, case.hidden, case.intermediate, case.experts, case.top_k
+    )
+    activation = Activation.of(case.activation).name
+    special = [word for word in ("bias", "interleaved", "transposed") if getattr(case, word)]
+    special += ([] if case.gated else ["no gate"]) + ([] if case.reduce else ["a norm after each expert"])
+    special += [] if activation == "silu" else [activation]
+    note = f"the benchmark has no experts like this model's: {', '.join(special)}" if special else ""
+    return {**found, "layer": asdict(shape), "moe_layers": len(names), "note": note}
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -150,23 +148,23 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
     from moe_kernels.bench.experts import measure
 
-    shape, layers, default = inspect_model(request["model"], request["name"], request["tokens"])
-    measurements = request["implementations"] and measure(
-        shape,
-        implementations=tuple(request["implementations"]),
+    found = inspect_model(request["model"], request["name"], request["tokens"], request["overrides"])
+    if request["frozen"]:
+        found["note"] = "the benchmark computes every weight's gradient, and here the weights are frozen"
+    if found["note"]:
+        return {**found, "measurements": []}
+    measurements = measure(
+        LayerShape(**found["layer"]),
+        implementations=(*STOCK, OURS),
         device=request["device"],
         dtype=getattr(torch, request["dtype"]),
         repeats=request["repeats"],
         group_sizes=(request["group_size"],),
         persistent=(request["persistent"],),
+        recompute=(request["recompute"],),
         progress=lambda message: print(message, flush=True),
     )
-    return {
-        "measurements": [measurement.to_json() for measurement in measurements],
-        "layer": asdict(shape),
-        "moe_layers": layers,
-        "default": default,
-    }
+    return {**found, "measurements": [measurement.to_json() for measurement in measurements]}
 
 
 if __name__ == "__main__":

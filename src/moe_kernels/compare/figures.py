@@ -55,9 +55,13 @@ def plain(value: float) -> str:
 
 def plots(analysis: Analysis) -> list[Plot]:
     """Every plot that this comparison has the numbers for."""
+    import matplotlib
+
     makers = [_loss, _loss_difference, _step_times, _experts, _shares, _memory, _utilisation]
     makers += [_router_layers, _router_experts]
-    return [plot for maker in makers if (plot := maker(analysis)) is not None]
+    # Text stays text, so that it is sharp and can be searched; and a dollar sign is one.
+    with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif"}):
+        return [plot for maker in makers if (plot := maker(analysis)) is not None]
 
 
 def _loss(analysis: Analysis) -> Plot | None:
@@ -106,7 +110,8 @@ def _step_times(analysis: Analysis) -> Plot | None:
         return None
     figure, axes = _axes(2.9)
     for run in runs:
-        start = analysis.comparison.warmup_steps + 1
+        # The first step has no time: there is no log before it.
+        start = max(analysis.comparison.warmup_steps, 1) + 1
         axes.plot(range(start, start + len(run.step_ms)), run.step_ms, label=_label(run), **_line(run))
     axes.set(xlabel="step", ylabel="milliseconds a step")
     axes.set_ylim(bottom=0)
@@ -374,14 +379,8 @@ def _plot(analysis: Analysis, figure: Figure, title: str, alt: str) -> Plot:
         for text in legend.get_texts() if legend else ():
             text.set(color=INK, fontsize=9)
     buffer = io.StringIO()
-    # Text stays text, so that it is sharp and can be searched; the salt keeps the ids of several plots apart.
-    with matplotlib.rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": f"{analysis.comparison.name} {title}",
-            "font.family": "sans-serif",
-        }
-    ):
+    # The salt keeps the ids of several plots apart.
+    with matplotlib.rc_context({"svg.hashsalt": f"{analysis.comparison.label} {title}"}):
         figure.savefig(
             buffer,
             format="svg",

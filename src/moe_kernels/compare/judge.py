@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,16 @@ NOISE_FACTOR = 3.0
 CURVE_FLOOR = {"bf16": 0.01, "fp16": 0.01, "fp32": 0.001}
 FIRST_STEP_FLOOR = {"bf16": 0.002, "fp16": 0.001, "fp32": 0.0001}
 FIRST_GRADIENT_FLOOR = {"bf16": 0.03, "fp16": 0.02, "fp32": 0.001}
+# Shares of the loss, and of the gradient norm, beyond which a tolerance that the baseline's own noise sets would let
+# anything pass: then nothing can be judged.
+LOSS_CEILING, GRADIENT_CEILING = 0.05, 0.2
+# What _distances measures: words, form, and how.
+_WORDS = (
+    ("the first step differs", "{:.2g}", ""),
+    ("the smoothed curves differ", "{:.2g}", " on average"),
+    ("the smoothed curves differ", "{:.2g}", " at worst"),
+    ("the first gradient norm differs", "{:.2%}", ""),
+)
 CLAIMED_SPEEDUP = 2.0
 # Axolotl logs memory in hundredths of a GiB, and the allocator rounds: less is no difference.
 SMALLEST_MEMORY_GAIN = 0.01
@@ -37,7 +48,8 @@ class LossAgreement:
         first_gradient: relative difference of the first gradient norm, with ``first_gradient_tolerance``.
         mean, largest: of the smoothed curves, with ``tolerance`` and ``largest_tolerance``.
         last: difference of the smoothed curves at the last step.
-        noise_first, noise_mean, noise_largest: the same between two runs of the baseline; None with one.
+        noise_first, noise_mean, noise_largest: the same between the two runs of the baseline that are furthest
+            apart; None with one.
         differences, noise: optimised (or second baseline) minus baseline, step by step, not smoothed.
     """
 
@@ -84,7 +96,7 @@ def smooth(values: Sequence[float], window: int = SMOOTHING) -> list[float]:
 
 
 def judge_loss(runs: Sequence[RunMetrics], dtype: str) -> LossAgreement:
-    """Compare the first optimised run with the first baseline, measured against the baseline's own noise."""
+    """Compare every optimised run with the first baseline, measured against the baselines' own noise; the worst."""
     baselines = [run for run in runs if run.role == "baseline" and run.ok]
     optimized = [run for run in runs if run.role == "optimized" and run.ok]
     for run in (*baselines, *optimized):
@@ -96,55 +108,69 @@ def judge_loss(runs: Sequence[RunMetrics], dtype: str) -> LossAgreement:
     if not baselines or not optimized:
         missing = "baseline" if not baselines else "optimised"
         return LossAgreement(NOT_JUDGED, f"no finished {missing} run", dtype)
-    one, other = baselines[0], optimized[0]
-    steps = min(len(one.losses), len(other.losses))
+    steps = min(len(run.losses) for run in (*baselines, *optimized))
     if steps == 0:
         return LossAgreement(NOT_JUDGED, "no losses were logged", dtype)
-    level = sum(one.losses[:steps]) / steps
-    first, mean, largest, last = _distances(one.losses, other.losses, steps)
-    noise = _distances(one.losses, baselines[1].losses, steps) if len(baselines) > 1 else None
-    first_tolerance, tolerance, largest_tolerance = (
-        max(NOISE_FACTOR * noise[i] if noise else 0.0, floor)
-        for i, floor in enumerate(
-            (FIRST_STEP_FLOOR[dtype] * one.losses[0], CURVE_FLOOR[dtype] * level, CURVE_FLOOR[dtype] * level)
-        )
+    one = baselines[0]
+    level = sum(abs(loss) for loss in one.losses[:steps]) / steps
+    scales = (abs(one.losses[0]), level, level, 1.0)
+    floors = (FIRST_STEP_FLOOR[dtype], CURVE_FLOOR[dtype], CURVE_FLOOR[dtype], FIRST_GRADIENT_FLOOR[dtype])
+    ceilings = (*[LOSS_CEILING] * 3, GRADIENT_CEILING)
+    pairs = [_distances(a, b, steps) for a, b in itertools.combinations(baselines, 2)]
+    noise = [max(numbers) for numbers in zip(*pairs, strict=True)] if pairs else [0.0] * len(floors)
+    tolerances = [
+        max(NOISE_FACTOR * apart, floor * scale) for apart, floor, scale in zip(noise, floors, scales, strict=True)
+    ]
+
+    def excess(run: RunMetrics) -> float:
+        """How far beyond what is allowed a run is: the largest quotient; not a number counts as infinite."""
+        found = [
+            apart / tolerance if tolerance else math.inf if apart else 0.0
+            for apart, tolerance in zip(_distances(one, run, steps), tolerances, strict=True)
+        ]
+        return max(math.inf if math.isnan(quotient) else quotient for quotient in found)
+
+    other = max(optimized, key=excess)
+    apart = _distances(one, other, steps)
+    first, mean, largest, gradient = apart
+    faults = [
+        f"{what} by {form.format(found)}{how}, more than {form.format(tolerance)}"
+        for (what, form, how), found, tolerance in zip(_WORDS, apart, tolerances, strict=True)
+        if not found <= tolerance
+    ]
+    wide = any(
+        tolerance > max(floor, ceiling) * scale
+        for tolerance, floor, ceiling, scale in zip(tolerances, floors, ceilings, scales, strict=True)
     )
-    gradient = _relative(one.grad_norms, other.grad_norms)
-    gradient_noise = _relative(one.grad_norms, baselines[1].grad_norms) if noise else None
-    gradient_tolerance = max(NOISE_FACTOR * (gradient_noise or 0.0), FIRST_GRADIENT_FLOOR[dtype])
-    faults = []
-    if first > first_tolerance:
-        faults.append(f"the first step differs by {first:.2g}, more than {first_tolerance:.2g}")
-    if gradient is not None and not gradient <= gradient_tolerance:
-        faults.append(f"the first gradient norm differs by {gradient:.2%}, more than {gradient_tolerance:.2%}")
-    if mean > tolerance:
-        faults.append(f"the smoothed curves differ by {mean:.2g} on average, more than {tolerance:.2g}")
-    if largest > largest_tolerance:
-        faults.append(f"the smoothed curves differ by {largest:.2g} at worst, more than {largest_tolerance:.2g}")
-    against = f"two baseline runs differ by {noise[1]:.2g}" if noise else "the baseline was not repeated"
-    words = "; ".join(faults) or (
-        f"the smoothed curves differ by {mean:.2g} on average and {largest:.2g} at worst "
-        f"(tolerance {tolerance:.2g}; {against}), "
-        f"the first step by {first:.2g} (tolerance {first_tolerance:.2g})"
+    measured = bool(one.grad_norms and other.grad_norms)
+    against = f"two baseline runs differ by {noise[1]:.2g}" if pairs else "the baseline was not repeated"
+    words = (
+        "; ".join(faults)
+        or f"the smoothed curves differ by {mean:.2g} on average and {largest:.2g} at worst "
+        f"(tolerance {tolerances[1]:.2g}; {against}), "
+        f"the first step by {first:.2g} (tolerance {tolerances[0]:.2g})"
     )
+    if wide and not faults:
+        words = f"two equal baseline runs differ by so much that a fault would not show: {words}"
+    last = abs(smooth(other.losses[:steps])[-1] - smooth(one.losses[:steps])[-1])
     return LossAgreement(
-        verdict=NOT_CONFIRMED if faults else CONFIRMED,
-        words=words,
+        verdict=NOT_CONFIRMED if faults else NOT_JUDGED if wide else CONFIRMED,
+        words=f"{other.run_id}, the furthest off of {len(optimized)}: {words}" if len(optimized) > 1 else words,
         dtype=dtype,
         first=first,
-        first_tolerance=first_tolerance,
-        first_gradient=gradient,
-        first_gradient_tolerance=gradient_tolerance if gradient is not None else None,
+        first_tolerance=tolerances[0],
+        first_gradient=gradient if measured else None,
+        first_gradient_tolerance=tolerances[3] if measured else None,
         mean=mean,
         largest=largest,
         last=last,
-        tolerance=tolerance,
-        largest_tolerance=largest_tolerance,
-        noise_first=noise[0] if noise else None,
-        noise_mean=noise[1] if noise else None,
-        noise_largest=noise[2] if noise else None,
+        tolerance=tolerances[1],
+        largest_tolerance=tolerances[2],
+        noise_first=noise[0] if pairs else None,
+        noise_mean=noise[1] if pairs else None,
+        noise_largest=noise[2] if pairs else None,
         differences=_differences(one.losses, other.losses, steps),
-        noise=_differences(one.losses, baselines[1].losses, steps) if noise else (),
+        noise=_differences(one.losses, baselines[1].losses, steps) if pairs else (),
     )
 
 
@@ -153,9 +179,10 @@ def kernels_ran(runs: Sequence[RunMetrics], uses_kernels: dict[str, bool]) -> st
     for run in runs:
         if not run.ok:
             continue
-        if uses_kernels[run.run_id] and not run.expert_calls:
+        if uses_kernels[run.run_id] and (not run.expert_calls or run.idle_step):
+            step = f" at step {run.idle_step}" if run.expert_calls else ""
             return (
-                f"{run.run_id} did not use the kernels: no expert call was dispatched to moe_kernels. "
+                f"{run.run_id} did not use the kernels{step}: no expert call was dispatched to moe_kernels. "
                 "Its times are those of the stock kernels. Cure: moe-kernels doctor says why."
             )
         if not uses_kernels[run.run_id] and run.expert_calls:
@@ -169,27 +196,28 @@ def judge_claims(
     loss: LossAgreement,
     on_gpu: bool,
     fault: str | None,
+    note: str = "",
 ) -> list[Claim]:
-    """The README's claims in its order, each with its numbers."""
+    """The README's claims in its order, each with its numbers; ``note`` says why there is no ``layer``."""
     if fault is not None:
         return [Claim("The optimised run used the kernels", NOT_CONFIRMED, fault)]
     before, after = sides["baseline"], sides["optimized"]
     claims = [
-        *(_faster_experts(layer, stock, on_gpu) for stock in ("eager", "grouped_mm")),
+        *(_faster_experts(layer, stock, on_gpu, note) for stock in ("eager", "grouped_mm")),
         _faster_step(before, after, on_gpu),
         _less_memory(before, after, layer, on_gpu),
-        _fewer_launches(layer, on_gpu),
+        _fewer_launches(layer, on_gpu, note),
         _better_utilisation(before, after, on_gpu),
         Claim("The same loss curve", loss.verdict, loss.words),
     ]
     return claims
 
 
-def _faster_experts(layer: dict[str, dict[str, Any]], stock: str, on_gpu: bool) -> Claim:
+def _faster_experts(layer: dict[str, dict[str, Any]], stock: str, on_gpu: bool, note: str) -> Claim:
     title = f"Expert forward at least {CLAIMED_SPEEDUP:.0f}x as fast as {stock}"
     theirs, ours = (_median(layer.get(name), "forward_ms") for name in (stock, OURS))
     if theirs is None or ours is None:
-        return Claim(title, NOT_JUDGED, _why_missing(layer, stock))
+        return Claim(title, NOT_JUDGED, _why_missing(layer, stock, note))
     both = [_median(layer.get(name), "forward_backward_ms") for name in (stock, OURS)]
     evidence = f"{theirs / ours:.2f}x: {theirs:.3g} ms to {ours:.3g} ms"
     if both[0] is not None and both[1] is not None:
@@ -225,7 +253,7 @@ def _less_memory(before: SideMetrics, after: SideMetrics, layer: dict[str, dict[
     return Claim(title, _verdict(peaks[1] <= peaks[0] * (1 - SMALLEST_MEMORY_GAIN), on_gpu), "; ".join(evidence))
 
 
-def _fewer_launches(layer: dict[str, dict[str, Any]], on_gpu: bool) -> Claim:
+def _fewer_launches(layer: dict[str, dict[str, Any]], on_gpu: bool, note: str) -> Claim:
     title = "Fewer kernel launches per expert layer"
     counts = {
         name: (layer.get(name) or {}).get("launches_forward_backward") for name in ("eager", "grouped_mm", OURS)
@@ -234,7 +262,7 @@ def _fewer_launches(layer: dict[str, dict[str, Any]], on_gpu: bool) -> Claim:
         return Claim(
             title,
             NOT_JUDGED,
-            "launches are counted on a GPU" if not on_gpu else _why_missing(layer, "grouped_mm"),
+            "launches are counted on a GPU" if not on_gpu else _why_missing(layer, "grouped_mm", note),
         )
     evidence = ", ".join(f"{name} {count}" for name, count in counts.items() if count is not None)
     fewest = min(count for name, count in counts.items() if count is not None and name != OURS)
@@ -265,7 +293,9 @@ def _verdict(holds: bool, on_gpu: bool) -> str:
     return CONFIRMED if holds else NOT_CONFIRMED
 
 
-def _why_missing(layer: dict[str, dict[str, Any]], stock: str) -> str:
+def _why_missing(layer: dict[str, dict[str, Any]], stock: str, note: str) -> str:
+    if note and not layer:
+        return f"the expert layer was not measured: {note}"
     for name in (OURS, stock):
         if name not in layer:
             return f"the expert layer was not measured with {name}"
@@ -282,13 +312,13 @@ def _differences(one: Sequence[float], other: Sequence[float], steps: int) -> tu
     return tuple(b - a for a, b in zip(one[:steps], other[:steps], strict=False))
 
 
-def _distances(one: Sequence[float], other: Sequence[float], steps: int) -> tuple[float, float, float, float]:
-    """(first step, mean of the smoothed curves, largest, last)."""
-    apart = [abs(d) for d in _differences(smooth(one[:steps]), smooth(other[:steps]), steps)]
-    return apart[0], sum(apart) / len(apart), max(apart), apart[-1]
+def _distances(one: RunMetrics, other: RunMetrics, steps: int) -> tuple[float, float, float, float]:
+    """(loss of the first step, mean of the smoothed curves, largest, first gradient norm, relative) in that order."""
+    apart = [abs(d) for d in _differences(smooth(one.losses[:steps]), smooth(other.losses[:steps]), steps)]
+    return apart[0], sum(apart) / len(apart), max(apart), _relative(one.grad_norms, other.grad_norms)
 
 
-def _relative(one: Sequence[float], other: Sequence[float]) -> float | None:
-    if not one or not other or not one[0]:
-        return None
-    return abs(other[0] / one[0] - 1)
+def _relative(one: Sequence[float], other: Sequence[float]) -> float:
+    if not one or not other or one[0] == other[0]:
+        return 0.0
+    return abs(other[0] / one[0] - 1) if one[0] else math.inf

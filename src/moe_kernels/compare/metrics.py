@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from moe_kernels.compare.wandb_reader import Row
 OURS = "moe_kernels"
 # What a measurement says in words; all else in it are numbers.
 WORDS = ("implementation", "shape", "routing", "dtype", "device", "note")
+EXPERT_CALLS = "train/moe/expert_calls"
 _DISPATCHED = re.compile(r"(\d+) expert calls dispatched")
 
 
@@ -36,6 +38,7 @@ class RunMetrics:
         device_memory_gib: highest that NVML saw on the device.
         startup_s: process start to the trainer's start; ``first_step_s``: from there to the first step's log.
         expert_calls: expert calls that our kernels took in the whole run; None where it was never logged.
+        idle_step: the first step, from 1, that logged no such call while others did; None where all did, or none.
         losses, grad_norms: every step, from the first.
     """
 
@@ -60,6 +63,7 @@ class RunMetrics:
     first_step_s: float | None
     total_s: float
     expert_calls: int | None
+    idle_step: int | None
     losses: list[float]
     grad_norms: list[float]
 
@@ -156,6 +160,7 @@ def run_metrics(result: RunResult, warmup: int) -> RunMetrics:
         first_step_s=None if trainer is None or first is None else first - trainer,
         total_s=result.ended_at - result.started_at,
         expert_calls=expert_calls(result),
+        idle_step=_idle_step(rows),
         losses=_column(rows, "train/loss"),
         grad_norms=_column(rows, "train/grad_norm"),
     )
@@ -163,11 +168,16 @@ def run_metrics(result: RunResult, warmup: int) -> RunMetrics:
 
 def expert_calls(result: RunResult) -> int | None:
     """Expert calls our kernels took: the sum of the logged metric, else what the plugin's first line says."""
-    logged = _column(result.rows, "train/moe/expert_calls")
+    logged = _column(result.rows, EXPERT_CALLS)
     if logged:
-        return int(sum(logged))
+        return int(sum(calls for calls in logged if math.isfinite(calls)))
     said = _DISPATCHED.search(result.plugin_line)
     return int(said.group(1)) if said else None
+
+
+def _idle_step(rows: Sequence[Row]) -> int | None:
+    busy = [float(row.get(EXPERT_CALLS) or 0) > 0 for row in rows]
+    return busy.index(False) + 1 if any(busy) and not all(busy) else None
 
 
 def side_metrics(runs: Sequence[RunMetrics], role: str) -> SideMetrics:

@@ -22,6 +22,8 @@ COUNTS = ("max_steps", "micro_batch_size", "sequence_len", "gradient_accumulatio
 CONFIG_FOLDER = Path("configs") / "moe"
 RUN_FOLDER = Path("artifacts") / "runs" / "compare"
 ADAPTER_FOLDER = Path("artifacts") / "adapters"
+# Of a name that becomes a file's, with room for what is added to it.
+LONGEST_NAME = 150
 ROLES = BASELINE, OPTIMIZED, EAGER = "baseline", "optimized", "eager"
 
 
@@ -76,6 +78,11 @@ class Plan:
     layer: LayerShape | None
     moe_layers: int | None
     yaml_diff: str
+
+    @property
+    def label(self) -> str:
+        """Its name in reports."""
+        return label(self.name, self.size)
 
     @property
     def folder(self) -> Path:
@@ -150,14 +157,31 @@ def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
         raise UsageError(
             "--lora is for mixtral, qwen2-moe and deepseek-v3. Write the adapter into your two run files."
         )
-    if _uses_kernels(load_yaml(baseline)):
+    before, after = load_yaml(baseline), load_yaml(optimized)
+    for config, path in ((before, baseline), (after, optimized)):
+        base_model(config, path)
+    if _uses_kernels(before):
         raise UsageError(f"{baseline} already trains with moe-kernels. Name the run file without it first.")
-    if not _uses_kernels(load_yaml(optimized)):
+    if not _uses_kernels(after):
         raise UsageError(
             f"{optimized} does not use moe-kernels. Add moe_kernels: true and the plugin, as in {CONFIG_FOLDER}."
         )
     name = f"{baseline.stem}-vs-{optimized.stem}"
+    if (reason := why_no_name(name)) is not None:
+        raise UsageError(f"{reason}. Cure: rename the run files.")
     return _plan(name, (baseline, optimized), options, {}, None, "own", None)
+
+
+def label(name: str, size: str) -> str:
+    """The name of a comparison in reports, and of its files: those of tiny models never replace the 1B models'."""
+    return f"{name}-{size}" if size == "tiny" else name
+
+
+def why_no_name(name: str) -> str | None:
+    """None if ``name`` can be a file's, inside the folder that it is meant for, else what is wrong with it."""
+    if not name or name in (".", "..") or any(letter in "/\\" or not letter.isprintable() for letter in name):
+        return f"{name!r:.60} is no plain name of a file"
+    return f"{name[:20]}... is too long for the name of a file" if len(name.encode()) > LONGEST_NAME else None
 
 
 def find_config(name: str) -> Path:
@@ -187,6 +211,14 @@ def load_yaml(path: Path) -> Config:
         raise UsageError(f"{path} has a key that is no text: an Axolotl run file is a mapping of names to values.")
     if not isinstance(config.get("plugins"), (list, type(None))):
         raise UsageError(f"{path}: plugins should be a list and is {config['plugins']!r:.60}.")
+    for key, value in config.items():
+        try:
+            json.dumps(value, sort_keys=True)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(
+                f"{path}: {key} is {value!r:.60}, and a run file holds text, numbers, lists, and mappings with keys "
+                "of one kind. Cure: put what is text, such as a date, in quotes."
+            ) from error
     for key in COUNTS:
         if not (config.get(key) is None or (type(config[key]) is int and 0 < config[key] < 2**40)):
             raise UsageError(f"{path}: {key} should be a number from 1 on and is {config[key]!r:.60}.")
@@ -208,7 +240,7 @@ def config_diff(before: Config, after: Config, before_name: str, after_name: str
 
 def digest(*parts: object) -> str:
     """A short hash of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _plan(
@@ -253,6 +285,26 @@ def _plan(
 def tokens_per_micro_batch(config: Config) -> int:
     """Tokens an expert layer sees in one call, padding included."""
     return int(config.get("micro_batch_size") or 1) * int(config.get("sequence_len") or 512)
+
+
+def precision(config: Config) -> str:
+    """``"bf16"``, ``"fp16"`` or ``"fp32"``: what Axolotl trains in, by any of its spellings.
+
+    ``auto`` counts as bf16, which it is on every GPU since Ampere.
+    """
+    if config.get("bf16") == "auto" and config.get("fp16"):
+        return "fp16"
+    if config.get("bf16") or config.get("bfloat16"):
+        return "bf16"
+    return "fp16" if any(config.get(key) for key in ("load_in_8bit", "fp16", "float16")) else "fp32"
+
+
+def base_model(config: Config, path: Path) -> str:
+    """The model that a run file names; UsageError where it names none."""
+    model = config.get("base_model")
+    if not isinstance(model, str) or not model:
+        raise UsageError(f"{path} names no base_model.")
+    return model
 
 
 def calls_per_step(config: Config) -> int:

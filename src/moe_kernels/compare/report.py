@@ -16,19 +16,16 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from moe_kernels.bench.timing import Spread
-from moe_kernels.compare.comparison import Analysis, Comparison
+from moe_kernels.compare.comparison import Analysis, Comparison, slug
 from moe_kernels.compare.figures import plain, plots, routed
-from moe_kernels.compare.judge import CONFIRMED, NOT_CONFIRMED
+from moe_kernels.compare.judge import CONFIRMED, NOT_CONFIRMED, NOT_JUDGED
 from moe_kernels.compare.metrics import OURS, SideMetrics
 from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED, dump_yaml
 from moe_kernels.compare.runner import FINISHED, write_text
 
 NONE = "–"
-CPU_BANNER = (
-    "No GPU here: tiny models trained on the CPU through the plain-torch backend. This proves that the whole "
-    "pipeline works on your machine. It says nothing about speed."
-)
 COLUMNS = {BASELINE: "baseline", OPTIMIZED: "moe-kernels", EAGER: "eager"}
+LOSS_WORDS = {CONFIRMED: "agree", NOT_CONFIRMED: "DIFFER", NOT_JUDGED: "not judged"}
 VERDICT_STYLE = {CONFIRMED: "green", NOT_CONFIRMED: "red"}
 
 
@@ -72,8 +69,8 @@ def write_report(analyses: Sequence[Analysis], folder: Path) -> Path:
 
 def show_comparison(analysis: Analysis, console: Console) -> None:
     """Print the main tables of one comparison."""
-    if not analysis.on_gpu:
-        console.print(Text(CPU_BANNER, style="yellow"))
+    if (warning := banner([analysis])) is not None:
+        console.print(Text(warning, style="yellow"))
     for table in (training_table(analysis), layer_table(analysis)):
         if table.rows:
             console.print(_rich(table))
@@ -86,28 +83,25 @@ def show_failures(comparison: Comparison, console: Console) -> None:
     """Print what went wrong in each failed run, and where its log is."""
     for run in comparison.runs:
         if run.status != FINISHED:
-            console.print(Text(f"{comparison.name} {run.run_id} failed: {run.error}", style="red"), soft_wrap=True)
+            console.print(Text(f"{comparison.label} {run.run_id} failed: {run.error}", style="red"), soft_wrap=True)
             for line in run.tail[-12:]:
                 console.print(Text(f"  {line}", style="dim"), soft_wrap=True)
             console.print(f"  The whole log: {run.log}", soft_wrap=True)
     if comparison.experts.get("error"):
         console.print(
             Text(
-                f"{comparison.name}: the expert layer was not measured: {comparison.experts['error']}",
+                f"{comparison.label}: the expert layer was not measured: {comparison.experts['error']}",
                 style="red",
             )
         )
 
 
 def _values(analyses: Sequence[Analysis]) -> dict[str, Any]:
-    first = analyses[0].comparison
-    machine = first.gpu["name"] if first.gpu else first.cpu
     return {
         "title": "Axolotl training with and without moe-kernels",
-        "machine": machine,
-        "gpu": first.gpu,
-        "created": first.created[:10],
-        "banner": None if all(analysis.on_gpu for analysis in analyses) else CPU_BANNER,
+        "machine": "; ".join(dict.fromkeys(_machine(analysis.comparison) for analysis in analyses)),
+        "created": analyses[0].comparison.created[:10],
+        "banner": banner(analyses),
         "problems": [problem for analysis in analyses for problem in problems(analysis)],
         "summary": summary_table(analyses),
         "analyses": analyses,
@@ -126,21 +120,40 @@ def _values(analyses: Sequence[Analysis]) -> dict[str, Any]:
         ],
         "runs": runs_table,
         "overrides": _overrides,
-        "slug": _slug,
+        "slug": slug,
         "versions": versions_table(analyses),
         "commands": list(dict.fromkeys(analysis.comparison.command for analysis in analyses)),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
+def banner(analyses: Sequence[Analysis]) -> str | None:
+    """What to know of comparisons that ran on a CPU; None where none did."""
+    on_cpu = [analysis.comparison.label for analysis in analyses if not analysis.on_gpu]
+    if not on_cpu:
+        return None
+    which = "No GPU here: the models were" if len(on_cpu) == len(analyses) else f"No GPU for {', '.join(on_cpu)}:"
+    return (
+        f"{which} trained on the CPU through the plain-torch backend. This proves that the whole pipeline works on "
+        "your machine. It says nothing about speed."
+    )
+
+
+def _machine(comparison: Comparison) -> str:
+    gpu = comparison.gpu
+    return f"{gpu['name']}, driver {gpu['driver']}" if gpu else comparison.cpu
+
+
 def problems(analysis: Analysis) -> list[str]:
     """What a reader must know before any number."""
-    name = analysis.comparison.name
+    name = analysis.comparison.label
     found = [f"{name} {run.run_id} failed: {run.error} (log: {run.log})" for run in analysis.failed]
     found += [f"{name} {run_id} was not run" for run_id in analysis.missing]
     found += [f"{name}: {fault}" for fault in analysis.faults]
     if analysis.loss.verdict == NOT_CONFIRMED:
         found.append(f"{name}: the losses do not agree: {analysis.loss.words}")
+    elif analysis.loss.verdict != CONFIRMED:
+        found.append(f"{name}: the losses cannot be judged: {analysis.loss.words}")
     return found
 
 
@@ -173,10 +186,9 @@ def cards(analysis: Analysis) -> list[Card]:
             )
         )
     if analysis.loss.mean is not None:
-        agree = "agree" if analysis.loss.verdict == CONFIRMED else "differ"
         found.append(
             Card(
-                agree,
+                LOSS_WORDS[analysis.loss.verdict].lower(),
                 "loss curves",
                 f"mean difference {analysis.loss.mean:.2g}, tolerance {analysis.loss.tolerance:.2g}",
             )
@@ -200,7 +212,7 @@ def _pipeline_cards(analysis: Analysis) -> list[Card]:
 
 def summary_table(analyses: Sequence[Analysis]) -> Table:
     """One column a comparison: baseline, then moe-kernels."""
-    names = tuple(analysis.comparison.name for analysis in analyses)
+    names = tuple(analysis.comparison.label for analysis in analyses)
     columns = [_summary(analysis) for analysis in analyses]
     rows = [(what, *(column[what] for column in columns)) for what in columns[0]]
     return Table("Summary", ("what", *names), tuple(row for row in rows if set(row[1:]) != {NONE}))
@@ -228,7 +240,7 @@ def _summary(analysis: Analysis) -> dict[str, str]:
         "peak memory, GiB": _arrow(before.peak_allocated_gib, after.peak_allocated_gib, "{:.2f}".format),
         "launches a layer, grouped_mm → ours": _arrow(launches[0], launches[1], "{:.0f}".format),
         "tensor cores (else GPU) busy": _arrow(utilisation[0], utilisation[1], _percent),
-        "loss curves": {CONFIRMED: "agree", NOT_CONFIRMED: "DIFFER"}.get(analysis.loss.verdict, "not judged"),
+        "loss curves": LOSS_WORDS[analysis.loss.verdict],
         "runs finished": f"{len(analysis.runs) - len(analysis.failed)} of {len(analysis.comparison.planned)}",
     }
 
@@ -281,8 +293,11 @@ def training_table(analysis: Analysis) -> Table:
 
 
 def layer_table(analysis: Analysis) -> Table:
-    """One expert layer, each implementation on the same tensors in one process."""
+    """One expert layer, each implementation on the same tensors in one process; or why it was not measured."""
     names = list(analysis.layer)
+    note = analysis.comparison.experts.get("note")
+    if note and not names:
+        return Table("One expert layer", ("what", "why"), (("not measured", note),))
     forms: list[tuple[str, Callable[[dict[str, Any]], Any], Callable[[Any], str]]] = [
         ("forward, ms", lambda row: _at(row, "forward_ms"), plain),
         ("forward + backward, ms", lambda row: _at(row, "forward_backward_ms"), plain),
@@ -442,7 +457,7 @@ def versions_table(analyses: Sequence[Analysis]) -> Table:
         ("processor", *(analysis.comparison.cpu for analysis in analyses)),
         ("measured (UTC)", *(analysis.comparison.created for analysis in analyses)),
     ]
-    return Table("Machine and versions", ("what", *(analysis.comparison.name for analysis in analyses)), tuple(rows))
+    return Table("Machine and versions", ("what", *(analysis.comparison.label for analysis in analyses)), tuple(rows))
 
 
 def _overrides(analysis: Analysis) -> str:
@@ -471,10 +486,6 @@ def _markdown_block(text: str, language: str) -> str:
     """A code block; its fence is longer than any row of backticks in the text."""
     fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", text)), default=2))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
 
 
 def _at(row: dict[str, Any], key: str) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import json
 import math
 import os
@@ -12,15 +13,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from moe_kernels.cli.errors import UsageError
 from moe_kernels.compare.decode import Misfit, decode
-from moe_kernels.compare.environment import COMMIT, SOURCES
-from moe_kernels.compare.gpu import Sampler, Samples
+from moe_kernels.compare.environment import NOT_FOR_OURS, NOT_FOR_STOCK, cpu_name, inputs
+from moe_kernels.compare.gpu import Gpu, Sampler, Samples
 from moe_kernels.compare.plan import ROLES, RunSpec, digest, dump_yaml
 from moe_kernels.compare.wandb_reader import NotAWandbRun, Row, find_run, read_run
 from moe_kernels.router_load import FILE_NAME, RouterHistory, read_history, thinned
@@ -38,6 +42,8 @@ OFFLINE = {
 }
 # The same allocator for every run; expandable segments keep fragmentation out of the memory figures.
 ALLOCATOR = "expandable_segments:True"
+# Axolotl's folder of tokenised data where a run file names none, and the lock that it holds while it tokenises.
+TOKENISED, TOKENISED_LOCK = "last_run_prepared", "datasets_prep.lock"
 POLL_S = 0.1
 KILL_AFTER_S = 10.0
 PR_SET_PDEATHSIG = 1
@@ -114,6 +120,8 @@ class RunResult:
         """Raise Misfit where the parts do not belong together."""
         if self.role not in ROLES or self.status not in (FINISHED, FAILED):
             raise Misfit(f"{self.run_id} has the role {self.role!r:.40} and the status {self.status!r:.40}")
+        if self.status == FINISHED and not self.rows:
+            raise Misfit(f"{self.run_id} finished without a step")
         self.samples.check()
         self.router.check()
         before = -math.inf
@@ -122,6 +130,8 @@ class RunResult:
             if not before < time_stamp < math.inf:
                 raise Misfit(f"{self.run_id}: rows[{index}]._timestamp does not rise")
             before = time_stamp
+            if self.status == FINISHED:
+                decode(float, row.get("train/loss"), f"{self.run_id}: rows[{index}].train/loss")
             for key in LOGGED & row.keys():
                 decode(float | None, row[key], f"{self.run_id}: rows[{index}].{key}")
         for key in ("gradient_accumulation_steps", "micro_batch_size", "sequence_len"):
@@ -175,32 +185,30 @@ class LogReader:
 class Machine:
     """What every run of a comparison shares.
 
-    ``device`` names one GPU; None leaves to the trainer what it sees. ``launcher``: how Axolotl starts processes.
+    ``device`` names one GPU, and ``gpu`` says what it is; None leaves to the trainer what it sees. ``launcher``: how
+    Axolotl starts processes.
     """
 
     device: str | None
     versions: dict[str, str]
+    gpu: Gpu | None = None
+    cpu: str = field(default_factory=cpu_name)
     wandb: str = "offline"
     timeout_s: float = 1800.0
     keep_weights: bool = False
     trainer: Sequence[str] = TRAINER
     launcher: Sequence[str] = LAUNCHER
 
+    def identity(self, ignored: Sequence[str]) -> list[Any]:
+        """What a measurement here depends on, but for the versions ``ignored``: another GPU is another machine."""
+        versions = {name: version for name, version in self.versions.items() if name not in ignored}
+        return [versions, asdict(self.gpu) if self.gpu else self.device, self.cpu]
+
 
 def fingerprint(run: RunSpec, machine: Machine) -> str:
-    """Hash of what a run depends on; the kernels' sources count only for a run that uses them.
-
-    The commit does not count: one that leaves the kernels alone must not throw away runs.
-    """
-    ignored = {"moe-kernels", COMMIT} if run.uses_kernels else {"moe-kernels", COMMIT, SOURCES}
-    versions = {name: version for name, version in machine.versions.items() if name not in ignored}
-    return digest(run.config, versions, _model_identity(run.config), machine.device)
-
-
-def _model_identity(config: dict[str, Any]) -> list[tuple[str, int, int]]:
-    folder = Path(str(config.get("base_model", "")))
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    """Hash of what a run depends on; what only our kernels depend on counts only for a run that uses them."""
+    ignored = NOT_FOR_OURS if run.uses_kernels else NOT_FOR_STOCK
+    return digest(run.config, machine.identity(ignored), inputs(run.config))
 
 
 def finished_result(run: RunSpec, machine: Machine) -> RunResult | None:
@@ -258,9 +266,14 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
     )
     _drop_half_tokenised(run.config)
     reader = LogReader()
+
+    def feed(text: str) -> None:
+        reader.feed(text)
+        show(reader.progress)
+
     result.started_at = time.time()
     with Sampler(machine.device) as sampler:
-        result.exit_code = _run(command, environment(run, machine), log, reader, machine.timeout_s, show)
+        result.exit_code = run_command(command, environment(run, machine), log, machine.timeout_s, feed)
     result.ended_at = time.time()
     result.trainer_started_at, result.plugin_line = reader.trainer_started_at, reader.plugin_line
     result.samples = sampler.samples
@@ -283,14 +296,19 @@ def write_json(path: Path, data: object) -> None:
 
 
 def _drop_half_tokenised(config: dict[str, Any]) -> None:
-    """Remove tokenised data that a killed run left half written: Axolotl takes whatever is there for whole.
+    """Remove tokenised data that a killed run left half written, or that is older than the files it is made from.
 
-    `datasets` writes dataset_info.json last.
+    Axolotl takes whatever is there, found by the files' names, for whole. `datasets` writes dataset_info.json last.
     """
-    prepared = config.get("dataset_prepared_path")
-    for arrow in {path.parent for path in Path(str(prepared)).glob("*/*.arrow")} if prepared else ():
-        if not (arrow / "dataset_info.json").is_file():
-            shutil.rmtree(arrow)
+    prepared = Path(str(config.get("dataset_prepared_path") or TOKENISED))
+    newest = max((changed for _name, _size, changed in inputs(config)), default=0)
+    lock = prepared / TOKENISED_LOCK
+    # Only a process that tokenises, or was killed then, leaves the lock's file.
+    with FileLock(lock) if lock.is_file() else nullcontext():
+        for arrow in {path.parent for path in prepared.glob("*/*.arrow")}:
+            info = arrow / "dataset_info.json"
+            if not info.is_file() or info.stat().st_mtime_ns < newest:
+                shutil.rmtree(arrow)
 
 
 def read_json(path: Path) -> Any:
@@ -307,16 +325,51 @@ def read_json(path: Path) -> Any:
         raise UsageError(f"{path} is not JSON: {error}") from error
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes of this command out of a folder of runs; the lock ends with this process, killed or not.
+
+    Raises:
+        UsageError: another one is at work there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, so that removing the folder leaves the lock.
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UsageError(
+            f"Another `moe-kernels compare` is at work in {folder}. "
+            "Cure: wait until it has ended, or run this one in another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text in one move, so that a reader sees a whole file or none, or the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    _remove_parts(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        # A report may quote half a character, which no file can hold.
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError:
         part.unlink(missing_ok=True)
         raise
     part.replace(path)
+
+
+def _remove_parts(path: Path) -> None:
+    """Remove what processes that were killed left of a file half written."""
+    import psutil
+
+    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        writer = part.suffixes[-2].removeprefix(".")
+        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+            part.unlink(missing_ok=True)
 
 
 def _finite(data: Any) -> Any:
@@ -329,14 +382,17 @@ def _finite(data: Any) -> Any:
     return data
 
 
-def _run(
+def run_command(
     command: Sequence[str],
     env: dict[str, str],
     log: Path,
-    reader: LogReader,
     timeout_s: float,
-    show: Callable[[Progress], None],
+    feed: Callable[[str], object],
 ) -> int | None:
+    """Run a command until it ends or its time is up (None); its output goes to ``log`` and, as it comes, to ``feed``.
+
+    Whatever ends this process, or is raised here, ends the command too.
+    """
     end = time.monotonic() + timeout_s
     with log.open("wb") as sink, log.open("rb") as source:
         # A session of its own, so that the trainer's own children end with it.
@@ -351,13 +407,11 @@ def _run(
         try:
             while child.poll() is None and time.monotonic() < end:
                 time.sleep(POLL_S)
-                reader.feed(source.read().decode(errors="replace"))
-                show(reader.progress)
+                feed(source.read().decode(errors="replace"))
             stopped = child.poll() is None
         finally:
             _end(child)
-        reader.feed(source.read().decode(errors="replace") + "\n")
-        show(reader.progress)
+        feed(source.read().decode(errors="replace") + "\n")
     return None if stopped else child.returncode
 
 
@@ -382,14 +436,9 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 def _collect(run: RunSpec, result: RunResult, machine: Machine) -> None:
     """Fill in the W&B history, decide whether the run finished, and keep the log's end where it did not."""
     problem = _read_wandb(run, result) or _read_router(run, result)
-    tail = _tail(Path(result.log))
-    if result.exit_code is None:
-        result.error = f"stopped after the time limit of {machine.timeout_s:.0f} s (--timeout sets it)"
-    elif result.exit_code < 0:
-        name = signal.Signals(-result.exit_code).name
-        result.error = f"the trainer was ended by {name}, as the system does where memory runs out"
-    elif result.exit_code != 0:
-        result.error = last_error(tail) or f"the trainer ended with exit code {result.exit_code}"
+    tail = log_tail(Path(result.log))
+    if result.exit_code != 0:
+        result.error = why_ended("the trainer", result.exit_code, tail, machine)
     elif len(result.rows) < run.steps:
         result.error = (
             f"W&B holds {len(result.rows)} of {run.steps} steps. "
@@ -441,7 +490,17 @@ def _read_router(run: RunSpec, result: RunResult) -> str:
     return ""
 
 
-def _tail(log: Path) -> list[str]:
+def why_ended(what: str, exit_code: int | None, tail: Sequence[str], machine: Machine) -> str:
+    """Why a command that :func:`run_command` ran gave another exit code than 0."""
+    if exit_code is None:
+        return f"stopped after the time limit of {machine.timeout_s:.0f} s (--timeout sets it)"
+    if exit_code < 0:
+        return f"{what} was ended by {signal.Signals(-exit_code).name}, as the system does where memory runs out"
+    return last_error(tail) or f"{what} ended with exit code {exit_code}"
+
+
+def log_tail(log: Path) -> list[str]:
+    """The last lines of a log."""
     text = _ESCAPES.sub("", log.read_text(errors="replace"))
     return [line for line in re.split(r"[\r\n]+", text) if line.strip()][-TAIL_LINES:]
 
