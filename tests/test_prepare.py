@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -190,11 +191,11 @@ def test_a_folder_of_the_users_own_is_never_replaced(copied: Path) -> None:
 
 
 def test_a_file_of_the_users_own_is_never_replaced(tmp_path: Path) -> None:
-    mine = tmp_path / "artifacts/data/mine.jsonl"
+    mine = tmp_path / "artifacts/data/stdlib.jsonl"
     mine.parent.mkdir(parents=True)
     mine.write_text('{"text": "one"}\n')
     with pytest.raises(UsageError, match=r"was not made by `moe-kernels prepare`.*--force"):
-        prepare_data(tmp_path, str(mine))
+        prepare_data(tmp_path)
     assert mine.read_text() == '{"text": "one"}\n'
 
 
@@ -269,13 +270,30 @@ def test_own_data(tmp_path: Path, name: str, content: str, field: str) -> None:
     source = tmp_path / name
     source.write_text(content)
     made = prepare_data(tmp_path, str(source), text_field=field)
-    assert made == tmp_path / "artifacts/data/a.jsonl"
+    assert made.parent == tmp_path / "artifacts/data"
+    assert re.fullmatch(r"a-[0-9a-f]{8}\.jsonl", made.name)
     assert [json.loads(line) for line in made.read_text().splitlines()] == [{"text": f"one{EOS}two{EOS}"}]
     before = stamp(made.parent)
     assert prepare_data(tmp_path, str(source), text_field=field) == made
     assert stamp(made.parent) == before
     source.write_text(content.replace("two", "three"))
     assert "three" in prepare_data(tmp_path, str(source), text_field=field).read_text()
+
+
+def test_no_two_data_sets_share_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets", reason="needs moe-kernels[axolotl]")
+    monkeypatch.chdir(tmp_path)
+    names = ("日本.jsonl", "中国.jsonl", "d1/train.jsonl", "d2/train.jsonl", "stdlib.jsonl", "x" * 240 + ".jsonl")
+    made = {}
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(json.dumps({"text": name}))
+        made[name] = prepare_data(tmp_path, name)
+    for name in names:
+        assert json.loads(made[name].read_text()) == {"text": name + EOS}
+    assert made["日本.jsonl"].name.startswith("日本-")
+    assert tmp_path / "artifacts/data/stdlib.jsonl" not in made.values()
+    assert prepare_data(tmp_path, str(tmp_path / "d1" / "train.jsonl")) == made["d1/train.jsonl"]
 
 
 def test_own_parquet(tmp_path: Path) -> None:
@@ -299,7 +317,7 @@ def test_bad_data(tmp_path: Path, content: str, message: str) -> None:
     source.write_text(content)
     with pytest.raises(UsageError, match=message):
         prepare_data(tmp_path, str(source))
-    assert not (tmp_path / "artifacts/data/a.jsonl").exists()
+    assert not [*tmp_path.glob("artifacts/data/*.jsonl")]
 
 
 def test_a_data_set_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,6 +355,7 @@ def test_command(copied: Path) -> None:
         (["nope"], WRONG_USAGE, "There is no model 'nope'. Name one of mixtral-1b, "),
         (["all", "--size", "7b"], WRONG_USAGE, "There is no size '7b'. Name one of 1b, tiny."),
         ([], WRONG_USAGE, "Missing argument"),
+        (["mixtral-tiny", "--seed", "99999999999999999999"], WRONG_USAGE, "'--seed'"),
     ],
 )
 def test_wrong_usage(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
@@ -344,6 +363,29 @@ def test_wrong_usage(tmp_path: Path, arguments: list[str], code: int, message: s
     assert done.exit_code == code
     assert message in done.output
     assert not any(tmp_path.iterdir())
+
+
+def test_no_data_set_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--dataset names nothing"):
+        prepare_data(tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    ("root", "dataset", "message"),
+    [
+        ("afile", None, "Cure: name a folder, or move away the file that is there."),
+        ("afile/inside", None, "Cure: name a folder, or move away the file that is there."),
+        (".", "x" * 300 + ".jsonl", "Cure: use a shorter name."),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_a_sentence(
+    tmp_path: Path, root: str, dataset: str | None, message: str
+) -> None:
+    (tmp_path / "afile").write_text("")
+    arguments = ["prepare", "mixtral-tiny", "--root", str(tmp_path / root)]
+    done = CliRunner().invoke(app, [*arguments, *(["--dataset", dataset] if dataset else [])])
+    assert done.exit_code == WRONG_USAGE
+    assert message in done.output
 
 
 def test_two_at_once_take_turns(tmp_path: Path) -> None:

@@ -414,6 +414,14 @@ def test_the_hash_of_the_environment_sees_files_that_git_does_not_know(tmp_path,
     assert changed == [[True, False], [False, True]]
 
 
+def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_measured(two_layers, tmp_path):
+    (tmp_path / "afile").write_text("")
+    result = bench("--shapes", "tiny", "--json", str(tmp_path / "afile" / "bench.json"))
+    assert result.exit_code == 2
+    assert "Cure: name a folder" in result.output
+    assert not two_layers
+
+
 def test_plots(two_layers, tmp_path):
     pytest.importorskip("matplotlib")
     result = bench("--shapes", "tiny,other", "--routing", "mild,heavy", "--peers", "all", "--plots", str(tmp_path))

@@ -43,6 +43,8 @@ class Store:
             "results": [],
         }
         self._fresh = fresh
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)  # before anything is measured
         self._read()
 
     def find(self, shape: str, tokens: int, routing: str) -> list[dict[str, Any]]:
@@ -57,7 +59,6 @@ class Store:
         if self.file is None:
             self.report["results"] += rows
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.file.with_name(f".{self.file.name}.lock")):
             self._read()
             cells = {_cell(row) for row in rows}

@@ -123,7 +123,7 @@ class Commands(TyperGroup):
             failed = failed_io(error)
             if failed is None:
                 raise
-            _fail(str(failed), MISSING)
+            _fail(str(failed), failed.exit_code)
         except ValueError as error:
             if not type(error).__module__.startswith("moe_kernels."):
                 raise

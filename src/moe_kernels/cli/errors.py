@@ -44,16 +44,26 @@ class MissingDependency(CommandError, ImportError):
 #: Ways in which a disk says that it holds no more, a quota and a file size limit among them.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+#: What a path can be that is not what a command needs there.
+WRONG_PATH = {
+    errno.EEXIST: "name a folder, or move away the file that is there",
+    errno.ENOTDIR: "name a folder, or move away the file that is there",
+    errno.EISDIR: "name a file, or move away the folder that is there",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ENOENT: "name one that is there",
+}
 
 
-def failed_io(error: OSError) -> MissingDependency | None:
-    """The sentence for a disk that is full or must not be written to, or None where it is something else."""
+def failed_io(error: OSError) -> CommandError | None:
+    """The sentence for a disk that is full or must not be written to, or for a path; None without one."""
     if error.errno in FULL:
         return MissingDependency(
             f"The disk is full: {error}. What was finished is kept. Cure: free some space, and run this again."
         )
     if error.errno in FORBIDDEN:
         return MissingDependency(f"{error}. Cure: run this in a folder that you may write to.")
+    if error.filename is not None:
+        return UsageError(f"{error}. Cure: {WRONG_PATH.get(error.errno or 0, 'try another path')}.")
     return None
 
 

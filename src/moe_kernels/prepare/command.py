@@ -19,6 +19,7 @@ from rich.progress import (
 
 from moe_kernels.cli.errors import UsageError
 from moe_kernels.cli.network import go_online
+from moe_kernels.cli.options import MAX_SEED
 from moe_kernels.prepare.cache import alone
 from moe_kernels.prepare.models import prepare_model
 from moe_kernels.prepare.text import BUILDERS, prepare_data
@@ -66,7 +67,12 @@ def prepare(
     text_field: Annotated[str, typer.Option(help="Column of the data set that holds the text.")] = "text",
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of the weights; a finished model of another seed is made again.", show_default="0"),
+        typer.Option(
+            help="Seed of the weights; a finished model of another seed is made again.",
+            show_default="0",
+            min=0,
+            max=MAX_SEED,
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Make again what is there already.")] = False,
 ) -> None:

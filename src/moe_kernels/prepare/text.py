@@ -33,6 +33,8 @@ MAX_CHARACTERS = 12_000_000
 
 # Not part of the library proper, and not on every machine.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+# Of the readable part of a file name; all of it may have 255.
+NAME_BYTES = 120
 BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 
 
@@ -91,7 +93,7 @@ def prepare_data(
         report: is told what happens.
 
     Returns:
-        ``artifacts/data/stdlib.jsonl``, or a file named after ``dataset`` in the same folder.
+        ``artifacts/data/stdlib.jsonl``, or ``<name>-<hash>.jsonl`` in the same folder, of no other ``dataset``.
 
     Raises:
         UsageError: no such data set, it has no such column or no text, or the result's place is taken.
@@ -99,8 +101,9 @@ def prepare_data(
         NotEnoughSpace: the disk is too full.
     """
     artifacts = root / "artifacts"
-    name = "stdlib" if dataset is None else re.sub(r"[^A-Za-z0-9._-]+", "-", _stem(dataset)).strip("-.")
-    path = artifacts / "data" / f"{name}.jsonl"
+    if dataset is not None and not dataset.strip():
+        raise UsageError("--dataset names nothing. Name a file or a Hugging Face data set, or leave it out.")
+    path = artifacts / "data" / f"{'stdlib' if dataset is None else _name(dataset)}.jsonl"
     manifest = path.with_suffix(".manifest.json")
     texts: Iterable[str]
     if dataset is None:
@@ -180,8 +183,12 @@ def dataset_texts(dataset: str, text_field: str) -> Iterator[str]:
     raise UsageError(f"{dataset} has no column {text_field!r} but {', '.join(row)}. Name one with --text-field.")
 
 
-def _stem(dataset: str) -> str:
-    return Path(dataset).stem if Path(dataset).suffix in BUILDERS else dataset
+def _name(dataset: str) -> str:
+    """A file name for the text of a data set, with a hash: files of one name lie in many folders."""
+    local = Path(dataset).suffix in BUILDERS
+    readable = re.sub(r"[^\w.-]+", "-", Path(dataset).stem if local else dataset).strip("-.")
+    short = readable.encode()[:NAME_BYTES].decode(errors="ignore")
+    return f"{short}-{digest(str(Path(dataset).resolve()) if local else dataset)[:8]}".lstrip("-")
 
 
 def _file_facts(dataset: str) -> dict[str, int]:
