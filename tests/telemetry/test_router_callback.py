@@ -18,23 +18,29 @@ if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axol
     pytest.skip("axolotl is not installed: needs moe-kernels[axolotl]", allow_module_level=True)
 
 LOADS = [LayerLoad((6, 2), 8), LayerLoad((4, 0), 8)]
+LOG, QUIET = SimpleNamespace(should_log=True), SimpleNamespace(should_log=False)
 
 
 class FakeCounter:
     def __init__(self) -> None:
         self.layers = [SimpleNamespace(name=name, experts=2) for name in ("one", "two")]
         self.taken = 0
+        self.is_open = False
 
     def take(self) -> Loads:
         self.taken += 1
         return Loads.of(LOADS)
 
+    def open(self) -> None:
+        self.is_open = True
+
     def close(self) -> None:
-        self.layers = []
+        self.is_open = False
 
 
 class FakeTrainer:
-    def __init__(self) -> None:
+    def __init__(self, model: Any = None) -> None:
+        self.model = model
         self.metrics: list[dict[str, float]] = []
 
     def store_metrics(self, metrics: dict[str, float], train_eval: str) -> None:
@@ -54,9 +60,9 @@ def train(
     for step in steps:
         state.global_step = step + 1
         callback.on_pre_optimizer_step(None, state, None)
-        callback.on_step_end(None, state, SimpleNamespace(should_log=step % 2 == 1, should_save=False))
+        callback.on_step_end(None, state, SimpleNamespace(should_log=step % 2 == 1))
     callback.on_train_end(None, state, None)
-    assert counter.layers == []
+    assert not counter.is_open
     return counter
 
 
@@ -82,7 +88,7 @@ def test_reads_only_when_the_trainer_logs(tmp_path: Path) -> None:
     assert [history.load(1, layer) for layer in range(2)] == LOADS
 
 
-def test_the_file_is_written_while_the_device_is_busy_and_before_a_checkpoint(
+def test_the_file_is_written_while_the_device_is_busy_and_with_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from axolotl.integrations.moe_kernels import telemetry
@@ -98,15 +104,58 @@ def test_the_file_is_written_while_the_device_is_busy_and_before_a_checkpoint(
         callback.on_pre_optimizer_step(None, state, None)
         now += 0.4
         state.global_step = step
-        callback.on_step_end(None, state, SimpleNamespace(should_log=True, should_save=step == 2))
+        callback.on_step_end(None, state, LOG)
+        if step == 2:
+            callback.on_save(None, state, None)
         steps.append(len(read_history(tmp_path / FILE_NAME).steps))
     assert steps == [0, 2, 2, 2, 2, 5]
-    callback.on_epoch_end(None, state, None)
-    assert read_history(tmp_path / FILE_NAME).steps == [*range(1, 7)]
     state.global_step = 7
-    callback.on_step_end(None, state, SimpleNamespace(should_log=True, should_save=False))
+    callback.on_step_end(None, state, LOG)
     callback.on_train_end(None, state, None)
     assert read_history(tmp_path / FILE_NAME).steps == [*range(1, 8)]
+
+
+def test_a_save_has_its_own_record_and_the_log_covers_it(tmp_path: Path) -> None:
+    """A training that resumes from step 3 finds all rows up to there, and none of them twice."""
+    from axolotl.integrations.moe_kernels.telemetry import RouterCallback
+
+    trainer = FakeTrainer()
+    callback = RouterCallback(trainer, FakeCounter(), str(tmp_path), False)  # type: ignore[arg-type]
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    callback.on_train_begin(None, state, None)
+    for step, counted, log, save in (
+        (1, [LayerLoad((1, 0), 1), LayerLoad((1, 1), 2)], False, False),
+        (3, [LayerLoad((3, 1), 4), LayerLoad((2, 2), 4)], False, True),  # with what step 1 counted
+        (4, [LayerLoad((1, 3), 4), LayerLoad((4, 0), 4)], True, True),
+        (5, [LayerLoad((2, 2), 4), LayerLoad((2, 2), 4)], False, False),
+    ):
+        callback.counter.take = lambda counted=counted: Loads.of(counted)  # type: ignore[method-assign]
+        state.global_step = step
+        callback.on_step_end(None, state, LOG if log else QUIET)
+        if save:
+            callback.on_save(None, state, None)
+            assert read_history(tmp_path / FILE_NAME).steps[-1] == step
+    [logged] = trainer.metrics
+    assert logged["moe/load_imbalance"] == 1.5, "(6, 2) of the second layer, (4, 4) of the first"
+    callback.on_train_end(None, state, None)
+    history = read_history(tmp_path / FILE_NAME)
+    assert (history.steps, history.rows) == ([3, 4, 5], [[4, 4], [4, 4], [4, 4]])
+
+
+def test_logging_by_epoch(tmp_path: Path) -> None:
+    """The trainer then asks for a log at the end of an epoch, not of a step."""
+    from axolotl.integrations.moe_kernels.telemetry import RouterCallback
+
+    trainer = FakeTrainer()
+    callback = RouterCallback(trainer, FakeCounter(), str(tmp_path), False)  # type: ignore[arg-type]
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    callback.on_train_begin(None, state, None)
+    state.global_step = 2
+    callback.on_step_end(None, state, QUIET)
+    callback.on_epoch_end(None, state, LOG)
+    callback.on_save(None, state, None)
+    assert len(trainer.metrics) == 1
+    assert read_history(tmp_path / FILE_NAME).steps == [2]
 
 
 def test_each_layer_on_request(tmp_path: Path) -> None:
@@ -191,16 +240,43 @@ def test_the_key_hooks_the_model(tmp_path: Path, log: pytest.LogCaptureFixture) 
     model, plugin = MixtralForCausalLM(config).train(), MoeOptimizedPlugin()
     # Without moe_kernels: true, for it counts whatever runs the experts.
     cfg = DictDefault(moe_router_telemetry=True, output_dir=str(tmp_path))
+    plugin.post_model_load(cfg | {"rl": "dpo"}, model)
+    assert "load-balancing" not in log.text, "TRL adds the loss whatever the model's configuration says"
     plugin.post_model_load(cfg, model)
     plugin.post_model_load(cfg, MixtralForCausalLM(config).eval())
     assert "the load-balancing loss is not part of the training" in log.text
-    trainer = FakeTrainer()
+    trainer = FakeTrainer(model)
     [callback] = plugin.add_callbacks_post_trainer(cfg, trainer)
-    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
-    callback.on_train_begin(None, state, None)
-    model(input_ids=torch.arange(8)[None])
-    state.global_step = 1
-    callback.on_step_end(None, state, SimpleNamespace(should_log=True, should_save=True))
-    assert read_history(tmp_path / FILE_NAME).rows == [[16]]
-    assert trainer.metrics[0]["moe/dropped_share"] == 0.0
+    for _ in range(2):  # trainer.train() twice
+        state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+        callback.on_train_begin(None, state, None)
+        model(input_ids=torch.arange(8)[None])
+        state.global_step = 1
+        callback.on_step_end(None, state, LOG)
+        callback.on_train_end(None, state, None)
+        assert read_history(tmp_path / FILE_NAME).rows == [[16]]
+        assert trainer.metrics.pop()["moe/dropped_share"] == 0.0
     assert json.loads((tmp_path / FILE_NAME).read_text().splitlines()[1])["layers"] == ["model.layers.0.mlp.experts"]
+
+
+def test_a_real_training_that_resumes_loses_no_row(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
+
+    from axolotl.integrations.moe_kernels.telemetry import RouterCallback
+    from moe_kernels.integrations.router_counter import RouterCounter
+
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=5, logging_steps=3, save_steps=2, per_device_train_batch_size=1, use_cpu=True,
+        report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+    for start in (None, None, str(tmp_path / "checkpoint-2")):
+        trainer = Trainer(MixtralForCausalLM(config), arguments, train_dataset=data)
+        trainer.add_callback(RouterCallback(trainer, RouterCounter(trainer.model), str(tmp_path), False))
+        trainer.train(resume_from_checkpoint=start)
+        history = read_history(tmp_path / FILE_NAME)
+        assert (history.steps, history.rows) == ([2, 3, 4, 5], [[32], [16], [16], [16]])

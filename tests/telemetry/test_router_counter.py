@@ -69,6 +69,38 @@ def test_a_recomputed_forward_is_not_counted_again(model: Any, reentrant: bool) 
     assert counter.take().layers() == [LayerLoad(plain_count(calls[:1]), 2 * 12 * K) for calls in noted]
 
 
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "other"])
+def test_a_pass_without_gradients_is_not_counted(model: Any, checkpointing: str | None) -> None:
+    """The reference pass of DPO: the same model in training mode, after the pass that is trained on or before it."""
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    counter, noted = RouterCounter(model), seen_ids(model)
+    calls_of_one = 2 if checkpointing else 1
+    for reading in range(2):
+        trained: list[list[torch.Tensor]] = [[] for _ in range(LAYERS)]
+        for reference_first in (True, False, True):  # accumulated gradients, each of another length
+            ids = torch.randint(0, 64, (2, 5 + reading + 2 * reference_first), device=model.device)
+            other = torch.randint(0, 64, (1, 9), device=model.device)
+            if reference_first:
+                with torch.no_grad():
+                    model(input_ids=other)
+            loss = model(input_ids=ids, labels=ids).loss
+            if not reference_first:
+                with torch.no_grad():
+                    model(input_ids=other)
+            with torch.inference_mode():
+                model(input_ids=other)
+            loss.backward()
+            for kept, calls in zip(trained, noted, strict=True):
+                own = [call for call in calls if call.shape[0] == ids.numel()]
+                assert len(own) == calls_of_one
+                kept.append(own[0])
+                calls.clear()
+        assert counter.take().layers() == [
+            LayerLoad(plain_count(calls), sum(call.numel() for call in calls)) for calls in trained
+        ]
+
+
 def test_evaluation_is_not_counted(model: Any) -> None:
     counter = RouterCounter(model)
     model.eval()
@@ -81,6 +113,19 @@ def test_closed_counter_counts_nothing(model: Any) -> None:
     counter.close()
     step(model)
     assert [load.rows for load in counter.take().layers()] == [0] * LAYERS
+    counter.open()
+    counter.open()
+    step(model)
+    assert [load.rows for load in counter.take().layers()] == [2 * 12 * K] * LAYERS
+
+
+def test_what_peft_keeps_beside_its_copy_is_no_layer(model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"]))
+    counter = RouterCounter(model)
+    assert len(counter.layers) == LAYERS
+    step(model)
+    assert [load.rows for load in counter.take().layers()] == [2 * 12 * K] * LAYERS
 
 
 def test_models_without_experts_are_refused() -> None:
@@ -187,6 +232,33 @@ def test_ranks_are_added_up_and_local_ids_put_in_their_place(monkeypatch: pytest
     # Two replicas saw three tokens each; the four ranks of the whole layer one token each.
     assert loads == [LayerLoad((6, 2, 2, 2), 12), LayerLoad((4, 2, 2), 8), LayerLoad((0,) * 4, 0)]
     assert loads[0].dropped_share == 0.0
+
+
+def test_ranks_of_tensor_parallelism_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks, two of them with the same tokens; beside a layer whose experts those two share."""
+    total = torch.zeros(3 + 1 + 4 + 1, dtype=torch.int64)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+    def counted(rank: int) -> RouterCounter:
+        counter = RouterCounter.__new__(RouterCounter)
+        counter._begin([_Layer("whole", 3, 3), _Layer("shared", 4, 2)], tensor_parallel=2)
+        counter.count(0, torch.tensor([[rank // 2, 2]]))
+        counter.count(1, torch.tensor([[0, 2]] if rank % 2 else [[2, 1]]))
+        return counter
+
+    for rank in range(4):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(torch.distributed, "all_reduce", total.add_)
+        counted(rank).take()
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda mine: mine.copy_(total))
+    assert counted(3).take().layers() == [LayerLoad((1, 1, 2), 4), LayerLoad((0, 2, 2, 0), 4)]
+
+
+def test_tensor_parallelism_is_read_from_the_model(model: Any) -> None:
+    assert RouterCounter(model)._tensor_parallel == 1
+    distributed = pytest.importorskip("transformers.distributed")
+    model.config.distributed_config = distributed.DistributedConfig(tp_size=2)  # as from_pretrained leaves it
+    assert RouterCounter(model)._tensor_parallel == 2
 
 
 def test_which_ids_a_module_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed
 from numpy.typing import NDArray
+from torch.utils.hooks import RemovableHandle
 
 from moe_kernels.integrations.transformers import experts_modules
 from moe_kernels.router_load import Loads
@@ -30,22 +31,27 @@ class _Layer:
         seen: ids that its experts function can be given: ``experts``, or this rank's own under transformers'
             expert parallelism, which hands it ids of its own and one id for all others.
         rows: tokens x K since the last reading, counted on the host from shapes.
+        counted: whether a call outside a backward pass was counted since then.
     """
 
     name: str
     experts: int
     seen: int
     rows: int = 0
+    counted: bool = False
 
 
 class RouterCounter:
-    """Counts the routed rows of every expert of a model, in training mode only.
+    """Counts the routed rows of every expert of a model, once for each row that is trained on.
 
     A hook of each experts module keeps the ids that the router gives it, whichever implementation runs the experts.
-    After the last layer of a forward pass one histogram of all of them is made on the device: no copy to the host, no
-    wait, and few operations, for the host pays for each. A call inside a backward pass is a recomputation (gradient
-    checkpointing) and is not counted again. Padding counts, for the experts work on it. Under ``torch.compile`` each
-    layer costs a graph break.
+    When every layer was called one histogram of all of them is made on the device: no copy to the host, no wait, and
+    few operations, for the host pays for each. Padding counts, for the experts work on it. Under ``torch.compile``
+    each layer costs a graph break.
+
+    Calls in evaluation mode or without gradients (the reference of DPO) do not count. Nor does a call inside a
+    backward pass, a recomputation of gradient checkpointing, except in a layer whose first call was without
+    gradients: so works reentrant checkpointing, which therefore counts no layer that the backward does not reach.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -56,19 +62,28 @@ class RouterCounter:
                 f"{type(model).__name__} has no experts module that dispatches through transformers' experts "
                 "interface, so that there is no routing to count: set moe_router_telemetry: false."
             )
-        self._begin([_layer(name, module) for name, module in modules])
-        self._hooks = [
-            module.register_forward_pre_hook(self._hook(number), with_kwargs=True)
-            for number, (_, module) in enumerate(modules)
-        ]
+        # Tensor parallelism of transformers, whose model.tp_size stays None; DeepSpeed's is not seen.
+        distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+        self._begin([_layer(name, module) for name, module in modules], getattr(distributed, "tp_size", None) or 1)
+        self._modules = [module for _, module in modules]
+        self._hooks: list[RemovableHandle] = []
+        self.open()
 
-    def _begin(self, layers: list[_Layer]) -> None:
-        self.layers = layers
+    def _begin(self, layers: list[_Layer], tensor_parallel: int = 1) -> None:
+        self.layers, self._tensor_parallel = layers, tensor_parallel
         # Of each layer in the forward pass under way: the ids, and how often they had been changed.
         self._ids: dict[int, tuple[torch.Tensor, int]] = {}
         # By layers that were counted together, their ``seen`` and the device: histograms since the last reading.
         self._histograms: dict[tuple[tuple[int, ...], int, torch.device], list[torch.Tensor]] = {}
         self._device = torch.device("cpu")
+
+    def open(self) -> None:
+        """Hook the experts modules, again after :meth:`close`."""
+        self.close()
+        self._hooks = [
+            module.register_forward_pre_hook(self._hook(number), with_kwargs=True)
+            for number, module in enumerate(self._modules)
+        ]
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -77,11 +92,11 @@ class RouterCounter:
 
     def count(self, number: int, ids: torch.Tensor) -> None:
         """Count the ``ids`` (any shape, integers) of a layer, those outside [0, seen) as rows alone."""
-        if number in self._ids:  # the last layer was not called
+        if number in self._ids:  # another layer was not called
             self._add_up()
         self.layers[number].rows += ids.numel()
         self._ids[number] = ids, ids._version
-        if number == len(self.layers) - 1:
+        if len(self._ids) == len(self.layers):  # whichever is the last: a backward pass comes from the other end
             self._add_up()
 
     def take(self) -> Loads:
@@ -97,7 +112,7 @@ class RouterCounter:
                 tokens[number] += of_layer[1:-1]
         rows = [layer.rows for layer in self.layers]
         for layer in self.layers:
-            layer.rows = 0
+            layer.rows, layer.counted = 0, False
         self._histograms.clear()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             tokens, rows = self._everywhere(tokens, rows)
@@ -142,17 +157,23 @@ class RouterCounter:
         total = torch.from_numpy(np.concatenate(parts)).to(self._device)
         torch.distributed.all_reduce(total)
         parts = np.split(total.cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
-        # The ranks that share a layer's experts all saw the same tokens.
+        # The ranks that share a layer's experts, or its tensors, all saw the same tokens.
         sharing = [layer.experts // layer.seen for layer in self.layers]
-        return [part[:-1] for part in parts], [
-            int(part[-1]) // ranks for part, ranks in zip(parts, sharing, strict=True)
+        alike = [max(ranks, self._tensor_parallel) for ranks in sharing]
+        return [part[:-1] // (n // ranks) for part, n, ranks in zip(parts, alike, sharing, strict=True)], [
+            int(part[-1]) // n for part, n in zip(parts, alike, strict=True)
         ]
 
     def _hook(self, number: int) -> Any:
         @torch.compiler.disable
         def count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module.training and torch._C._current_graph_task_id() == -1:
-                self.count(number, _ids(args, kwargs))
+            if not module.training or not torch.is_grad_enabled():
+                return
+            layer, in_backward = self.layers[number], torch._C._current_graph_task_id() != -1
+            if in_backward and layer.counted:
+                return
+            self.count(number, _ids(args, kwargs))
+            layer.counted = not in_backward
 
         return count
 

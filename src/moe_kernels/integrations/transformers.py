@@ -146,8 +146,13 @@ def _leads_here(cls: type, implementation: str | None) -> bool:
 
 
 def experts_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """``(name, module)`` of every module that dispatches through transformers' experts interface."""
-    return [(name, module) for name, module in model.named_modules() if dispatches(type(module)) is not None]
+    """``(name, module)`` of every module that dispatches through transformers' experts interface, but for those that
+    PEFT keeps beside the copy it trains (``modules_to_save``)."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if dispatches(type(module)) is not None and "original_module" not in name.split(".")
+    ]
 
 
 def check_model(model: torch.nn.Module) -> int:

@@ -14,7 +14,6 @@ from axolotl.utils.logging import get_logger
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
 
-    from moe_kernels.integrations.router_counter import RouterCounter
     from moe_kernels.settings import ExpertsSettings
 
 LOG = get_logger(__name__)
@@ -24,7 +23,6 @@ class MoeOptimizedPlugin(BasePlugin):
     """Runs the routed experts on moe-kernels when the config says ``moe_kernels: true``."""
 
     expert_layers = 0
-    router_counter: RouterCounter | None = None
 
     def get_input_args(self) -> str:
         return "axolotl.integrations.moe_kernels.args.MoeKernelsArgs"
@@ -60,18 +58,13 @@ class MoeOptimizedPlugin(BasePlugin):
 
     def post_model_load(self, cfg: DictDefault, model: Any) -> None:
         """Raise UnsupportedExperts, before training, if not every expert layer would be served."""
-        if cfg.moe_kernels or cfg.moe_router_telemetry:
+        # The trainers of preference and reinforcement learning add that loss themselves.
+        if (cfg.moe_kernels or cfg.moe_router_telemetry) and not cfg.rl:
             from .telemetry import idle_balancing
 
             idle = idle_balancing(model)
             if idle:
                 LOG.warning(f"moe_kernels: {idle}")
-        # The first model is the one that trains; a reference model is loaded after it.
-        if cfg.moe_router_telemetry and self.router_counter is None:
-            from moe_kernels.integrations.router_counter import RouterCounter
-
-            self.router_counter = RouterCounter(model)
-            LOG.info(f"moe_kernels: router telemetry of {len(self.router_counter.layers)} expert layers")
         if cfg.moe_fused_router:
             from moe_kernels.integrations.router import install_fused_router
 
@@ -93,12 +86,15 @@ class MoeOptimizedPlugin(BasePlugin):
             from .callback import DispatchCallback
 
             callbacks.append(DispatchCallback(trainer, _settings(cfg), self.expert_layers))
-        if self.router_counter is not None:
+        if cfg.moe_router_telemetry:
+            from moe_kernels.integrations.router_counter import RouterCounter
+
             from .telemetry import RouterCallback
 
+            counter = RouterCounter(trainer.model)  # not of a reference model, which is loaded as well
+            LOG.info(f"moe_kernels: router telemetry of {len(counter.layers)} expert layers")
             each_layer = cfg.moe_router_telemetry == "layers"
-            callbacks.append(RouterCallback(trainer, self.router_counter, cfg.output_dir, each_layer))
-            self.router_counter = None
+            callbacks.append(RouterCallback(trainer, counter, cfg.output_dir, each_layer))
         return callbacks
 
 

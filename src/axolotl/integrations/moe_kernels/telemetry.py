@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from moe_kernels.integrations.router_counter import RouterCounter
 from moe_kernels.router_load import Loads
 
 LOG = get_logger(__name__)
-#: Between two writings: what a killed training loses of the file, at most, since its last checkpoint.
+#: Between two writings: what a killed training loses of its records, at most, since its last checkpoint.
 SECONDS = 1.0
 
 
 class RouterCallback(TrainerCallback):
-    """Reads the counters each time the trainer logs, and at no other step: reading waits for the device."""
+    """Reads the counters when the trainer logs or saves, and at no other step: reading waits for the device.
+
+    Each reading is a record of the file, of what was counted since the one before. What goes into the trainer's log
+    is what was counted since the log before, whatever was saved in between.
+    """
 
     def __init__(self, trainer: Any, counter: RouterCounter, folder: str, each_layer: bool) -> None:
         self.trainer = trainer
@@ -28,11 +33,15 @@ class RouterCallback(TrainerCallback):
         self.file: Path | None = Path(folder, router_load.FILE_NAME)
         self.each_layer = each_layer
         self.unwritten: list[tuple[int, Loads]] = []
+        self.unlogged: Loads | None = None
+        self.read_at = 0
         self.written = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not hasattr(self.trainer, "store_metrics"):
             LOG.warning(f"moe_kernels: this trainer keeps no metrics of callbacks; router telemetry: {self.file}")
+        self.counter.open()  # the end of a training before closed it
+        self.unlogged, self.read_at = None, state.global_step
         layers = self.counter.layers
         names, experts = [layer.name for layer in layers], [layer.experts for layer in layers]
         self._write(state, router_load.head(names, experts, state.global_step), "a" if state.global_step else "w")
@@ -40,24 +49,35 @@ class RouterCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not control.should_log:
             return
-        loads = self.counter.take()
-        if hasattr(self.trainer, "store_metrics"):
-            self.trainer.store_metrics(metrics(loads, self.each_layer), train_eval="train")
-        self.unwritten.append((state.global_step, loads))
-        if control.should_save:  # a training that resumes from there needs it
-            self._write_records(state)
+        self._read(state)
+        if self.unlogged is not None and hasattr(self.trainer, "store_metrics"):
+            self.trainer.store_metrics(metrics(self.unlogged, self.each_layer), train_eval="train")
+        self.unlogged = None
+
+    on_epoch_end = on_step_end  # logging_strategy: epoch
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Here the device is busy with gradients. At the end of a step, once it was read from, it has nothing to do.
         if time.monotonic() - self.written >= SECONDS:
             self._write_records(state)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write_records(state)  # it may be saved too
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._read(state)  # a training that resumes from there counts from there
+        self._write_records(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._read(state)
         self._write_records(state)
         self.counter.close()
+
+    def _read(self, state: Any) -> None:
+        if state.global_step == self.read_at:
+            return
+        loads, before = self.counter.take(), self.unlogged  # of all processes: each is here at the same steps
+        self.unwritten.append((state.global_step, loads))
+        if before is not None:
+            loads = dataclasses.replace(loads, tokens=before.tokens + loads.tokens, rows=before.rows + loads.rows)
+        self.unlogged, self.read_at = loads, state.global_step
 
     def _write_records(self, state: Any) -> None:
         if self.unwritten:
