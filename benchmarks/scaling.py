@@ -33,7 +33,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_kernels.bench.environment import environment
+from moe_kernels.bench.store import read_json as read_results
 from moe_kernels.bench.timing import Spread
 from moe_kernels.cli.errors import UsageError
 from moe_kernels.compare.command import prepare_missing
@@ -57,8 +58,8 @@ STOCK, OURS = "grouped_mm", "moe_kernels"
 ENGINES = ONE, FSDP2, EP, TRAINER = "one GPU", "fsdp2", "ep", "trainer"
 EP_FAMILIES = ("qwen2-moe", "deepseek-v3")  # eight experts of Mixtral on two GPUs are data parallelism in disguise
 RUNS = Path("artifacts") / "runs" / "scaling"
-# What must be the same in one file. Not the commit: that changes between the parts of one measurement.
-MACHINE = ("gpu", "python", "torch", "triton", "transformers", "axolotl")
+# What must be the same in one file. Not the commit: unlike the kernels it changes between the parts of a measurement.
+MACHINE = ("gpu", "python", "torch", "triton", "transformers", "axolotl", "sources")
 # torchrun gives its ranks 30 s before it kills them.
 STOP_S = 40.0
 Row = dict[str, Any]
@@ -77,12 +78,17 @@ class Setting:
 
 
 def one_gpu_specs(family: str, setting: Setting) -> dict[str, RunSpec]:
-    """The two run files of configs/moe, as `moe-kernels compare` would run them."""
+    """The two run files of configs/moe, as `moe-kernels compare` would run them, in folders of their own."""
     options = Options(size=setting.size, steps=setting.steps, warmup_steps=setting.warmup, noise=False, router=False)
     overrides = tiny_overrides(family) if setting.size == "tiny" else None
     plan = plan_family(family, options, overrides)
     prepare_missing(plan, Console(stderr=True))
-    return dict(zip((STOCK, OURS), plan.runs, strict=True))
+    specs = {}
+    for experts, run in zip((STOCK, OURS), plan.runs, strict=True):
+        folder = RUNS / f"{family}-{setting.size}-one-{experts}"
+        output = {"output_dir": str(folder / "output")}
+        specs[experts] = replace(run, folder=folder, overrides=run.overrides | output, config=run.config | output)
+    return specs
 
 
 def fsdp2_specs(family: str, setting: Setting) -> dict[str, RunSpec]:
@@ -373,15 +379,20 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 class Store:
-    """The JSON file: a row is added when a run ends, and one that went well is not run again."""
+    """The JSON file: a row is added when a run ends, and one that went well is not run again.
+
+    A row says what it ran on; one without that is of an older version, and ran on what the file says.
+    """
 
     def __init__(self, path: Path, setting: Setting, fresh: bool) -> None:
         self.path = path
         # Where the newest transformers lies, and how long a run may take, say nothing about what was run.
         said = {key: value for key, value in asdict(setting).items() if key not in ("newest", "timeout_s")}
-        old = read_json(path) if path.is_file() and not fresh else None
+        old = read_results(path) if path.is_file() and not fresh else None
         here = environment()
         if old is not None:
+            if old.get("kind") != "scaling":
+                raise UsageError(f"{path} is no result of this program: use another --json, or --fresh.")
             then = {**{key: old["setting"].get(key) for key in said}, **_machine(old["environment"])}
             now = {**said, **_machine(here)}
             if apart := [f"{key} {then[key]} there, {now[key]} now" for key in now if then[key] != now[key]]:
@@ -390,7 +401,8 @@ class Store:
                     "Cure: another --json, or --fresh to measure all of it again."
                 )
         self.rows: list[Row] = [row for row in old["rows"] if row["ok"]] if old is not None else []
-        self.report: Row = {"schema": 1, "kind": "scaling", "setting": said}
+        first = here if old is None else old["environment"]
+        self.report: Row = {"schema": 1, "kind": "scaling", "setting": said, "environment": first}
 
     def holds(self, family: str, engine: str) -> bool:
         """Both runs of a pair are there."""
@@ -399,11 +411,9 @@ class Store:
     def add(self, row: Row) -> None:
         """Add a row, or put it in the place of an older one, and write the file."""
         key = [row[name] for name in ("family", "engine", "experts")]
-        self.rows = [r for r in self.rows if [r[name] for name in ("family", "engine", "experts")] != key] + [row]
-        write_json(
-            self.path,
-            {**self.report, "environment": environment(), "rows": self.rows, "summary": summary(self.rows)},
-        )
+        self.rows = [r for r in self.rows if [r[name] for name in ("family", "engine", "experts")] != key]
+        self.rows.append({**row, "environment": environment()})
+        write_json(self.path, {**self.report, "rows": self.rows, "summary": summary(self.rows)})
 
 
 def _machine(found: Row) -> Row:

@@ -78,7 +78,39 @@ def test_runs_of_another_kind_are_neither_dropped_nor_mixed(tmp_path, monkeypatc
     monkeypatch.setattr(scaling, "environment", lambda: {**here, "gpu": "another"})
     with pytest.raises(UsageError, match="another now"):
         scaling.Store(path, SETTING, fresh=False)
+    monkeypatch.setattr(scaling, "environment", lambda: {**here, "sources": "other kernels"})
+    with pytest.raises(UsageError, match="other kernels now"):
+        scaling.Store(path, SETTING, fresh=False)
     assert len(json.loads(path.read_text())["rows"]) == 1
+
+
+def test_each_row_says_what_it_ran_on(tmp_path, monkeypatch):
+    path, here = tmp_path / "scaling.json", scaling.environment()
+    for commit, experts in (("old", "grouped_mm"), ("new", "moe_kernels")):
+        monkeypatch.setattr(scaling, "environment", lambda commit=commit: {**here, "commit": commit})
+        scaling.Store(path, SETTING, fresh=False).add(row(scaling.FSDP2, experts, 9.0))
+    report = json.loads(path.read_text())
+    assert report["environment"]["commit"] == "old"
+    assert [r["environment"]["commit"] for r in report["rows"]] == ["old", "new"]
+
+
+@pytest.mark.parametrize("text", ["# no JSON", '{"kind": "bench"}', "[]"])
+def test_a_file_of_something_else_is_refused(tmp_path, text):
+    path = tmp_path / "scaling.json"
+    path.write_text(text)
+    with pytest.raises(UsageError):
+        scaling.Store(path, SETTING, fresh=False)
+
+
+def test_no_run_of_a_comparison_is_deleted(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(scaling, "prepare_missing", lambda *_: None)
+    specs = scaling.one_gpu_specs("mixtral", SETTING)
+    assert [spec.folder for spec in specs.values()] == [
+        scaling.RUNS / f"mixtral-tiny-one-{experts}" for experts in ("grouped_mm", "moe_kernels")
+    ]
+    for spec in specs.values():
+        assert spec.config["output_dir"] == spec.overrides["output_dir"] == str(spec.folder / "output")
 
 
 def test_what_breaks_a_run_beside_another_is_raised(monkeypatch, tmp_path):
