@@ -21,7 +21,8 @@ NEWEST_TRANSFORMERS := transformers==5.23.0 tokenizers==0.23.2 huggingface_hub==
 .PHONY: help compare test test-main test-runs test-compiled test-newest fuzz mutants sanitize wheel lint docs clean
 help:
 	@sed -n '1,3p' Makefile
-	@echo "# make lint | docs | fuzz | mutants | sanitize | wheel | clean"
+	@echo "# make lint | docs | fuzz | mutants | sanitize | wheel"
+	@echo "# make clean     deletes .venv and artifacts/: models, data, trainings and reports too"
 
 # torch goes first and alone: axolotl's dependencies look at the installed torch.
 # The constraints follow the torch that came: the plain wheel on a machine with a GPU, a CPU build elsewhere.

@@ -384,7 +384,8 @@ class Process:
     @property
     def output(self) -> str:
         """The end of what the process printed."""
-        return (self.folder / "output.log").read_text(errors="replace")[-2000:]
+        file = self.folder / "output.log"
+        return file.read_text(errors="replace")[-2000:] if file.exists() else "not started within --limit"
 
     def start(self) -> None:
         """Start it as the leader of a group of its own, so that it can be ended with its children."""
@@ -535,6 +536,8 @@ def main() -> int:
         parser.error(f"{', '.join(unknown)}: not one of {', '.join((*NAMES, *TOOLS))}")
     if wanted.work:
         return work(names, wanted.device, wanted.seen)
+    if wanted.logs is not None and wanted.logs.exists() and (wanted.logs.is_file() or any(wanted.logs.iterdir())):
+        parser.error(f"--logs {wanted.logs} is taken, perhaps by an earlier call: name a folder that is new or empty")
     program = wanted.program or sanitizer()
     if program is None or (wanted.device == "cuda" and not torch.cuda.is_available()):
         print(f"needs an NVIDIA GPU and compute-sanitizer: pip install {PACKAGE}")

@@ -150,6 +150,31 @@ def test_without_a_gpu_it_says_what_is_missing():
     assert "compute-sanitizer" in ran.stdout
 
 
+def call(tmp_path, *arguments):
+    return subprocess.run(
+        [sys.executable, SCRIPT, "--device", "cpu", "--only", "router-softmax", "--tools", "memcheck", "--jobs", "1",
+         "--program", paper(tmp_path, "2026.4.0.0", {"memcheck": CLEAN}), *arguments],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_what_the_time_limit_left_out_is_said(tmp_path):
+    ran = call(tmp_path, "--limit", "0")
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert "FAILED without a tool: alone-0: not started within --limit" in ran.stdout
+    assert "router-softmax did not end" in ran.stdout
+
+
+def test_logs_of_an_earlier_call_are_not_taken_for_those_of_this_one(tmp_path):
+    logs = tmp_path / "logs"
+    (logs / "alone-0").mkdir(parents=True)
+    for taken in (logs, paper(tmp_path, "", {})):
+        ran = call(tmp_path, "--logs", str(taken))
+        assert ran.returncode == 2
+        assert "name a folder that is new or empty" in ran.stderr
+
+
 def test_an_old_tool_is_refused(tmp_path):
     ran = subprocess.run(
         [sys.executable, SCRIPT, "--device", "cpu", "--program", paper(tmp_path, "2025.3.1.0", {})],

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,10 @@ def test_the_knobs_are_the_plugins_keys(page):
     args = pytest.importorskip("axolotl.integrations.moe_kernels.args")
     keys = set(args.MoeKernelsArgs.model_fields)
     assert {key for key in keys if f"| `{key}` |" in (ROOT / page).read_text()} == keys
+
+
+def test_make_help_says_that_clean_deletes_the_artifacts():
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = (line for line in shown.splitlines() if line.startswith("# make clean"))
+    assert "artifacts/" in line
+    assert "reports" in line
