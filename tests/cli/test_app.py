@@ -1,5 +1,6 @@
 """The command line's frame: help, version, exit codes, and no traceback for an expected failure."""
 
+import errno
 import re
 import subprocess
 import sys
@@ -73,6 +74,9 @@ def test_version(runner):
         (UnsupportedProblem("no backend runs it"), 2),
         (MissingDependency("no GPU; cure: buy one"), 3),
         (ModuleNotFoundError("No module named 'axolotl'", name="axolotl"), 3),
+        (FileExistsError(errno.EEXIST, "File exists", "afile"), 2),
+        (OSError(errno.EIO, "Input/output error", "afile"), 2),
+        (OSError(errno.ENOSPC, "No space left on device"), 3),
     ],
 )
 def test_expected_failures_become_a_sentence_and_a_code(runner, monkeypatch, error, code):
@@ -83,7 +87,9 @@ def test_expected_failures_become_a_sentence_and_a_code(runner, monkeypatch, err
     assert str(error) in result.output or pip_install("axolotl") in result.output
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), ModuleNotFoundError("x", name="nonesuch")])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), KeyError("a bug"), OSError("a bug"), ModuleNotFoundError("x", name="nonesuch")]
+)
 def test_bugs_keep_their_traceback(runner, monkeypatch, error):
     monkeypatch.setattr("moe_kernels.cli.doctor.examine", _raiser(error))
     result = runner.invoke(cli.app, ["doctor"])
@@ -103,7 +109,9 @@ def test_missing_module_names_the_extra():
 
 
 def test_no_hint_would_fetch_the_foreign_project_of_this_name_on_pypi():
-    assert pip_install("report") == "pip install 'moe-kernels[report] @ git+https://github.com/moe-kernels/moe-kernels'"
+    assert (
+        pip_install("report") == "pip install 'moe-kernels[report] @ git+https://github.com/moe-kernels/moe-kernels'"
+    )
     assert pip_install() == "pip install 'moe-kernels @ git+https://github.com/moe-kernels/moe-kernels'"
     bare = re.compile("pip" + r" install '?moe-kernels(?!\{|\S* @ git)")
     tests = Path(__file__).parents[1]
