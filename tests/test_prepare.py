@@ -245,16 +245,24 @@ def test_text_is_the_library_and_suffices_for_sixty_steps(prepared: Path) -> Non
     assert joined.count(EOS) > 400
     # The tokenizer of 32000 entries takes 4.1 characters a token.
     assert len(joined) > 2 * 4.1 * 60 * 16384
-    assert all(len(line) == text.ROW_CHARACTERS for line in texts[:-1])
+    assert all(0 <= len(line) - text.ROW_CHARACTERS < len(EOS) for line in texts[:-1])
+    assert sum(line.count(EOS) for line in texts) == joined.count(EOS)
 
 
 def test_rows_lose_nothing() -> None:
     documents = ["ab", "c" * 25, "", "de"]
     made = [*rows(documents, length=10)]
     assert "".join(made) == "".join(document + EOS for document in documents)
-    assert {len(row) for row in made[:-1]} == {10}
+    assert [len(row) for row in made[:-1]] == [10, 10, 10, 11], "the token stays whole"
     assert "".join(rows(documents, length=10, limit=20)) == "".join(made)[:20]
     assert [*rows([])] == []
+
+
+@pytest.mark.parametrize("length", range(1, 30))
+def test_no_row_ends_inside_the_end_of_a_text(length: int) -> None:
+    made = [*rows(["ab", "", "c" * 11, EOS], length=length)]
+    assert sum(row.count(EOS) for row in made) == 5
+    assert all(length <= len(row) < length + len(EOS) for row in made[:-1])
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,16 @@ def test_installing_twice_and_copying():
     assert torch.equal(run(twin)[0]["logits"], run(model)[0]["logits"])
 
 
+def test_a_replica_of_data_parallel_has_its_own_weights():
+    gate = build("mixtral", "MixtralTopKRouter", {})
+    install_fused_router(holder(gate))
+    nn.init.normal_(gate.weight)
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+    replica = gate._replicate_for_data_parallel()
+    replica.weight = 2 * gate.weight  # as nn.DataParallel sets it, on another device
+    torch.testing.assert_close(replica(x)[0], 2 * gate(x)[0])
+
+
 def config(**changes):
     settings = {"num_experts_per_tok": 3, "num_local_experts": 12, "num_experts": 12, "hidden_size": 32,
                 "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2, "norm_topk_prob": True}  # fmt: skip

@@ -101,7 +101,15 @@ def install_fused_router(model: torch.nn.Module) -> int:
         forms.append(form)
     for (_, module), form in zip(routers, forms, strict=True):
         module.forward = types.MethodType(_fused_forward(form), module)
+        module._replicate_for_data_parallel = types.MethodType(_replica, module)
     return len(routers)
+
+
+def _replica(module: Any) -> Any:
+    """A replica of nn.DataParallel, which would run the forward of ``module`` itself, with its weights."""
+    replica = type(module)._replicate_for_data_parallel(module)
+    replica.forward = types.MethodType(module.forward.__func__, replica)
+    return replica
 
 
 def router_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:

@@ -59,15 +59,18 @@ def stdlib_sources() -> list[str]:
 def rows(texts: Iterable[str], length: int = ROW_CHARACTERS, limit: int = MAX_CHARACTERS) -> Iterator[str]:
     """Documents joined, each ended by the end-of-text token, into rows of about ``length`` characters.
 
-    A document longer than a row fills several. Only what is beyond ``limit`` characters in all is left out.
+    No row ends inside that token, which would be none then. A document longer than a row fills several. Only what is
+    beyond ``limit`` characters in all is left out.
     """
     row, total = "", 0
     for text in texts:
         row += text + EOS
         while len(row) >= length:
-            yield row[:length]
-            total += length
-            row = row[length:]
+            token = row.find(EOS, max(length - len(EOS) + 1, 0), length + len(EOS) - 1)
+            cut = length if token < 0 else token + len(EOS)
+            yield row[:cut]
+            total += cut
+            row = row[cut:]
             if total >= limit:
                 return
     if row:
