@@ -388,17 +388,18 @@ class Store:
         self.path = path
         # Where the newest transformers lies, and how long a run may take, say nothing about what was run.
         said = {key: value for key, value in asdict(setting).items() if key not in ("newest", "timeout_s")}
-        old = read_results(path) if path.is_file() and not fresh else None
+        cure = "use another --json, or --fresh to measure all of it again."
+        old = read_results(path, cure) if path.is_file() and not fresh else None
         here = environment()
         if old is not None:
             if old.get("kind") != "scaling":
-                raise UsageError(f"{path} is no result of this program: use another --json, or --fresh.")
+                raise UsageError(f"{path} is no result of this program: {cure}")
             then = {**{key: old["setting"].get(key) for key in said}, **_machine(old["environment"])}
             now = {**said, **_machine(here)}
             if apart := [f"{key} {then[key]} there, {now[key]} now" for key in now if then[key] != now[key]]:
                 raise UsageError(
                     f"{path} holds runs of another kind ({'; '.join(apart)}), which one table must not mix. "
-                    "Cure: another --json, or --fresh to measure all of it again."
+                    f"Cure: {cure}"
                 )
         self.rows: list[Row] = [row for row in old["rows"] if row["ok"]] if old is not None else []
         first = here if old is None else old["environment"]

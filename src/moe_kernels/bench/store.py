@@ -91,10 +91,8 @@ def _report(file: Path) -> dict[str, Any]:
     """The content of a result file, if it is whole."""
     from moe_kernels.bench.experts import Measurement
 
-    try:
-        found = read_json(file)
-    except UsageError as error:
-        raise UsageError(f"{error} Remove it, or use --fresh.") from None
+    cure = "use another --json, or --fresh."
+    found = read_json(file, cure)
     columns = {field.name for field in fields(Measurement)}
     parts: dict[str, Any] = {"environment": dict, "arguments": dict, "ceilings": (dict, type(None)), "results": list}
     if (
@@ -102,22 +100,20 @@ def _report(file: Path) -> dict[str, Any]:
         or not all(isinstance(found.get(name, ""), kind) for name, kind in parts.items())
         or not all(isinstance(row, dict) and columns <= row.keys() for row in found["results"])
     ):
-        raise UsageError(
-            f"{file} is no result of this version of `moe-kernels bench`: use another --json, or --fresh."
-        )
+        raise UsageError(f"{file} is no result of this version of `moe-kernels bench`: {cure}")
     return found
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, cure: str) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UsageError: it holds something else.
+        UsageError: it holds something else, with the cure.
     """
     try:
         found = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not JSON ({error}).") from None
+        raise UsageError(f"{file} is not JSON ({error}): {cure}") from None
     if not isinstance(found, dict):
-        raise UsageError(f"{file} is not a result of this project.")
+        raise UsageError(f"{file} is not a result of this project: {cure}")
     return found

@@ -24,6 +24,7 @@ MEASURED = Path("benchmarks/results/h100-layers.json")
 READ = {"implementation", "device", "shape", "intermediate", "dtype", "routing", "tokens",
         "forward_tflops", "forward_backward_tflops"}  # fmt: skip
 TOO_LARGE = 1e18
+CURE = "name with --measured a file that `moe-kernels bench --json` wrote."
 OURS = ("moe_kernels", "moe_kernels[g=128,p=1]")
 COLUMNS = (
     "model", "GPUs", "EP", "weights GB", "grads GB", "optimizer GB", "gathered GB", "activations GB", "memory GB",
@@ -117,8 +118,7 @@ def shipped(name: Path) -> Path:
         if (root / name).is_file():
             return root / name
     raise MissingDependency(
-        f"{name} is neither here nor in {checkout}. Cure: run this in a clone of the project, or name with "
-        "--measured a file that `moe-kernels bench --json` wrote."
+        f"{name} is neither here nor in {checkout}. Cure: run this in a clone of the project, or {CURE}"
     )
 
 
@@ -129,7 +129,7 @@ def measured_rates(path: Path, name: str) -> Rates:
         UsageError: no such file, or it holds no measurement of these kernels on a GPU, or several of one layer.
     """
     if not path.is_file():
-        raise UsageError(f"{path} is not there. Name with --measured a file that `moe-kernels bench --json` wrote.")
+        raise UsageError(f"{path} is not there: {CURE}")
     ours: dict[str, list[dict[str, Any]]] = {}
     for row in _rows(path):
         if row["implementation"] in OURS and row["device"] != "cpu" and row["forward_backward_tflops"]:
@@ -155,9 +155,9 @@ def measured_rates(path: Path, name: str) -> Rates:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """What `moe-kernels bench` measured, of any version that had these columns."""
-    rows = read_json(path).get("results")
+    rows = read_json(path, CURE).get("results")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= READ for row in rows):
-        raise UsageError(f"{path} is no result of `moe-kernels bench`. Name with --measured what its --json wrote.")
+        raise UsageError(f"{path} is no result of `moe-kernels bench`: {CURE}")
     return rows
 
 
