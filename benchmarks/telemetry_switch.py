@@ -58,6 +58,7 @@ class _Switch(TrainerCallback):
         if not on:  # what is still to be written waits for a step with telemetry
             telemetry.counter.close()
             telemetry.on_step_end = telemetry.on_pre_optimizer_step = lambda *args, **kwargs: None
+            telemetry.read_at = state.global_step + 1  # nothing to read at a save or at the end
         elif not self.on:
             telemetry.counter.close()
             telemetry.counter = _Timed(model)

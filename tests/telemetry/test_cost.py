@@ -92,17 +92,20 @@ def test_the_switch_counts_and_times_half_the_steps(tmp_path):
     telemetry = Recorded(trainer, RouterCounter(model), "", False)
     switch = switch_module._Switch(trainer)
     trainer.callback_handler = type("Handler", (), {"callbacks": [telemetry, switch]})()
-    for step in range(40):
+    for step in range(41):
         state = type("State", (), {"global_step": step})()
         for callback in (telemetry, switch):
             callback.on_step_begin(None, state, None, model=model)
         model(input_ids=torch.zeros(1, 3, dtype=torch.int64))
         telemetry.on_pre_optimizer_step(None, state, None)
         telemetry.on_step_end(None, state, None)
+    assert not telemetry_cost.telemetry_is_on(40)
+    telemetry._read(SimpleNamespace(global_step=41))
+    assert telemetry.unwritten == [], "the end of a training without telemetry was counted"
     switch.on_train_end(SimpleNamespace(output_dir=tmp_path), None, None)
-    assert counted == {step: 6 for step in range(40) if telemetry_cost.telemetry_is_on(step)}
+    assert counted == {step: 6 for step in range(41) if telemetry_cost.telemetry_is_on(step)}
     found = json.loads((tmp_path / telemetry_cost.TIMES).read_text())
-    assert {name: len(values) for name, values in found.items()} == {"step_ms": 39} | dict.fromkeys(
+    assert {name: len(values) for name, values in found.items()} == {"step_ms": 40} | dict.fromkeys(
         telemetry_cost.PARTS, 20
     )
     assert all(value > 0 for values in found.values() for value in values)
