@@ -51,7 +51,7 @@ def compare(environment: dict[str, str], folder: Path, name: str, *arguments: st
     done = subprocess.run([*command, "--out", name], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert asked(environment) == ""
-    return json.loads((folder / name / f"{name}.json").read_text()), (folder / name / "report.html").read_text()
+    return json.loads((folder / name / f"{name}-tiny.json").read_text()), (folder / name / "report.html").read_text()
 
 
 def test_a_tiny_pair_from_nothing_to_the_report(environment: dict[str, str], folder: Path) -> None:
