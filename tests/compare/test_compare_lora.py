@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from moe_kernels.cli.app import app
 from moe_kernels.compare import command
+from moe_kernels.compare.adapter import make_adapter
 from moe_kernels.compare.plan import Options, Plan, lora_overrides, plan_family
 from moe_kernels.prepare import tiny_overrides
 from moe_kernels.shapes import FAMILIES
@@ -38,6 +39,13 @@ def test_the_runs_differ_in_the_kernels_alone(family: str, qlora: bool) -> None:
         assert run.config.get("load_in_4bit", False) == run.config.get("quantize_moe_experts", False) == qlora
     assert made.name == f"{family}-{'q' if qlora else ''}lora16"
     assert made.folder != plan(family).folder, "a LoRA pair must not take the place of the full one's runs"
+
+
+def test_an_adapter_that_another_comparison_made_is_left_alone(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    make_adapter({"lora_model_dir": str(tmp_path), "base_model": "nothing"})
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
 
 
 def test_without_it_nothing_changes() -> None:

@@ -89,7 +89,9 @@ def compare(
         Path | None, typer.Option(help="Folder for the report.", show_default="artifacts/compare/NAME")
     ] = None,
     wandb: Annotated[str, typer.Option(help="offline, or online for those with an account.")] = "offline",
-    timeout: Annotated[float, typer.Option(help="Minutes after which one training is stopped.")] = 30.0,
+    timeout: Annotated[
+        float, typer.Option(help="Minutes after which one training, or the layer's measurement, is stopped.")
+    ] = 30.0,
     keep_weights: Annotated[
         bool, typer.Option("--keep-weights", help="Keep the trained weights (2 GB a run).")
     ] = False,
