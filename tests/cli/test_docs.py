@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import moe_kernels
 from moe_kernels import torch_backend, triton_backend
 from moe_kernels.cli.app import COMMANDS
 from moe_kernels.shapes import FAMILIES, LAYERS
@@ -36,6 +37,21 @@ def test_commands_in_code_blocks_exist(page):
                 assert {*shape.split(",")} <= {*LAYERS, "all", "small"}
         for target in re.findall(r"^make (\S+)", block, re.MULTILINE):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_the_example_of_the_api_page_runs(capsys):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+    exec(example[1], {})
+    shapes, error, *backends = capsys.readouterr().out.splitlines()
+    assert shapes.startswith("torch.Size([64, 128]) torch.Size([4, 512, 128])")
+    assert float(re.search(r"tensor\((\S+),", error)[1]) < 1e-4
+    assert [line.partition(" ")[0] for line in backends] == ["gluon", "triton", "torch"]
+
+
+def test_every_public_name_has_its_place_on_the_api_page():
+    text = (ROOT / "docs" / "api.md").read_text()
+    for name in moe_kernels.__all__:
+        assert f"## {name}\n" in text, name
 
 
 def test_the_site_lists_every_page():
