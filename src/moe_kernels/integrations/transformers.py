@@ -177,10 +177,11 @@ def check_model(model: torch.nn.Module) -> int:
     for name, module in modules:
         interface = dispatches(type(module))
         if interface is not ALL_EXPERTS_FUNCTIONS and not is_served(module):
-            reason = (
-                f"its class looks for the implementation in {type(interface).__name__}, where moe_kernels has none."
+            raise UnsupportedExperts.of(
+                module,
+                f"its class looks for the implementation in {type(interface).__name__}, where moe_kernels has none.",
+                name,
             )
-            raise UnsupportedExperts.of(module, reason, name)
         if not is_served(module):
             raise UnsupportedExperts(
                 f"{name} ({type(module).__name__}) runs "
