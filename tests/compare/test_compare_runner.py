@@ -17,9 +17,10 @@ import pytest
 import yaml
 
 from moe_kernels.cli.errors import MissingDependency, UsageError
+from moe_kernels.cli.options import shipped
 from moe_kernels.compare.environment import LAUNCHER, SOURCES, TILES
 from moe_kernels.compare.gpu import Gpu
-from moe_kernels.compare.plan import Options, Plan, find_config, load_yaml, plan_family, plan_files, precision
+from moe_kernels.compare.plan import Options, Plan, load_yaml, plan_family, plan_files, precision
 from moe_kernels.compare.runner import (
     LogReader,
     Machine,
@@ -320,7 +321,7 @@ def test_wrong_files_are_named() -> None:
     with pytest.raises(UsageError, match=r"list\.yml holds no settings"):
         load_yaml(Path("list.yml"))
     with pytest.raises(MissingDependency, match="run this in a clone"):
-        find_config("no-such.yml")
+        shipped(Path("no-such.yml"))
     with pytest.raises(UsageError, match="leave nothing to time after 10 warm-up steps"):
         make_plan(options=Options(warmup_steps=10))
     Path("c.yml").write_text(yaml.safe_dump({key: value for key, value in BASE.items() if key != "max_steps"}))

@@ -1,10 +1,12 @@
-"""What options of several commands share: comma-separated names, and the range of a seed."""
+"""What options of several commands share: comma-separated names, the range of a seed, files of the project."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from moe_kernels.cli.errors import UsageError
+import moe_kernels
+from moe_kernels.cli.errors import MissingDependency, UsageError
 
 #: torch takes seeds of 64 bits, some of what it passes them on to one bit less.
 MAX_SEED = 2**63 - 1
@@ -31,3 +33,17 @@ def several(option: str, values: str, valid: Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise UsageError(f"--{option} {values!r} names nothing: choose from {', '.join(valid)}")
     return tuple(one_of(option, name, valid) for name in dict.fromkeys(names))
+
+
+def shipped(name: Path, otherwise: str = "") -> Path:
+    """A file of the project: below the current directory, or in the source checkout that this package runs from.
+
+    Raises:
+        MissingDependency: it is in neither; ``otherwise`` says what else would do.
+    """
+    checkout = Path(moe_kernels.__file__).resolve().parents[2]
+    for root in (Path(), checkout):
+        if (root / name).is_file():
+            return root / name
+    cure = f"run this in a clone of the project{f', or {otherwise}' if otherwise else ''}"
+    raise MissingDependency(f"{name} is neither here nor in {checkout}. Cure: {cure}.")

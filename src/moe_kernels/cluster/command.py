@@ -12,10 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import moe_kernels
 from moe_kernels.bench.store import read_json
-from moe_kernels.cli.errors import MissingDependency, UsageError
-from moe_kernels.cli.options import several
+from moe_kernels.cli.errors import UsageError
+from moe_kernels.cli.options import several, shipped
 from moe_kernels.cluster.estimate import MODELS, Assumptions, Estimate, Rates, estimate
 
 DEFAULT = Assumptions()
@@ -68,7 +67,7 @@ def plan(
         raise UsageError(f"{wild[0]}: name a finite number below {TOO_LARGE:.0e} for it.")
     names = several("models", models, tuple(MODELS))
     sizes, groups = numbers("--gpus", gpus), numbers("--ep", ep)
-    file = shipped(MEASURED) if measured is None else measured
+    file = shipped(MEASURED, CURE.rstrip(".")) if measured is None else measured
     rates = {name: measured_rates(file, name) for name in names}
     rows = [
         estimate(name, size, group, rates[name], assumptions)
@@ -109,17 +108,6 @@ def numbers(option: str, text: str) -> list[int]:
     if not all(part.isdecimal() and len(part) < 10 and int(part) for part in parts):
         raise UsageError(f"{option} {text!r} is not a list of numbers of GPUs, such as 8,64.")
     return [int(part) for part in parts]
-
-
-def shipped(name: Path) -> Path:
-    """A file of the project: below the current directory, or in the source checkout this package runs from."""
-    checkout = Path(moe_kernels.__file__).resolve().parents[2]
-    for root in (Path(), checkout):
-        if (root / name).is_file():
-            return root / name
-    raise MissingDependency(
-        f"{name} is neither here nor in {checkout}. Cure: run this in a clone of the project, or {CURE}"
-    )
 
 
 def measured_rates(path: Path, name: str) -> Rates:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import moe_kernels
-from moe_kernels.cli.errors import MissingDependency, UsageError
+from moe_kernels.cli.errors import UsageError
+from moe_kernels.cli.options import shipped
 from moe_kernels.shapes import FAMILIES, LayerShape
 
 Config = dict[str, Any]
@@ -140,7 +140,7 @@ def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] |
     """The comparison of one family; ``tiny_overrides`` turns its 1B files into runs for a CPU."""
     family = FAMILIES[name]
     shape = family.sizes[options.size]
-    files = find_config(family.baseline), find_config(family.optimized)
+    files = shipped(CONFIG_FOLDER / family.baseline), shipped(CONFIG_FOLDER / family.optimized)
     overrides = dict(tiny_overrides or {})
     overrides |= lora_overrides(options, overrides.get("base_model") or load_yaml(files[0])["base_model"])
     full = name + (f"-{'qlora' if options.qlora else 'lora'}{options.lora}" if options.lora else "")
@@ -182,17 +182,6 @@ def why_no_name(name: str) -> str | None:
     if not name or name in (".", "..") or any(letter in "/\\" or not letter.isprintable() for letter in name):
         return f"{name!r:.60} is no plain name of a file"
     return f"{name[:20]}... is too long for the name of a file" if len(name.encode()) > LONGEST_NAME else None
-
-
-def find_config(name: str) -> Path:
-    """A shipped YAML file: below the current directory, or in the source checkout this package runs from."""
-    checkout = Path(moe_kernels.__file__).resolve().parents[2]
-    for root in (Path(), checkout):
-        if (root / CONFIG_FOLDER / name).is_file():
-            return root / CONFIG_FOLDER / name
-    raise MissingDependency(
-        f"{CONFIG_FOLDER / name} is neither here nor in {checkout}. Cure: run this in a clone of the project."
-    )
 
 
 def load_yaml(path: Path) -> Config:
