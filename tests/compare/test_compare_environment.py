@@ -40,6 +40,10 @@ def test_versions_tell_how_our_kernels_run(tmp_path: Path, monkeypatch: pytest.M
     assert {name for name in before if before[name] != after[name]} == {TILES}
     monkeypatch.setattr(environment, "BENCH_SOURCES", ("compare",))
     assert versions()[BENCH] != before[BENCH]
+    for variable in ("MOE_KERNELS_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert versions()[TILES] == "none", "a user without a home"
 
 
 @pytest.mark.parametrize(
