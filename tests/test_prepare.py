@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -402,14 +404,37 @@ def test_two_at_once_take_turns(tmp_path: Path) -> None:
     waiting = threading.Event()
 
     def second() -> None:
-        with cache.alone(tmp_path / "artifacts", lambda message: (order.append(message), waiting.set())):
+        with cache.in_turn(tmp_path / "artifacts", lambda message: (order.append(message), waiting.set())):
             order.append("second")
 
     other = threading.Thread(target=second)
-    with cache.alone(tmp_path / "artifacts", order.append):
+    with cache.in_turn(tmp_path / "artifacts", order.append):
         other.start()
         assert waiting.wait(10)
         order.append("first is done")
     other.join(10)
-    assert "waiting for another" in order[0]
+    assert order[0] == f"waiting for another `moe-kernels` command that makes something in {tmp_path / 'artifacts'}"
     assert order[1:] == ["first is done", "second"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "No locks available"), OSError(errno.ENOSYS, "none"), NotImplementedError("none")]
+)
+def test_a_file_system_without_locks_is_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    monkeypatch.setattr(cache.FileLock, "acquire", Mock(side_effect=error))
+    done = []
+    for number in range(2):
+        with cache.in_turn(tmp_path, done.append):
+            done.append(number)
+    assert done == [0, 1]
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path} is on a file system without locks: run one moe-kernels command at a time in it."
+    ]
+
+
+def test_another_error_of_a_lock_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.FileLock, "acquire", Mock(side_effect=PermissionError(errno.EACCES, "no")))
+    with pytest.raises(PermissionError), cache.in_turn(tmp_path, print):
+        raise AssertionError("it was not locked")

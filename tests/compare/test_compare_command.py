@@ -134,10 +134,19 @@ def test_a_finished_run_of_another_gpu_is_not_reported_as_this_ones(monkeypatch:
 
 def test_another_comparison_at_work_is_named() -> None:
     arguments = pair()
-    with command.alone(Path("artifacts/runs/compare/a-vs-b-own")):
+    with command.claimed(Path("artifacts/runs/compare/a-vs-b-own")):
         result = compare(*arguments)
     assert result.exit_code == 2
     assert "Another `moe-kernels compare` is at work in artifacts/runs/compare/a-vs-b-own." in result.output
+
+
+def test_nothing_is_trained_where_one_of_all_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(command, "run_plan", lambda plan, *_: trained.append(plan.name))
+    with command.claimed(Path("artifacts/runs/compare/qwen2-moe-tiny")):
+        result = compare("mixtral", "qwen2-moe", "--size", "tiny")
+    assert (result.exit_code, trained) == (2, [])
+    assert "from another current directory" in " ".join(result.output.split())
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing() -> None:

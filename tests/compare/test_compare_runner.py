@@ -27,12 +27,14 @@ from moe_kernels.compare.runner import (
     Progress,
     RunResult,
     _drop_half_tokenised,
-    alone,
+    claimed,
+    drop_old_tokens,
     environment,
     fingerprint,
     finished_result,
     last_error,
     run_training,
+    tokens_folder,
     write_text,
 )
 from moe_kernels.shapes import FAMILIES
@@ -203,26 +205,81 @@ def test_what_our_kernels_run_with_counts_for_our_runs_alone(name: str) -> None:
     assert fingerprint(ours, one) != fingerprint(ours, other)
 
 
-def test_tokenised_data_older_than_its_text_is_removed() -> None:
-    arrow = Path("prepared/hash/data-00000-of-00001.arrow")
-    arrow.parent.mkdir(parents=True)
-    for path in (arrow, arrow.with_name("dataset_info.json"), Path("text.jsonl")):
+def tokenised(folder: Path) -> Path:
+    for path in (arrow := folder / "hash" / "data-00000-of-00001.arrow", arrow.with_name("dataset_info.json")):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-    config = {"dataset_prepared_path": "prepared", "datasets": [{"path": "text.jsonl"}]}
-    os.utime("text.jsonl", (1, 1))
-    _drop_half_tokenised(config)
+    return arrow
+
+
+@pytest.mark.parametrize("named", ["mine", None])
+def test_a_training_has_tokens_of_its_own_and_leaves_the_users(named: str | None) -> None:
+    Path("text.jsonl").write_text("{}")
+    Path("model").mkdir()
+    Path("model/tokenizer.json").write_text("{}")
+    base = {"datasets": [{"path": "text.jsonl"}], **({"dataset_prepared_path": named} if named else {})}
+    arrow = tokenised(Path(named or "last_run_prepared"))
+    arrow.with_name("dataset_info.json").unlink()
+    os.utime(arrow, (1, 1))
+    plan = make_plan(base=base)
+    before = fingerprint(plan.runs[0], machine())
+    result = train(plan, index=0)
     assert arrow.is_file()
-    os.utime(arrow.with_name("dataset_info.json"), (0, 0))
-    _drop_half_tokenised(config)
-    assert not arrow.exists()
+    folder = Path(result.config["dataset_prepared_path"])
+    assert folder.parent == plan.folder / "prepared"
+    assert load_yaml(plan.runs[0].folder / "derived.yml") == result.config
+    assert result.overrides["dataset_prepared_path"] == str(folder)
+    assert before == result.fingerprint == fingerprint(plan.runs[0], machine())
+    assert "dataset_prepared_path" not in plan.yaml_diff
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_runs_of_a_pair_tokenise_once(name: str) -> None:
+    runs = plan_family(name, Options(with_eager=True, lora=8)).runs
+    assert len({tokens_folder(run, machine()) for run in runs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "again"),
+    [
+        ("text.jsonl", True),
+        ("model/tokenizer.json", True),
+        ("model/model.safetensors", False),
+        ("adapter/adapter_config.json", False),
+    ],
+)
+def test_tokens_are_made_again_of_another_text_tokenizer_or_setting(file: str, again: bool) -> None:
+    base = {"datasets": [{"path": "text.jsonl"}], "lora_model_dir": "adapter"}
+    plan = make_plan(base=base)
+    for name in ("text.jsonl", "model/tokenizer.json", "model/model.safetensors", "adapter/adapter_config.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("one")
+    before = [tokens_folder(run, machine()) for run in plan.runs]
+    assert (
+        len({*before, tokens_folder(make_plan(base={**base, "dataset_prepared_path": "x"}).runs[0], machine())}) == 1
+    )
+    assert tokens_folder(make_plan(base={**base, "sequence_len": 8}).runs[0], machine()) != before[0]
+    assert tokens_folder(plan.runs[0], machine(versions={"axolotl": "new"})) != before[0]
+    arrow = tokenised(before[0])
+    Path(file).write_text("another")
+    drop_old_tokens(plan, machine())
+    assert arrow.is_file() != again
+
+
+def test_half_tokenised_data_is_removed() -> None:
+    half, whole = tokenised(Path("half")), tokenised(Path("whole"))
+    half.with_name("dataset_info.json").unlink()
+    for folder in ("half", "whole", "nothing"):
+        _drop_half_tokenised(Path(folder))
+    assert (half.exists(), whole.exists()) == (False, True)
 
 
 def test_two_comparisons_do_not_share_a_folder() -> None:
     plan = make_plan()
     code = f"""
         from pathlib import Path
-        from moe_kernels.compare.runner import alone
-        with alone(Path({str(plan.folder)!r})):
+        from moe_kernels.compare.runner import claimed
+        with claimed(Path({str(plan.folder)!r})):
             print("mine", flush=True)
             input()
     """
@@ -233,21 +290,23 @@ def test_two_comparisons_do_not_share_a_folder() -> None:
         assert other.stdout.readline() == "mine\n"
         with (
             pytest.raises(UsageError, match=r"Another `moe-kernels compare` is at work in .*a-vs-b-own"),
-            alone(plan.folder),
+            claimed(plan.folder),
         ):
             raise AssertionError("both are at work")
         other.kill()
-    with alone(plan.folder):
+    with claimed(plan.folder):
         pass
 
 
-def test_two_writers_of_one_file_and_one_that_was_killed() -> None:
+def test_writers_on_other_hosts_keep_their_parts_and_old_ones_go() -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    for pid in (dead.pid, os.getppid()):
-        Path(f"x.html.{pid}.part").write_text("half")
+    live, old = Path(f"x.html.{dead.pid}.part"), Path(f"x.html.{dead.pid + 1}.part")
+    for part in (live, old):
+        part.write_text("half")
+    os.utime(old, (1, 1))
     write_text(Path("x.html"), "half a letter: \ud800")
-    assert sorted(path.name for path in Path().iterdir()) == ["x.html", f"x.html.{os.getppid()}.part"]
+    assert sorted(Path().iterdir()) == [Path("x.html"), live]
 
 
 @pytest.mark.parametrize(

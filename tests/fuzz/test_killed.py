@@ -331,9 +331,9 @@ def test_half_tokenised_data_is_removed_before_a_training(tmp_path: Path) -> Non
         if whole:
             (folder / "dataset_info.json").write_text("{}")
     (tmp_path / "prepared" / "mine.txt").write_text("mine")
-    _drop_half_tokenised({"dataset_prepared_path": str(tmp_path / "prepared")})
+    _drop_half_tokenised(tmp_path / "prepared")
     assert sorted(path.name for path in (tmp_path / "prepared").iterdir()) == ["mine.txt", "whole"]
-    _drop_half_tokenised({})
+    _drop_half_tokenised(tmp_path / "nothing")
 
 
 def test_a_report_that_was_cut_off_is_refused(tmp_path: Path) -> None:

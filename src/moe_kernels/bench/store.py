@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from moe_kernels.bench.environment import PACKAGES
 from moe_kernels.cli.errors import UsageError
+from moe_kernels.prepare.cache import locked
+
+logger = logging.getLogger("moe_kernels")
 
 SCHEMA = 2
 #: What must be the same for two calls to write into one file.
 SAME = ("gpu", "cpu", *PACKAGES, "moe_kernels", "commit", "sources", "bench_sources", "tuned_tiles")
+#: Wait so long for another call without a word.
+PATIENCE_S = 5.0
 
 
 class Store:
@@ -44,8 +49,9 @@ class Store:
         }
         self._fresh = fresh
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)  # before anything is measured
-        self._read()
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked():  # before anything is measured
+            self._read()
 
     def find(self, shape: str, tokens: int, routing: str) -> list[dict[str, Any]]:
         """The rows of a cell; empty if it is still to be measured."""
@@ -59,7 +65,7 @@ class Store:
         if self.file is None:
             self.report["results"] += rows
             return
-        with FileLock(self.file.with_name(f".{self.file.name}.lock")):
+        with self._locked():
             self._read()
             cells = {_cell(row) for row in rows}
             self.report["results"] = [row for row in self.report["results"] if _cell(row) not in cells] + rows
@@ -67,6 +73,13 @@ class Store:
             part.write_text(json.dumps(self.report, indent=1) + "\n")
             os.replace(part, self.file)
         self._fresh = False
+
+    def _locked(self) -> AbstractContextManager[None]:
+        """Keep other calls from the file; one holds it for as long as it takes to write."""
+        if self.file is None:
+            return nullcontext()
+        said = f"waiting for another `moe-kernels bench` that writes to {self.file}"
+        return locked(self.file.with_name(f".{self.file.name}.lock"), lambda: logger.warning(said), PATIENCE_S)
 
     def _read(self) -> None:
         """Take over what the file holds, unless it is to be replaced."""

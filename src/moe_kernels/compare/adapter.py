@@ -13,7 +13,7 @@ from typing import Any
 
 from moe_kernels.compare.plan import ADAPTER_FOLDER, Config
 from moe_kernels.compare.runner import read_json
-from moe_kernels.prepare.cache import alone, replacing
+from moe_kernels.prepare.cache import in_turn, replacing
 
 
 def adapter_made(config: Config) -> bool:
@@ -47,5 +47,5 @@ def make_adapter(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    with alone(ADAPTER_FOLDER, print):
+    with in_turn(ADAPTER_FOLDER, print):
         make_adapter(read_json(Path(sys.argv[1])))

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,6 +26,7 @@ from moe_kernels.compare.environment import versions, with_commit
 from moe_kernels.compare.experts_bench import measure_experts
 from moe_kernels.compare.gpu import describe, visible_gpu
 from moe_kernels.compare.plan import (
+    FOLDERS,
     LONGEST_NAME,
     Options,
     Plan,
@@ -40,7 +41,8 @@ from moe_kernels.compare.runner import (
     Machine,
     Progress,
     RunResult,
-    alone,
+    claimed,
+    drop_old_tokens,
     finished_result,
     run_training,
     write_json,
@@ -164,10 +166,11 @@ def compare(
         keep_weights=keep_weights,
     )
     comparisons = []
-    with _sigterm_as_interrupt():
+    with _sigterm_as_interrupt(), ExitStack() as claims:
+        for plan in plans:  # all of them before anything is trained
+            claims.enter_context(claimed(plan.folder))
         for plan in plans:
-            with alone(plan.folder):
-                comparison = run_plan(plan, machine, fresh, console)
+            comparison = run_plan(plan, machine, fresh, console)
             save(comparison, folder / f"{plan.label}.json")
             comparisons.append(comparison)
             show_comparison(Analysis(comparison), console)
@@ -199,6 +202,7 @@ def make_plans(names: list[str], options: Options) -> list[Plan]:
 def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Comparison:
     """Make what is missing, run every training that is not finished, measure the layer."""
     prepare_missing(plan, console)
+    drop_old_tokens(plan, machine)
     comparison = Comparison(
         name=plan.name,
         size=plan.size,
@@ -301,8 +305,8 @@ def _show_plan(plan: Plan, details: bool, console: Console) -> None:
     console.print(_indented(plan.yaml_diff), markup=False, soft_wrap=True)
     console.print("  what is changed in them for this comparison:")
     for run in plan.runs[:2]:
-        shown = {key: value for key, value in run.overrides.items() if key != "output_dir"}
-        text = dump_yaml({run.role: shown} if shown else {run.role: "nothing but output_dir"})
+        shown = {key: value for key, value in run.overrides.items() if key not in FOLDERS}
+        text = dump_yaml({run.role: shown} if shown else {run.role: f"nothing but {' and '.join(FOLDERS)}"})
         console.print(_indented(text), markup=False, soft_wrap=True)
 
 

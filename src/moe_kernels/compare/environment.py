@@ -24,6 +24,9 @@ NOT_FOR_STOCK = (*NOT_FOR_OURS, SOURCES, TILES, LAUNCHER)
 # Keys of a run file that name a model's folder, and lists of data sets.
 MODELS = ("base_model", "base_model_config", "tokenizer_config", "lora_model_dir")
 DATA = ("datasets", "test_datasets", "pretraining_dataset")
+# Parts of the names of keys that decide which tokens are made; names of files that hold weights alone.
+TOKENS = ("token", "dataset", "template", "sequence", "sample", "length", "message", "train_on", "split", "seed")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def versions() -> dict[str, str]:
@@ -62,6 +65,14 @@ def inputs(config: dict[str, Any]) -> list[tuple[str, int, int]]:
             files += Path(cached).glob(f"*/{pattern}") if os.path.isdir(cached) else []
     found = [(str(file), file.stat()) for file in sorted({file for file in files if file.is_file()})]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+
+
+def token_inputs(config: dict[str, Any]) -> list[Any]:
+    """What a run's tokens are made of: its settings of data, and the files of data and tokenizer as in `inputs`."""
+    files = inputs({key: value for key, value in config.items() if key != "lora_model_dir"})
+    settings = {key: value for key, value in config.items() if any(part in key for part in TOKENS)}
+    settings.pop("dataset_prepared_path", None)
+    return [settings, [file for file in files if not file[0].endswith(WEIGHTS)]]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -24,6 +24,8 @@ RUN_FOLDER = Path("artifacts") / "runs" / "compare"
 ADAPTER_FOLDER = Path("artifacts") / "adapters"
 # Of a name that becomes a file's, with room for what is added to it.
 LONGEST_NAME = 150
+# Keys of a run file that name folders, which `compare` replaces with its own.
+FOLDERS = ("output_dir", "dataset_prepared_path")
 ROLES = BASELINE, OPTIMIZED, EAGER = "baseline", "optimized", "eager"
 
 

@@ -20,7 +20,7 @@ from moe_kernels.compare.comparison import Analysis, Comparison, slug
 from moe_kernels.compare.figures import plain, plots, routed
 from moe_kernels.compare.judge import CONFIRMED, NOT_CONFIRMED, NOT_JUDGED
 from moe_kernels.compare.metrics import OURS, SideMetrics
-from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED, dump_yaml
+from moe_kernels.compare.plan import BASELINE, EAGER, FOLDERS, OPTIMIZED, dump_yaml
 from moe_kernels.compare.runner import FINISHED, write_text
 
 NONE = "–"
@@ -461,10 +461,10 @@ def versions_table(analyses: Sequence[Analysis]) -> Table:
 
 
 def _overrides(analysis: Analysis) -> str:
-    """What this comparison changes in the user's files, output folders aside, by role."""
+    """What this comparison changes in the user's files, folders aside, by role."""
     changes: dict[str, dict[str, Any]] = {}
     for run in analysis.comparison.runs:
-        changes.setdefault(run.role, {key: run.overrides[key] for key in run.overrides if key != "output_dir"})
+        changes.setdefault(run.role, {key: run.overrides[key] for key in run.overrides if key not in FOLDERS})
     shown = {role: keys for role, keys in changes.items() if keys}
     return dump_yaml(shown) if shown else ""
 

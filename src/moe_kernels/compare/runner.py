@@ -8,25 +8,25 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from moe_kernels.cli.errors import UsageError
 from moe_kernels.compare.decode import Misfit, decode
-from moe_kernels.compare.environment import NOT_FOR_OURS, NOT_FOR_STOCK, cpu_name, inputs
+from moe_kernels.compare.environment import NOT_FOR_OURS, NOT_FOR_STOCK, cpu_name, inputs, token_inputs
 from moe_kernels.compare.gpu import Gpu, Sampler, Samples
-from moe_kernels.compare.plan import ROLES, RunSpec, digest, dump_yaml
+from moe_kernels.compare.plan import ROLES, Plan, RunSpec, digest, dump_yaml
 from moe_kernels.compare.wandb_reader import NotAWandbRun, Row, find_run, read_run
+from moe_kernels.prepare.cache import locked
 from moe_kernels.router_load import FILE_NAME, RouterHistory, read_history, thinned
 
 TRAINER: tuple[str, ...] = (sys.executable, "-m", "axolotl.cli.main", "train")
@@ -42,9 +42,11 @@ OFFLINE = {
 }
 # The same allocator for every run; expandable segments keep fragmentation out of the memory figures.
 ALLOCATOR = "expandable_segments:True"
-# Axolotl's folder of tokenised data where a run file names none, and the lock that it holds while it tokenises.
-TOKENISED, TOKENISED_LOCK = "last_run_prepared", "datasets_prep.lock"
+# Of a comparison's folder: its tokenised data.
+TOKENISED = "prepared"
 POLL_S = 0.1
+# A file half written is left over by a killed process once it is so old; a writer may be on another host.
+LEFT_OVER_S = 24 * 3600.0
 KILL_AFTER_S = 10.0
 PR_SET_PDEATHSIG = 1
 TAIL_LINES = 40
@@ -248,7 +250,11 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True)
     derived, log = run.folder / "derived.yml", run.folder / "train.log"
-    derived.write_text(dump_yaml(run.config))
+    prepared = tokens_folder(run, machine)
+    _drop_half_tokenised(prepared)
+    own = {"dataset_prepared_path": str(prepared)}
+    config = {**run.config, **own}
+    derived.write_text(dump_yaml(config))
     command = [*machine.trainer, str(derived), *machine.launcher]
     shown = ["python" if part == sys.executable else part for part in command]
     result = RunResult(
@@ -257,14 +263,13 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
         status=FAILED,
         command=shown,
         source=str(run.source),
-        config=run.config,
-        overrides=run.overrides,
+        config=config,
+        overrides={**run.overrides, **own},
         uses_kernels=run.uses_kernels,
         log=str(log),
         fingerprint=fingerprint(run, machine),
         versions=machine.versions,
     )
-    _drop_half_tokenised(run.config)
     reader = LogReader()
 
     def feed(text: str) -> None:
@@ -295,20 +300,30 @@ def write_json(path: Path, data: object) -> None:
     write_text(path, json.dumps(_finite(data), separators=(",", ":"), allow_nan=False))
 
 
-def _drop_half_tokenised(config: dict[str, Any]) -> None:
-    """Remove tokenised data that a killed run left half written, or that is older than the files it is made from.
+def tokens_folder(run: RunSpec, machine: Machine) -> Path:
+    """Where a run's tokenised data is kept: inside its comparison's folder, which one process at a time works in.
 
-    Axolotl takes whatever is there, found by the files' names, for whole. `datasets` writes dataset_info.json last.
+    Runs of equal data share it. Axolotl itself finds tokens by names and settings, also those of files changed since.
     """
-    prepared = Path(str(config.get("dataset_prepared_path") or TOKENISED))
-    newest = max((changed for _name, _size, changed in inputs(config)), default=0)
-    lock = prepared / TOKENISED_LOCK
-    # Only a process that tokenises, or was killed then, leaves the lock's file.
-    with FileLock(lock) if lock.is_file() else nullcontext():
-        for arrow in {path.parent for path in prepared.glob("*/*.arrow")}:
-            info = arrow / "dataset_info.json"
-            if not info.is_file() or info.stat().st_mtime_ns < newest:
-                shutil.rmtree(arrow)
+    tools = [machine.versions.get(name) for name in ("axolotl", "transformers")]
+    return run.folder.parent / TOKENISED / digest(token_inputs(run.config), tools)
+
+
+def drop_old_tokens(plan: Plan, machine: Machine) -> None:
+    """Remove what this comparison tokenised of other data, or with other settings."""
+    wanted = {tokens_folder(run, machine) for run in plan.runs}
+    for folder in set((plan.folder / TOKENISED).glob("*")) - wanted:
+        shutil.rmtree(folder)
+
+
+def _drop_half_tokenised(prepared: Path) -> None:
+    """Remove tokenised data that a killed run left half written.
+
+    Axolotl takes whatever is there for whole. `datasets` writes dataset_info.json last.
+    """
+    for arrow in {path.parent for path in prepared.glob("*/*.arrow")}:
+        if not (arrow / "dataset_info.json").is_file():
+            shutil.rmtree(arrow)
 
 
 def read_json(path: Path) -> Any:
@@ -326,33 +341,33 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes of this command out of a folder of runs; the lock ends with this process, killed or not.
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes of this command out of a folder of runs.
 
     Raises:
         UsageError: another one is at work there.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, so that removing the folder leaves the lock.
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
+
+    def refuse() -> None:
         raise UsageError(
             f"Another `moe-kernels compare` is at work in {folder}. "
-            "Cure: wait until it has ended, or run this one in another folder."
-        ) from None
-    try:
+            "Cure: wait until it has ended, or start this one from another current directory."
+        )
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, so that removing the folder leaves the lock.
+    with locked(folder.with_name(f".{folder.name}.lock"), refuse):
         yield
-    finally:
-        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text in one move, so that a reader sees a whole file or none, or the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_parts(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    for old in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        with suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > LEFT_OVER_S:
+                old.unlink()
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         # A report may quote half a character, which no file can hold.
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -360,16 +375,6 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
         raise
     part.replace(path)
-
-
-def _remove_parts(path: Path) -> None:
-    """Remove what processes that were killed left of a file half written."""
-    import psutil
-
-    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        writer = part.suffixes[-2].removeprefix(".")
-        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
-            part.unlink(missing_ok=True)
 
 
 def _finite(data: Any) -> Any:

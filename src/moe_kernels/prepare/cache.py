@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +18,11 @@ from filelock import FileLock, Timeout
 
 from moe_kernels.cli.errors import MISSING, CommandError, UsageError
 
+logger = logging.getLogger("moe_kernels")
+
 MANIFEST = "moe_kernels.json"
+#: What a file system without locks says; some versions of filelock raise NotImplementedError for the second.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 Report = Callable[[str], None]
 
@@ -130,19 +137,41 @@ def _before(folder: Path) -> Path:
 
 
 @contextmanager
-def alone(artifacts: Path, report: Report) -> Iterator[None]:
-    """Wait until no other process makes anything in this folder: what is half made has one name. Ends with a kill."""
-    artifacts.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(artifacts / ".prepare.lock")
+def locked(file: Path, busy: Callable[[], object], patience_s: float = 0.0) -> Iterator[None]:
+    """Hold a lock on ``file``, which ends with this process, killed or not.
+
+    Where another process still has it after ``patience_s``, call ``busy``, which says so or raises, and then wait. A
+    file system without locks gets a warning, once, and no lock.
+    """
+    lock = FileLock(file)
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        report(f"waiting for another `moe-kernels prepare` that is at work in {artifacts}")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=patience_s)
+        except Timeout:
+            busy()
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        _warn_of_no_locks(file.parent.resolve())
     try:
         yield
     finally:
         lock.release()
+
+
+@functools.cache
+def _warn_of_no_locks(folder: Path) -> None:
+    logger.warning("%s is on a file system without locks: run one moe-kernels command at a time in it.", folder)
+
+
+@contextmanager
+def in_turn(folder: Path, report: Report) -> Iterator[None]:
+    """Wait until no other process makes anything in this folder: what is half made has one name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = f"waiting for another `moe-kernels` command that makes something in {folder}"
+    with locked(folder / ".prepare.lock", lambda: report(said)):
+        yield
 
 
 def forget_tokens(artifacts: Path) -> None:

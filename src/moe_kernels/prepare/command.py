@@ -20,7 +20,7 @@ from rich.progress import (
 from moe_kernels.cli.errors import UsageError
 from moe_kernels.cli.network import go_online
 from moe_kernels.cli.options import MAX_SEED
-from moe_kernels.prepare.cache import alone
+from moe_kernels.prepare.cache import in_turn
 from moe_kernels.prepare.models import prepare_model
 from moe_kernels.prepare.text import BUILDERS, prepare_data
 from moe_kernels.shapes import FAMILIES, SIZES
@@ -98,7 +98,7 @@ def prepare(
             progress.update(task, description=message)
             console.print(message, highlight=False, soft_wrap=True)
 
-        with alone(root / "artifacts", report):
+        with in_turn(root / "artifacts", report):
             data = prepare_data(root, dataset, text_field=text_field, force=force, report=report)
             progress.advance(task)
             for family, model_size in todo:

@@ -1,0 +1,50 @@
+"""The lock of a result file."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from moe_kernels.bench import store
+from moe_kernels.prepare import cache
+
+
+def opened(file: Path) -> store.Store:
+    return store.Store(file, {"gpu": None}, {"repeats": 1}, fresh=False)
+
+
+def test_a_lock_is_tried_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.FileLock, "acquire", Mock(side_effect=PermissionError(errno.EACCES, "no")))
+    with pytest.raises(PermissionError):
+        opened(tmp_path / "bench.json")
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache.FileLock, "acquire", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    mine = opened(tmp_path / "bench.json")
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path} is on a file system without locks: run one moe-kernels command at a time in it."
+    ]
+    mine.add([])
+    assert (tmp_path / "bench.json").is_file()
+    assert len(caplog.records) == 1
+
+
+def test_a_call_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(store, "PATIENCE_S", 0.0)
+    file, said = tmp_path / "bench.json", threading.Event()
+    monkeypatch.setattr(store.logger, "warning", lambda message: (messages.append(message), said.set()))
+    waiting = threading.Thread(target=opened, args=(file,))
+    with opened(file)._locked():
+        waiting.start()
+        assert said.wait(10)
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert messages == [f"waiting for another `moe-kernels bench` that writes to {file}"]
