@@ -44,11 +44,12 @@ from moe_kernels.bench.environment import environment
 from moe_kernels.bench.store import read_json as read_results
 from moe_kernels.bench.timing import Spread
 from moe_kernels.cli.errors import UsageError
+from moe_kernels.cli.options import shipped
 from moe_kernels.compare.command import prepare_missing
 from moe_kernels.compare.environment import versions
 from moe_kernels.compare.judge import smooth
 from moe_kernels.compare.metrics import run_metrics
-from moe_kernels.compare.plan import Options, RunSpec, find_config, load_yaml, plan_family
+from moe_kernels.compare.plan import CONFIG_FOLDER, Options, RunSpec, load_yaml, plan_family
 from moe_kernels.compare.plan import tokens_per_micro_batch as tokens_of
 from moe_kernels.compare.runner import FINISHED, OFFLINE, Machine, read_json, run_training, write_json
 from moe_kernels.prepare import tiny_overrides
@@ -95,7 +96,7 @@ def fsdp2_specs(family: str, setting: Setting) -> dict[str, RunSpec]:
     """The two run files of configs/moe/multi-gpu."""
     specs = {}
     for experts, suffix in ((STOCK, "-baseline"), (OURS, "")):
-        source = find_config(str(Path("multi-gpu") / f"{family}-1b-fsdp2{suffix}.yml"))
+        source = shipped(CONFIG_FOLDER / "multi-gpu" / f"{family}-1b-fsdp2{suffix}.yml")
         folder = RUNS / f"{family}-{FSDP2}-{experts}"
         overrides = {"max_steps": setting.steps, "output_dir": str(folder / "output")}
         specs[experts] = RunSpec(

@@ -258,7 +258,7 @@ class Activation:
                 f"activation {self.name!r} takes the parameters ({', '.join(wanted)}), got {self.parameters}: "
                 f"pass Activation({self.name!r}, (...))."
             )
-        if not all(isinstance(value, (int, float)) and 0 < value < math.inf for value in self.parameters):
+        if not all(isinstance(value, (int, float)) and value > 0 for value in self.parameters):
             raise ValueError(
                 f"activation {self.name!r} takes positive numbers for ({', '.join(wanted)}), got {self.parameters}."
             )

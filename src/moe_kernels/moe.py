@@ -179,12 +179,12 @@ def _check_inputs(
             f"sizes disagree: x {tuple(x.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)}; "
             "want (T, H), (E, 2I, H) or (E, I, H), (E, H, I)"
         )
-    if experts == 0 or topk_ids.shape[-1] == 0:
-        raise ValueError(f"there is nothing to route to: {experts} experts, topk_ids {tuple(topk_ids.shape)}")
     if reduce != (topk_weights is not None):
         raise ValueError("topk_weights belong to the sum: pass them with reduce=True, and None with reduce=False")
     if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0]:
         raise ValueError(f"topk_ids {tuple(topk_ids.shape)} must be (T, K) with T={x.shape[0]}")
+    if experts == 0 or topk_ids.shape[1] == 0:
+        raise ValueError(f"there is nothing to route to: {experts} experts, topk_ids {tuple(topk_ids.shape)}")
     if topk_weights is not None and topk_ids.shape != topk_weights.shape:
         raise ValueError(
             f"topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)} must both be "

@@ -1,6 +1,7 @@
 """How a router spreads tokens over experts: the numbers of one layer, and the file of one training.
 
-The file holds JSON lines: a head for each start of the training, then one record each time the trainer logged.
+The file holds JSON lines: a head for each start of the training, then one record each time the trainer logged or
+saved, and one at its end.
 """
 
 from __future__ import annotations

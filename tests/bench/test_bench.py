@@ -120,6 +120,18 @@ def test_in_float32_nobody_is_exact_because_it_rounds_as_the_reference_does():
         assert ours[name] < 2 * error, name
 
 
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_the_reference_is_exact_however_tf32_was_chosen(setting):
+    switch, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        switch.fp32_precision = setting  # the older switch cannot be read from here on
+        with accuracy.exact_float32():
+            assert switch.fp32_precision == "ieee"
+        assert switch.fp32_precision == setting
+    finally:
+        switch.fp32_precision = before
+
+
 def test_routings_differ_in_balance():
     shape = LayerShape("uneven", 512, 16, 16, 32, 4)
     spread = {name: layer.make_layer(shape, name, CPU, torch.float32).imbalance() for name in layer.ROUTINGS}

@@ -213,6 +213,7 @@ BAD = {
     "integer routing weights": (lambda a: {"topk_weights": a.topk_weights.long()}, "must be a floating dtype"),
     "weights of two dtypes": (lambda a: {"down": a.down.float()}, "cast one of them"),
     "weights with gaps": (lambda a: {"down": a.down.repeat(1, 1, 2)[..., ::2]}, "must be contiguous"),
+    "one id": (lambda a: {"topk_ids": a.topk_ids[0, 0]}, r"must be \(T, K\)"),
     "no expert": (lambda a: {"gate_up": a.gate_up[:0], "down": a.down[:0]}, "0 experts"),
     "no expert of a token": (
         lambda a: {"topk_ids": a.topk_ids[:, :0], "topk_weights": a.topk_weights[:, :0]},
@@ -262,6 +263,11 @@ def test_bad_settings_list_the_valid_ones(device, setting, message):
         moe_kernels.fused_experts(
             inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.gate_up, inputs.down, **setting
         )
+
+
+def test_a_limit_may_be_infinite():
+    """So models switch a clamp off."""
+    assert Activation("clamped_silu", (float("inf"),)).parameters == (float("inf"),)
 
 
 @pytest.mark.parametrize("parameters", [(-1.0,), (0.0,), (float("nan"),), ("7",)], ids=str)

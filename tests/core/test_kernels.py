@@ -228,7 +228,8 @@ def test_the_newer_switch_for_tf32_is_read_too(setting):
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_factors_that_do_not_fit_beside_a_tile_are_refused(device):
+def test_factors_that_do_not_fit_beside_a_tile_are_refused(device, monkeypatch):
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 99 * 1024)
     with pytest.raises(UnsupportedProblem, match="set moe_group_size: 128"):
         run(
             functools.partial(fused_experts, backend="triton", group_size=256),

@@ -114,6 +114,8 @@ def test_closed_counter_counts_nothing(model: Any) -> None:
     step(model)
     assert [load.rows for load in counter.take().layers()] == [0] * LAYERS
     counter.open()
+    step(model)
+    counter.open()  # what a training that broke had counted is forgotten
     counter.open()
     step(model)
     assert [load.rows for load in counter.take().layers()] == [2 * 12 * K] * LAYERS

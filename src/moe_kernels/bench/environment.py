@@ -59,11 +59,11 @@ def commit() -> str | None:
     return head + ("+changes" if changes else "")
 
 
-def source_hash(patterns: Sequence[str] = KERNEL_SOURCES) -> str:
+def source_hash(patterns: Sequence[str] | None = None) -> str:
     """A short hash of sources: without ``patterns``, of the kernels and of all that decides which of them runs."""
     package = Path(moe_kernels.__file__).resolve().parent
-    files = [file for pattern in patterns for file in _files(package, pattern)]
-    if patterns is KERNEL_SOURCES:
+    files = [file for pattern in patterns or KERNEL_SOURCES for file in _files(package, pattern)]
+    if patterns is None:
         files += _files(package.parent / "axolotl" / "integrations", "moe_kernels")
     total = hashlib.sha256()
     for file in sorted(set(files)):

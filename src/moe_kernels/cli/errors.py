@@ -51,6 +51,7 @@ WRONG_PATH = {
     errno.EISDIR: "name a file, or move away the folder that is there",
     errno.ENAMETOOLONG: "use a shorter name",
     errno.ENOENT: "name one that is there",
+    errno.EIO: "try another disk",
 }
 
 
@@ -62,8 +63,8 @@ def failed_io(error: OSError) -> CommandError | None:
         )
     if error.errno in FORBIDDEN:
         return MissingDependency(f"{error}. Cure: run this in a folder that you may write to.")
-    if error.filename is not None:
-        return UsageError(f"{error}. Cure: {WRONG_PATH.get(error.errno or 0, 'try another path')}.")
+    if error.filename is not None and error.errno in WRONG_PATH:
+        return UsageError(f"{error}. Cure: {WRONG_PATH[error.errno]}.")
     return None
 
 

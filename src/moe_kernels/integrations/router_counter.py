@@ -78,8 +78,12 @@ class RouterCounter:
         self._device = torch.device("cpu")
 
     def open(self) -> None:
-        """Hook the experts modules, again after :meth:`close`."""
+        """Hook the experts modules, again after :meth:`close`, and count from zero."""
         self.close()
+        self._ids.clear()
+        self._histograms.clear()
+        for layer in self.layers:
+            layer.rows, layer.counted = 0, False
         self._hooks = [
             module.register_forward_pre_hook(self._hook(number), with_kwargs=True)
             for number, module in enumerate(self._modules)

@@ -99,7 +99,7 @@ def _grouped_gemm(
     config = fit_columns(select_config(kernel_name, weight.device, rows_in.dtype, plan.group_size, tma, sizes), width)
     block = (config.block_k, config.block_n) if w_is_kn else (config.block_n, config.block_k)
     low, factor, rank = low_rank_arguments(low_rank, out)
-    config = fit_rank(config, rank, rows_in.dtype)
+    config = fit_rank(config, rank, rows_in.device, rows_in.element_size())
     launch_tiles(
         grouped_gemm_kernel,
         config,

@@ -121,16 +121,31 @@ def fit_columns(config: GemmConfig, width: int) -> GemmConfig:
     return _narrowed(config, width)
 
 
-def max_rank(group_size: int | None, dtype: torch.dtype) -> int:
-    """The largest rank of a low-rank part, a power of two, whose factors fit into 99 KiB of shared memory."""
-    return 64 if dtype == torch.float32 and group_size == 256 else 128
+@functools.cache
+def shared_memory(device: torch.device) -> int | None:
+    """Bytes of shared memory that one program may use on ``device``; None in the interpreter."""
+    if device.type != "cuda":
+        return None
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs do not know this one
+    return int(properties.shared_memory_per_block_optin)
 
 
-def fit_rank(config: GemmConfig, rank: int, dtype: torch.dtype) -> GemmConfig:
-    """``config`` with fewer stages where the factors of a low-rank part need their shared memory."""
-    if rank > max_rank(config.block_m, dtype):
+def rank_memory(config: GemmConfig, rank: int, element_size: int) -> int:
+    """Bytes of shared memory that a tile of both factors of a low-rank part takes."""
+    return (config.block_m + config.block_n) * rank * element_size
+
+
+def fit_rank(config: GemmConfig, rank: int, device: torch.device, element_size: int) -> GemmConfig:
+    """``config`` with fewer stages where the factors of a low-rank part need their shared memory.
+
+    Raises:
+        UnsupportedProblem: they need more than there is. So do ranks above 64 in float32 on tiles of 256 rows where a
+            program has 99 KiB.
+    """
+    limit = shared_memory(device) if rank else None
+    if limit is not None and rank_memory(config, rank, element_size) > limit:
         raise UnsupportedProblem(
-            f"low-rank factors of rank {rank} in {dtype} do not fit beside tiles of {config.block_m} rows: set "
+            f"low-rank factors of rank {rank} do not fit beside tiles of {config.block_m} rows on this GPU: set "
             "moe_group_size: 128."
         )
     return config if config.num_stages <= 4 - rank // 64 else _shortened(config, rank)

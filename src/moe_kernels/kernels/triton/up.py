@@ -172,7 +172,7 @@ def _launch(
     columns = config.block_n * (2 if gate["INTERLEAVED"] else 1)
     block = (config.block_k, columns) if w_is_kn else (columns, config.block_k)
     low, left, rank = low_rank_arguments(low_rank, a)
-    config = fit_rank(config, rank, x.dtype)
+    config = fit_rank(config, rank, x.device, x.element_size())
     launch_tiles(
         up_kernel,
         config,
