@@ -38,7 +38,7 @@ CURES = {
     "axolotl": f"pip install torch, then {pip_install('axolotl')}",
 }
 #: Packages of the extra [report], by the module that is imported.
-REPORT_MODULES = ("jinja2", "matplotlib", "pynvml", "yaml", "psutil", "wandb")
+REPORT_MODULES = ("jinja2", "matplotlib", "pynvml", "yaml", "wandb")
 PLUGIN = "axolotl.integrations.moe_kernels.plugin"
 
 

@@ -18,7 +18,6 @@ EXTRAS: dict[str, str] = {
     "matplotlib": "report",
     "pynvml": "report",
     "yaml": "report",
-    "psutil": "report",
     "wandb": "report",
 }
 
