@@ -81,9 +81,7 @@ class RouterCounter:
         """Hook the experts modules, again after :meth:`close`, and count from zero."""
         self.close()
         self._ids.clear()
-        self._histograms.clear()
-        for layer in self.layers:
-            layer.rows, layer.counted = 0, False
+        self._start_again()
         self._hooks = [
             module.register_forward_pre_hook(self._hook(number), with_kwargs=True)
             for number, module in enumerate(self._modules)
@@ -115,13 +113,17 @@ class RouterCounter:
             for number, of_layer in zip(numbers, counted, strict=True):
                 tokens[number] += of_layer[1:-1]
         rows = [layer.rows for layer in self.layers]
-        for layer in self.layers:
-            layer.rows, layer.counted = 0, False
-        self._histograms.clear()
+        self._start_again()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             tokens, rows = self._everywhere(tokens, rows)
         experts = np.array([layer.experts for layer in self.layers])
         return Loads(np.concatenate(tokens), experts, np.array(rows))
+
+    def _start_again(self) -> None:
+        """Forget what was added up."""
+        for layer in self.layers:
+            layer.rows, layer.counted = 0, False
+        self._histograms.clear()
 
     def _add_up(self) -> None:
         """One histogram of the ids of all layers that have the same shape."""

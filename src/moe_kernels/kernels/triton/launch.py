@@ -130,11 +130,6 @@ def shared_memory(device: torch.device) -> int | None:
     return int(properties.shared_memory_per_block_optin)
 
 
-def rank_memory(config: GemmConfig, rank: int, element_size: int) -> int:
-    """Bytes of shared memory that a tile of both factors of a low-rank part takes."""
-    return (config.block_m + config.block_n) * rank * element_size
-
-
 def fit_rank(config: GemmConfig, rank: int, device: torch.device, element_size: int) -> GemmConfig:
     """``config`` with fewer stages where the factors of a low-rank part need their shared memory.
 
@@ -143,7 +138,7 @@ def fit_rank(config: GemmConfig, rank: int, device: torch.device, element_size: 
             program has 99 KiB.
     """
     limit = shared_memory(device) if rank else None
-    if limit is not None and rank_memory(config, rank, element_size) > limit:
+    if limit is not None and (config.block_m + config.block_n) * rank * element_size > limit:
         raise UnsupportedProblem(
             f"low-rank factors of rank {rank} do not fit beside tiles of {config.block_m} rows on this GPU: set "
             "moe_group_size: 128."
