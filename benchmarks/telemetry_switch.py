@@ -32,7 +32,6 @@ class _Timed(RouterCounter):
     def _hook(self, number: int) -> Any:
         count = super()._hook(number)
 
-        @torch.compiler.disable
         def timed(*args: Any) -> None:
             began = time.perf_counter()
             count(*args)

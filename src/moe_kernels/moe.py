@@ -42,6 +42,7 @@ from moe_kernels.memory import explains_out_of_memory
 from moe_kernels.reference import LowRankPair
 from moe_kernels.routing import AUTO_GROUP_SIZE, RoutingPlan, plan_elements, resolve_group_size
 from moe_kernels.settings import GroupSize, check_settings
+from moe_kernels.tuning import config
 
 logger = logging.getLogger("moe_kernels")
 
@@ -454,6 +455,7 @@ def _backend(topk_ids: Tensor, *rest: Any) -> str:
 
 
 _compiled: set[tuple[Any, ...]] = set()
+config.on_change.append(_compiled.clear)
 
 
 def _compile(*inputs: Any) -> None:

@@ -90,18 +90,18 @@ class Loads:
 
     def numbers(self) -> LoadNumbers:
         """The properties of each layer."""
-        tokens, experts = self.tokens.astype(np.float64), self.experts
+        tokens, experts = self.tokens, self.experts
         first = np.cumsum(experts) - experts
         total = np.add.reduceat(tokens, first)
-        used = total > 0
-        some = np.where(used, total, 1.0)
-        shares = tokens / np.repeat(some, experts)
-        bits = np.add.reduceat(shares * -np.log2(shares, out=np.zeros_like(shares), where=shares > 0), first)
+        some = np.maximum(total, 1)
+        # The entropy of shares n / N is log N less the mean, over the N, of log n.
+        mean = np.add.reduceat(tokens * np.log2(np.maximum(tokens, 1)), first) / some
+        entropy = np.maximum(np.log2(some) - mean, 0.0) / np.log2(np.maximum(experts, 2))
         missing = 1.0 - total / np.maximum(self.rows, 1)  # sums round beyond 2**53
         return LoadNumbers(
-            imbalance=np.where(used, np.maximum.reduceat(tokens, first) * experts / some, 1.0),
-            entropy=np.where(used & (experts > 1), np.maximum(bits, 0.0) / np.log2(np.maximum(experts, 2)), 1.0),
-            dead=np.add.reduceat((tokens == 0).astype(np.int64), first),
+            imbalance=np.where(total > 0, np.maximum.reduceat(tokens, first) / some * experts, 1.0),
+            entropy=np.where((total > 0) & (experts > 1), entropy, 1.0),
+            dead=np.add.reduceat(tokens == 0, first, dtype=np.int64),
             dropped_share=np.maximum(missing, 0.0) * (self.rows > 0),
         )
 

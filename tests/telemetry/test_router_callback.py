@@ -102,7 +102,7 @@ def test_the_file_is_written_while_the_device_is_busy_and_with_a_checkpoint(
     callback.on_train_begin(None, state, None)
     for step in range(1, 7):
         callback.on_pre_optimizer_step(None, state, None)
-        now += 0.4
+        now += 0.4 * telemetry.SECONDS
         state.global_step = step
         callback.on_step_end(None, state, LOG)
         if step == 2:

@@ -171,7 +171,6 @@ class RouterCounter:
         ]
 
     def _hook(self, number: int) -> Any:
-        @torch.compiler.disable
         def count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not module.training or not torch.is_grad_enabled():
                 return
@@ -181,7 +180,13 @@ class RouterCounter:
             self.count(number, _ids(args, kwargs))
             layer.counted = not in_backward
 
-        return count
+        uncompiled = torch.compiler.disable(count)
+
+        def hook(*call: Any) -> None:
+            # Left out where nothing compiles: what disable() wraps takes longer than many a count.
+            (uncompiled if torch.compiler.is_compiling() else count)(*call)
+
+        return hook
 
 
 @functools.cache

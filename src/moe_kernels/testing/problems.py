@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,7 +95,6 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
 
     experts, hidden, intermediate = case.experts, case.hidden, case.intermediate
     width = intermediate * (2 if case.gated else 1)
-    ids, weights = make_routing(case.routing, case.tokens, case.top_k, experts, seed=case.seed + 1)
     x = normal(case.tokens, hidden)
     gate_up = matrix(experts, width, hidden, scale=hidden**-0.5)
     down = matrix(experts, hidden, intermediate, scale=intermediate**-0.5)
@@ -115,8 +114,20 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
         options["interleaved"] = True
     if not case.reduce:
         options["reduce"] = False
-    weights = weights.to(case.weights_dtype).to(device)
-    return Inputs(x, ids.to(device), weights if case.reduce else None, gate_up, down, grad, extras, options)
+    return Inputs(x, *_routing(case, device), gate_up, down, grad, extras, options)
+
+
+def _routing(case: Case, device: str | torch.device) -> tuple[Tensor, Tensor | None]:
+    ids, weights = make_routing(case.routing, case.tokens, case.top_k, case.experts, seed=case.seed + 1)
+    return ids.to(device), weights.to(case.weights_dtype).to(device) if case.reduce else None
+
+
+def make_inputs_of_each(case: Case, routings: Sequence[str], device: str | torch.device) -> Iterator[Inputs]:
+    """:func:`make_inputs` for one routing after the other, sharing all else: to draw large weights takes seconds."""
+    inputs = make_inputs(case, device)
+    for routing in routings:
+        ids, weights = _routing(replace(case, routing=routing), device)
+        yield replace(inputs, topk_ids=ids, topk_weights=weights)
 
 
 def call(implementation: Experts, inputs: Inputs) -> Tensor:

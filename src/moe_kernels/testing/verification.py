@@ -14,10 +14,21 @@ from typing import Any
 import torch
 
 from moe_kernels import backends
+from moe_kernels.kernels.triton.launch import compiling_only
 from moe_kernels.moe import fused_experts
 from moe_kernels.settings import GroupSize
 from moe_kernels.testing.allocations import poisoned_allocations
-from moe_kernels.testing.problems import Case, Experts, Inputs, eager, make_inputs, run, truth
+from moe_kernels.testing.problems import (
+    DIFFERENTIABLE,
+    Case,
+    Experts,
+    Inputs,
+    call,
+    eager,
+    make_inputs_of_each,
+    run,
+    truth,
+)
 from moe_kernels.testing.tolerances import assert_close_to_truth
 
 #: The plain-torch backend has no tiles and no programs: one configuration says it all.
@@ -74,24 +85,45 @@ def verify_case(
     """
     dtype = str(case.dtype).removeprefix("torch.")
     verdicts = [Verdict(name, dtype, backend, size, walk) for size, walk in configurations]
-    for routing in routings:
-        inputs = make_inputs(replace(case, routing=routing), device)
+    supported: list[Verdict] = []
+    for routing, inputs in zip(routings, make_inputs_of_each(case, routings, device), strict=True):
+        if routing == routings[0]:
+            supported = [verdict for verdict in verdicts if _select(verdict, inputs, backend)]
+            progress(f"{name}, compiling")
+            _compile(supported, inputs)
         expected, plain = truth(inputs), eager(inputs)
-        for verdict in verdicts:
+        for verdict in supported:
             progress(f"{name}, {routing}, group_size={verdict.group_size}, persistent={verdict.persistent}")
-            problem = backends.Problem.of(
-                inputs.down, case.top_k, group_size=verdict.group_size, persistent=verdict.persistent
-            )
-            try:
-                verdict.backend, _ = backends.select(problem, backend)
-            except backends.UnsupportedProblem as error:
-                verdict.failures = [str(error)]
-                continue
             verdict.routings += 1
             for variant, chosen in variants(verdict.backend).items():
                 with chosen:
                     _judge(verdict, routing + variant, inputs, expected, plain)
     return verdicts
+
+
+def _select(verdict: Verdict, inputs: Inputs, backend: str) -> bool:
+    """Whether a backend can run this; which one, or why none, is written into ``verdict``."""
+    top_k, (group_size, persistent) = inputs.topk_ids.shape[1], (verdict.group_size, verdict.persistent)
+    problem = backends.Problem.of(inputs.down, top_k, group_size=group_size, persistent=persistent)
+    try:
+        verdict.backend, _ = backends.select(problem, backend)
+    except backends.UnsupportedProblem as error:
+        verdict.failures = [str(error)]
+    return verdict.ok
+
+
+def _compile(verdicts: Sequence[Verdict], inputs: Inputs) -> None:
+    """All kernels side by side: one configuration after the other takes most of the time of a check."""
+    todo = [verdict for verdict in verdicts if verdict.backend != "torch"]
+    if not (todo and inputs.x.is_cuda):  # Triton's interpreter compiles nothing
+        return
+    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in DIFFERENTIABLE}
+    with compiling_only(inputs.x.device):
+        for verdict in todo:
+            for chosen in variants(verdict.backend).values():
+                with chosen:
+                    call(_ours(verdict), replace(inputs, **leaves))
+                backends.count_dispatch(verdict.backend, -1)  # nothing ran
 
 
 def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
@@ -128,9 +160,7 @@ def _judge(
     expected: dict[str, torch.Tensor],
     plain: dict[str, torch.Tensor],
 ) -> None:
-    settings: Any = {"group_size": verdict.group_size, "persistent": verdict.persistent, "backend": verdict.backend}
-
-    ours: Experts = partial(fused_experts, **settings)
+    ours = _ours(verdict)
     before = backends.dispatch_counts().get(verdict.backend, 0)
     with poisoned_allocations():
         first, second = run(ours, inputs), run(ours, inputs)
@@ -152,3 +182,8 @@ def _judge(
         verdict.rms_ratio = max(verdict.rms_ratio, close.rms_ratio)
         verdict.max_ratio = max(verdict.max_ratio, close.max_ratio)
         verdict.slope_error = max(verdict.slope_error, abs(close.slope_error))
+
+
+def _ours(verdict: Verdict) -> Experts:
+    settings: Any = {"group_size": verdict.group_size, "persistent": verdict.persistent, "backend": verdict.backend}
+    return partial(fused_experts, **settings)

@@ -17,7 +17,7 @@ from moe_kernels.router_load import Loads
 
 LOG = get_logger(__name__)
 #: Between two writings: what a killed training loses of its records, at most, since its last checkpoint.
-SECONDS = 1.0
+SECONDS = 5.0
 
 
 class RouterCallback(TrainerCallback):

@@ -320,7 +320,8 @@ def compiling_only(device: torch.device) -> Iterator[list[Any]]:
     """Within this context launches of this thread run nothing; their kernels are compiled side by side.
 
     Gives the list of the kernels asked for. They are ready for ``device`` when the context ends: compiled or found in
-    Triton's cache, loaded, and with the C launcher of their signature, for which Triton runs a C compiler.
+    Triton's cache, loaded, and with the C launcher of their signature, for which Triton runs a C compiler. A context
+    inside another adds to the outer one's.
     """
 
     def prepare(kernel: Any) -> None:
@@ -329,6 +330,9 @@ def compiling_only(device: torch.device) -> Iterator[list[Any]]:
             _ = compiled.run  # a property that makes it
 
     thread = threading.get_ident()
+    if thread in _compilers:
+        yield _compilers[thread]
+        return
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         with triton.AsyncCompileMode(pool, ignore_errors=True):  # or it stays active after one; prepare raises it
             kernels: list[Any] = []
