@@ -109,22 +109,32 @@ def main() -> int:
     if result.status != FINISHED:
         console.print(f"{wanted.family} failed: {result.error}", *result.tail, sep="\n", style="red", markup=False)
         return 1
-    counted = [step - 1 for step in read_history(Path(run.config["output_dir"], FILE_NAME)).steps]
-    if counted != [step for step in range(wanted.steps) if telemetry_is_on(step)]:
-        console.print(f"telemetry counted steps {counted}: the switch did not work", style="red")
-        return 1
     times = json.loads(Path(run.config["output_dir"], TIMES).read_text())
+    on = [step for step in range(wanted.steps) if telemetry_is_on(step)]
+    history = read_history(Path(run.config["output_dir"], FILE_NAME))
+    rows = [history.sum(layer).rows for layer in range(len(history.layers))]
+    wanted_rows = [len(on) * of_one_step for of_one_step in history.rows[0]]  # the first record is of one step
+    if times["read_at"] != [step + 1 for step in on] or rows != wanted_rows:
+        console.print(f"telemetry read at {times['read_at']} and counted {rows}: the switch failed", style="red")
+        return 1
     step_ms = times["step_ms"]
-    percents = costs(step_ms, wanted.warmup_steps)
+    timed = range(wanted.warmup_steps, len(step_ms))
+    # Most steps write nothing, and a median would not see it: what was written is taken out and its mean added.
+    unwritten = step_ms.copy()
+    for step, milliseconds in zip(on, times["write_ms"], strict=True):
+        if step in timed:
+            unwritten[step] -= milliseconds
+    writing = statistics.fmean(times["write_ms"][wanted.warmup_steps // 2 :])
+    writing_percent = 100 * writing / statistics.median(step_ms[step] for step in timed if not telemetry_is_on(step))
+    percents = [percent + writing_percent for percent in costs(unwritten, wanted.warmup_steps)]
     cost = statistics.median(percents)
     low, high = median_interval(percents)
-    timed = range(wanted.warmup_steps, len(step_ms))
     medians = {
         name: statistics.median(step_ms[step] for step in timed if telemetry_is_on(step) is on)
         for name, on in (("without", False), ("with", True))
     }
     own = {name: statistics.median(times[name][wanted.warmup_steps // 2 :]) for name in PARTS}
-    own["write_ms"] = statistics.fmean(times["write_ms"])  # most steps write nothing
+    own["write_ms"] = writing
     console.print(
         f"{wanted.family}-{size}: telemetry costs {cost:+.2f}% of a step (95% interval {low:+.2f}% to {high:+.2f}%, "
         f"{len(percents)} groups of {GROUP} steps); {medians['without']:.2f} ms without, {medians['with']:.2f} ms "

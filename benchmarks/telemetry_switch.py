@@ -49,6 +49,7 @@ class _Switch(TrainerCallback):
         self.began: float | None = None
         self.step_ms: list[float] = []
         self.parts: dict[str, list[float]] = {name: [] for name in PARTS}
+        self.read_at: list[int] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.began is not None:
@@ -68,17 +69,18 @@ class _Switch(TrainerCallback):
     def _telemetry(self) -> RouterCallback:
         return next(c for c in self.trainer.callback_handler.callbacks if isinstance(c, RouterCallback))
 
-    def _log(self, *args: Any, **kwargs: Any) -> None:
+    def _log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         telemetry = self._telemetry()
         counter = telemetry.counter
         assert isinstance(counter, _Timed)
+        self.read_at.append(state.global_step)
         self.parts["hooks_ms"].append(1000 * counter.spent)
         counter.spent = 0.0
         # What follows reads from the device, so it waits anyway: the wait is not telemetry's own work.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         began = time.perf_counter()
-        type(telemetry).on_step_end(telemetry, *args, **kwargs)
+        type(telemetry).on_step_end(telemetry, args, state, control, **kwargs)
         self.parts["log_ms"].append(1000 * (time.perf_counter() - began))
 
     def _write(self, *args: Any, **kwargs: Any) -> None:
@@ -88,4 +90,5 @@ class _Switch(TrainerCallback):
         self.parts["write_ms"].append(1000 * (time.perf_counter() - began))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        Path(args.output_dir, TIMES).write_text(json.dumps({"step_ms": self.step_ms, **self.parts}))
+        times = {"step_ms": self.step_ms, "read_at": self.read_at, **self.parts}
+        Path(args.output_dir, TIMES).write_text(json.dumps(times))

@@ -1,11 +1,12 @@
 """How a router spreads tokens over experts: the numbers of one layer, and the file of one training.
 
-The file holds JSON lines: a head for each start of the training, then one record each time the trainer logged or
-saved, and one at its end.
+The file holds JSON lines: a head for each start of the training, then records of what was given since the record
+before: when the trainer logged (not each time in a long training) or saved, and at its end.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -69,19 +70,24 @@ class Loads:
 
     Attributes:
         tokens: (sum of the layers' experts,) int64, routed rows of each expert, layer after layer.
-        experts: (layers,) int64.
+        experts: of each layer.
         rows: (layers,) int64, see :class:`LayerLoad`.
     """
 
     tokens: NDArray[np.int64]
-    experts: NDArray[np.int64]
+    experts: tuple[int, ...]
     rows: NDArray[np.int64]
 
     @classmethod
     def of(cls, layers: Sequence[LayerLoad]) -> Loads:
         """The same of layers one by one."""
         tokens = np.fromiter(chain.from_iterable(layer.tokens for layer in layers), np.int64)
-        return cls(tokens, *np.array([(len(layer.tokens), layer.rows) for layer in layers], np.int64).T)
+        rows = np.array([layer.rows for layer in layers], np.int64)
+        return cls(tokens, tuple(len(layer.tokens) for layer in layers), rows)
+
+    def __add__(self, other: Loads) -> Loads:
+        """Of the same layers over the steps of both."""
+        return Loads(self.tokens + other.tokens, self.experts, self.rows + other.rows)
 
     def layers(self) -> list[LayerLoad]:
         """One by one, as Python's own numbers."""
@@ -90,20 +96,28 @@ class Loads:
 
     def numbers(self) -> LoadNumbers:
         """The properties of each layer."""
-        tokens, experts = self.tokens, self.experts
-        first = np.cumsum(experts) - experts
+        tokens, (experts, first, several, most) = self.tokens, _layout(self.experts)
         total = np.add.reduceat(tokens, first)
         some = np.maximum(total, 1)
+        busiest = np.maximum.reduceat(tokens, first) / some
         # The entropy of shares n / N is log N less the mean, over the N, of log n.
         mean = np.add.reduceat(tokens * np.log2(np.maximum(tokens, 1)), first) / some
-        entropy = np.maximum(np.log2(some) - mean, 0.0) / np.log2(np.maximum(experts, 2))
-        missing = 1.0 - total / np.maximum(self.rows, 1)  # sums round beyond 2**53
+        entropy = np.maximum(np.log2(some) - mean, 0.0) / most
         return LoadNumbers(
-            imbalance=np.where(total > 0, np.maximum.reduceat(tokens, first) / some * experts, 1.0),
-            entropy=np.where((total > 0) & (experts > 1), entropy, 1.0),
+            imbalance=np.maximum(busiest * experts, 1.0),
+            entropy=np.where((total > 0) & several, entropy, 1.0),
             dead=np.add.reduceat(tokens == 0, first, dtype=np.int64),
-            dropped_share=np.maximum(missing, 0.0) * (self.rows > 0),
+            dropped_share=(self.rows - total) / np.maximum(self.rows, 1),
         )
+
+
+@functools.lru_cache
+def _layout(
+    experts: tuple[int, ...],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.float64]]:
+    """Of each layer: experts, the place of the first, whether there are several, the highest entropy."""
+    count = np.array(experts, np.int64)
+    return count, count.cumsum() - count, count > 1, np.log2(np.maximum(count, 2))
 
 
 @dataclass
@@ -152,7 +166,7 @@ def head(layers: Sequence[str], experts: Sequence[int], from_step: int) -> str:
 
 
 def record(step: int, loads: Iterable[LayerLoad]) -> str:
-    """The line of one log of the trainer."""
+    """The line of one record."""
     kept = list(loads)
     return _line({"step": step, "tokens": [load.tokens for load in kept], "rows": [load.rows for load in kept]})
 
@@ -167,15 +181,20 @@ def read_history(path: Path) -> RouterHistory:
 
 
 def thinned(history: RouterHistory, most: int) -> RouterHistory:
-    """At most ``most`` records, each the sum of as many neighbours as that takes."""
-    every = -(-len(history.steps) // most) if history.steps else 1
-    starts = range(0, len(history.steps), every)
-    layers = range(len(history.layers))
-    sums = [[history.sum(layer, start, start + every) for layer in layers] for start in starts]
+    """At most ``most`` records: the steps are cut into so many parts, and what ends in the same part is added up."""
+    if len(history.steps) <= most:
+        return history
+    part = [most * (step - 1) // history.steps[-1] for step in history.steps]
+    starts = [index for index in range(len(part)) if index == 0 or part[index] != part[index - 1]]
+    ends = [*starts[1:], len(part)]
+    sums = [
+        [history.sum(layer, start, end) for layer in range(len(history.layers))]
+        for start, end in zip(starts, ends, strict=True)
+    ]
     return RouterHistory(
         history.layers,
         history.experts,
-        [history.steps[min(start + every, len(history.steps)) - 1] for start in starts],
+        [history.steps[end - 1] for end in ends],
         [[[*load.tokens] for load in loads] for loads in sums],
         [[load.rows for load in loads] for loads in sums],
     )

@@ -14,7 +14,8 @@ from builders import STEPS, comparison, losses, run
 from moe_kernels.cli.errors import UsageError
 from moe_kernels.compare import figures
 from moe_kernels.compare.comparison import Analysis, Comparison, load, save
-from moe_kernels.compare.report import banner, write_report
+from moe_kernels.compare.report import banner, router_table, write_report
+from moe_kernels.router_load import RouterHistory
 
 EVIL = "<script>alert('x')</script>"
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -235,3 +236,16 @@ def test_a_wrong_implementation_is_shown_with_its_nan(tmp_path: Path) -> None:
     line = next(line for line in (folder / "report.md").read_text().splitlines() if "largest relative error" in line)
     assert line.count("nan") == 3
     assert "4.0e-03" in line  # that of the fourth implementation
+
+
+def test_the_router_is_told_by_steps_where_records_become_rare() -> None:
+    """A long training has most of its records at its begin."""
+    found = comparison()
+    steps = [*range(1, 101), *range(110, 1001, 10)]
+    tokens = [[[30, 10] if step <= 100 else [20, 20] if step <= 900 else [40, 0]] for step in steps]
+    found.runs[1].router = RouterHistory(["layers.0"], [2], steps, tokens, [[40] for _ in steps])
+    analysis = Analysis(found)
+    [[name, imbalance, _, unused]] = router_table(analysis).rows
+    assert (name, imbalance, unused) == ("layers.0", "1.50× → 2.00×", "1 of 2")
+    [heat_map] = [plot for plot in figures.plots(analysis) if plot.title == "Load of every expert over time"]
+    assert "from step 1 to 1000" in heat_map.alt

@@ -105,6 +105,7 @@ def test_the_switch_counts_and_times_half_the_steps(tmp_path):
     switch.on_train_end(SimpleNamespace(output_dir=tmp_path), None, None)
     assert counted == {step: 6 for step in range(41) if telemetry_cost.telemetry_is_on(step)}
     found = json.loads((tmp_path / telemetry_cost.TIMES).read_text())
+    assert found.pop("read_at") == [*counted]
     assert {name: len(values) for name, values in found.items()} == {"step_ms": 40} | dict.fromkeys(
         telemetry_cost.PARTS, 20
     )

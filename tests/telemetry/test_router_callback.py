@@ -115,6 +115,27 @@ def test_the_file_is_written_while_the_device_is_busy_and_with_a_checkpoint(
     assert read_history(tmp_path / FILE_NAME).steps == [*range(1, 8)]
 
 
+def test_a_long_training_has_few_records_and_all_rows(tmp_path: Path) -> None:
+    from axolotl.integrations.moe_kernels.telemetry import RouterCallback
+
+    trainer = FakeTrainer()
+    callback = RouterCallback(trainer, FakeCounter(), str(tmp_path), False)  # type: ignore[arg-type]
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    callback.on_train_begin(None, state, None)
+    for state.global_step in range(1, 1001):
+        callback.on_step_end(None, state, LOG)
+        if state.global_step == 777:
+            callback.on_save(None, state, None)
+    callback.on_train_end(None, state, None)
+    assert len(trainer.metrics) == 1000
+    history = read_history(tmp_path / FILE_NAME)
+    assert history.steps[:101] == [*range(1, 101), 102]
+    assert 777 in history.steps
+    assert history.steps[-2:] == [992, 1000], "the next would be due at 1003"
+    assert len(history.steps) == 293
+    assert [history.sum(layer) for layer in range(2)] == [LayerLoad((6000, 2000), 8000), LayerLoad((4000, 0), 8000)]
+
+
 def test_a_save_has_its_own_record_and_the_log_covers_it(tmp_path: Path) -> None:
     """A training that resumes from step 3 finds all rows up to there, and none of them twice."""
     from axolotl.integrations.moe_kernels.telemetry import RouterCallback

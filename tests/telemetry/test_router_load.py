@@ -100,6 +100,17 @@ def test_anything_else_is_refused(path: Path, content: str | bytes, words: str) 
         read(path, content)
 
 
+def test_thinning_goes_by_steps_and_loses_no_row(path: Path) -> None:
+    steps = [*range(1, 21), 25, 40, 55, 80, 100]
+    history = read(path, text(*steps))
+    assert router_load.thinned(history, len(steps)) is history
+    few = router_load.thinned(history, 10)
+    assert few.steps == [10, 20, 25, 40, 55, 80, 100], "ends of tenths of the steps, where there are records"
+    assert [few.sum(layer) for layer in range(2)] == [history.sum(layer) for layer in range(2)]
+    assert few.load(2, 0) == loads(25)[0]
+    few.check()
+
+
 MANY = router_load.MOST_ROWS // 4 - 20
 
 

@@ -277,15 +277,11 @@ def _router_experts(analysis: Analysis) -> Plot | None:
             shares.append([_log_share(load, expert) for load in columns])
     rows = len(shares)
     figure, axes = _axes(min(7.0, 1.3 + max(1.6, 0.012 * rows)), width=2 * WIDTH)
-    image = axes.imshow(
-        shares,
-        aspect="auto",
-        interpolation="nearest",
-        cmap=scale,
-        vmin=-LIMIT,
-        vmax=LIMIT,
-        extent=(history.steps[0] - 0.5, history.steps[-1] + 0.5, rows, 0),
-    )
+    # A record is as wide as the steps that it covers, of the first one as the next.
+    steps = history.steps
+    begin = max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0
+    image = axes.pcolorfast([begin, *steps], range(rows + 1), shares, cmap=scale, vmin=-LIMIT, vmax=LIMIT)
+    axes.invert_yaxis()
     edges = [sum(history.experts[:layer]) for layer in range(len(history.layers) + 1)]
     for edge in edges[1:-1]:
         axes.axhline(edge, color=INK, lw=0.5, alpha=0.4)

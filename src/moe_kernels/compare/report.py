@@ -414,10 +414,12 @@ def router_table(analysis: Analysis) -> Table:
     history = routed(analysis)
     if history is None:
         return Table("Router", (), ())
-    tenth = max(1, len(history.steps) // 10)
+    tenth = history.steps[-1] / 10
+    early = max(1, sum(step <= tenth for step in history.steps))
+    late = min(len(history.steps) - 1, sum(step <= 9 * tenth for step in history.steps))
     rows = []
     for index, name in enumerate(history.layers):
-        first, last = history.sum(index, 0, tenth), history.sum(index, len(history.steps) - tenth)
+        first, last = history.sum(index, 0, early), history.sum(index, late)
         rows.append((
             name,
             f"{first.imbalance:.2f}× → {last.imbalance:.2f}×",

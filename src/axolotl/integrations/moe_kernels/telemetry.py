@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,15 @@ from moe_kernels.router_load import Loads
 LOG = get_logger(__name__)
 #: Between two writings: what a killed training loses of its records, at most, since its last checkpoint.
 SECONDS = 5.0
+#: A record covers at least a hundredth of the steps until then: many would take gigabytes, and time.
+FINEST = 100
 
 
 class RouterCallback(TrainerCallback):
     """Reads the counters when the trainer logs or saves, and at no other step: reading waits for the device.
 
-    Each reading is a record of the file, of what was counted since the one before. What goes into the trainer's log
-    is what was counted since the log before, whatever was saved in between.
+    What goes into the trainer's log is what was counted since the log before, whatever was saved in between. The file
+    gets a record at each log of the first 100 steps, at fewer later (``FINEST``), and at each save.
     """
 
     def __init__(self, trainer: Any, counter: RouterCounter, folder: str, each_layer: bool) -> None:
@@ -34,14 +35,16 @@ class RouterCallback(TrainerCallback):
         self.each_layer = each_layer
         self.unwritten: list[tuple[int, Loads]] = []
         self.unlogged: Loads | None = None
-        self.read_at = 0
+        self.unrecorded: Loads | None = None
+        self.read_at = self.recorded_at = 0
         self.written = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not hasattr(self.trainer, "store_metrics"):
             LOG.warning(f"moe_kernels: this trainer keeps no metrics of callbacks; router telemetry: {self.file}")
         self.counter.open()  # the end of a training before closed it
-        self.unlogged, self.read_at = None, state.global_step
+        self.unlogged = self.unrecorded = None
+        self.read_at = self.recorded_at = state.global_step
         layers = self.counter.layers
         names, experts = [layer.name for layer in layers], [layer.experts for layer in layers]
         self._write(state, router_load.head(names, experts, state.global_step), "a" if state.global_step else "w")
@@ -50,6 +53,8 @@ class RouterCallback(TrainerCallback):
         if not control.should_log:
             return
         self._read(state)
+        if FINEST * (self.read_at - self.recorded_at) >= self.read_at:
+            self._record()
         if self.unlogged is not None and hasattr(self.trainer, "store_metrics"):
             self.trainer.store_metrics(metrics(self.unlogged, self.each_layer), train_eval="train")
         self.unlogged = None
@@ -62,22 +67,28 @@ class RouterCallback(TrainerCallback):
             self._write_records(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._read(state)  # a training that resumes from there counts from there
+        self._read(state)
+        self._record()  # a training that resumes from there counts from there
         self._write_records(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._read(state)
+        self._record()
         self._write_records(state)
         self.counter.close()
 
     def _read(self, state: Any) -> None:
         if state.global_step == self.read_at:
             return
-        loads, before = self.counter.take(), self.unlogged  # of all processes: each is here at the same steps
-        self.unwritten.append((state.global_step, loads))
-        if before is not None:
-            loads = dataclasses.replace(loads, tokens=before.tokens + loads.tokens, rows=before.rows + loads.rows)
-        self.unlogged, self.read_at = loads, state.global_step
+        loads = self.counter.take()  # of all processes: each is here at the same steps
+        self.unlogged = loads if self.unlogged is None else self.unlogged + loads
+        self.unrecorded = loads if self.unrecorded is None else self.unrecorded + loads
+        self.read_at = state.global_step
+
+    def _record(self) -> None:
+        if self.unrecorded is not None:
+            self.unwritten.append((self.read_at, self.unrecorded))
+            self.unrecorded, self.recorded_at = None, self.read_at
 
     def _write_records(self, state: Any) -> None:
         if self.unwritten:
@@ -101,13 +112,14 @@ class RouterCallback(TrainerCallback):
 
 def metrics(loads: Loads, each_layer: bool) -> dict[str, float]:
     """What goes into the trainer's log: the worst layer and the sums, and each layer if asked for."""
-    numbers = loads.numbers()
+    numbers = [values.tolist() for values in loads.numbers()]  # of few layers, Python's own are faster
+    imbalance, entropy, dead, dropped = numbers
     found = {
-        "moe/load_imbalance": float(numbers.imbalance.max()),
-        "moe/load_imbalance_mean": float(numbers.imbalance.mean()),
-        "moe/load_entropy": float(numbers.entropy.min()),
-        "moe/dead_experts": float(numbers.dead.sum()),
-        "moe/dropped_share": float(numbers.dropped_share.mean()),
+        "moe/load_imbalance": max(imbalance),
+        "moe/load_imbalance_mean": sum(imbalance) / len(imbalance),
+        "moe/load_entropy": min(entropy),
+        "moe/dead_experts": float(sum(dead)),
+        "moe/dropped_share": sum(dropped) / len(dropped),
     }
     if each_layer:
         names = ("load_imbalance", "load_entropy", "dead_experts", "dropped_share")
