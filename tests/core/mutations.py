@@ -248,7 +248,7 @@ def barrier_suite() -> Suite:
     """The kernels for Hopper with random delays, compiled."""
     mutants = [Mutant(title, f"{HOPPER}/{file}", text, replacement, DELAYED)
                for title, file, text, replacement in BARRIER_MUTANTS]  # fmt: skip
-    return Suite(mutants, False, 400)
+    return Suite(mutants, False, 1200)  # each waits until those before it ran
 
 
 def why_no_gpu() -> str | None:

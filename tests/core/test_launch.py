@@ -784,7 +784,9 @@ def test_compiling_only_launches_nothing(cuda, choose, compiled):
     with module.compiling_only(torch.device("cpu")) as asked:
         launch(kernel, (1,), args, KEYWORDS)
         launch(kernel, (1,), args, KEYWORDS)
-        launch(other, (1,), args, KEYWORDS | {"BLOCK": 64})
+        with module.compiling_only(torch.device("cpu")) as inner:
+            launch(other, (1,), args, KEYWORDS | {"BLOCK": 64})
+        assert inner is asked
         thread = threading.Thread(target=launch, args=(COPY, (1,), args, KEYWORDS))
         thread.start()
         thread.join()
@@ -855,6 +857,58 @@ def test_the_first_forward_compiles_the_backward_too(tmp_path):
     assert found[1::2] == [
         f"backward {tokens} 0 {{'triton': {calls}}}" for calls, tokens in enumerate((48, 32, 16), start=1)
     ]
+
+
+VARIANTS = """
+import sys
+from functools import partial
+from pathlib import Path
+import pytest, torch, triton
+from triton.runtime.jit import JITFunction
+import moe_kernels
+from moe_kernels import backends, gluon_backend
+from moe_kernels.kernels.triton.launch import compiling_only
+from moe_kernels.testing import fake_cuda, verification
+from moe_kernels.testing.problems import Case, make_inputs, run
+
+compiled, real = [], JITFunction._do_compile
+JITFunction._do_compile = lambda *args, **kwargs: compiled.append(1) or real(*args, **kwargs)
+with pytest.MonkeyPatch.context() as patch, fake_cuda.install(Path(sys.argv[1]), patch) as cuda:
+    cuda.expect()
+    patch.setattr(backends, "select", lambda problem, name: (name, "asked for"))
+    # As if the GPU were there: the tensors are the CPU's.
+    patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    inputs = make_inputs(Case(48, 2, 3, 64, 64, torch.bfloat16, "zipf"))
+    todo = [("triton", 64), ("triton", 128)]
+    if triton.__version__.startswith(gluon_backend.TRITON):
+        todo.append(("gluon", 128))
+    with compiling_only(torch.device("cpu")):
+        for backend, size in todo:
+            ours = partial(moe_kernels.fused_experts, backend=backend, group_size=size)
+            verification.compile_variants(ours, backend, inputs)
+    print(len(compiled), cuda.launches, {name: count for name, count in backends.dispatch_counts().items() if count})
+    compiled.clear()
+    for backend, size in todo:
+        for chosen in verification.variants(backend).values():
+            with chosen:
+                run(partial(moe_kernels.fused_experts, backend=backend, group_size=size), inputs)
+    print(len(compiled), cuda.launches)
+"""
+
+
+def test_a_check_compiles_all_variants_before_it_runs_one(tmp_path):
+    reason = fake_cuda.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", VARIANTS, str(tmp_path)]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    before, after = said.stdout.splitlines()
+    compiled, launches, counts = before.split(" ", 2)
+    assert (int(compiled) > 20, launches, counts) == (True, "0", "{}")
+    assert after.split()[0] == "0"
+    assert int(after.split()[1]) > 20
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU

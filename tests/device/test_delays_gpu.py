@@ -13,8 +13,11 @@ if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
 
 def finished(*arguments):
     """What a process of its own printed: what is done to kernels and threads there stays there."""
-    ran = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=600, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    ran = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=1200, check=False)
+    said = [line for line in (ran.stdout + ran.stderr).splitlines() if line.strip()]
+    # The reason first: a kernel that did not end, an exception, or what was printed last.
+    reason = next((line for line in said if line.startswith("Timeout")), said[-1] if said else "")
+    assert ran.returncode == 0, "\n".join([reason, *said])
     return ran.stdout
 
 

@@ -138,6 +138,7 @@ def verify(
                 backend=backend,
                 progress=lambda message: status.update(escape(message)),
             )
+    seconds = time.perf_counter() - began
     output = Console()
     output.width = max(output.width, TABLE_WIDTH)
     output.print(_table(verdicts))
@@ -146,12 +147,12 @@ def verify(
             where_it_failed = f"group_size={verdict.group_size}, persistent={verdict.persistent}"
             output.print(f"{verdict.shape}, {where_it_failed}: {failure}", style="red", markup=False)
     if json_file is not None:
-        _write(json_file, verdicts)
+        _write(json_file, verdicts, seconds)
     bad = sum(not verdict.ok for verdict in verdicts)
     where_name = torch.cuda.get_device_name(where) if where.type == "cuda" else "the CPU"
     output.print(
         f"{len(verdicts) - bad} of {len(verdicts)} configurations right on {where_name} "
-        f"({time.perf_counter() - began:.0f} s)",
+        f"({seconds:.0f} s)",
         style="red" if bad else "green",
         highlight=False,
     )
@@ -249,13 +250,14 @@ def _table(verdicts: list[Verdict]) -> Table:
     return table
 
 
-def _write(file: Path, verdicts: list[Verdict]) -> None:
+def _write(file: Path, verdicts: list[Verdict], seconds: float) -> None:
     from moe_kernels.bench.environment import environment
 
     report = {
         "schema": SCHEMA,
         "kind": "verify",
         "environment": environment(),
+        "seconds": round(seconds, 1),
         "results": [{**asdict(verdict), "ok": verdict.ok} for verdict in verdicts],
     }
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@ Their groups of warps hand each other stages of shared memory through barriers. 
 for too early can go unseen for years, because the timing of a GPU hardly varies. Here it does: before and after each
 operation on a barrier every warp sleeps for up to 16 microseconds, most often not at all. ``python -m
 moe_kernels.testing.delays`` runs some problems so for a while, on a Hopper GPU, and compares: with float64, and all
-runs to the bit. A kernel that does not end is ended with the process, exit code 1.
+runs to the bit. A kernel that does not end is ended with the process, exit code 1. Such a kernel takes the GPU from
+all other processes, so that several of these compile at the same time but run one after the other.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import argparse
 import faulthandler
 import functools
 import json
+import os
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
@@ -27,8 +31,8 @@ import moe_kernels
 from moe_kernels.bench.environment import environment
 from moe_kernels.kernels.hopper import down_grad, gemm, ring, wgrad
 from moe_kernels.testing.patches import patches
-from moe_kernels.testing.problems import Case, check, make_inputs, run
-from moe_kernels.testing.verification import variants
+from moe_kernels.testing.problems import Case, check, make_inputs, run, truth
+from moe_kernels.testing.verification import compile_variants, variants
 
 # 16 bits from the clock and the warp's place: the lower byte are nanoseconds, times 64 if six of the upper
 # bits are zero; 60 and less are not slept.
@@ -53,8 +57,10 @@ _SLEEP = gl.constexpr("""{
 }""")
 #: Programs of a persistent grid: few, so that each walks many tiles.
 PROGRAMS = 3
-#: Seconds that a problem may take to compile.
-PATIENCE = 120.0
+#: Seconds that a problem may take beyond its share of the time: some milliseconds are enough, all is compiled before.
+PATIENCE = 20.0
+#: Of the user's processes here, one at a time runs.
+LOCK = Path(tempfile.gettempdir(), f"moe-kernels-delays-{os.getuid()}.lock")
 BF16 = torch.bfloat16
 CASES = (
     Case(301, 3, 5, 192, 320, BF16, "sentinels"),
@@ -110,27 +116,32 @@ def main() -> int:
     for patch in patches("multiprocessors", lambda *_: PROGRAMS):
         patch.start()
     gluon_backend = functools.partial(moe_kernels.fused_experts, backend="gluon")
-    todo = [(case, *way) for case in CASES for way in variants("gluon").items()]
-    results = []
-    for case, name, chosen in todo:
+    todo = []
+    for case in CASES:
         inputs = make_inputs(case, "cuda")
-        share = wanted.seconds / len(todo)
-        faulthandler.dump_traceback_later(PATIENCE + share, exit=True)
-        with chosen:
-            check(gluon_backend, inputs, str(case))  # against float64
-            first, runs, wrong = run(gluon_backend, inputs), 0, 0
-            end = time.monotonic() + share
-            while time.monotonic() < end:
-                again = run(gluon_backend, inputs)
-                wrong += any(not torch.equal(first[key], again[key]) for key in first)  # type: ignore[arg-type]
-                runs += 1
-        print(f"{case}{name}: {runs} runs, {wrong} that differ", flush=True)
-        results.append({"problem": f"{case}{name}", "runs": runs, "differ": wrong})
-        if wanted.json:
-            command = " ".join(["python -m moe_kernels.testing.delays", *sys.argv[1:]])
-            report = environment() | {"command": command, "results": results}
-            wanted.json.write_text(json.dumps(report, indent=1) + "\n")
-    faulthandler.cancel_dump_traceback_later()
+        truth(inputs)  # torch loads what it needs
+        compile_variants(gluon_backend, "gluon", inputs)
+        todo += [(case, inputs, *way) for way in variants("gluon").items()]
+    results = []
+    with FileLock(LOCK):
+        for case, inputs, name, chosen in todo:
+            share = wanted.seconds / len(todo)
+            faulthandler.dump_traceback_later(PATIENCE + share, exit=True)
+            with chosen:
+                check(gluon_backend, inputs, str(case))  # against float64
+                first, runs, wrong = run(gluon_backend, inputs), 0, 0
+                end = time.monotonic() + share
+                while time.monotonic() < end:
+                    again = run(gluon_backend, inputs)
+                    wrong += any(not torch.equal(first[key], again[key]) for key in first)  # type: ignore[arg-type]
+                    runs += 1
+            print(f"{case}{name}: {runs} runs, {wrong} that differ", flush=True)
+            results.append({"problem": f"{case}{name}", "runs": runs, "differ": wrong})
+            if wanted.json:
+                command = " ".join(["python -m moe_kernels.testing.delays", *sys.argv[1:]])
+                report = environment() | {"command": command, "results": results}
+                wanted.json.write_text(json.dumps(report, indent=1) + "\n")
+        faulthandler.cancel_dump_traceback_later()
     return int(any(result["differ"] for result in results))
 
 

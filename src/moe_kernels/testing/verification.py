@@ -90,7 +90,10 @@ def verify_case(
         if routing == routings[0]:
             supported = [verdict for verdict in verdicts if _select(verdict, inputs, backend)]
             progress(f"{name}, compiling")
-            _compile(supported, inputs)
+            # One configuration after the other takes most of the time of a check.
+            with compiling_only(device):
+                for verdict in supported:
+                    compile_variants(_ours(verdict), verdict.backend, inputs)
         expected, plain = truth(inputs), eager(inputs)
         for verdict in supported:
             progress(f"{name}, {routing}, group_size={verdict.group_size}, persistent={verdict.persistent}")
@@ -112,18 +115,16 @@ def _select(verdict: Verdict, inputs: Inputs, backend: str) -> bool:
     return verdict.ok
 
 
-def _compile(verdicts: Sequence[Verdict], inputs: Inputs) -> None:
-    """All kernels side by side: one configuration after the other takes most of the time of a check."""
-    todo = [verdict for verdict in verdicts if verdict.backend != "torch"]
-    if not (todo and inputs.x.is_cuda):  # Triton's interpreter compiles nothing
+def compile_variants(ours: Experts, backend: str, inputs: Inputs) -> None:
+    """Compile what ``ours``, which runs on ``backend``, needs for ``inputs``, all side by side; launch nothing."""
+    if backend == "torch" or not inputs.x.is_cuda:  # Triton's interpreter compiles nothing
         return
     leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in DIFFERENTIABLE}
     with compiling_only(inputs.x.device):
-        for verdict in todo:
-            for chosen in variants(verdict.backend).values():
-                with chosen:
-                    call(_ours(verdict), replace(inputs, **leaves))
-                backends.count_dispatch(verdict.backend, -1)  # nothing ran
+        for chosen in variants(backend).values():
+            with chosen:
+                call(ours, replace(inputs, **leaves))
+            backends.count_dispatch(backend, -1)  # nothing ran
 
 
 def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
