@@ -48,6 +48,7 @@ import moe_kernels.kernels
 from moe_kernels import router
 from moe_kernels.activation import Activation
 from moe_kernels.bench.environment import environment
+from moe_kernels.cli.options import make_way
 from moe_kernels.kernels.triton.launch import interpreting
 from moe_kernels.moe import fused_experts
 from moe_kernels.testing import interpreter
@@ -538,6 +539,7 @@ def main() -> int:
         return work(names, wanted.device, wanted.seen)
     if wanted.logs is not None and wanted.logs.exists() and (wanted.logs.is_file() or any(wanted.logs.iterdir())):
         parser.error(f"--logs {wanted.logs} is taken, perhaps by an earlier call: name a folder that is new or empty")
+    make_way(wanted.json)
     program = wanted.program or sanitizer()
     if program is None or (wanted.device == "cuda" and not torch.cuda.is_available()):
         print(f"needs an NVIDIA GPU and compute-sanitizer: pip install {PACKAGE}")
@@ -616,7 +618,6 @@ def run_tools(wanted: argparse.Namespace, names: list[str], program: str, versio
             "failed_without_a_tool": [p.output for p in failed],
             "tools": verdicts,
         }
-        wanted.json.parent.mkdir(parents=True, exist_ok=True)
         wanted.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
     print(f"{time.monotonic() - begun:.0f} s")
     return int(bool(failed) or any(verdict["problems"] for verdict in verdicts.values()))

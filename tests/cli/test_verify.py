@@ -112,6 +112,18 @@ def test_command_passes_and_writes_json(tmp_path):
     assert {row["shape"] for row in report["results"]} >= {"odd", "one-token", "mixtral-1b", "deepseek-v3-1b"}
 
 
+def test_a_file_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_kernels.testing.verification.verify_case", None)  # not called
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["verify", "--device", "cpu", "--json", str(tmp_path / "file" / "verify.json")])
+    assert result.exit_code == 2
+    assert "name a folder, or move away the file" in result.output
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    result = CliRunner().invoke(app, ["verify", "--device", "cpu", "--json", str(tmp_path / "new" / "verify.json")])
+    assert result.exit_code == 3
+    assert "run this in a folder that you may write to" in " ".join(result.output.split())
+
+
 def test_command_fails_with_the_reason(monkeypatch):
     monkeypatch.setattr(torch_backend, "combine", broken("combine", BREAKAGES["half a percent too large"]))
     monkeypatch.setattr(verify, "SMALL_SHAPES", (SHAPE,))

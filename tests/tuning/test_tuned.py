@@ -373,8 +373,8 @@ def test_command_without_a_gpu(monkeypatch):
 
 def test_measurements_are_written(few_candidates, tmp_path):
     timings = tiles.time_shape(SHAPE, 64, CPU, lambda message: None)
-    tune._write_measurements(tmp_path / "new" / "timings.json", timings)
-    report = json.loads((tmp_path / "new" / "timings.json").read_text())
+    tune._write_measurements(tmp_path / "timings.json", timings)
+    report = json.loads((tmp_path / "timings.json").read_text())
     assert report["kind"] == "timings"
     assert {row["call"] for row in report["rows"]} == {"down"}
     assert report["rows"][0]["key"]["kernel"] == "down"

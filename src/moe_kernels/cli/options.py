@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,3 +49,16 @@ def shipped(name: Path, otherwise: str = "") -> Path:
             return root / name
     cure = f"run this in a clone of the project{f', or {otherwise}' if otherwise else ''}"
     raise MissingDependency(f"{name} is neither here nor in {checkout}. Cure: {cure}.")
+
+
+def make_way(file: Path | None) -> None:
+    """Make the folder of a file that is to be written at the end of minutes of work.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_kernels.cli.errors import CHECK_FAILED, MissingDependency, UsageError
-from moe_kernels.cli.options import one_of, several
+from moe_kernels.cli.options import make_way, one_of, several
 from moe_kernels.settings import BACKEND_NAMES, GroupSize
 from moe_kernels.shapes import LAYERS, LayerShape
 
@@ -111,6 +111,7 @@ def verify(
     if dtype is not None:
         one_of("dtype", dtype, tuple(DTYPES))
     one_of("backend", backend, BACKEND_NAMES)
+    make_way(json_file)
     where = _device(device)
     if target is not None and shapes is not None:
         raise UsageError("Name a run file or a model, or --shapes, not both.")
@@ -260,5 +261,4 @@ def _write(file: Path, verdicts: list[Verdict], seconds: float) -> None:
         "seconds": round(seconds, 1),
         "results": [{**asdict(verdict), "ok": verdict.ok} for verdict in verdicts],
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")
