@@ -249,3 +249,13 @@ def test_the_router_is_told_by_steps_where_records_become_rare() -> None:
     assert (name, imbalance, unused) == ("layers.0", "1.50× → 2.00×", "1 of 2")
     [heat_map] = [plot for plot in figures.plots(analysis) if plot.title == "Load of every expert over time"]
     assert "from step 1 to 1000" in heat_map.alt
+
+
+@pytest.mark.parametrize("steps", [[0], [7], [0, 3], [5, 6], [2**62, 2**63 - 1]])
+def test_few_records_are_drawn(steps: list[int]) -> None:
+    found = comparison()
+    records = [[[1, 2]] for _ in steps]
+    found.runs[1].router = RouterHistory(["layers.0"], [2], steps, records, [[3] for _ in steps])
+    titles = [plot.title for plot in figures.plots(Analysis(found))]
+    assert "Load of every expert over time" in titles
+    assert len(router_table(Analysis(found)).rows) == 1

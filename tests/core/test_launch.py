@@ -861,6 +861,7 @@ def test_the_first_forward_compiles_the_backward_too(tmp_path):
 
 VARIANTS = """
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import pytest, torch, triton
@@ -878,7 +879,8 @@ with pytest.MonkeyPatch.context() as patch, fake_cuda.install(Path(sys.argv[1]),
     patch.setattr(backends, "select", lambda problem, name: (name, "asked for"))
     # As if the GPU were there: the tensors are the CPU's.
     patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
-    inputs = make_inputs(Case(48, 2, 3, 64, 64, torch.bfloat16, "zipf"))
+    case = Case(48, 2, 3, 64, 64, torch.bfloat16, "zipf")
+    inputs = make_inputs(replace(case, bias=True, lora_rank=8) if sys.argv[2] == "more" else case)
     todo = [("triton", 64), ("triton", 128)]
     if triton.__version__.startswith(gluon_backend.TRITON):
         todo.append(("gluon", 128))
@@ -896,12 +898,13 @@ with pytest.MonkeyPatch.context() as patch, fake_cuda.install(Path(sys.argv[1]),
 """
 
 
-def test_a_check_compiles_all_variants_before_it_runs_one(tmp_path):
+@pytest.mark.parametrize("what", ["plain", "more"])
+def test_a_check_compiles_all_variants_before_it_runs_one(what, tmp_path):
     reason = fake_cuda.why_not()
     if reason is not None:
         pytest.skip(reason)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", VARIANTS, str(tmp_path)]
+    command = [sys.executable, "-c", VARIANTS, str(tmp_path), what]
     said = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     before, after = said.stdout.splitlines()

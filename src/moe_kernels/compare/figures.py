@@ -279,7 +279,7 @@ def _router_experts(analysis: Analysis) -> Plot | None:
     figure, axes = _axes(min(7.0, 1.3 + max(1.6, 0.012 * rows)), width=2 * WIDTH)
     # A record is as wide as the steps that it covers, of the first one as the next.
     steps = history.steps
-    begin = max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0
+    begin = min(max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0, steps[0] - 1)
     image = axes.pcolorfast([begin, *steps], range(rows + 1), shares, cmap=scale, vmin=-LIMIT, vmax=LIMIT)
     axes.invert_yaxis()
     edges = [sum(history.experts[:layer]) for layer in range(len(history.layers) + 1)]

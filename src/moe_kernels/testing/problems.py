@@ -81,6 +81,16 @@ class Inputs:
         named = {name: getattr(self, name) for name in DIFFERENTIABLE} | self.extras
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def with_own_leaves(self, wanted: tuple[str, ...] | None = None) -> Inputs:
+        """With copies of the differentiable tensors; those ``wanted``, or all, are to have gradients."""
+        leaves = {
+            name: tensor.detach().clone().requires_grad_(wanted is None or name in wanted)
+            for name, tensor in self.leaves().items()
+        }
+        changed: dict[str, Any] = {name: leaf for name, leaf in leaves.items() if name in DIFFERENTIABLE}
+        changed["extras"] = {name: leaf for name, leaf in leaves.items() if name in self.extras}
+        return replace(self, **changed)
+
 
 def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
     """Normal data scaled so that every intermediate is of order one. Drawn on the CPU: equal on every device."""
@@ -144,13 +154,8 @@ def call(implementation: Experts, inputs: Inputs) -> Tensor:
 
 def run(implementation: Experts, inputs: Inputs, wanted: tuple[str, ...] | None = None) -> dict[str, Tensor | None]:
     """Forward and backward. Returns ``out`` and ``d<name>`` for each differentiable input (None when not wanted)."""
-    leaves = {
-        name: tensor.detach().clone().requires_grad_(wanted is None or name in wanted)
-        for name, tensor in inputs.leaves().items()
-    }
-    changed: dict[str, Any] = {name: leaf for name, leaf in leaves.items() if name in DIFFERENTIABLE}
-    changed["extras"] = {name: leaf for name, leaf in leaves.items() if name in inputs.extras}
-    out = call(implementation, replace(inputs, **changed))
+    own = inputs.with_own_leaves(wanted)
+    leaves, out = own.leaves(), call(implementation, own)
     if out.requires_grad:
         out.backward(inputs.grad.to(out.dtype))
     return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}

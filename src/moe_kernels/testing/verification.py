@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,17 +18,7 @@ from moe_kernels.kernels.triton.launch import compiling_only
 from moe_kernels.moe import fused_experts
 from moe_kernels.settings import GroupSize
 from moe_kernels.testing.allocations import poisoned_allocations
-from moe_kernels.testing.problems import (
-    DIFFERENTIABLE,
-    Case,
-    Experts,
-    Inputs,
-    call,
-    eager,
-    make_inputs_of_each,
-    run,
-    truth,
-)
+from moe_kernels.testing.problems import Case, Experts, Inputs, call, eager, make_inputs_of_each, run, truth
 from moe_kernels.testing.tolerances import assert_close_to_truth
 
 #: The plain-torch backend has no tiles and no programs: one configuration says it all.
@@ -119,11 +109,11 @@ def compile_variants(ours: Experts, backend: str, inputs: Inputs) -> None:
     """Compile what ``ours``, which runs on ``backend``, needs for ``inputs``, all side by side; launch nothing."""
     if backend == "torch" or not inputs.x.is_cuda:  # Triton's interpreter compiles nothing
         return
-    leaves = {name: getattr(inputs, name).detach().requires_grad_() for name in DIFFERENTIABLE}
+    leaves = inputs.with_own_leaves()
     with compiling_only(inputs.x.device):
         for chosen in variants(backend).values():
             with chosen:
-                call(ours, replace(inputs, **leaves))
+                call(ours, leaves)
             backends.count_dispatch(backend, -1)  # nothing ran
 
 
