@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -37,31 +38,31 @@ class LayerLoad:
     @property
     def imbalance(self) -> float:
         """Rows of the busiest expert over the mean: 1 is even, the number of experts is one for all."""
-        return float(Loads.of([self]).numbers().imbalance[0])
+        return Loads.of([self]).numbers().imbalance[0]
 
     @property
     def entropy(self) -> float:
         """Entropy of the distribution over that of an even one: 1 is even, 0 is one expert for all."""
-        return float(Loads.of([self]).numbers().entropy[0])
+        return Loads.of([self]).numbers().entropy[0]
 
     @property
     def dead(self) -> int:
         """Experts that were given nothing."""
-        return int(Loads.of([self]).numbers().dead[0])
+        return Loads.of([self]).numbers().dead[0]
 
     @property
     def dropped_share(self) -> float:
         """Share of the rows that went to no expert."""
-        return float(Loads.of([self]).numbers().dropped_share[0])
+        return Loads.of([self]).numbers().dropped_share[0]
 
 
 class LoadNumbers(NamedTuple):
-    """The properties of :class:`LayerLoad` of several layers, each (layers,)."""
+    """The properties of :class:`LayerLoad` of each of several layers."""
 
-    imbalance: NDArray[np.float64]
-    entropy: NDArray[np.float64]
-    dead: NDArray[np.int64]
-    dropped_share: NDArray[np.float64]
+    imbalance: list[float]
+    entropy: list[float]
+    dead: list[int]
+    dropped_share: list[float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,53 +72,52 @@ class Loads:
     Attributes:
         tokens: (sum of the layers' experts,) int64, routed rows of each expert, layer after layer.
         experts: of each layer.
-        rows: (layers,) int64, see :class:`LayerLoad`.
+        rows: of each layer, see :class:`LayerLoad`.
     """
 
     tokens: NDArray[np.int64]
     experts: tuple[int, ...]
-    rows: NDArray[np.int64]
+    rows: tuple[int, ...]
 
     @classmethod
     def of(cls, layers: Sequence[LayerLoad]) -> Loads:
         """The same of layers one by one."""
         tokens = np.fromiter(chain.from_iterable(layer.tokens for layer in layers), np.int64)
-        rows = np.array([layer.rows for layer in layers], np.int64)
-        return cls(tokens, tuple(len(layer.tokens) for layer in layers), rows)
+        return cls(tokens, tuple(len(layer.tokens) for layer in layers), tuple(layer.rows for layer in layers))
 
     def __add__(self, other: Loads) -> Loads:
         """Of the same layers over the steps of both."""
-        return Loads(self.tokens + other.tokens, self.experts, self.rows + other.rows)
+        rows = tuple(a + b for a, b in zip(self.rows, other.rows, strict=True))
+        return Loads(self.tokens + other.tokens, self.experts, rows)
 
     def layers(self) -> list[LayerLoad]:
         """One by one, as Python's own numbers."""
         parts = np.split(self.tokens, np.cumsum(self.experts)[:-1])
-        return [LayerLoad(tuple(part.tolist()), rows) for part, rows in zip(parts, self.rows.tolist(), strict=True)]
+        return [LayerLoad(tuple(part.tolist()), rows) for part, rows in zip(parts, self.rows, strict=True)]
 
     def numbers(self) -> LoadNumbers:
         """The properties of each layer."""
-        tokens, (experts, first, several, most) = self.tokens, _layout(self.experts)
-        total = np.add.reduceat(tokens, first)
-        some = np.maximum(total, 1)
-        busiest = np.maximum.reduceat(tokens, first) / some
-        # The entropy of shares n / N is log N less the mean, over the N, of log n.
-        mean = np.add.reduceat(tokens * np.log2(np.maximum(tokens, 1)), first) / some
-        entropy = np.maximum(np.log2(some) - mean, 0.0) / most
+        tokens, experts = self.tokens, self.experts
+        first = _first(experts)
+        total = np.add.reduceat(tokens, first).tolist()
+        busiest = np.maximum.reduceat(tokens, first).tolist()
+        logs = np.add.reduceat(tokens * np.log2(np.maximum(tokens, 1)), first).tolist()
         return LoadNumbers(
-            imbalance=np.maximum(busiest * experts, 1.0),
-            entropy=np.where((total > 0) & several, entropy, 1.0),
-            dead=np.add.reduceat(tokens == 0, first, dtype=np.int64),
-            dropped_share=(self.rows - total) / np.maximum(self.rows, 1),
+            imbalance=[most * e / n if n else 1.0 for most, e, n in zip(busiest, experts, total, strict=True)],
+            # The entropy of shares t / n is log n less the mean, over the n, of log t.
+            entropy=[
+                max(math.log2(n) - log / n, 0.0) / math.log2(e) if n and e > 1 else 1.0
+                for log, e, n in zip(logs, experts, total, strict=True)
+            ],
+            dead=np.add.reduceat(tokens == 0, first, dtype=np.int64).tolist(),
+            dropped_share=[(row - n) / row if row else 0.0 for row, n in zip(self.rows, total, strict=True)],
         )
 
 
 @functools.lru_cache
-def _layout(
-    experts: tuple[int, ...],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.float64]]:
-    """Of each layer: experts, the place of the first, whether there are several, the highest entropy."""
-    count = np.array(experts, np.int64)
-    return count, count.cumsum() - count, count > 1, np.log2(np.maximum(count, 2))
+def _first(experts: tuple[int, ...]) -> NDArray[np.int64]:
+    """The place of each layer's first expert."""
+    return np.cumsum((0, *experts[:-1]))
 
 
 @dataclass

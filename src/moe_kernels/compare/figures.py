@@ -244,7 +244,7 @@ def _router_layers(analysis: Analysis) -> Plot | None:
     figure, axes = _axes(2.9)
     records = range(len(history.steps))
     values = [
-        Loads.of([history.load(record, layer) for record in records]).numbers().imbalance.tolist()
+        Loads.of([history.load(record, layer) for record in records]).numbers().imbalance
         for layer in range(len(history.layers))
     ]
     for layer, line in enumerate(values):

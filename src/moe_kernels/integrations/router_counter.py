@@ -118,7 +118,7 @@ class RouterCounter:
         self._start_again()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             tokens, rows = self._everywhere(tokens, rows)
-        return Loads(np.concatenate(tokens), self._experts, np.array(rows))
+        return Loads(np.concatenate(tokens), self._experts, tuple(rows))
 
     def _start_again(self) -> None:
         """Forget what was added up."""

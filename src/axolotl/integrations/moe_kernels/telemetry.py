@@ -112,7 +112,7 @@ class RouterCallback(TrainerCallback):
 
 def metrics(loads: Loads, each_layer: bool) -> dict[str, float]:
     """What goes into the trainer's log: the worst layer and the sums, and each layer if asked for."""
-    numbers = [values.tolist() for values in loads.numbers()]  # of few layers, Python's own are faster
+    numbers = loads.numbers()
     imbalance, entropy, dead, dropped = numbers
     found = {
         "moe/load_imbalance": max(imbalance),
