@@ -92,7 +92,7 @@ class Loads:
 
     def layers(self) -> list[LayerLoad]:
         """One by one, as Python's own numbers."""
-        parts = np.split(self.tokens, np.cumsum(self.experts)[:-1])
+        parts = np.split(self.tokens, _first(self.experts)[1:])
         return [LayerLoad(tuple(part.tolist()), rows) for part, rows in zip(parts, self.rows, strict=True)]
 
     def numbers(self) -> LoadNumbers:

@@ -1,6 +1,7 @@
 """`moe-kernels verify`: passes on a right backend, and fails on one broken on purpose."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moe_kernels.cli.app import app
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LayerShape
 from moe_kernels.testing import verification
+from moe_kernels.testing.problems import Case, make_inputs, rerouted
 from moe_kernels.testing.verification import TORCH_CONFIGURATIONS
 
 SHAPE = LayerShape("tiny", 33, 40, 24, 5, 2)
@@ -99,6 +101,18 @@ def test_an_unsupported_backend_fails():
         pytest.skip("a GPU runs the triton backend")
     (verdict,) = judge(backend="triton", routings=("random",), dtype=torch.float64)
     assert "cannot run" in verdict.failures[0]
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+def test_another_routing_of_the_same_inputs(reduce):
+    case = Case(9, 2, 5, 8, 4, torch.float32, "random", bias=True, lora_rank=2, reduce=reduce)
+    for routing in ROUTINGS:
+        wanted = make_inputs(replace(case, routing=routing))
+        found = rerouted(make_inputs(case), replace(case, routing=routing))
+        assert torch.equal(found.topk_ids, wanted.topk_ids), routing
+        assert found.leaves().keys() == wanted.leaves().keys()
+        assert all(torch.equal(tensor, wanted.leaves()[name]) for name, tensor in found.leaves().items()), routing
+        assert torch.equal(found.grad, wanted.grad)
 
 
 @pytest.mark.slow

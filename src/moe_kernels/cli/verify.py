@@ -111,7 +111,6 @@ def verify(
     if dtype is not None:
         one_of("dtype", dtype, tuple(DTYPES))
     one_of("backend", backend, BACKEND_NAMES)
-    make_way(json_file)
     where = _device(device)
     if target is not None and shapes is not None:
         raise UsageError("Name a run file or a model, or --shapes, not both.")
@@ -123,6 +122,7 @@ def verify(
             (_case(shape, kind), shape.name, routings)
             for shape, routings in _shapes(DEFAULT_SHAPES if shapes is None else shapes, where.type, tokens)
         ]
+    make_way(json_file)
     if where.type == "cpu":
         console.print("No NVIDIA GPU: this checks the plain-torch backend on the CPU.", style="yellow")
 

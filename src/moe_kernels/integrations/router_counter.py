@@ -71,7 +71,6 @@ class RouterCounter:
 
     def _begin(self, layers: list[_Layer], tensor_parallel: int = 1) -> None:
         self.layers, self._tensor_parallel = layers, tensor_parallel
-        self._experts = tuple(layer.experts for layer in layers)
         # Of each layer in the forward pass under way: the ids, and how often they had been changed.
         self._ids: dict[int, tuple[torch.Tensor, int]] = {}
         # By layers that were counted together, their ``seen`` and the device: histograms since the last reading.
@@ -108,17 +107,16 @@ class RouterCounter:
         Where several processes train, all must call it at the same step: it adds up over them.
         """
         self._add_up()
-        tokens = [_nothing(layer.seen) for layer in self.layers]
+        tokens = [np.zeros(layer.seen, np.int64) for layer in self.layers]
         for (numbers, seen, _), histograms in self._histograms.items():
-            counted = _sum(histograms).cpu().numpy().astype(np.int64, copy=False).reshape(-1, seen + 2)[:, 1:-1]
+            counted = _sum(histograms).cpu().numpy().astype(np.int64).reshape(-1, seen + 2)
             for number, of_layer in zip(numbers, counted, strict=True):
-                # Most often the only one of this layer.
-                tokens[number] = of_layer if tokens[number] is _nothing(seen) else tokens[number] + of_layer
+                tokens[number] += of_layer[1:-1]
         rows = [layer.rows for layer in self.layers]
         self._start_again()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             tokens, rows = self._everywhere(tokens, rows)
-        return Loads(np.concatenate(tokens), self._experts, tuple(rows))
+        return Loads(np.concatenate(tokens), tuple(layer.experts for layer in self.layers), tuple(rows))
 
     def _start_again(self) -> None:
         """Forget what was added up."""
@@ -189,11 +187,6 @@ class RouterCounter:
 def _first_bins(layers: int, bins: int, dimensions: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """(layers, 1, ...): the bin of expert 0 of each layer."""
     return (torch.arange(layers, device=device, dtype=dtype) * bins + 1).view(-1, *[1] * dimensions)
-
-
-@functools.cache
-def _nothing(experts: int) -> NDArray[np.int64]:
-    return np.zeros(experts, np.int64)
 
 
 def _sum(histograms: list[torch.Tensor]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -132,12 +132,10 @@ def _routing(case: Case, device: str | torch.device) -> tuple[Tensor, Tensor | N
     return ids.to(device), weights.to(case.weights_dtype).to(device) if case.reduce else None
 
 
-def make_inputs_of_each(case: Case, routings: Sequence[str], device: str | torch.device) -> Iterator[Inputs]:
-    """:func:`make_inputs` for one routing after the other, sharing all else: to draw large weights takes seconds."""
-    inputs = make_inputs(case, device)
-    for routing in routings:
-        ids, weights = _routing(replace(case, routing=routing), device)
-        yield replace(inputs, topk_ids=ids, topk_weights=weights)
+def rerouted(inputs: Inputs, case: Case) -> Inputs:
+    """:func:`make_inputs` of ``case``, from inputs that differ in routing alone: to draw weights takes seconds."""
+    ids, weights = _routing(case, inputs.x.device)
+    return replace(inputs, topk_ids=ids, topk_weights=weights)
 
 
 def call(implementation: Experts, inputs: Inputs) -> Tensor:

@@ -108,7 +108,7 @@ def assert_close_to_truth(
     rms_limit = RMS_FACTOR * rms_eager * (1 + luck) + (_RMS_GRAIN[grain] + luck) * epsilon * scale
     max_limit = MAX_FACTOR * max(worst_eager, 2 * rms_eager) + (_MAX_GRAIN[grain] + luck) * epsilon * top
     # The slope is a mean over the elements that are not small: a gradient is zero but for the experts in use.
-    carrying = (truth.square().sum() ** 2 / truth.square().square().sum()).item() if scale else 1.0
+    carrying = (truth.square().sum() ** 2 / truth.pow(4).sum()).item() if scale else 1.0
     noise = 4 * max(rms_eager / scale if scale else 0.0, 0.3 * epsilon) / carrying**0.5
     slope_limit = SLOPE_LIMIT + 2 * abs(slope_eager) + noise
     exact = (ours == truth.to(dtype).double()).double().mean().item() if truth.numel() else 1.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from moe_kernels.kernels.triton.launch import compiling_only
 from moe_kernels.moe import fused_experts
 from moe_kernels.settings import GroupSize
 from moe_kernels.testing.allocations import poisoned_allocations
-from moe_kernels.testing.problems import Case, Experts, Inputs, call, eager, make_inputs_of_each, run, truth
+from moe_kernels.testing.problems import Case, Experts, Inputs, call, eager, make_inputs, rerouted, run, truth
 from moe_kernels.testing.tolerances import assert_close_to_truth
 
 #: The plain-torch backend has no tiles and no programs: one configuration says it all.
@@ -75,15 +75,15 @@ def verify_case(
     """
     dtype = str(case.dtype).removeprefix("torch.")
     verdicts = [Verdict(name, dtype, backend, size, walk) for size, walk in configurations]
-    supported: list[Verdict] = []
-    for routing, inputs in zip(routings, make_inputs_of_each(case, routings, device), strict=True):
-        if routing == routings[0]:
-            supported = [verdict for verdict in verdicts if _select(verdict, inputs, backend)]
-            progress(f"{name}, compiling")
-            # One configuration after the other takes most of the time of a check.
-            with compiling_only(device):
-                for verdict in supported:
-                    compile_variants(_ours(verdict), verdict.backend, inputs)
+    inputs = make_inputs(case, device)
+    supported = [verdict for verdict in verdicts if _select(verdict, inputs, backend)]
+    progress(f"{name}, compiling")
+    # One configuration after the other takes most of the time of a check.
+    with compiling_only(device):
+        for verdict in supported:
+            compile_variants(_ours(verdict), verdict.backend, inputs)
+    for routing in routings:
+        inputs = rerouted(inputs, replace(case, routing=routing))
         expected, plain = truth(inputs), eager(inputs)
         for verdict in supported:
             progress(f"{name}, {routing}, group_size={verdict.group_size}, persistent={verdict.persistent}")

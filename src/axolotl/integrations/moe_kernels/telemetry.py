@@ -72,9 +72,7 @@ class RouterCallback(TrainerCallback):
         self._write_records(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._read(state)
-        self._record()
-        self._write_records(state)
+        self.on_save(args, state, control)
         self.counter.close()
 
     def _read(self, state: Any) -> None:
