@@ -26,6 +26,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -80,6 +81,35 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     return ordered[rank], ordered[count - 1 - rank]
 
 
+def summary(times: dict[str, list[float]], steps: int, warmup: int) -> dict[str, Any]:
+    """What the times that the switch left say about the steps from ``warmup`` on; every list is of milliseconds."""
+    step_ms = times["step_ms"]
+    on = [step for step in range(steps) if telemetry_is_on(step)]
+    timed = range(warmup, len(step_ms))
+    medians = {
+        name: statistics.median(step_ms[step] for step in timed if telemetry_is_on(step) is which)
+        for name, which in (("without", False), ("with", True))
+    }
+    own = {name: statistics.median(times[name][warmup // 2 :]) for name in PARTS}
+    # Most steps write nothing, and a median would not see it: what was written is taken out and its mean added.
+    own["write_ms"] = statistics.fmean(times["write_ms"][warmup // 2 :])
+    unwritten = step_ms.copy()
+    for step, milliseconds in zip(on, times["write_ms"], strict=True):
+        if step < len(step_ms):  # the last has no time
+            unwritten[step] -= milliseconds
+    writing = 100 * own["write_ms"] / medians["without"]
+    percents = [percent + writing for percent in costs(unwritten, warmup)]
+    return {
+        "cost_percent": statistics.median(percents),
+        "interval_percent": [*median_interval(percents)],
+        "group_costs_percent": percents,
+        "median_ms": medians,
+        "own_host_ms": own,
+        "step_ms": step_ms,
+        "method": f"groups of {GROUP} steps, telemetry in the inner or the outer two",
+    }
+
+
 def main() -> int:
     """Run the training and print what the telemetry costs."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -103,7 +133,8 @@ def main() -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join([here, others] if others else [here])
     base = next(run for run in plan.runs if run.role == OPTIMIZED)
     folder = base.folder.with_name("telemetry")
-    changes = {"moe_router_telemetry": True, "output_dir": str(folder / "output")}
+    # Every step of the same size, the last of an epoch too.
+    changes = {"moe_router_telemetry": True, "output_dir": str(folder / "output"), "dataloader_drop_last": True}
     plugins = [*base.config["plugins"], SWITCH]
     run = replace(base, config=base.config | changes | {"plugins": plugins}, folder=folder)
     machine = Machine(device=device, versions=versions())
@@ -119,44 +150,21 @@ def main() -> int:
     if times["read_at"] != [step + 1 for step in on] or rows != wanted_rows:
         console.print(f"telemetry read at {times['read_at']} and counted {rows}: the switch failed", style="red")
         return 1
-    step_ms = times["step_ms"]
-    timed = range(wanted.warmup_steps, len(step_ms))
-    medians = {
-        name: statistics.median(step_ms[step] for step in timed if telemetry_is_on(step) is which)
-        for name, which in (("without", False), ("with", True))
-    }
-    own = {name: statistics.median(times[name][wanted.warmup_steps // 2 :]) for name in PARTS}
-    # Most steps write nothing, and a median would not see it: what was written is taken out and its mean added.
-    own["write_ms"] = statistics.fmean(times["write_ms"][wanted.warmup_steps // 2 :])
-    unwritten = step_ms.copy()
-    for step, milliseconds in zip(on, times["write_ms"], strict=True):
-        if step < len(step_ms):  # the last has no time
-            unwritten[step] -= milliseconds
-    writing = 100 * own["write_ms"] / medians["without"]
-    percents = [percent + writing for percent in costs(unwritten, wanted.warmup_steps)]
-    cost = statistics.median(percents)
-    low, high = median_interval(percents)
+    found = summary(times, wanted.steps, wanted.warmup_steps)
+    low, high = found["interval_percent"]
+    own, without = found["own_host_ms"], found["median_ms"]["without"]
     console.print(
-        f"{wanted.family}-{size}: telemetry costs {cost:+.2f}% of a step (95% interval {low:+.2f}% to {high:+.2f}%, "
-        f"{len(percents)} groups of {GROUP} steps); {medians['without']:.2f} ms without, {medians['with']:.2f} ms "
-        f"with. The host spends {own['hooks_ms']:.2f} ms in its hooks, {own['log_ms']:.2f} ms in its log and "
-        f"{own['write_ms']:.2f} ms in its file: {100 * sum(own.values()) / medians['without']:.2f}%",
+        f"{wanted.family}-{size}: telemetry costs {found['cost_percent']:+.2f}% of a step (95% interval {low:+.2f}% "
+        f"to {high:+.2f}%, {len(found['group_costs_percent'])} groups of {GROUP} steps); {without:.2f} ms without, "
+        f"{found['median_ms']['with']:.2f} ms with. The host spends {own['hooks_ms']:.2f} ms in its hooks, "
+        f"{own['log_ms']:.2f} ms in its log and {own['write_ms']:.2f} ms in its file: "
+        f"{100 * sum(own.values()) / without:.2f}%",
         soft_wrap=True,
     )
     if wanted.json:
-        report = {
-            "family": wanted.family,
-            "size": size,
-            "cost_percent": cost,
-            "interval_percent": [low, high],
-            "group_costs_percent": percents,
-            "median_ms": medians,
-            "own_host_ms": own,
-            "step_ms": step_ms,
-            "method": f"groups of {GROUP} steps, telemetry in the inner or the outer two",
-        }
         command = " ".join(["python", "benchmarks/telemetry_cost.py", *sys.argv[1:]])
-        write_json(wanted.json, report | environment() | {"command": command})
+        of_what = {"family": wanted.family, "size": size}
+        write_json(wanted.json, of_what | found | environment() | {"command": command})
     if low <= wanted.limit < high:
         console.print(f"not decided: {wanted.limit}% is inside the interval, so that it takes more --steps")
         return UNDECIDED

@@ -61,6 +61,20 @@ def test_outliers_do_not_move_it():
     assert abs(statistics.median(telemetry_cost.costs(slow, 20)) - 1.0) < 0.1
 
 
+def test_the_file_counts_with_its_mean_though_it_is_seldom_written():
+    on = [step for step in range(120) if telemetry_cost.telemetry_is_on(step)]
+    step_ms = times(1.0)
+    write_ms = [0.0] * 60
+    for index in range(20, 60, 10):  # 4 of the 50 that count
+        write_ms[index] = 25.0
+        step_ms[on[index]] += 25.0
+    raw = {"step_ms": step_ms[:119], "hooks_ms": [0.25] * 60, "log_ms": [0.5] * 60, "write_ms": write_ms}
+    found = telemetry_cost.summary(raw, 120, 20)
+    assert found["cost_percent"] == pytest.approx(1.0 + 2.0)
+    assert found["own_host_ms"] == {"hooks_ms": 0.25, "log_ms": 0.5, "write_ms": 2.0}
+    assert found["interval_percent"] == pytest.approx([3.0, 3.0])
+
+
 def test_the_interval_holds_the_median_as_often_as_it_says():
     draw, held = random.Random(0), 0
     for _ in range(1000):
