@@ -1,5 +1,7 @@
 """What ran these tests goes into the file of ``python -m pytest tests/device --junitxml=FILE``."""
 
+import sys
+
 import pytest
 
 from moe_kernels.bench.environment import environment
@@ -7,6 +9,7 @@ from moe_kernels.bench.environment import environment
 
 @pytest.fixture(scope="session", autouse=True)
 def machine(record_testsuite_property):
-    """GPU, versions, commit and date."""
-    for name, value in environment().items():
+    """GPU, versions, commit, command and date."""
+    command = " ".join(["python -m pytest", *sys.argv[1:]])
+    for name, value in (environment() | {"command": command}).items():
         record_testsuite_property(name, str(value))

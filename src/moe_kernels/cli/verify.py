@@ -152,8 +152,7 @@ def verify(
     bad = sum(not verdict.ok for verdict in verdicts)
     where_name = torch.cuda.get_device_name(where) if where.type == "cuda" else "the CPU"
     output.print(
-        f"{len(verdicts) - bad} of {len(verdicts)} configurations right on {where_name} "
-        f"({seconds:.0f} s)",
+        f"{len(verdicts) - bad} of {len(verdicts)} configurations right on {where_name} ({seconds:.0f} s)",
         style="red" if bad else "green",
         highlight=False,
     )
