@@ -70,6 +70,7 @@ def test_gpt_oss_is_verified_as_it_computes(tmp_path: Path) -> None:
     [
         ({"hidden_act": "mish"}, "MishActivation computes none of"),
         ({"hidden_act": "nonesuch"}, "cannot be used"),
+        ({"pad_token_id": -1000000}, "cannot be used: Padding_idx must be within num_embeddings"),
         ({"num_hidden_layers": 0}, "has no expert layers"),
         ({"num_local_experts": "four"}, "cannot be used"),
     ],

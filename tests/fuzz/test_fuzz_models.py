@@ -22,6 +22,8 @@ from moe_kernels.integrations.support import UnsupportedExperts
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+SIZES |= {"first_k_dense_replace": 0}  # DeepSeek's only layer has experts
+MODELS = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss")
 
 
 @fuzz(0.5)
@@ -32,7 +34,7 @@ def test_broken_configurations(
     count()
     folder = tmp_path_factory.getbasetemp() / "fuzzed"
     folder.mkdir(exist_ok=True)
-    AutoConfig.for_model("mixtral", **SIZES).save_pretrained(folder)
+    AutoConfig.for_model(random.choice(MODELS), **SIZES).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     # Sizes that would take memory and minutes to refuse are not what is tried here.
     changed = {key: value for key, value in mutated(config, random).items() if key != "num_hidden_layers"}

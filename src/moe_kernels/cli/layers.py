@@ -18,7 +18,7 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_
 DEFAULT_TOKENS = 4096
 OVERRIDES = "overrides_of_model_config"
 # What a configuration with values that make no sense ends in, within transformers and torch.
-NONSENSE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+NONSENSE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 
 
 @dataclass(frozen=True)
