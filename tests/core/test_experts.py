@@ -320,6 +320,25 @@ def test_strided_inputs(experts, backend, device, which, kind):
     assert_equal(results, contiguous_results(backend, device))
 
 
+def loose(t):
+    """The same numbers with an odd stride along the first dimension, which says nothing where there is one of it."""
+    t = t.detach()
+    return t.as_strided(t.shape, (t.stride(0) + 1, *t.stride()[1:]))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_strides_of_one_expert_and_one_token(experts, device, transposed):
+    c = case(tokens=1, experts=1, top_k=1, hidden=64, intermediate=64, dtype=torch.bfloat16, transposed=transposed)
+    inputs = make_inputs(c, device)
+    found = []
+    for leaf in (torch.Tensor.detach, loose):
+        leaves = [leaf(getattr(inputs, name)).requires_grad_() for name in DIFFERENTIABLE]
+        out = experts(leaves[0], inputs.topk_ids, *leaves[1:])
+        grads = torch.autograd.grad(out, leaves, leaf(inputs.grad))
+        found.append({"out": out, **dict(zip(DIFFERENTIABLE, grads, strict=True))})
+    assert_equal(*found)
+
+
 def test_expanded_upstream_gradient(experts, device):
     inputs = make_inputs(SMALL, device)
     ones = type(inputs)(**{**inputs.__dict__, "grad": torch.ones((), device=device).expand(11, 48)})

@@ -104,7 +104,9 @@ def descriptor(tensor: torch.Tensor, *block: int) -> Descriptor:
 
 def stored(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """(weight as it lies in memory, whether that is transposed): the op takes matrices stored by columns too."""
-    return (weight, False) if weight.is_contiguous() else (weight.mT, True)
+    matrix, by_columns = (weight, False) if weight.is_contiguous() else (weight.mT, True)
+    # The stride from one expert to the next can be any number where there is one expert; a view makes it fit.
+    return (matrix.view(matrix.shape) if len(matrix) == 1 else matrix), by_columns
 
 
 def low_rank_arguments(low_rank: LowRank | None, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
