@@ -174,6 +174,7 @@ def test_another_json_is_refused(tmp_path: Path, text: str, message: str) -> Non
         ({"name": "a\0b"}, "is no plain name"),
         ({"name": "a" * 300}, "too long"),
         ({"size": "/tmp"}, "is no plain name"),
+        ({"experts.measurements.0.forward_ms": None}, "has one of forward_ms and forward_backward_ms alone"),
     ],
 )
 def test_a_report_that_lacks_something_or_names_another_place_is_refused(

@@ -102,7 +102,10 @@ def check_experts(experts: dict[str, Any]) -> None:
             raise Misfit(f"{where} lacks {missing[0]!r}")
         # Keys of a newer or an older version are left alone: nothing reads them.
         found = {key: decode(hints[key], row[key], f"{where}.{key}") for key in row.keys() & hints.keys()}
-        for times in (found.get("forward_ms"), found.get("forward_backward_ms")):
+        both = [found.get("forward_ms"), found.get("forward_backward_ms")]
+        if (both[0] is None) is not (both[1] is None):
+            raise Misfit(f"{where} has one of forward_ms and forward_backward_ms alone")
+        for times in both:
             if times is not None and not 0 < times.median < math.inf:
                 raise Misfit(f"{where} took {times.median} ms")
         for size in (found.get("saved_mb"), found.get("peak_mb")):
