@@ -12,7 +12,7 @@ BACKEND_NAMES: tuple[str, ...] = ("auto", "triton", "gluon", "torch")
 
 def check_settings(group_size: GroupSize, persistent: bool, backend: str, recompute: bool = False) -> None:
     """Raise ValueError naming the valid values if a setting is not one of them."""
-    if isinstance(group_size, bool) or group_size not in GROUP_SIZES:
+    if type(group_size) not in (int, str) or group_size not in GROUP_SIZES:  # 64.0 and True are equal to some
         raise ValueError(f"group_size={group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
     for name, value in (("persistent", persistent), ("recompute", recompute)):
         if not isinstance(value, bool):

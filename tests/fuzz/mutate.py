@@ -26,6 +26,15 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+def _walked(value: Any, random: Random) -> tuple[Any, Any]:
+    """(container, key) of one thing inside: at each level each is as likely as the others, large or small."""
+    while True:
+        key = random.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if not value[key] or not isinstance(value[key], (dict, list)) or random.random() < 0.25:
+            return value, key
+        value = value[key]
+
+
 def mutated(value: Any, random: Random, most: int = 3) -> Any:
     """A copy with one to ``most`` things deleted, replaced, exchanged, doubled or added."""
     value = copy.deepcopy(value)
@@ -33,8 +42,8 @@ def mutated(value: Any, random: Random, most: int = 3) -> Any:
         here = places(value)
         if not here:
             return random.choice(JUNK)
-        # A quarter near the top, where a loss weighs more than one of 40,000 samples.
-        container, key = random.choice(here[:40] if random.random() < 0.25 else here)
+        # Three in four from the top down, so that the one key counts as much as the 40,000 samples beside it.
+        container, key = _walked(value, random) if random.random() < 0.75 else random.choice(here)
         what = random.randrange(5)
         if what == 0:
             del container[key]

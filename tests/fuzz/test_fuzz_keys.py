@@ -28,8 +28,18 @@ values = st.one_of(
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4),
 )
 keys = st.sampled_from(
-    ["moe_kernels", "moe_group_size", "moe_persistent_kernel", "moe_kernel_models", "moe_router_telemetry"]
+    [
+        "moe_kernels",
+        "moe_group_size",
+        "moe_persistent_kernel",
+        "moe_recompute",
+        "moe_kernel_models",
+        "moe_router_telemetry",
+        "moe_fused_router",
+        "gradient_checkpointing",
+    ]
 ) | st.sampled_from(["moe_groupsize", "moe_kernel", "moe_", "moe_bnb_fast", "experts_implementation", "base_model"])
+settings = st.dictionaries(keys, values, max_size=6)
 
 
 def is_valid(data: dict[str, Any]) -> bool:
@@ -38,12 +48,14 @@ def is_valid(data: dict[str, Any]) -> bool:
     knobs = {
         "moe_group_size": lambda v: (type(v) is int and v in (64, 128, 256)) or v == "auto",
         "moe_persistent_kernel": lambda v: type(v) is bool,
+        "moe_recompute": lambda v: type(v) is bool,
         "moe_kernel_models": lambda v: type(v) is list and len(v) > 0 and all(type(name) is str for name in v),
     }
     right = {
         **knobs,
         "moe_kernels": lambda v: type(v) is bool,
         "moe_router_telemetry": lambda v: type(v) is bool or v == "layers",
+        "moe_fused_router": lambda v: type(v) is bool,
     }
     if any(data.get(key) is not None and not rule(data[key]) for key, rule in right.items()):
         return False
@@ -51,12 +63,14 @@ def is_valid(data: dict[str, Any]) -> bool:
         return False
     if on is None and any(data.get(key) is not None for key in knobs):
         return False
+    if on and data.get("moe_recompute") and data.get("gradient_checkpointing"):
+        return False
     return experts in (None, "moe_kernels") if on else experts != "moe_kernels"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="needs axolotl")
 @fuzz(4)
-@given(data=st.dictionaries(keys, values, max_size=6))
+@given(data=settings | settings.map(lambda data: data | {"moe_kernels": True}))
 def test_keys(count: Callable[[], None], data: dict[str, Any]) -> None:
     from pydantic import ValidationError
 

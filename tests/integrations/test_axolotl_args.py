@@ -62,6 +62,7 @@ def test_accepted(data: dict[str, Any]) -> None:
         (ON | {"moe_group_size": 100}, ["moe_group_size", "64, 128, 256 or 'auto'"]),
         (ON | {"moe_group_size": "128"}, ["moe_group_size", "64, 128, 256 or 'auto'"]),
         (ON | {"moe_group_size": True}, ["moe_group_size", "64, 128, 256 or 'auto'"]),
+        (ON | {"moe_group_size": 64.0}, ["moe_group_size", "64, 128, 256 or 'auto'"]),
         (ON | {"moe_persistent_kernel": "on"}, ["moe_persistent_kernel", "valid boolean"]),
         (ON | {"moe_recompute": True, "gradient_checkpointing": True}, ["moe_recompute", "remove one of them"]),
         ({"moe_recompute": True}, ["moe_recompute without moe_kernels", "add moe_kernels: true"]),

@@ -211,9 +211,10 @@ def test_settings_reach_the_op(group_size: int | str, persistent: bool, monkeypa
     assert seen == [layout | expected] * 2
 
 
-def test_register_refuses_bad_settings() -> None:
-    with pytest.raises(ValueError, match="group_size=100 is not one of 64, 128, 256, auto"):
-        mk.register(group_size=100)
+@pytest.mark.parametrize("size", [100, 64.0, True, "128"])
+def test_register_refuses_bad_settings(size: object) -> None:
+    with pytest.raises(ValueError, match=f"group_size={size!r} is not one of 64, 128, 256, auto"):
+        mk.register(group_size=size)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

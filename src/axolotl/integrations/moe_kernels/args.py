@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, StrictBool, StrictStr, model_validator
+from pydantic import BaseModel, Field, StrictBool, StrictStr, field_validator, model_validator
 
 OWN_KEYS = (
     "moe_kernels",
@@ -83,6 +83,14 @@ class MoeKernelsArgs(BaseModel):
             "Default: false."
         },
     )
+
+    @field_validator("moe_group_size", mode="before")
+    @classmethod
+    def check_group_size(cls, value: Any) -> Any:
+        """Refuse 64.0, which a Literal takes for 64."""
+        if isinstance(value, float):
+            raise ValueError("Input should be 64, 128, 256 or 'auto'")
+        return value
 
     @model_validator(mode="before")
     @classmethod
