@@ -81,10 +81,9 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     return ordered[rank], ordered[count - 1 - rank]
 
 
-def summary(times: dict[str, list[float]], steps: int, warmup: int) -> dict[str, Any]:
-    """What the times that the switch left say about the steps from ``warmup`` on; every list is of milliseconds."""
+def summary(times: dict[str, Any], warmup: int) -> dict[str, Any]:
+    """What the times that the switch left say about the steps from ``warmup`` on."""
     step_ms = times["step_ms"]
-    on = [step for step in range(steps) if telemetry_is_on(step)]
     timed = range(warmup, len(step_ms))
     medians = {
         name: statistics.median(step_ms[step] for step in timed if telemetry_is_on(step) is which)
@@ -94,9 +93,9 @@ def summary(times: dict[str, list[float]], steps: int, warmup: int) -> dict[str,
     # Most steps write nothing, and a median would not see it: what was written is taken out and its mean added.
     own["write_ms"] = statistics.fmean(times["write_ms"][warmup // 2 :])
     unwritten = step_ms.copy()
-    for step, milliseconds in zip(on, times["write_ms"], strict=True):
-        if step < len(step_ms):  # the last has no time
-            unwritten[step] -= milliseconds
+    for step, milliseconds in zip(times["read_at"], times["write_ms"], strict=True):
+        if step <= len(step_ms):  # the last has no time
+            unwritten[step - 1] -= milliseconds
     writing = 100 * own["write_ms"] / medians["without"]
     percents = [percent + writing for percent in costs(unwritten, warmup)]
     return {
@@ -143,14 +142,14 @@ def main() -> int:
         console.print(f"{wanted.family} failed: {result.error}", *result.tail, sep="\n", style="red", markup=False)
         return 1
     times = json.loads(Path(run.config["output_dir"], TIMES).read_text())
-    on = [step for step in range(wanted.steps) if telemetry_is_on(step)]
+    on = [step + 1 for step in range(wanted.steps) if telemetry_is_on(step)]  # as the trainer counts
     history = read_history(Path(run.config["output_dir"], FILE_NAME))
     rows = [history.sum(layer).rows for layer in range(len(history.layers))]
     wanted_rows = [len(on) * of_one_step for of_one_step in history.rows[0]]  # the first record is of one step
-    if times["read_at"] != [step + 1 for step in on] or rows != wanted_rows:
+    if times["read_at"] != on or rows != wanted_rows:
         console.print(f"telemetry read at {times['read_at']} and counted {rows}: the switch failed", style="red")
         return 1
-    found = summary(times, wanted.steps, wanted.warmup_steps)
+    found = summary(times, wanted.warmup_steps)
     low, high = found["interval_percent"]
     own, without = found["own_host_ms"], found["median_ms"]["without"]
     console.print(

@@ -10,8 +10,9 @@ nothing and counts as alive. So that none can stop the GPU, no mutant of --gpu t
 the phases and counts of barriers, and how many steps of the ring each group walks. Those of --barriers do, and are run
 with random delays (tests/device/test_delays_gpu.py) in a process that ends itself if a kernel does not.
 
-About an hour of one core (mutants.json); two minutes with --gpu on 16 cores. Exit code 1 if a mutant is alive, or if a planted
-text is not in the source any more; 2 if there is no such GPU.
+15 minutes to an hour and a half of one core (mutants.json: 15); on 16 cores two minutes with --gpu, six with
+--barriers. Exit code 1 if a mutant is alive, or if a planted text is not in the source any more; 2 if there is no such
+GPU.
 """
 
 # ruff: noqa: E501

@@ -68,8 +68,9 @@ def test_the_file_counts_with_its_mean_though_it_is_seldom_written():
     for index in range(20, 60, 10):  # 4 of the 50 that count
         write_ms[index] = 25.0
         step_ms[on[index]] += 25.0
-    raw = {"step_ms": step_ms[:119], "hooks_ms": [0.25] * 60, "log_ms": [0.5] * 60, "write_ms": write_ms}
-    found = telemetry_cost.summary(raw, 120, 20)
+    raw = {"hooks_ms": [0.25] * 60, "log_ms": [0.5] * 60, "write_ms": write_ms}
+    raw |= {"step_ms": step_ms[:119], "read_at": [step + 1 for step in on]}
+    found = telemetry_cost.summary(raw, 20)
     assert found["cost_percent"] == pytest.approx(1.0 + 2.0)
     assert found["own_host_ms"] == {"hooks_ms": 0.25, "log_ms": 0.5, "write_ms": 2.0}
     assert found["interval_percent"] == pytest.approx([3.0, 3.0])

@@ -99,14 +99,13 @@ class Descriptor(NamedTuple):
 
 def descriptor(tensor: torch.Tensor, *block: int) -> Descriptor:
     """Descriptor that loads blocks of ``block`` elements of a contiguous tensor, zero outside it."""
-    return Descriptor(tensor, block)
+    # Where there is one expert or row, the stride to the next can be any number: that of a view fits.
+    return Descriptor(tensor.view(tensor.shape) if len(tensor) == 1 else tensor, block)
 
 
 def stored(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """(weight as it lies in memory, whether that is transposed): the op takes matrices stored by columns too."""
-    matrix, by_columns = (weight, False) if weight.is_contiguous() else (weight.mT, True)
-    # The stride from one expert to the next can be any number where there is one expert; a view makes it fit.
-    return (matrix.view(matrix.shape) if len(matrix) == 1 else matrix), by_columns
+    return (weight, False) if weight.is_contiguous() else (weight.mT, True)
 
 
 def low_rank_arguments(low_rank: LowRank | None, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
