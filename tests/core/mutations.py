@@ -258,11 +258,10 @@ def why_no_gpu() -> str | None:
         return "torch.cuda.is_available() is false here"
     if torch.cuda.get_device_capability()[0] != 9:
         return f"this is a {torch.cuda.get_device_name()}"
-    from moe_kernels.gluon_backend import TRITON as WANTED
+    from moe_kernels.kernels.hopper import gluon_names
 
-    return (
-        None if triton.__version__.startswith(WANTED) else f"they need triton {WANTED}, this is {triton.__version__}"
-    )
+    lacking = gluon_names.lacks()
+    return f"the Gluon of triton {triton.__version__} has no {lacking}" if lacking else None
 
 
 #: How a test fails on a kernel that does not compile: the mutant is no working program, whatever it should have been.
