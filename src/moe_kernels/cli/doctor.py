@@ -25,10 +25,10 @@ OK, NOTE, BROKEN = "ok", "note", "broken"
 
 #: Tested versions, from the first to below the last, as pyproject.toml has them.
 TESTED: dict[str, tuple[str, str]] = {
-    "torch": ("2.11", "2.14"),
-    "triton": ("3.6", "3.8"),
-    "transformers": ("5.16.1", "5.24"),
-    "axolotl": ("0.19", "0.20"),
+    "torch": ("2.11", "2.15"),
+    "triton": ("3.6", "3.9"),
+    "transformers": ("5.16.1", "5.25"),
+    "axolotl": ("0.19", "0.22"),
 }
 REQUIRED = ("torch", "triton")
 CURES = {
