@@ -184,7 +184,7 @@ def _axolotl() -> list[Finding]:
         return [Finding("Axolotl plugin", NOTE, "axolotl is not installed", CURES["axolotl"])]
     reason = _imports(PLUGIN)
     if reason is not None:
-        cure = f"{pip_install()} in the environment that runs axolotl"
+        cure = f"{pip_install()}, with the Python that runs axolotl"
         return [Finding("Axolotl plugin", BROKEN, f"{PLUGIN}: {reason}", cure)]
     return [Finding("Axolotl plugin", OK, f"{PLUGIN}.MoeOptimizedPlugin")]
 
