@@ -116,7 +116,9 @@ def test_no_hint_names_a_package_or_an_address_that_is_not_this_project():
     foreign = re.compile("pip" + r" install \S*moe.kernels|github\.com/" + "moe-kernels")
     root = Path(__file__).parents[2]
     listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout
-    texts = [root / name for name in listed.splitlines() if Path(name).suffix in {".py", ".md", ".toml", ".yml", ".j2"}]
+    texts = [
+        root / name for name in listed.splitlines() if Path(name).suffix in {".py", ".md", ".toml", ".yml", ".j2"}
+    ]
     assert len(texts) > 150
     assert [str(file) for file in texts if foreign.search(file.read_text())] == []
 
