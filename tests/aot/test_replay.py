@@ -70,7 +70,7 @@ def launched(monkeypatch):
         found = direct(kernel, *args)
 
         def launch(*values):
-            calls.append([kernel.fn.__name__, *(maps.get(id(value), value) for value in values)])
+            calls.append([kernel.fn.__name__, *(maps.get(id(value), value) for value in flat(values))])
             return found.call(*values)
 
         return found._replace(call=launch)
