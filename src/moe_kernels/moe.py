@@ -122,8 +122,7 @@ def fused_experts(
         *_padded(down_lora, dtype),
     )
     _check_devices(tensors)
-    compiling = torch.compiler.is_compiling()
-    plain = not compiling and transformed(*tensors)
+    plain = transformed(*tensors)
     if not plain:
         _check_layouts(gate_up, down)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -142,7 +141,7 @@ def fused_experts(
     if plain:
         backends.count_dispatch("torch", why="torch.func or forward mode asked for derivatives that no kernel has")
         out = plain_experts(*args)
-    elif compiling or traced(tensors[0]):
+    elif torch.compiler.is_compiling() or traced(tensors[0]):
         out = torch.ops.moe_kernels.experts_forward(*args)[0]
     elif needs_grad:
         out = _Experts.apply(*args, reload)

@@ -50,11 +50,20 @@ def traced(tensor: Tensor) -> bool:
 
 
 @functools.cache
-def _say() -> None:
+def _warn() -> None:
     logger.warning(
         "second derivatives, forward mode and torch.func of an expert layer run by plain steps of torch, not by the "
         "kernels: they are right, but slow"
     )
+
+
+@torch.compiler.assume_constant_result
+def _say() -> None:  # torch.compile does not look into it, and calls it while it makes a graph
+    _warn()
+
+
+def _vmapped() -> bool:
+    return any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ())
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -85,8 +94,7 @@ def plain_experts(
     """out (T, H), or (R, H) without ``reduce``, of the arguments of the op ``experts_forward``."""
     _say()
     # Where ids cannot be read, no expert can take its own tokens alone.
-    stack = get_interpreter_stack() or ()
-    blind = any(level.key() == TransformType.Vmap for level in stack) or traced(topk_ids)
+    blind = torch.compiler.is_compiling() or traced(topk_ids) or _vmapped()
     experts = _every_expert_on_every_token if blind else reference_experts
     with without_autocast(x.device.type):
         out = experts(
