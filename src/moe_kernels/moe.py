@@ -38,7 +38,7 @@ from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.triton.launch import by_rows, compiling_only
 from moe_kernels.kernels.triton.replay import replayed
 from moe_kernels.memory import explains_out_of_memory
-from moe_kernels.plain import batched, plain_experts, traced, transformed
+from moe_kernels.plain import batched, plain_experts, traced, transformed, without_autocast
 from moe_kernels.reference import LowRankPair
 from moe_kernels.routing import AUTO_GROUP_SIZE, RoutingPlan, plan_elements, resolve_group_size
 from moe_kernels.settings import GroupSize, check_settings
@@ -110,7 +110,7 @@ def fused_experts(
     _check_low_rank("down", down, down_lora)
     dtype = _compute_dtype(x, gate_up, down)
     if topk_weights is None:
-        topk_weights = torch.ones(topk_ids.shape, dtype=torch.float32, device=x.device)
+        topk_weights = topk_ids.new_ones(topk_ids.shape, dtype=torch.float32)
     tensors: tuple[Tensor | None, ...] = (
         x.to(dtype).contiguous(),
         topk_ids.contiguous(),
@@ -465,7 +465,7 @@ def _plain_grads(dout: Tensor, *arguments: Any) -> list[Tensor | None]:
     tensors, (_, _, packed_plan), (*settings, needs) = arguments[:10], arguments[10:13], arguments[13:]
     topk_ids = _topk_ids(packed_plan, tensors[1], tensors[2], settings[5])
     again = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), without_autocast(dout.device.type):
         # Views, as one tensor may be made of another (routing weights of x): each is to get its own share alone.
         x, *others = own = [None if t is None else t.view_as(t) for t in tensors]
         wanted = [tensor for tensor, needed in zip(own, needs, strict=True) if needed]

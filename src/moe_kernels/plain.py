@@ -139,9 +139,9 @@ def _every_expert_on_every_token(
     out = x.new_zeros(tokens, hidden) if reduce else x.new_zeros(tokens, top_k, hidden)
     for expert in range(gate_up.shape[0]):
         slots = topk_ids == expert
-        here = slots.any(-1, keepdim=True)
-        # Zeros go in and nothing comes out elsewhere: no overflow of a token that is not this expert's.
-        z = torch.where(here, x, 0.0) @ gate_up[expert].T
+        others = ~slots.any(-1, keepdim=True)
+        # Of other tokens zeros go in and zeros come out: one that is not this expert's cannot overflow in it.
+        z = x.masked_fill(others, 0.0) @ gate_up[expert].T
         if gate_up_bias is not None:
             z = z + gate_up_bias[expert]
         y = gate.value(z) @ down[expert].T
@@ -150,6 +150,6 @@ def _every_expert_on_every_token(
         if topk_weights is None:
             out = torch.where(slots[..., None], y[:, None], out)
         else:
-            weight = torch.where(slots, topk_weights, 0.0).sum(-1, keepdim=True)
-            out = out + torch.where(here, y * weight, 0.0).to(out.dtype)
+            weight = topk_weights.masked_fill(~slots, 0.0).sum(-1, keepdim=True)
+            out = out + (y * weight).masked_fill(others, 0.0).to(out.dtype)
     return out
