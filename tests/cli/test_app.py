@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tomllib
 from typer.testing import CliRunner
 
 import moe_kernels
@@ -16,6 +15,11 @@ from moe_kernels.backends import UnsupportedProblem
 from moe_kernels.cli import app as cli
 from moe_kernels.cli.errors import CommandError, MissingDependency, UsageError, missing_module
 from moe_kernels.install import pip_install
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings the same under its old name
+    import tomli as tomllib
 
 
 @pytest.fixture
