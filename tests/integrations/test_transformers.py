@@ -18,9 +18,12 @@ from torch import nn
 import moe_kernels
 from moe_kernels import backends
 from moe_kernels.activation import PLAIN, Activation
+from moe_kernels.testing.ambient import AMBIENT, inside
 
 transformers = pytest.importorskip("transformers")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")
+
+from moe_kernels.integrations.support import recipe_of  # noqa: E402
 
 VOCAB, TOKENS = 97, (2, 13)
 COMMON = {
@@ -418,6 +421,43 @@ def test_why_not_module(make, activation: str) -> None:
     reason = mk.why_not_module(make())
     assert f"its activation {activation} computes none of clamped_glu, clamped_silu, gelu" in reason
     assert "experts_implementation: grouped_mm" in reason
+
+
+# What the caller has switched on
+
+
+def clamped_experts() -> nn.Module:
+    experts = experts_module("gpt_oss")
+    experts.limit, experts.alpha = 3.5, 1.25
+    return experts
+
+
+def activation_of(name: str) -> nn.Module:
+    experts = experts_module("mixtral")
+    experts.act_fn = transformers.activations.ACT2FN[name]
+    return experts
+
+
+# Three write gelu_pytorch_tanh in their own ways.
+PROBED = {name: lambda name=name: activation_of(name) for name in (*PLAIN, "gelu_new", "gelu_fast", "gelu_python")}
+PROBED |= {"gpt_oss": clamped_experts, "nemotron_h": lambda: experts_module("nemotron_h")}
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("state", AMBIENT)
+def test_the_probe_finds_the_same_whatever_is_switched_on(state: str) -> None:
+    for name, make in PROBED.items():
+        expected, experts = recipe_of(make()), make()
+        found = inside(state, lambda: recipe_of(experts))  # noqa: B023 (called here)
+        assert found.gate == expected.gate, name
+        assert mk.why_not_module(experts) is None
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("state", AMBIENT)
+def test_what_is_refused_is_refused_whatever_is_switched_on(state: str) -> None:
+    experts = hidden_clamp_experts()
+    assert "SiLUActivation computes none of" in inside(state, lambda: mk.why_not_module(experts))
 
 
 def clamped_gate(self: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from moe_kernels.integrations.router import (  # noqa: E402
     recognise,
     router_modules,
 )
+from moe_kernels.testing.ambient import AMBIENT, inside  # noqa: E402
 
 COMMON = {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 96,
           "intermediate_size": 32, "num_hidden_layers": 2, "num_experts_per_tok": 3}  # fmt: skip
@@ -180,6 +181,16 @@ def build(family, name, changes):
 @pytest.mark.parametrize(("family", "name", "changes", "form"), FORMS, ids=[form[0] for form in FORMS])
 def test_routers_are_recognised_by_what_they_compute(family, name, changes, form):
     assert recognise(build(family, name, changes)) == form
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("state", AMBIENT)
+def test_the_probe_finds_the_same_whatever_is_switched_on(state):
+    for family, name, changes, form in FORMS:
+        gate = build(family, name, changes)
+        assert inside(state, lambda: recognise(gate)) == form, name  # noqa: B023 (called here)
+    other = REFUSED["another scale"]
+    assert "computes something else" in inside(state, lambda: recognise(other))
 
 
 @pytest.mark.parametrize("condition", ["bfloat16", "autocast"])
