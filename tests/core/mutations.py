@@ -57,7 +57,7 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("K tail of the weights is not masked", "tile.py", "mask=(r < ROWS)[:, None] & (c < COLS)[None, :], other=0.0", "mask=(r < ROWS)[:, None] & (c < COLS + 1)[None, :], other=0.0"),
     ("missing other= in the row loads", "tile.py", "block = tl.load(pointers, mask=(k < K)[None, :], other=0.0)", "block = tl.load(pointers, mask=(k < K)[None, :])"),
     ("wrong gathered token", "tile.py", "(slot // TOP_K).to(tl.int64)", "(slot // TOP_K * 0 + slot % TOP_K).to(tl.int64)"),
-    ("expert offset in 32 bits", "tile.py", "base = w + expert.to(tl.int64) * ROWS * COLS", "base = w + expert * ROWS * COLS"),
+    ("expert offset in 32 bits", "tile.py", "base = w + expert.to(tl.int64) * STRIDE", "base = w + expert * STRIDE"),
     ("gate and up swapped in the epilogue", "up.py", "a = value(gate, up, ACTIVATION, P0, P1)", "a = value(up, gate, ACTIVATION, P0, P1)", 2),
     ("up columns read from the gate half", "up.py", "expert, I + n0, k0,", "expert, n0, k0,"),
     ("last K block lost", "up.py", "for k0 in tl.range(0, H, BLOCK_K)", "for k0 in tl.range(0, H - BLOCK_K + 1, BLOCK_K)", 2),

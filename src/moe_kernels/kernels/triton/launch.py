@@ -80,6 +80,9 @@ def tma_fits(*tensors: torch.Tensor) -> bool:
     for t in tensors:  # a generator would cost another microsecond
         if t.element_size() != 2 or t.shape[-1] % 16 or t.data_ptr() % 16 or t.numel() == 0:
             return False
+        # Experts may lie apart, but not one over another, nor off the grid of whole rows.
+        if not t.is_contiguous() and (t.stride(0) < t.shape[-2] * t.shape[-1] or t.stride(0) % t.shape[-1]):
+            return False
     return True
 
 
@@ -98,14 +101,22 @@ class Descriptor(NamedTuple):
 
 
 def descriptor(tensor: torch.Tensor, *block: int) -> Descriptor:
-    """Descriptor that loads blocks of ``block`` elements of a contiguous tensor, zero outside it."""
+    """Descriptor that loads blocks of ``block`` elements of a tensor that fits (:func:`tma_fits`), zero outside it."""
     # Where there is one expert or row, the stride to the next can be any number: that of a view fits.
     return Descriptor(tensor.view(tensor.shape) if len(tensor) == 1 else tensor, block)
 
 
+def by_rows(weight: torch.Tensor) -> bool:
+    """Whether every expert's matrix of ``weight`` (E, rows, columns) is contiguous by rows, wherever experts lie."""
+    if weight.is_contiguous():
+        return True
+    (_, rows, columns), (_, row, column) = weight.shape, weight.stride()
+    return (columns == 1 or column == 1) and (rows == 1 or row == columns)
+
+
 def stored(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """(weight as it lies in memory, whether that is transposed): the op takes matrices stored by columns too."""
-    return (weight, False) if weight.is_contiguous() else (weight.mT, True)
+    return (weight, False) if by_rows(weight) else (weight.mT, True)
 
 
 def low_rank_arguments(low_rank: LowRank | None, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
