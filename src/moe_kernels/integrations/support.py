@@ -33,8 +33,15 @@ class UnsupportedExperts(ValueError):
 
     @classmethod
     def of(cls, module: Any, reason: str, name: str = "") -> UnsupportedExperts:
+        """Where transformers' own implementations are the cure."""
+        cure = "Train it with experts_implementation: grouped_mm and without moe_kernels."
+        return cls.mended(module, f"{reason} {cure}", name)
+
+    @classmethod
+    def mended(cls, module: Any, reason_and_cure: str, name: str = "") -> UnsupportedExperts:
+        """Where the module itself is to be mended."""
         where = f"{name} ({type(module).__name__})" if name else type(module).__name__
-        return cls(f"{where}: {reason} Train it with experts_implementation: grouped_mm and without moe_kernels.")
+        return cls(f"{where}: {reason_and_cure}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,11 @@ class Recipe:
     biased: bool
     post_norm: bool
     source: tuple[Any, ...]
+
+    @property
+    def up_name(self) -> str:
+        """The weight of the up projection; that of the down projection is always ``down_proj``."""
+        return "gate_up_proj" if self.gate.gated else "up_proj"
 
     def __str__(self) -> str:
         weights = [
@@ -181,14 +193,34 @@ def plain_weight(module: Any, weight: Any) -> torch.Tensor:
     if is_sharded(weight):
         raise UnsupportedExperts.of(module, f"its weights are sharded in forward ({weight.placements}).")
     weight = own_part(module, weight)
-    if weight.dtype not in _DTYPES:
-        raise UnsupportedExperts.of(module, f"its weights are stored as {weight.dtype}.")
-    if weight.shape[0] != module.num_experts:
-        raise UnsupportedExperts.of(
-            module,
-            f"it says num_experts={module.num_experts} but holds weights of {weight.shape[0]} experts.",
-        )
+    check_weight(module, weight)
     return weight
+
+
+def check_weight(module: Any, weight: torch.Tensor, name: str = "") -> None:
+    """Raise UnsupportedExperts of a weight, or of a tensor on meta like it, that ``module`` cannot run on."""
+    if weight.dtype not in _DTYPES:
+        raise UnsupportedExperts.of(module, f"its weights are stored as {weight.dtype}.", name)
+    if weight.shape[0] != module.num_experts:
+        raise UnsupportedExperts.mended(
+            module,
+            f"it says num_experts={module.num_experts} but holds weights of {weight.shape[0]} experts: make both agree.",
+            name,
+        )
+
+
+def check_pair(module: Any, gate_up: torch.Tensor, down: torch.Tensor, gated: bool, name: str = "") -> None:
+    """Raise UnsupportedExperts where the two weights of ``module``, (E, 2I or I, H) and (E, H, I), do not fit.
+
+    The op takes half the rows for experts without a gate, which nothing but the module can tell from a mistake.
+    """
+    wanted = (2 if gated else 1) * down.shape[-1]
+    if gate_up.shape[-2] != wanted:
+        raise UnsupportedExperts.mended(
+            module,
+            f"its up projection gives {gate_up.shape[-2]} values, its down projection wants {wanted}: make both agree.",
+            name,
+        )
 
 
 def is_sharded(tensor: Any) -> bool:
