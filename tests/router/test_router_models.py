@@ -118,6 +118,21 @@ def test_a_compiled_router_is_one_graph(backend):
         torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_router_is_exact(strict, backend):
+    gate = build("deepseek_v3", "DeepseekV3TopkRouter", {})
+    install_fused_router(holder(gate))
+    nn.init.normal_(gate.weight)
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+    torch._dynamo.reset()
+    exported = torch.export.export(gate, (torch.zeros(7, 32),), strict=strict)
+    named = [node for node in exported.graph.nodes if "moe_kernels.route_forward" in str(node.target)]
+    assert bool(named) == (backend == "triton"), "plain torch is its own graph"
+    for ours, eager in zip(exported.module()(x), gate(x), strict=True):
+        assert torch.equal(ours, eager)
+
+
 def test_checkpointed_layers_give_the_same_gradients(backend):
     model = make_model("qwen3_moe")
     install_fused_router(model)
