@@ -687,6 +687,23 @@ def test_two_dtypes_are_right_under_autocast(device: torch.device) -> None:
             mk.check_model(model)
 
 
+@pytest.mark.parametrize(
+    ("keys", "fits"), [({"bf16": True}, True), ({"fp16": True}, True), ({"bf16": "full"}, False), ({}, False)], ids=str
+)
+def test_the_plugin_checks_as_the_trainer_runs(keys: dict, fits: bool) -> None:
+    plugin = pytest.importorskip("axolotl.integrations.moe_kernels.plugin").MoeOptimizedPlugin()
+    cfg = pytest.importorskip("axolotl.utils.dict").DictDefault({"moe_kernels": True} | keys)
+    model = make_model("mixtral")
+    model.set_experts_implementation("moe_kernels")
+    two_dtypes(model.model.layers[1].mlp.experts)
+    if fits:
+        plugin.post_model_load(cfg, model)
+        assert plugin.expert_layers == 2
+    else:
+        with pytest.raises(mk.UnsupportedExperts, match=r"layers\.1.*gate_up is torch.float32 but down is"):
+            plugin.post_model_load(cfg, model)
+
+
 def test_weights_in_pieces_are_left_to_the_forward() -> None:
     """ZeRO-3 and FSDP1 leave a parameter of one dimension until the layer runs."""
     model = make_model("gpt_oss")
