@@ -368,7 +368,8 @@ def test_compile_before_the_check_says_so() -> None:
     """The probe cannot run inside a graph."""
     experts = experts_module("mixtral")
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="call check_model.* before torch.compile or torch.export"):  # wrapped by dynamo, in a class of its own
+    # Wrapped by dynamo, in a class of its own.
+    with pytest.raises(Exception, match=r"call check_model\(model\) before torch.compile or torch.export"):
         torch.compile(experts, fullgraph=True, backend="aot_eager")(*experts_inputs(experts))
 
 
@@ -688,7 +689,9 @@ def test_two_dtypes_are_right_under_autocast(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "fits"), [({"bf16": True}, True), ({"fp16": True}, True), ({"bf16": "full"}, False), ({}, False)], ids=str
+    ("keys", "fits"),
+    [({"bf16": True}, True), ({"fp16": True}, True), ({"bf16": "full"}, False), ({}, False)],
+    ids=str,
 )
 def test_the_plugin_checks_as_the_trainer_runs(keys: dict, fits: bool) -> None:
     plugin = pytest.importorskip("axolotl.integrations.moe_kernels.plugin").MoeOptimizedPlugin()

@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter  # noqa: E402
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter  # noqa: E402
 
+import moe_kernels.integrations.transformers as mk  # noqa: E402
 from moe_kernels.integrations.router import (  # noqa: E402
     RouterForm,
     UnsupportedRouter,
@@ -22,7 +23,6 @@ from moe_kernels.integrations.router import (  # noqa: E402
     recognise,
     router_modules,
 )
-import moe_kernels.integrations.transformers as mk  # noqa: E402
 from moe_kernels.integrations.support import recipe_of  # noqa: E402
 from moe_kernels.testing.ambient import AMBIENT, inside  # noqa: E402
 
@@ -259,8 +259,8 @@ def test_wrappers_are_seen_through():
 @pytest.mark.parametrize("name", MODELS)
 def test_a_router_that_peft_trains_whole(name, before, backend):
     peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "q_a_proj"], modules_to_save=["gate"], init_lora_weights=False)
-    calls = []
+    targets, calls = ["q_proj", "q_a_proj"], []
+    lora = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["gate"], init_lora_weights=False)
 
     def trained(model):
         torch.manual_seed(5)

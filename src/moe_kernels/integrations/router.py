@@ -104,16 +104,16 @@ def install_fused_router(model: torch.nn.Module) -> int:
     for (_, module), form in zip(routers, forms, strict=True):
         if _installed(module) is None:  # what wrapped a fused forward since then stays
             module.forward = functools.partial(RouterForm.forward, form, module)
-            module._replicate_for_data_parallel = functools.partial(_replica, module)
+            module._replicate_for_data_parallel = functools.partial(_replica, form, module)
     alike = [module for _, module in _look_alikes(model)]
     inside = {id(part) for module in alike for part in module.modules() if part is not module}
     return sum(id(module) not in inside for module in alike)
 
 
-def _replica(module: Any) -> Any:
+def _replica(form: RouterForm, module: Any) -> Any:
     """A replica of nn.DataParallel, which would run the forward of ``module`` itself, with its weights."""
     replica = type(module)._replicate_for_data_parallel(module)
-    replica.forward = functools.partial(RouterForm.forward, _installed(module), replica)
+    replica.forward = functools.partial(RouterForm.forward, form, replica)
     return replica
 
 

@@ -201,11 +201,10 @@ def check_weight(module: Any, weight: torch.Tensor, name: str = "") -> None:
     """Raise UnsupportedExperts of a weight, or of a tensor on meta like it, that ``module`` cannot run on."""
     if weight.dtype not in _DTYPES:
         raise UnsupportedExperts.of(module, f"its weights are stored as {weight.dtype}.", name)
-    if weight.shape[0] != module.num_experts:
+    said, held = module.num_experts, weight.shape[0]
+    if held != said:
         raise UnsupportedExperts.mended(
-            module,
-            f"it says num_experts={module.num_experts} but holds weights of {weight.shape[0]} experts: make both agree.",
-            name,
+            module, f"it says num_experts={said} but holds weights of {held} experts: make both agree.", name
         )
 
 
@@ -214,11 +213,11 @@ def check_pair(module: Any, gate_up: torch.Tensor, down: torch.Tensor, gated: bo
 
     The op takes half the rows for experts without a gate, which nothing but the module can tell from a mistake.
     """
-    wanted = (2 if gated else 1) * down.shape[-1]
-    if gate_up.shape[-2] != wanted:
+    given, wanted = gate_up.shape[-2], (2 if gated else 1) * down.shape[-1]
+    if given != wanted:
         raise UnsupportedExperts.mended(
             module,
-            f"its up projection gives {gate_up.shape[-2]} values, its down projection wants {wanted}: make both agree.",
+            f"its up projection gives {given} values, its down projection takes {wanted}: cut both.",
             name,
         )
 
