@@ -156,8 +156,28 @@ def _compute_dtype(x: Tensor, gate_up: Tensor, down: Tensor) -> torch.dtype:
     if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (dtype, down.dtype):
         return torch.get_autocast_dtype(device)
     if dtype != down.dtype:
-        raise ValueError(f"gate_up is {dtype} but down is {down.dtype}: cast one of them")
+        raise ValueError(f"gate_up is {dtype} but down is {down.dtype}: cast one of them, or use torch.autocast")
     return dtype
+
+
+def check_weights(
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: Activation,
+    interleaved: bool,
+    device: torch.device,
+) -> None:
+    """Raise what :func:`fused_experts` would on ``device`` of these weights, whatever the tokens are.
+
+    The weights can be on ``meta``: their data is not looked at.
+    """
+    x = torch.empty(0, gate_up.shape[-1], dtype=torch.float32, device=device)
+    _check_inputs(x, torch.empty(0, 1, dtype=torch.int64, device=device), None, gate_up, down, reduce=False)
+    _check_experts(gate_up, down, gate_up_bias, down_bias, activation, interleaved)
+    _check_layouts(gate_up, down)
+    _compute_dtype(x, gate_up, down)
 
 
 def _padded(pair: LowRankPair | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

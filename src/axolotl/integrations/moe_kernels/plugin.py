@@ -73,7 +73,8 @@ class MoeOptimizedPlugin(BasePlugin):
             return
         from moe_kernels.integrations.transformers import check_model
 
-        self.expert_layers = check_model(model)
+        with _autocast(cfg, model):
+            self.expert_layers = check_model(model)
         LOG.info(f"moe_kernels: serves the {self.expert_layers} expert layers of {type(model).__name__}")
         if cfg.adapter:  # PEFT makes some lora_target_modules into parameters
             from moe_kernels.integrations.peft import check_lora
@@ -104,6 +105,17 @@ def _settings(cfg: DictDefault) -> ExpertsSettings:
     group_size = 128 if cfg.moe_group_size is None else cfg.moe_group_size
     persistent = True if cfg.moe_persistent_kernel is None else cfg.moe_persistent_kernel
     return ExpertsSettings(group_size=group_size, persistent=persistent, recompute=bool(cfg.moe_recompute))
+
+
+def _autocast(cfg: DictDefault, model: Any) -> Any:
+    """As the Trainer runs the model: there two dtypes in one layer are both cast."""
+    import torch
+
+    from moe_kernels.integrations.probe import probe_device
+
+    mixed = cfg.bf16 != "full" and bool(cfg.bf16 or cfg.bfloat16 or cfg.fp16)
+    dtype = torch.float16 if cfg.fp16 and not cfg.bf16 else torch.bfloat16
+    return torch.autocast(probe_device(model).type, dtype, enabled=mixed)
 
 
 def _backend_here(cfg: DictDefault, settings: ExpertsSettings) -> tuple[str, str]:
