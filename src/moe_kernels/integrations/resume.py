@@ -65,8 +65,8 @@ def mend_trainer(has_experts: Callable[[Any], bool]) -> None:
             stock_best(self)
 
     load_from_checkpoint.moe_kernels = True  # type: ignore[attr-defined]
-    Trainer._load_from_checkpoint = load_from_checkpoint
-    Trainer._load_best_model = load_best_model
+    Trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign]
+    Trainer._load_best_model = load_best_model  # type: ignore[method-assign]
 
 
 def _check_optimizer_state(checkpoint: Path) -> None:
@@ -75,8 +75,8 @@ def _check_optimizer_state(checkpoint: Path) -> None:
     optimizer = any(name.startswith("optimizer") for name in names)
     if "trainer_state.json" in names and not (optimizer and "scheduler.pt" in names):
         raise ValueError(
-            f"{checkpoint} holds no state of the optimizer and the scheduler (save_only_model leaves it out), so that "
-            "no training can go on from it. To start a new one from its weights, name the folder as the model instead "
+            f"{checkpoint} holds no state of the optimizer and the scheduler (save_only_model leaves it out), so no "
+            "training can go on from it. To start a new one from its weights, name the folder as the model instead "
             "(in Axolotl: base_model, for an adapter lora_model_dir)."
         )
 
@@ -98,7 +98,7 @@ def _load(trainer: Any, model: Any, checkpoint: Path) -> bool:
         return False
     state = {name: tensor for name, tensor in core.state_dict().items() if isinstance(tensor, torch.Tensor)}
     converters, plan = _plan(core, state, stored)
-    # A compiled model has other names than the one inside it, which Trainer saved.
+    # The names of a compiled model are not those of the model inside.
     if core is model and all(sources == [(target, None)] for target, sources in plan.items()):
         _check_complete(core, checkpoint, state, plan)
         return False
@@ -142,9 +142,12 @@ def _stored(checkpoint: Path) -> Readers:
 def _plan(core: Any, state: Tensors, stored: Iterable[str]) -> tuple[dict[str, Any], Plan]:
     """The converters by pattern, and what each weight of the model is made of, by transformers' own rules."""
     try:
+        from transformers import core_model_loading as loading
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-    except ImportError as error:
+
+        rename, natural_order = loading.rename_source_key, loading.dot_natural_key
+        renaming_class, converter_class = loading.WeightRenaming, loading.WeightConverter
+    except (ImportError, AttributeError) as error:
         import transformers
 
         raise ValueError(
@@ -154,14 +157,15 @@ def _plan(core: Any, state: Tensors, stored: Iterable[str]) -> tuple[dict[str, A
 
     # What the model was loaded through is what its checkpoints were written through. Renamings keep state: a copy.
     mapping = copy.deepcopy(getattr(core, "_weight_conversions", None)) or get_model_conversion_mapping(core)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if isinstance(entry, renaming_class)]
+    converters = [entry for entry in mapping if isinstance(entry, converter_class)]
     plan: Plan = {}
     foreign = []
-    for name in sorted(stored, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, core.base_model_prefix, state)
-        if target not in state and name in state:
-            target, pattern = name, None
+    for name in sorted(stored, key=natural_order):
+        bare = name.removeprefix("_orig_mod.")  # Trainer's name for what it saves of a compiled model
+        target, pattern = rename(bare, renamings, converters, core.base_model_prefix, state)
+        if target not in state and bare in state:
+            target, pattern = bare, None
         if target in state:
             plan.setdefault(target, []).append((name, pattern))
         else:
@@ -171,7 +175,9 @@ def _plan(core: Any, state: Tensors, stored: Iterable[str]) -> tuple[dict[str, A
     return {pattern: entry for entry in converters for pattern in entry.source_patterns}, plan
 
 
-def _converted(core: Any, plan: Plan, converters: dict[str, Any], stored: Readers) -> Iterator[tuple[str, torch.Tensor]]:
+def _converted(
+    core: Any, plan: Plan, converters: dict[str, Any], stored: Readers
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, value) of each weight, converted by transformers; one at a time, for they may not all fit in memory."""
     for target, sources in plan.items():
         pattern = sources[0][1]
@@ -181,12 +187,19 @@ def _converted(core: Any, plan: Plan, converters: dict[str, Any], stored: Reader
         converter = copy.deepcopy(converters[pattern])
         for name, pattern in sources:
             converter.add_tensor(target, name, pattern or name, stored[name]())
-        for name, value in converter.convert(target, model=core, config=core.config).items():
+        try:
+            converted = converter.convert(target, model=core, config=core.config)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{target} cannot be made of {sources[0][0]}, ... of the checkpoint ({error}): resume with the model "
+                "that wrote it."
+            ) from error
+        for name, value in converted.items():
             yield name, value[0] if isinstance(value, list) else value
 
 
 def _check_complete(core: Any, checkpoint: Path, state: Tensors, loaded: Iterable[str]) -> None:
-    """Raise if a weight was not loaded that is neither tied to one that was nor left out of checkpoints on purpose."""
+    """Raise if a weight was not loaded and is neither tied to one that was nor left out of checkpoints on purpose."""
     loaded = set(loaded)
     shared = {state[name].data_ptr() for name in loaded}
     optional = [*(core._keys_to_ignore_on_save or ()), *(core._keys_to_ignore_on_load_missing or ())]
@@ -199,6 +212,6 @@ def _check_complete(core: Any, checkpoint: Path, state: Tensors, loaded: Iterabl
     ]
     if missing:
         raise ValueError(
-            f"{checkpoint} holds nothing for {len(missing)} weights of {type(core).__name__} ({missing[0]}, ...), which "
-            "would keep the values of the base model: resume with the model that wrote it."
+            f"{checkpoint} holds nothing for {len(missing)} weights of {type(core).__name__} ({missing[0]}, ...): "
+            "they would keep the base model's values. Resume with the model that wrote the checkpoint."
         )
