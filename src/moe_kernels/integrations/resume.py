@@ -93,7 +93,7 @@ def _load(trainer: Any, model: Any, checkpoint: Path) -> bool:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_sagemaker_mp_enabled():
         return False
     core = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
-    stored = _stored(checkpoint)
+    stored = stored_weights(checkpoint)
     if not stored or not isinstance(core, PreTrainedModel):  # an adapter, or nothing: Trainer says which
         return False
     state = {name: tensor for name, tensor in core.state_dict().items() if isinstance(tensor, torch.Tensor)}
@@ -118,18 +118,18 @@ def _load(trainer: Any, model: Any, checkpoint: Path) -> bool:
     return True
 
 
-def _stored(checkpoint: Path) -> Readers:
-    """What the checkpoint holds, in the file that Trainer would take; nothing where there is none."""
+def stored_weights(checkpoint: Path, files: tuple[str, ...] = FILES) -> Readers:
+    """What a folder holds, in the first of these files that is there; nothing where there is none."""
     import safetensors
 
-    name = next((name for name in FILES if (checkpoint / name).is_file()), None)
+    name = next((name for name in files if (checkpoint / name).is_file()), None)
     if name is None:
         return {}
-    files = [name]
+    parts = [name]
     if name.endswith(".json"):
-        files = sorted(set(json.loads((checkpoint / name).read_text())["weight_map"].values()))
+        parts = sorted(set(json.loads((checkpoint / name).read_text())["weight_map"].values()))
     readers: Readers = {}
-    for file in files:
+    for file in parts:
         if file.endswith(".safetensors"):
             opened = safetensors.safe_open(checkpoint / file, framework="pt")
             readers |= {key: functools.partial(opened.get_tensor, key) for key in opened.keys()}  # noqa: SIM118
