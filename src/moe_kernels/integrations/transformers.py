@@ -27,6 +27,7 @@ try:
 
     from moe_kernels.integrations.probe import probe_device
     from moe_kernels.integrations.quantized import Load, packed_weight, run_in_blocks
+    from moe_kernels.integrations.resume import mend_trainer
     from moe_kernels.integrations.support import (
         LORA_ATTRIBUTE,
         Recipe,
@@ -59,7 +60,8 @@ def register(
 ) -> None:
     """Make ``experts_implementation=name`` run :func:`moe_kernels.fused_experts` with these settings.
 
-    Calling it again with the same name replaces the settings, also for models already loaded under it.
+    Calling it again with the same name replaces the settings, also for models already loaded under it. From here on
+    transformers' Trainer loads the expert layers of its checkpoints (integrations.resume).
 
     Raises:
         ValueError: a setting is invalid; the message lists the valid ones.
@@ -74,6 +76,7 @@ def register(
 
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
     _registered[name] = experts_forward
+    mend_trainer(lambda model: bool(experts_modules(model)))
 
 
 def run_experts(

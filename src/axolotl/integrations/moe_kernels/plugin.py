@@ -27,6 +27,19 @@ class MoeOptimizedPlugin(BasePlugin):
     def get_input_args(self) -> str:
         return "axolotl.integrations.moe_kernels.args.MoeKernelsArgs"
 
+    def register(self, cfg: Any) -> None:
+        """Refuse ``axolotl merge-lora`` where it would lose the experts' part of the adapter."""
+        if cfg.get("merge_lora") and not hasattr(BasePlugin, "post_lora_merge"):
+            from .merge import refuse_lossy_merge
+
+            refuse_lossy_merge(cfg)
+
+    def post_lora_merge(self, cfg: DictDefault, adapter_path: str, output_path: str) -> None:
+        """Raise if that was lost; Axolotl 0.19 does not ask, see ``register``."""
+        from .merge import check_merge
+
+        check_merge(cfg, adapter_path, output_path)
+
     def pre_model_load(self, cfg: DictDefault) -> None:
         """Register the experts function with the settings of the config, and select it.
 
