@@ -39,10 +39,12 @@ except ImportError as error:
         f"moe_kernels.integrations.transformers needs transformers 5.16.1 or newer: {pip_install('transformers')}"
     ) from error
 
-__all__ = ["UnsupportedExperts", "check_model", "experts_modules", "register", "why_not_module"]
+__all__ = ["UnsupportedExperts", "check_model", "experts_modules", "register", "register_wrapper", "why_not_module"]
 
 # What register() put under each name, to tell later whether a name still leads here.
 _registered: dict[str, Callable[..., torch.Tensor]] = {}
+# Implementations that hand the rows on to another one, which the function names.
+_wrappers: dict[str, Callable[[], str]] = {}
 
 
 def register(
@@ -70,6 +72,12 @@ def register(
 
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
     _registered[name] = experts_forward
+
+
+def register_wrapper(name: str, inner: Callable[[], str]) -> None:
+    """Say that ``experts_implementation=name`` runs the implementation that ``inner()`` names on the rows it is given,
+    as Axolotl's expert parallelism does with those that arrive from other ranks."""
+    _wrappers[name] = inner
 
 
 def run_experts(
@@ -141,8 +149,10 @@ def is_served(module: Any) -> bool:
 # torch.compile would look into the cells of a closure, and then not understand the function they belong to.
 @torch.compiler.assume_constant_result
 def _leads_here(cls: type, implementation: str | None) -> bool:
-    interface, function = dispatches(cls), _registered.get(str(implementation))
-    return interface is not None and function is not None and interface.get(implementation) is function
+    name = str(implementation)
+    inner = _wrappers[name]() if name in _wrappers else name
+    interface, function = dispatches(cls), _registered.get(inner)
+    return interface is not None and function is not None and interface.get(inner) is function
 
 
 def experts_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from axolotl.integrations.base import BasePlugin
+from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.logging import get_logger
+
+from .args import mentioned, shards_experts, wraps_any_experts
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -27,6 +29,22 @@ class MoeOptimizedPlugin(BasePlugin):
     def get_input_args(self) -> str:
         return "axolotl.integrations.moe_kernels.args.MoeKernelsArgs"
 
+    def register(self, cfg: DictDefault) -> None:
+        """See the config as it is in the YAML, before it is validated."""
+        loaded = [p for p in PluginManager.get_instance().plugins.values() if isinstance(p, MoeOptimizedPlugin)]
+        if self in loaded[1:]:
+            # By its entry point and in plugins:, or by two paths. From now on none of its hooks does anything.
+            self.__class__ = BasePlugin
+        elif cfg.moe_kernels and shards_experts(cfg) and wraps_any_experts():
+            # Axolotl's expert parallelism looks for the name that it wraps in its pre_model_load, which is before ours.
+            from axolotl.integrations.expert_parallel.experts_fn import get_local_implementation
+
+            from moe_kernels.integrations.transformers import register, register_wrapper
+
+            register()
+            register_wrapper("expert_parallel", get_local_implementation)
+            cfg.experts_implementation = cfg.experts_implementation or "moe_kernels"
+
     def pre_model_load(self, cfg: DictDefault) -> None:
         """Register the experts function with the settings of the config, and select it.
 
@@ -35,7 +53,8 @@ class MoeOptimizedPlugin(BasePlugin):
         """
         if not cfg.moe_kernels:
             experts = cfg.experts_implementation or "transformers' own choice"
-            LOG.info(f"moe_kernels: loaded but inactive, moe_kernels is not true; experts run on {experts}")
+            say = LOG.info if mentioned(cfg) else LOG.debug
+            say(f"moe_kernels: loaded but inactive, moe_kernels is not true; experts run on {experts}")
             return
         allowed = cfg.moe_kernel_models
         if allowed and cfg.model_config_type not in allowed:
@@ -45,6 +64,7 @@ class MoeOptimizedPlugin(BasePlugin):
             )
         from moe_kernels.integrations.transformers import register
 
+        _warn_of_untried_axolotl()
         settings = _settings(cfg)
         backend, reason = _backend_here(cfg, settings)
         LOG.info(f"moe_kernels: backend {backend} because {reason}")
@@ -54,7 +74,8 @@ class MoeOptimizedPlugin(BasePlugin):
                 "Trainer refuses bf16: set bf16: false and fp16: false."
             )
         register(group_size=settings.group_size, persistent=settings.persistent, recompute=settings.recompute)
-        cfg.experts_implementation = "moe_kernels"
+        if cfg.experts_implementation != "expert_parallel":  # which runs ours on the rows of each rank
+            cfg.experts_implementation = "moe_kernels"
 
     def post_model_load(self, cfg: DictDefault, model: Any) -> None:
         """Raise UnsupportedExperts, before training, if not every expert layer would be served."""
@@ -96,6 +117,22 @@ class MoeOptimizedPlugin(BasePlugin):
             each_layer = cfg.moe_router_telemetry == "layers"
             callbacks.append(RouterCallback(trainer, counter, cfg.output_dir, each_layer))
         return callbacks
+
+
+def _warn_of_untried_axolotl() -> None:
+    from importlib.metadata import version
+
+    from packaging.version import Version
+
+    from moe_kernels.install import AXOLOTL_TRIED
+
+    first, last = AXOLOTL_TRIED
+    installed = version("axolotl")
+    if not Version(first).release <= Version(installed).release < Version(last).release:
+        LOG.warning(
+            f"moe_kernels: Axolotl {installed} was not tried, {first} to below {last} were: if something fails, "
+            f"pip install 'axolotl>={first},<{last}'."
+        )
 
 
 def _settings(cfg: DictDefault) -> ExpertsSettings:
