@@ -1,8 +1,8 @@
 """Axolotl's expert parallelism on ranks that talk gloo: its plugin's own hooks, all-to-all and FSDP2 wrapping, with
 our experts as the local kernel, against the whole model in one process on transformers' own experts.
 
-`axolotl train` itself names CUDA devices when it starts several processes. The one function replaced here does so too:
-it sends rank 0's weights to the others through a GPU.
+`axolotl train` itself names CUDA devices when it starts several processes. So does the one function replaced here,
+which sends rank 0's weights to the others.
 """
 
 from __future__ import annotations

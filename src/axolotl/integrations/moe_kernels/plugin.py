@@ -36,7 +36,7 @@ class MoeOptimizedPlugin(BasePlugin):
             # By its entry point and in plugins:, or by two paths. From now on none of its hooks does anything.
             self.__class__ = BasePlugin
         elif cfg.moe_kernels and shards_experts(cfg) and wraps_any_experts():
-            # Axolotl's expert parallelism looks for the name that it wraps in its pre_model_load, which is before ours.
+            # Axolotl's expert parallelism looks for the name to wrap in its pre_model_load, which is before ours.
             from axolotl.integrations.expert_parallel.experts_fn import get_local_implementation
 
             from moe_kernels.integrations.transformers import register, register_wrapper
