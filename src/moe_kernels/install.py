@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-#: Axolotl releases that were tried, from the first to below the last.
-AXOLOTL_TRIED = ("0.19", "0.22")
 SOURCE = "git+https://github.com/moe-kernels/moe-kernels"
 
 

@@ -348,6 +348,14 @@ def test_a_config_that_does_not_mention_the_plugin_hears_nothing(plugin: Any, lo
     assert cfg.to_dict() == before
 
 
+def test_the_tried_axolotls_are_those_of_the_doctor() -> None:
+    from axolotl.integrations.moe_kernels.plugin import TRIED
+
+    from moe_kernels.cli.doctor import TESTED
+
+    assert TESTED["axolotl"] == TRIED
+
+
 @pytest.mark.parametrize(
     ("version", "warned"), [("0.18.2", True), ("0.19.0", False), ("0.21.3", False), ("0.22.0", True)]
 )

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from moe_kernels.bench.environment import driver_version, installed_version, package_version
 from moe_kernels.cli.errors import CHECK_FAILED
-from moe_kernels.install import AXOLOTL_TRIED, pip_install
+from moe_kernels.install import pip_install
 from moe_kernels.shapes import FAMILIES
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
@@ -28,7 +28,7 @@ TESTED: dict[str, tuple[str, str]] = {
     "torch": ("2.11", "2.14"),
     "triton": ("3.6", "3.8"),
     "transformers": ("5.16.1", "5.24"),
-    "axolotl": AXOLOTL_TRIED,
+    "axolotl": ("0.19", "0.20"),
 }
 REQUIRED = ("torch", "triton")
 CURES = {

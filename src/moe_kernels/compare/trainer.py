@@ -48,5 +48,6 @@ def implementation(module: Any) -> str | None:
 
 
 if __name__ == "__main__":
-    trainer.DEFAULT_CALLBACKS.append(ExpertsRecorder)
+    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
+    callbacks.append(ExpertsRecorder)
     main()

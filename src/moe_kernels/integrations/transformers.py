@@ -39,7 +39,7 @@ except ImportError as error:
         f"moe_kernels.integrations.transformers needs transformers 5.16.1 or newer: {pip_install('transformers')}"
     ) from error
 
-__all__ = ["UnsupportedExperts", "check_model", "experts_modules", "register", "register_wrapper", "why_not_module"]
+__all__ = ["UnsupportedExperts", "check_model", "experts_modules", "register", "why_not_module"]
 
 # What register() put under each name, to tell later whether a name still leads here.
 _registered: dict[str, Callable[..., torch.Tensor]] = {}

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from moe_kernels.settings import ExpertsSettings
 
 LOG = get_logger(__name__)
+# Releases of Axolotl, from the first to below the last: those of `moe-kernels doctor` and pyproject.toml.
+TRIED = ("0.19", "0.22")
 
 
 class MoeOptimizedPlugin(BasePlugin):
@@ -124,9 +126,7 @@ def _warn_of_untried_axolotl() -> None:
 
     from packaging.version import Version
 
-    from moe_kernels.install import AXOLOTL_TRIED
-
-    first, last = AXOLOTL_TRIED
+    first, last = TRIED
     installed = version("axolotl")
     if not Version(first).release <= Version(installed).release < Version(last).release:
         LOG.warning(
