@@ -1,38 +1,48 @@
 # make compare   train each model pair with and without the kernels and write the report
 # make test      the whole test suite (no GPU needed; uses one if there is one)
-# Both create .venv on the first call (about 3 minutes) and reuse it afterwards.
+# Both create .venv on the first call (about 3 minutes) and reuse it afterwards: with Python 3.12 or newer and Axolotl
+# 0.21 where such a Python runs, else with 3.11 or 3.10 and Axolotl 0.19. PYTHON=python3.11: that one, in .venv-3.11.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 
-PYTHON ?= python3
-BIN := .venv/bin
-READY := .venv/.ready
-NEWEST := .venv-newest
+PYTHONS := 3.12 3.13 3.14 3.11 3.10
+ifeq ($(origin PYTHON),undefined)
+VENV := .venv
+else
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+$(if $(VERSION),,$(error PYTHON=$(PYTHON) does not run))
+VENV := .venv-$(VERSION)
+endif
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NEWEST := $(VENV)-newest
 NEWEST_READY := $(NEWEST)/.ready
 # What `make compare` compares: mixtral, qwen2-moe, deepseek-v3 or all.
 FAMILY ?= all
 # Further arguments, e.g. make compare ARGS="--steps 40 --fresh".
 ARGS ?=
 # The newest transformers the integration is tested with, and the two packages it pins.
-NEWEST_TRANSFORMERS := transformers==5.23.0 tokenizers==0.23.2 huggingface_hub==1.33.0
+NEWEST_TRANSFORMERS := transformers==5.24.0 tokenizers==0.23.3 huggingface_hub==1.33.0
 
-.PHONY: help compare test test-main test-runs test-compiled test-newest fuzz mutants sanitize wheel lint docs clean
+.PHONY: help compare test test-main test-runs test-compiled test-newest test-stack test-stack-main test-stack-runs fuzz mutants sanitize wheel lint docs clean
 help:
-	@sed -n '1,3p' Makefile
+	@sed -n '1,4p' Makefile
 	@echo "# make lint | docs | fuzz | mutants | sanitize | wheel"
-	@echo "# make clean     deletes .venv and artifacts/: models, data, trainings and reports too"
+	@echo "# make clean     deletes .venv, .venv-* and artifacts/: models, data, trainings and reports too"
 
 # torch goes first and alone: axolotl's dependencies look at the installed torch.
 # The constraints follow the torch that came: the plain wheel on a machine with a GPU, a CPU build elsewhere.
+# An environment that is there keeps its Python, and the constraints follow that.
 $(READY): pyproject.toml constraints-cpu.txt constraints-cuda.txt
-	@echo "== setting up .venv (first call only, a few minutes)"
-	$(PYTHON) -m venv .venv
+	@echo "== setting up $(VENV) (first call only, a few minutes)"
+	$(BIN)/python -c 'import pip' 2>/dev/null || \
+	{ python="$(or $(PYTHON),$$(.ci/find-python $(PYTHONS)))"; "$$python" -m venv --clear $(VENV); }
 	$(BIN)/python -m pip install --upgrade pip setuptools wheel
 	@echo "== torch"
-	$(BIN)/python -m pip install torch==2.13.0
-	@echo "== axolotl, moe-kernels and the development tools"
+	$(BIN)/python -m pip install torch -c constraints-cuda.txt
+	@echo "== axolotl, this project and the development tools"
 	constraints=$$($(BIN)/python -c 'import torch; print("constraints-cuda.txt" if torch.version.cuda else "constraints-cpu.txt")'); \
 	$(BIN)/python -m pip install -e '.[axolotl,dev]' -c "$$constraints"
 	touch $@
@@ -61,10 +71,33 @@ test-runs: $(READY)
 	@echo "== trainings, several ranks, fuzzing"
 	$(BIN)/python -m pytest $(RUNS)
 
+# What can depend on the versions of torch, triton, transformers, PEFT and Axolotl, for a second stack (.ci/run): without
+# fuzzing, reports, benchmarks and the like, which are the same code on every stack.
+test-stack: test-stack-runs test-stack-main test-compiled
+STACK_RUNS := $(filter-out tests/fuzz,$(RUNS))
+STACK := core router integrations conformance telemetry tuning cli
+
+test-stack-main: $(READY)
+	$(BIN)/python -m pytest $(STACK:%=tests/%) $(STACK_RUNS:%=--ignore=%)
+
+test-stack-runs: $(READY)
+	$(BIN)/python -m pytest $(STACK_RUNS)
+
 # A process of its own: the interpreter is chosen when a kernel is defined, and the compiler needs it off.
 test-compiled: $(READY)
 	@echo "== every kernel compiled ahead of time for sm_80, sm_90 and sm_100"
 	MOE_KERNELS_AOT=1 $(BIN)/python -m pytest tests/aot
+
+# Under another triton than the installed one, in a folder beside it: make test-triton-3.7.1
+test-triton-%: $(VENV)-triton-%/.ready
+	@echo "== every kernel compiled, and launched on a driver that only remembers, with triton $*"
+	PYTHONPATH=$(VENV)-triton-$* MOE_KERNELS_AOT=1 $(BIN)/python -m pytest tests/aot
+	PYTHONPATH=$(VENV)-triton-$* $(BIN)/python -m pytest tests/core/test_launch.py
+
+.PRECIOUS: $(VENV)-triton-%/.ready
+$(VENV)-triton-%/.ready: $(READY)
+	$(BIN)/python -m pip install --upgrade --no-deps --target $(@D) triton==$*
+	touch $@
 
 test-newest: $(NEWEST_READY)
 	@echo "== the transformers integration and every experts class of $(firstword $(NEWEST_TRANSFORMERS))"
@@ -97,4 +130,4 @@ docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf .venv $(NEWEST) site artifacts build dist
+	rm -rf .venv .venv-* site artifacts build dist

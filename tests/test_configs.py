@@ -103,7 +103,7 @@ def test_header_says_what_it_is_and_how_to_run_it(family: Family) -> None:
 
 @pytest.fixture
 def plugin_manager(monkeypatch: pytest.MonkeyPatch) -> Any:
-    base = pytest.importorskip("axolotl.integrations.base", reason="needs moe-kernels[axolotl]")
+    base = pytest.importorskip("axolotl.integrations.base", reason="needs the extra [axolotl]")
     monkeypatch.setattr(base.PluginManager, "_instance", None)
     return base.PluginManager.get_instance()
 

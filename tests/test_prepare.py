@@ -276,7 +276,7 @@ def test_no_row_ends_inside_the_end_of_a_text(length: int) -> None:
     ],
 )
 def test_own_data(tmp_path: Path, name: str, content: str, field: str) -> None:
-    pytest.importorskip("datasets", reason="needs moe-kernels[axolotl]")
+    pytest.importorskip("datasets", reason="needs the extra [axolotl]")
     source = tmp_path / name
     source.write_text(content)
     made = prepare_data(tmp_path, str(source), text_field=field)
@@ -291,7 +291,7 @@ def test_own_data(tmp_path: Path, name: str, content: str, field: str) -> None:
 
 
 def test_no_two_data_sets_share_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets", reason="needs moe-kernels[axolotl]")
+    pytest.importorskip("datasets", reason="needs the extra [axolotl]")
     monkeypatch.chdir(tmp_path)
     names = ("日本.jsonl", "中国.jsonl", "d1/train.jsonl", "d2/train.jsonl", "stdlib.jsonl", "x" * 240 + ".jsonl")
     made = {}
@@ -307,7 +307,7 @@ def test_no_two_data_sets_share_a_file(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_own_parquet(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="needs moe-kernels[axolotl]")
+    datasets = pytest.importorskip("datasets", reason="needs the extra [axolotl]")
     datasets.Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "a.parquet")
     assert json.loads(prepare_data(tmp_path, str(tmp_path / "a.parquet")).read_text()) == {"text": f"one{EOS}"}
 
@@ -322,7 +322,7 @@ def test_own_parquet(tmp_path: Path) -> None:
     ],
 )
 def test_bad_data(tmp_path: Path, content: str, message: str) -> None:
-    pytest.importorskip("datasets", reason="needs moe-kernels[axolotl]")
+    pytest.importorskip("datasets", reason="needs the extra [axolotl]")
     source = tmp_path / "a.jsonl"
     source.write_text(content)
     with pytest.raises(UsageError, match=message):
@@ -331,7 +331,7 @@ def test_bad_data(tmp_path: Path, content: str, message: str) -> None:
 
 
 def test_a_data_set_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets", reason="needs moe-kernels[axolotl]")
+    datasets = pytest.importorskip("datasets", reason="needs the extra [axolotl]")
 
     def unreachable(**arguments: Any) -> None:
         assert (arguments["path"], arguments["name"], arguments["split"]) == ("some/set", "config", "train")

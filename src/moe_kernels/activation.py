@@ -20,6 +20,10 @@ import triton.language as tl
 # ------------------------------------------------------------------------------------------------- device code
 # Triton's interpreter has no inline assembly.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+# At its bound a clamp has no derivative: torch takes 1 until 2.13 and 0 from 2.14 on, and so do we. In bfloat16 many
+# values lie exactly there.
+CLAMP_PASSES_AT_ITS_BOUND = torch.__version__ < (2, 14)
+_PASSES_AT_BOUND = tl.constexpr(CLAMP_PASSES_AT_ITS_BOUND)
 
 
 @triton.jit
@@ -57,9 +61,21 @@ def _tanh(z):
 
 
 @triton.jit
-def _clamp(z, low, high):
-    """(clamped z, whether z was inside): NaN stays NaN, and the bounds are inside, as in torch."""
-    return tl.where(z > high, high, tl.where(z < low, low, z)), (z >= low) & (z <= high)
+def _clamp_above(z, high):
+    """(z but for what exceeds high, whether the gradient passes): NaN stays NaN."""
+    if _PASSES_AT_BOUND:
+        passes = z <= high
+    else:
+        passes = z < high
+    return tl.where(z > high, high, z), passes
+
+
+@triton.jit
+def _clamp_both(z, limit):
+    """(z within -limit and limit, whether the gradient passes): NaN stays NaN."""
+    _, passes_below = _clamp_above(-z, limit)
+    clamped, passes_above = _clamp_above(z, limit)
+    return tl.where(z < -limit, -limit, clamped), passes_below & passes_above
 
 
 @triton.jit
@@ -99,20 +115,20 @@ def _gate_value_and_derivative(z, ACTIVATION: tl.constexpr):
 def value_and_partials(gate, up, ACTIVATION: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
     """(A, dA/dgate, dA/dup), elementwise in float32. P0 and P1 are the activation's parameters."""
     if ACTIVATION == "clamped_silu":
-        g, inside_g = _clamp(gate, float("-inf"), P0)
-        u, inside_u = _clamp(up, -P0, P0)
+        g, passes_g = _clamp_above(gate, P0)
+        u, passes_u = _clamp_both(up, P0)
         act, derivative = _gate_value_and_derivative(g, "silu")
         a = act * u
-        d_gate = tl.where(inside_g, derivative * u, 0.0)
-        d_up = tl.where(inside_u, act, 0.0)
+        d_gate = tl.where(passes_g, derivative * u, 0.0)
+        d_up = tl.where(passes_u, act, 0.0)
     elif ACTIVATION == "clamped_glu":
-        g, inside_g = _clamp(gate, float("-inf"), P1)
-        u, inside_u = _clamp(up, -P1, P1)
+        g, passes_g = _clamp_above(gate, P1)
+        u, passes_u = _clamp_both(up, P1)
         s = _sigmoid(P0 * g)
         act = g * s
         a = act * (u + 1.0)
-        d_gate = tl.where(inside_g, (s + P0 * act * (1.0 - s)) * (u + 1.0), 0.0)
-        d_up = tl.where(inside_u, act, 0.0)
+        d_gate = tl.where(passes_g, (s + P0 * act * (1.0 - s)) * (u + 1.0), 0.0)
+        d_up = tl.where(passes_u, act, 0.0)
     elif ACTIVATION == "softcapped_silu":
         t_gate, t_up, s = _tanh(gate / P0), _tanh(up / P1), _sigmoid(gate)
         act, u = P0 * t_gate * s, P1 * t_up
@@ -178,8 +194,9 @@ def _quick_gelu_derivative(z: torch.Tensor) -> torch.Tensor:
     return s + 1.702 * z * s * (1 - s)
 
 
-def _inside(z: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    return ((z >= low) & (z <= high)).to(z.dtype)
+def _passes(z: torch.Tensor, high: float) -> torch.Tensor:
+    """The derivative of clamp(z, max=high)."""
+    return (z <= high if CLAMP_PASSES_AT_ITS_BOUND else z < high).to(z.dtype)
 
 
 def _clamped_glu(gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
@@ -192,8 +209,8 @@ def _clamped_glu_partials(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
     s = torch.sigmoid(alpha * g)
-    d_gate = (s + alpha * g * s * (1 - s)) * (u + 1) * _inside(gate, -math.inf, limit)
-    return d_gate, g * s * _inside(up, -limit, limit)
+    d_gate = (s + alpha * g * s * (1 - s)) * (u + 1) * _passes(gate, limit)
+    return d_gate, g * s * _passes(up, limit) * _passes(-up, limit)
 
 
 def _clamped_silu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
@@ -202,8 +219,8 @@ def _clamped_silu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.T
 
 def _clamped_silu_partials(gate: torch.Tensor, up: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
     g = gate.clamp(max=limit)
-    d_gate = _silu_derivative(g) * up.clamp(-limit, limit) * _inside(gate, -math.inf, limit)
-    return d_gate, torch.nn.functional.silu(g) * _inside(up, -limit, limit)
+    d_gate = _silu_derivative(g) * up.clamp(-limit, limit) * _passes(gate, limit)
+    return d_gate, torch.nn.functional.silu(g) * _passes(up, limit) * _passes(-up, limit)
 
 
 def _softcapped_silu(gate: torch.Tensor, up: torch.Tensor, gate_cap: float, up_cap: float) -> torch.Tensor:

@@ -13,20 +13,23 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from moe_kernels import triton_backend
+from moe_kernels import trial, triton_backend
 from moe_kernels.activation import Gate
 from moe_kernels.backends import Problem
-from moe_kernels.kernels.hopper import down_grad as hopper_down_grad
-from moe_kernels.kernels.hopper import gemm
-from moe_kernels.kernels.hopper import wgrad as hopper_wgrad
-from moe_kernels.kernels.hopper.ring import BLOCK_M
+from moe_kernels.kernels.hopper import gluon_names
 from moe_kernels.kernels.triton.launch import LowRank
 from moe_kernels.routing import RoutingPlan, TokenRows
 from moe_kernels.triton_backend import combine, combine_grad, expert_sum, gather, make_plan, up_low
 from moe_kernels.tuning import config
 
+_LACKS = gluon_names.lacks()
+if _LACKS is None:  # else `why_not` says so, and nothing below is called
+    from moe_kernels.kernels.hopper import down_grad as hopper_down_grad
+    from moe_kernels.kernels.hopper import gemm
+    from moe_kernels.kernels.hopper import wgrad as hopper_wgrad
+
 NAME = "gluon"
-TRITON = "3.6"  # Gluon is experimental: its functions change names and arguments between releases
+GROUP_SIZE = 128  # rows per tile
 ALIGNMENT = 64  # hidden and intermediate sizes: the inner blocks, and the columns written at a time
 __all__ = [
     "NAME",
@@ -53,18 +56,22 @@ def why_not(problem: Problem) -> str | None:
         return reason
     if problem.capability is None or problem.capability[0] != 9:
         return "it is written for Hopper (H100, H200): use backend='triton'."
-    if not triton.__version__.startswith(TRITON):
-        return (
-            f"it is written for the Gluon of triton {TRITON}, and this is {triton.__version__}: use backend='triton'."
-        )
+    if _LACKS is not None:
+        return f"the Gluon of triton {triton.__version__} has no {_LACKS}: use backend='triton', or install triton " \
+               f"{' or '.join(gluon_names.TRIED)}."  # fmt: skip
     if problem.dtype == torch.float32:
         return "it multiplies 16-bit numbers: use backend='triton' for float32."
-    if problem.group_size != BLOCK_M or not problem.persistent:
-        return f"its kernels are persistent, on tiles of {BLOCK_M} rows: set moe_group_size: {BLOCK_M} and " \
+    if problem.group_size != GROUP_SIZE or not problem.persistent:
+        return f"its kernels are persistent, on tiles of {GROUP_SIZE} rows: set moe_group_size: {GROUP_SIZE} and " \
                "moe_persistent_kernel: true, or use backend='triton'."  # fmt: skip
     if problem.hidden % ALIGNMENT or problem.intermediate % ALIGNMENT:
         return f"hidden size {problem.hidden} or intermediate size {problem.intermediate} is no multiple of " \
                f"{ALIGNMENT}: use backend='triton'."  # fmt: skip
+    if gluon_names.release() not in gluon_names.TRIED:  # last: it takes a minute, once
+        refusal = trial.refusal(torch.device("cuda", torch.cuda.current_device()))
+        if refusal is not None:
+            return f"triton {triton.__version__} is newer than any tried with it, and {refusal}: use " \
+                   "backend='triton'."  # fmt: skip
     return None
 
 

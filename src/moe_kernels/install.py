@@ -1,10 +1,11 @@
-"""How to install this project, wherever a message says so: its name on PyPI belongs to another project."""
+"""How to install this project, wherever a message says so.
+
+Its distribution is called ``moe-training-kernels``: ``moe-kernels`` on PyPI belongs to another project.
+"""
 
 from __future__ import annotations
 
-SOURCE = "git+https://github.com/moe-kernels/moe-kernels"
-
 
 def pip_install(extra: str = "") -> str:
-    """The command that installs this project, with one of its extras."""
-    return f"pip install 'moe-kernels{f'[{extra}]' if extra else ''} @ {SOURCE}'"
+    """How to install this project with one of its extras: from a clone, the one place that is surely its own."""
+    return f"pip install -e '.{f'[{extra}]' if extra else ''}' in a clone of this project"

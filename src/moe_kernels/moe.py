@@ -32,13 +32,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from moe_kernels import backends
 from moe_kernels.activation import Activation, Gate
-from moe_kernels.kernels.triton.launch import compiling_only
+from moe_kernels.kernels.triton.launch import by_rows, compiling_only
 from moe_kernels.kernels.triton.replay import replayed
 from moe_kernels.memory import explains_out_of_memory
+from moe_kernels.plain import batched, plain_experts, traced, transformed, without_autocast
 from moe_kernels.reference import LowRankPair
 from moe_kernels.routing import AUTO_GROUP_SIZE, RoutingPlan, plan_elements, resolve_group_size
 from moe_kernels.settings import GroupSize, check_settings
@@ -108,11 +108,9 @@ def fused_experts(
     _check_experts(gate_up, down, gate_up_bias, down_bias, chosen, interleaved)
     _check_low_rank("gate_up", gate_up, gate_up_lora)
     _check_low_rank("down", down, down_lora)
-    dtype = gate_up.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = _compute_dtype(x, gate_up, down)
     if topk_weights is None:
-        topk_weights = torch.ones(topk_ids.shape, dtype=torch.float32, device=x.device)
+        topk_weights = topk_ids.new_ones(topk_ids.shape, dtype=torch.float32)
     tensors: tuple[Tensor | None, ...] = (
         x.to(dtype).contiguous(),
         topk_ids.contiguous(),
@@ -124,6 +122,9 @@ def fused_experts(
         *_padded(down_lora, dtype),
     )
     _check_devices(tensors)
+    plain = transformed(*tensors)
+    if not plain:
+        _check_layouts(gate_up, down)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     args: tuple[Any, ...] = (
         *tensors,
@@ -137,19 +138,26 @@ def fused_experts(
         backend,
         needs_grad,
     )
-    if torch.compiler.is_compiling():
+    if plain:
+        backends.count_dispatch("torch", why="torch.func or forward mode asked for derivatives that no kernel has")
+        out = plain_experts(*args)
+    elif torch.compiler.is_compiling() or traced(tensors[0]):
         out = torch.ops.moe_kernels.experts_forward(*args)[0]
-    elif needs_grad or _has_tangent(tensors):  # autograd refuses forward-mode derivatives there
+    elif needs_grad:
         out = _Experts.apply(*args, reload)
     else:
         out = _forward(*args)[0]
     return (out if reduce else out.view(*topk_ids.shape, down.shape[1])).to(x.dtype)
 
 
-def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
-    if forward_ad._current_level < 0:
-        return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+def _compute_dtype(x: Tensor, gate_up: Tensor, down: Tensor) -> torch.dtype:
+    """What the layer runs in: the weights' dtype, or autocast's. Autocast leaves float64 alone, and meta tensors."""
+    device, dtype = x.device.type, gate_up.dtype
+    if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (dtype, down.dtype):
+        return torch.get_autocast_dtype(device)
+    if dtype != down.dtype:
+        raise ValueError(f"gate_up is {dtype} but down is {down.dtype}: cast one of them")
+    return dtype
 
 
 def _padded(pair: LowRankPair | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -193,9 +201,7 @@ def _check_inputs(
         )
     if topk_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"topk_ids must be int64 or int32, not {topk_ids.dtype}")
-    if gate_up.dtype != down.dtype:
-        raise ValueError(f"gate_up is {gate_up.dtype} but down is {down.dtype}: cast one of them")
-    for name, tensor in (("x", x), ("topk_weights", topk_weights), ("gate_up", gate_up)):
+    for name, tensor in (("x", x), ("topk_weights", topk_weights), ("gate_up", gate_up), ("down", down)):
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating dtype, not {tensor.dtype}")
 
@@ -215,12 +221,6 @@ def _check_experts(
     activation: Activation,
     interleaved: bool,
 ) -> None:
-    for name, tensor in (("gate_up", gate_up), ("down", down)):
-        if not (tensor.is_contiguous() or tensor.mT.is_contiguous()):
-            raise ValueError(
-                f"each expert's matrix of {name} must be contiguous, by rows or by columns, got strides "
-                f"{tuple(tensor.stride())}: store it contiguous once, before training"
-            )
     for name, bias, wanted in (
         ("gate_up_bias", gate_up_bias, gate_up.shape[:2]),
         ("down_bias", down_bias, down.shape[:2]),
@@ -232,6 +232,15 @@ def _check_experts(
             f"experts without a gate (gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)}) take "
             f"interleaved=False and a plain activation, not {activation.name!r}"
         )
+
+
+def _check_layouts(gate_up: Tensor, down: Tensor) -> None:
+    for name, tensor in (("gate_up", gate_up), ("down", down)):
+        if not (by_rows(tensor) or by_rows(tensor.mT)):
+            raise ValueError(
+                f"each expert's matrix of {name} must be contiguous, by rows or by columns, got strides "
+                f"{tuple(tensor.stride())}: store it contiguous once, before training"
+            )
 
 
 def _check_low_rank(name: str, weight: Tensor, pair: LowRankPair | None) -> None:
@@ -408,14 +417,21 @@ _DIFFERENTIABLE = (
 
 def _weight_grad(steps: Any, weight: Tensor, left: Tensor, right: Tensor, plan: RoutingPlan) -> Tensor:
     """left[rows of e]^T right[rows of e], in the memory order of ``weight``."""
-    if weight.is_contiguous():
+    if by_rows(weight):
         return steps.wgrad(left, right, plan)
     return steps.wgrad(right, left, plan).mT
 
 
 def _backward_fake(dout: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     pairs = zip(rest[:10], rest[-2], strict=True)
-    return tuple(torch.empty_like(tensor) if needed else dout.new_empty(0) for tensor, needed in pairs)
+    return tuple(_grad_of(tensor) if needed else dout.new_empty(0) for tensor, needed in pairs)
+
+
+def _grad_of(tensor: Tensor) -> Tensor:
+    """Room for the gradient: in the memory order of ``tensor``, without its gaps."""
+    if tensor.dim() == 3 and not by_rows(tensor):
+        return _grad_of(tensor.mT).mT
+    return tensor.new_empty(tensor.shape)
 
 
 def _save(ctx: Any, inputs: Sequence[Any], z: Tensor, x_low: Tensor, packed_plan: Tensor) -> None:
@@ -436,9 +452,35 @@ def _grads(
         saved = (*saved[:2], *(weight.to(saved[0].dtype) for weight in reload()), *saved[4:])
     x_needed, _, *rest = ctx.needs_input_grad[:11]
     needs = [x_needed, *rest]
-    grads = steps(dout, *saved, *ctx.settings, needs, overwrite_z)
+    if torch.is_grad_enabled() or batched(dout):  # create_graph=True, or several backwards at a time
+        grads = _plain_grads(dout, *saved, *ctx.settings, needs)
+    else:
+        grads = steps(dout, *saved, *ctx.settings, needs, overwrite_z)
     dx, *others = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return (dx, None, *others, *(None,) * 9)
+
+
+def _plain_grads(dout: Tensor, *arguments: Any) -> list[Tensor | None]:
+    """What the backward steps give, as a graph that autograd can differentiate again."""
+    tensors, (_, _, packed_plan), (*settings, needs) = arguments[:10], arguments[10:13], arguments[13:]
+    topk_ids = _topk_ids(packed_plan, tensors[1], tensors[2], settings[5])
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), without_autocast(dout.device.type):
+        # Views, as one tensor may be made of another (routing weights of x): each is to get its own share alone.
+        x, *others = own = [None if t is None else t.view_as(t) for t in tensors]
+        wanted = [tensor for tensor, needed in zip(own, needs, strict=True) if needed]
+        out = plain_experts(x, topk_ids, *others, *settings)
+        found = torch.autograd.grad(out, wanted, dout, create_graph=again, allow_unused=True, materialize_grads=True)
+    remaining = iter(found)
+    return [next(remaining) if needed else None for needed in needs]
+
+
+def _topk_ids(packed_plan: Tensor, topk_weights: Tensor, gate_up: Tensor, group_size: int) -> Tensor:
+    """(T, K) experts of the slots of a plan, E where a slot was dropped."""
+    (tokens, top_k), experts = topk_weights.shape, gate_up.shape[0]
+    group_size = resolve_group_size(group_size, tokens * top_k, experts)
+    plan = RoutingPlan.from_packed(packed_plan, tokens, top_k, experts, group_size)
+    return torch.bucketize(plan.slot_row, plan.expert_start[1:], right=True).view(tokens, top_k)
 
 
 def _counter(x: Tensor, topk_ids: Tensor, *rest: Any) -> Callable[[], None]:
@@ -466,7 +508,7 @@ def _compile(*inputs: Any) -> None:
     tensors, settings = inputs[:11], inputs[11:]
     needs = [tensor is not None and tensor.requires_grad for tensor in (tensors[0], *tensors[2:])]
     # What tells kernels apart, but for the number of tokens: one is as good as another.
-    layouts = [None if t is None else (t.dtype, t.stride()[1:], t.shape[1:]) for t in tensors]
+    layouts = [None if t is None else (t.dtype, t.stride(), t.shape[1:]) for t in tensors]
     plain = (tuple(value) if isinstance(value, list) else value for value in settings)
     key = (tensors[3].shape, *layouts, *needs, *plain)
     if key in _compiled or (backend := _backend(*inputs[1:])) == "torch":
@@ -501,7 +543,6 @@ class _Experts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         # Z dies with the graph. torch's own donated buffers ask the same question in the same way.
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tomllib
 from typer.testing import CliRunner
 
 import moe_kernels
@@ -108,15 +109,27 @@ def test_missing_module_names_the_extra():
         assert str(found).endswith(pip_install(extra))
 
 
-def test_no_hint_would_fetch_the_foreign_project_of_this_name_on_pypi():
-    assert (
-        pip_install("report") == "pip install 'moe-kernels[report] @ git+https://github.com/moe-kernels/moe-kernels'"
-    )
-    assert pip_install() == "pip install 'moe-kernels @ git+https://github.com/moe-kernels/moe-kernels'"
-    bare = re.compile("pip" + r" install '?moe-kernels(?!\{|\S* @ git)")
-    tests = Path(__file__).parents[1]
-    files = [*tests.rglob("*.py"), *tests.with_name("src").rglob("*.py"), *tests.with_name("src").rglob("*.md")]
-    assert [str(file) for file in files if bare.search(file.read_text())] == []
+def test_no_hint_names_a_package_or_an_address_that_is_not_this_project():
+    """moe-kernels on PyPI is another project, and nothing is known to be at github.com under that name."""
+    assert pip_install("report") == "pip install -e '.[report]' in a clone of this project"
+    assert pip_install() == "pip install -e '.' in a clone of this project"
+    foreign = re.compile("pip" + r" install \S*moe.kernels|github\.com/" + "moe-kernels")
+    root = Path(__file__).parents[2]
+    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout
+    texts = [
+        root / name for name in listed.splitlines() if Path(name).suffix in {".py", ".md", ".toml", ".yml", ".j2"}
+    ]
+    assert len(texts) > 150
+    assert [str(file) for file in texts if foreign.search(file.read_text())] == []
+
+
+def test_no_extra_needs_a_package_of_this_projects_name():
+    """The name is free, not taken: until it is released, whoever takes it would be installed."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert project["name"] == "moe-training-kernels"
+    assert not [line for lines in [project["dependencies"], *extras.values()] for line in lines if "moe" in line]
+    assert set(extras["report"]) < set(extras["axolotl"])
 
 
 def _raiser(error):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-pytest.importorskip("transformers", reason="needs moe-kernels[transformers]")
+pytest.importorskip("transformers", reason="needs the extra [transformers]")
 from transformers import AutoConfig
 
 from moe_kernels import torch_backend

@@ -20,7 +20,7 @@ from moe_kernels.shapes import FAMILIES
 from network_guard import asked, guarded_environment
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
-    pytest.skip("axolotl is not installed: needs moe-kernels[axolotl]", allow_module_level=True)
+    pytest.skip("axolotl is not installed: needs the extra [axolotl]", allow_module_level=True)
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "moe"
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow]

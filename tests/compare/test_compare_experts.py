@@ -18,7 +18,7 @@ import pytest
 import yaml
 from test_compare_runner import BASE, machine, make_plan
 
-pytest.importorskip("transformers", reason="needs moe-kernels[transformers]")
+pytest.importorskip("transformers", reason="needs the extra [transformers]")
 from transformers import AutoConfig
 
 from moe_kernels.bench import experts as bench

@@ -57,7 +57,7 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("K tail of the weights is not masked", "tile.py", "mask=(r < ROWS)[:, None] & (c < COLS)[None, :], other=0.0", "mask=(r < ROWS)[:, None] & (c < COLS + 1)[None, :], other=0.0"),
     ("missing other= in the row loads", "tile.py", "block = tl.load(pointers, mask=(k < K)[None, :], other=0.0)", "block = tl.load(pointers, mask=(k < K)[None, :])"),
     ("wrong gathered token", "tile.py", "(slot // TOP_K).to(tl.int64)", "(slot // TOP_K * 0 + slot % TOP_K).to(tl.int64)"),
-    ("expert offset in 32 bits", "tile.py", "base = w + expert.to(tl.int64) * ROWS * COLS", "base = w + expert * ROWS * COLS"),
+    ("expert offset in 32 bits", "tile.py", "base = w + expert.to(tl.int64) * STRIDE", "base = w + expert * STRIDE"),
     ("gate and up swapped in the epilogue", "up.py", "a = value(gate, up, ACTIVATION, P0, P1)", "a = value(up, gate, ACTIVATION, P0, P1)", 2),
     ("up columns read from the gate half", "up.py", "expert, I + n0, k0,", "expert, n0, k0,"),
     ("last K block lost", "up.py", "for k0 in tl.range(0, H, BLOCK_K)", "for k0 in tl.range(0, H - BLOCK_K + 1, BLOCK_K)", 2),
@@ -95,7 +95,8 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("interleaved dZ in the wrong order", "dact.py", "tl.join(d_gate, d_up)", "tl.join(d_up, d_gate)"),
     ("dw without the bias's share", "dact.py", "dw += tl.sum(dout.to(tl.float32)", "dw += 0.0 * tl.sum(dout.to(tl.float32)"),
     ("expert of a row off at the border", "dact.py", "ends[None, :] <= rows[:, None]", "ends[None, :] < rows[:, None]"),
-    ("clamp passes gradient outside", "../../activation.py", "(z >= low) & (z <= high)", "z >= low", 2),
+    ("clamp passes gradient outside", "../../activation.py", "passes_below & passes_above", "passes_below"),
+    ("clamp at its bound as in another torch", "../../activation.py", "tl.constexpr(CLAMP_PASSES_AT_ITS_BOUND)", "tl.constexpr(not CLAMP_PASSES_AT_ITS_BOUND)"),
     ("bias gradient takes a row of the next expert", "expert_sum.py", "(rows < end)[:, None] & (cols < N)", "(rows <= end)[:, None] & (cols < N)"),
     ("bias gradient without the routing weight", "expert_sum.py", "if WEIGHTED:", "if WEIGHTED and N < 0:"),
     ("last tile of a group walked twice", "tile.py", "size_m = tl.minimum(num_m - first_m, GROUP_M)", "size_m = GROUP_M"),
@@ -123,14 +124,14 @@ BIAS, LORA, INTERLEAVED = (f"kinds and {kind}" for kind in ("bias", "lora and no
 GPU_MUTANTS = [
     ("partial tile takes the wrong rows of its column", "ring.py", "mask=(rows < row_end)[:, None])", "mask=(rows < row_end - 1)[:, None])", ROUTINGS),
     ("partial tile written to the first columns", "ring.py", "cols = col0 + gl.arange(0, COLUMNS,", "cols = gl.arange(0, COLUMNS,", ROUTINGS),
-    ("chunk sent before it is in its buffer", "ring.py", "    put(values, buffer)\n    fence_async_shared()\n    tma.async_copy_shared_to_global(out, [row, col], buffer)\n", "    tma.async_copy_shared_to_global(out, [row, col], buffer)\n    tma.store_wait(0)\n    put(values, buffer)\n", ROUTINGS),
+    ("chunk sent before it is in its buffer", "ring.py", "    put(values, buffer)\n    fence_async_shared()\n    tma_store(out, [row, col], buffer)\n", "    tma_store(out, [row, col], buffer)\n    tma.store_wait(0)\n    put(values, buffer)\n", ROUTINGS),
     ("no wait for the buffer to be free", "ring.py", "    tma.store_wait(1)\n", "", ROUTINGS),
     ("no wait for two buffers to be free", "gemm.py", "    tma.store_wait(0)\n    put(left,", "    put(left,", ROUTINGS),
     ("a tile that begins early begins one row too early", "gemm.py", "gl.minimum(row0, row_end - BLOCK_M)", "gl.minimum(row0, row_end - BLOCK_M - 1)", ROUTINGS),
     ("a tile that begins early reaches into the expert before", "gemm.py", "gl.maximum(gl.minimum(row0, row_end - BLOCK_M), gl.load(expert_start_ptr + expert))", "gl.maximum(gl.minimum(row0, row_end - BLOCK_M), 0)", ROUTINGS),
     ("wrong gathered token", "gemm.py", "(slot // TOP_K).to(gl.int64)", "(slot % TOP_K).to(gl.int64)", ROUTINGS),
     ("last row of an expert gathers token 0", "gemm.py", "mask=rows < row_end, other=0)", "mask=rows < row_end - 1, other=0)", ROUTINGS),
-    ("every K block gathers the first columns", "gemm.py", "async_copy_global_to_shared(a, pointers + k0)", "async_copy_global_to_shared(a, pointers)", ROUTINGS),
+    ("every K block gathers the first columns", "gemm.py", "cp_async(a, pointers + k0)", "cp_async(a, pointers)", ROUTINGS),
     ("second of two blocks is the first again", "gemm.py", "expert, row0, n, k1, sizes", "expert, row0, n, k0, sizes", LARGE_WEIGHTS),
     ("tile of rows begins one row late", "gemm.py", "(rows_in, [row0, k0], bar, a)", "(rows_in, [row0 + 1, k0], bar, a)", ROUTINGS),
     ("gate weights read from the up half", "gemm.py", "(w, [gate_row, k0], bar,", "(w, [gate_row + N, k0], bar,", ROUTINGS),
@@ -258,11 +259,10 @@ def why_no_gpu() -> str | None:
         return "torch.cuda.is_available() is false here"
     if torch.cuda.get_device_capability()[0] != 9:
         return f"this is a {torch.cuda.get_device_name()}"
-    from moe_kernels.gluon_backend import TRITON as WANTED
+    from moe_kernels.kernels.hopper import gluon_names
 
-    return (
-        None if triton.__version__.startswith(WANTED) else f"they need triton {WANTED}, this is {triton.__version__}"
-    )
+    lacking = gluon_names.lacks()
+    return f"the Gluon of triton {triton.__version__} has no {lacking}" if lacking else None
 
 
 #: How a test fails on a kernel that does not compile: the mutant is no working program, whatever it should have been.

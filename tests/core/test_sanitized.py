@@ -35,7 +35,7 @@ CASES = {
                     seed=1, bias=True, transposed=True, interleaved=True,
                     activation=Activation("clamped_glu", (1.702, 0.7))),
     "lora": Case(tokens=17, top_k=2, experts=4, hidden=80, intermediate=48, dtype=BF16, routing="sentinels",
-                 bias=True, lora_rank=4, activation=Activation("clamped_silu", (0.5,))),
+                 seed=1, bias=True, lora_rank=4, activation=Activation("clamped_silu", (0.5,))),
     "gateless": Case(tokens=11, top_k=3, experts=5, hidden=37, intermediate=21, dtype=BF16, routing="zipf",
                      bias=True, gated=False, activation="relu2", transposed=True),
 }  # fmt: skip

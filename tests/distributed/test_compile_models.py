@@ -14,7 +14,7 @@ from moe_kernels import backends
 from moe_kernels.prepare.models import model_config
 from moe_kernels.shapes import FAMILIES
 
-transformers = pytest.importorskip("transformers", reason="needs moe-kernels[transformers]")
+transformers = pytest.importorskip("transformers", reason="needs the extra [transformers]")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")
 
 pytestmark = pytest.mark.plain_memory  # torch.compile must not trace the poisoned allocations

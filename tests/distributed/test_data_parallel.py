@@ -10,7 +10,7 @@ import torch
 
 from moe_kernels.shapes import FAMILIES
 
-pytest.importorskip("transformers", reason="needs moe-kernels[transformers]")
+pytest.importorskip("transformers", reason="needs the extra [transformers]")
 pytestmark = pytest.mark.slow
 each_family = pytest.mark.parametrize("family", FAMILIES)
 

@@ -11,7 +11,7 @@ import torch
 
 from moe_kernels.shapes import FAMILIES
 
-pytest.importorskip("transformers", reason="needs moe-kernels[transformers]")
+pytest.importorskip("transformers", reason="needs the extra [transformers]")
 pytest.importorskip("peft", reason="needs peft 0.20 or newer")
 pytestmark = pytest.mark.slow
 each_model = pytest.mark.parametrize("family", [*FAMILIES, "gpt-oss"])

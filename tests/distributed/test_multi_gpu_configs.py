@@ -80,7 +80,7 @@ def test_header_says_how_to_run_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_axolotl_accepts_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = pytest.importorskip("axolotl.integrations.base", reason="needs moe-kernels[axolotl]")
+    base = pytest.importorskip("axolotl.integrations.base", reason="needs the extra [axolotl]")
     from axolotl.utils.config import prepare_plugins, validate_config
     from axolotl.utils.dict import DictDefault
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from moe_kernels.cli.errors import UsageError
 
-distributed = pytest.importorskip("transformers.distributed", reason="needs moe-kernels[transformers]")
+distributed = pytest.importorskip("transformers.distributed", reason="needs the extra [transformers]")
 pytest.importorskip("yaml", reason="reads run files")
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "scaling.py"

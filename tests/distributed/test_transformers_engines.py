@@ -15,7 +15,7 @@ import torch
 
 from moe_kernels.shapes import FAMILIES
 
-distributed = pytest.importorskip("transformers.distributed", reason="needs moe-kernels[transformers]")
+distributed = pytest.importorskip("transformers.distributed", reason="needs the extra [transformers]")
 pytestmark = pytest.mark.slow
 each_family = pytest.mark.parametrize("family", FAMILIES)
 ALL_TO_ALL = "ep_size" in {field.name for field in dataclasses.fields(distributed.DistributedConfig)}

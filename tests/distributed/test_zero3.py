@@ -9,7 +9,7 @@ import pytest
 
 from moe_kernels.shapes import FAMILIES
 
-pytest.importorskip("transformers", reason="needs moe-kernels[transformers]")
+pytest.importorskip("transformers", reason="needs the extra [transformers]")
 pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install deepspeed")
 # DeepSpeed compiles its CPU communication the first time, which takes some minutes.
 pytestmark = pytest.mark.slow

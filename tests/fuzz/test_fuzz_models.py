@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutate import mutated
 
-pytest.importorskip("transformers", reason="needs moe-kernels[transformers]")
+pytest.importorskip("transformers", reason="needs the extra [transformers]")
 from transformers import AutoConfig
 
 from moe_kernels.cli.errors import CommandError

@@ -21,7 +21,7 @@ from moe_kernels import backends
 
 # find_spec, not import: Axolotl takes many seconds to import, and collecting must not.
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
-    pytest.skip("axolotl is not installed: needs moe-kernels[axolotl]", allow_module_level=True)
+    pytest.skip("axolotl is not installed: needs the extra [axolotl]", allow_module_level=True)
 
 PLUGIN = "axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin"
 OTHER_PATH = "axolotl.integrations.moe_kernels.MoeOptimizedPlugin"

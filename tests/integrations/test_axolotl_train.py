@@ -24,7 +24,7 @@ from moe_kernels.router_load import FILE_NAME, RouterHistory, read_history
 from moe_kernels.shapes import FAMILIES, ModelShape
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
-    pytest.skip("axolotl is not installed: needs moe-kernels[axolotl]", allow_module_level=True)
+    pytest.skip("axolotl is not installed: needs the extra [axolotl]", allow_module_level=True)
 
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 
@@ -370,7 +370,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run([*pip, "-w", str(wheels), str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    [wheel] = wheels.glob("*.whl")
+    [wheel] = wheels.glob("moe_training_kernels-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     return tmp_path / "installed"

@@ -15,7 +15,7 @@ import torch
 from moe_kernels.router_load import FILE_NAME, LayerLoad, Loads, read_history
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
-    pytest.skip("axolotl is not installed: needs moe-kernels[axolotl]", allow_module_level=True)
+    pytest.skip("axolotl is not installed: needs the extra [axolotl]", allow_module_level=True)
 
 LOADS = [LayerLoad((6, 2), 8), LayerLoad((4, 0), 8)]
 LOG, QUIET = SimpleNamespace(should_log=True), SimpleNamespace(should_log=False)

@@ -128,7 +128,7 @@ def _why_not_sonicmoe(shape: LayerShape, device: torch.device, dtype: torch.dtyp
         sonicmoe.load_sonicmoe_kernel()
     except PEER_FAILURES as error:
         return (
-            f"transformers cannot load it: {failure(error)} Cure: {pip_install('peers')} with Python 3.12, "
+            f"transformers cannot load it: {failure(error)} Cure: {pip_install('peers')} with Python 3.12 or newer, "
             "and reach the Hugging Face hub once (kernels-community/sonic-moe)."
         )
     return None

@@ -25,10 +25,10 @@ OK, NOTE, BROKEN = "ok", "note", "broken"
 
 #: Tested versions, from the first to below the last, as pyproject.toml has them.
 TESTED: dict[str, tuple[str, str]] = {
-    "torch": ("2.11", "2.14"),
-    "triton": ("3.6", "3.8"),
-    "transformers": ("5.16.1", "5.24"),
-    "axolotl": ("0.19", "0.20"),
+    "torch": ("2.11", "2.15"),
+    "triton": ("3.6", "3.9"),
+    "transformers": ("5.16.1", "5.25"),
+    "axolotl": ("0.19", "0.22"),
 }
 REQUIRED = ("torch", "triton")
 CURES = {
@@ -184,7 +184,7 @@ def _axolotl() -> list[Finding]:
         return [Finding("Axolotl plugin", NOTE, "axolotl is not installed", CURES["axolotl"])]
     reason = _imports(PLUGIN)
     if reason is not None:
-        cure = f"{pip_install()} in the environment that runs axolotl"
+        cure = f"{pip_install()}, with the Python that runs axolotl"
         return [Finding("Axolotl plugin", BROKEN, f"{PLUGIN}: {reason}", cure)]
     return [Finding("Axolotl plugin", OK, f"{PLUGIN}.MoeOptimizedPlugin")]
 

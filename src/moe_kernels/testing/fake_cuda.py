@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.backends.nvidia import driver as nvidia
 
-from moe_kernels.kernels.triton import replay
+from moe_kernels.kernels.triton import launch, replay
 
 SOURCE = r"""
 #include "cuda.h"
@@ -58,9 +58,12 @@ CUresult cuDriverGetVersion(int *v) { *v = 13000; return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *d, int i) { *d = 0; return CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) { *v = 232448; return CUDA_SUCCESS; }
 CUresult cuCtxGetCurrent(CUcontext *c) { *c = (CUcontext)1; return CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice *d) { *d = 0; return CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext c) { return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (CUcontext)1; return CUDA_SUCCESS; }
 CUresult cuModuleLoadData(CUmodule *m, const void *image) { *m = (CUmodule)1; return CUDA_SUCCESS; }
+CUresult cuModuleUnload(CUmodule m) { return CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *v) { *v = 0; return CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) {
   static cuuint64_t next = 4096;
   *f = (CUfunction)++next;
@@ -170,6 +173,8 @@ def install(folder: Path, monkeypatch: Any) -> Iterator[FakeCuda]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(replay, "_on_gpu", lambda tensor: True)
+    # A CUDA build of torch would look for a GPU.
+    monkeypatch.setattr(launch, "_current_device", lambda: -1)
     loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     config = triton.runtime.driver
     previous = config._active

@@ -1,6 +1,6 @@
 """Triton's interpreter made strict enough to verify kernels on a CPU.
 
-The stock interpreter of triton 3.6 multiplies the bit patterns of bfloat16, truncates where hardware rounds, gives
+Triton's own interpreter (3.6 to 3.9) multiplies the bit patterns of bfloat16, truncates where hardware rounds, gives
 zeros for masked lanes that Triton leaves undefined, and reads out of bounds without a word. :func:`install` makes
 numerics exact; :func:`sanitize`, :func:`shuffled` and :func:`overflow_asserts` look for what a friendly run hides.
 
@@ -331,7 +331,7 @@ def _atomic(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *args: Any
 _stock_convert = interp._convert_float
 _stock_reduce = interp.ReduceScanOpInterface.apply
 _stock_copy_back = GridExecutor._restore_args_dev
-_stock_load_semantic = TritonSemantic._load_legacy
+_stock_load_semantic = TritonSemantic.load
 _stock_launch = GridExecutor.__call__
 _stock_implicit_convert = interp._implicit_cvt
 _stock_descriptor_pointers = interp.TensorDescHandle.materialize_pointers
@@ -362,7 +362,7 @@ def install() -> None:
     interp.ReduceScanOpInterface.apply = _reduce
     interp.TensorDescHandle.materialize_pointers = _descriptor_pointers
     interp.InterpretedFunction.__call__ = _device_call
-    TritonSemantic._load_legacy = _load_semantic
+    TritonSemantic.load = _load_semantic
     GridExecutor._restore_args_dev = _skip_copy_back
     GridExecutor.__call__ = _launch
     InterpreterBuilder.create_dot = _dot

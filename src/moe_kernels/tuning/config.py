@@ -72,7 +72,9 @@ _POINTER = {
     ("wgrad", None): GemmConfig(128, 128, 32, 8, 3),
 }
 # float32 in IEEE precision runs on the ordinary cores: small tiles, on every GPU.
-_FLOAT32 = {key: GemmConfig(key[1] or 64, 32, 32, 4 if (key[1] or 64) == 64 else 8, 2) for key in _HOPPER}
+_FLOAT32 = {key: GemmConfig(key[1] or 64, 32, 32, 4 if (key[1] or 64) == 64 else 8, 2) for key in _HOPPER} | {
+    ("up", 256): GemmConfig(256, 16, 32, 8, 2),  # 32 columns spill registers on sm_80 with triton 3.8
+}
 # Not measured. Fewer stages' worth of registers, and no fused loops: the compiler of triton 3.6 fails on them for
 # sm_100 where a GEMM has a low-rank part.
 _BLACKWELL = {key: dataclasses.replace(config, flatten=False) for key, config in _HOPPER.items()} | {

@@ -37,6 +37,10 @@ class TunedTilesError(ValueError):
     """A file of tuned tiles cannot be used; the message names the file, what is wrong and the cure."""
 
 
+class CacheFolderError(TunedTilesError):
+    """There is no folder to keep anything in; the message names the cure."""
+
+
 class Sizes(NamedTuple):
     """What decides which tile is fast, beside the kernel.
 
@@ -79,21 +83,28 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def cache_file(device: torch.device) -> Path:
-    """Where `moe-kernels tune` keeps the tiles of this GPU: in ``MOE_KERNELS_CACHE``, or the user's cache folder.
+def cache_folder() -> Path:
+    """What this package keeps between runs: in ``MOE_KERNELS_CACHE``, or the user's cache folder.
 
     Raises:
-        TunedTilesError: there is neither.
+        CacheFolderError: there is neither.
     """
     if chosen := os.environ.get(CACHE_VARIABLE):
-        folder = Path(chosen)
-    else:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        if home.startswith("~"):
-            raise TunedTilesError(f"this user has no home folder: set {CACHE_VARIABLE} to a folder for tuned tiles.")
-        folder = Path(home, "moe-kernels")
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise CacheFolderError(f"this user has no home folder: set {CACHE_VARIABLE} to a folder for the cache.")
+    return Path(home, "moe-kernels")
+
+
+def cache_file(device: torch.device) -> Path:
+    """Where `moe-kernels tune` keeps the tiles of this GPU.
+
+    Raises:
+        CacheFolderError: there is no cache folder.
+    """
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return folder / f"tiles-{slug}.json"
+    return cache_folder() / f"tiles-{slug}.json"
 
 
 def own_file(device: torch.device) -> Path | None:

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_kernels.activation import Gate, value_and_partials
 from moe_kernels.kernels.hopper.gemm import load_tiles
+from moe_kernels.kernels.hopper.gluon_names import tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
@@ -46,8 +47,8 @@ def _fetch_z(z, buffers, z_arrived, SET: gl.constexpr, row0, col0, I):
     """Start to load the gate and the up columns of Z at (row0, col0) into one set of buffers."""
     arrived = z_arrived.index(SET)
     mbarrier.expect(arrived, 2 * z.block_type.nbytes)
-    tma.async_copy_global_to_shared(z, [row0, col0], arrived, buffers.index(3 * SET))
-    tma.async_copy_global_to_shared(z, [row0, I + col0], arrived, buffers.index(3 * SET + 1))
+    tma_load(z, [row0, col0], arrived, buffers.index(3 * SET))
+    tma_load(z, [row0, I + col0], arrived, buffers.index(3 * SET + 1))
 
 
 @gluon.jit
@@ -89,9 +90,9 @@ def _finish(
     put(weight[:, None] * a, buffers.index(3 * SET + 2))
     if row0 + da.shape[0] <= row_end:
         fence_async_shared()
-        tma.async_copy_shared_to_global(dz, [row0, col0], buffers.index(3 * SET))
-        tma.async_copy_shared_to_global(dz, [row0, I + col0], buffers.index(3 * SET + 1))
-        tma.async_copy_shared_to_global(wa, [row0, col0], buffers.index(3 * SET + 2))
+        tma_store(dz, [row0, col0], buffers.index(3 * SET))
+        tma_store(dz, [row0, I + col0], buffers.index(3 * SET + 1))
+        tma_store(wa, [row0, col0], buffers.index(3 * SET + 2))
     else:
         store_masked(buffers.index(3 * SET), dz_ptr, row0, row_end, col0, 2 * I)
         store_masked(buffers.index(3 * SET + 1), dz_ptr, row0, row_end, I + col0, 2 * I)

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_kernels.activation import Gate, value
+from moe_kernels.kernels.hopper.gluon_names import cp_async, tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
@@ -85,17 +86,17 @@ def _fill(
     if GATED:
         HALF: gl.constexpr = b.shape[0] // 2
         gate_row = expert * N * 2 + n * HALF
-        tma.async_copy_global_to_shared(w, [gate_row, k0], bar, b.slice(0, HALF))
-        tma.async_copy_global_to_shared(w, [gate_row + N, k0], bar, b.slice(HALF, HALF))
+        tma_load(w, [gate_row, k0], bar, b.slice(0, HALF))
+        tma_load(w, [gate_row + N, k0], bar, b.slice(HALF, HALF))
     elif W_IS_KN:
-        tma.async_copy_global_to_shared(w, [expert * K + k0, n * b.shape[1]], bar, b)
+        tma_load(w, [expert * K + k0, n * b.shape[1]], bar, b)
     else:
-        tma.async_copy_global_to_shared(w, [expert * N + n * b.shape[0], k0], bar, b)
+        tma_load(w, [expert * N + n * b.shape[0], k0], bar, b)
     if GATHER:
-        async_copy.async_copy_global_to_shared(a, pointers + k0)
+        cp_async(a, pointers + k0)
         async_copy.mbarrier_arrive(bar, increment_count=False)
     else:
-        tma.async_copy_global_to_shared(rows_in, [row0, k0], bar, a)
+        tma_load(rows_in, [row0, k0], bar, a)
 
 
 @gluon.jit
@@ -270,9 +271,9 @@ def _write_pair(left, right, buffers, out, out_ptr, row0, row_end, col0, col_end
         two = col0 + CHUNK < col_end
         if row0 + left.shape[0] <= row_end:
             fence_async_shared()
-            tma.async_copy_shared_to_global(out, [row0, col0], buffers.index(0))
+            tma_store(out, [row0, col0], buffers.index(0))
             if two:
-                tma.async_copy_shared_to_global(out, [row0, col0 + CHUNK], buffers.index(1))
+                tma_store(out, [row0, col0 + CHUNK], buffers.index(1))
         else:
             store_masked(buffers.index(0), out_ptr, row0, row_end, col0, width)
             if two:

@@ -16,6 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from moe_kernels.kernels.hopper.gluon_names import tma_store
 from moe_kernels.kernels.triton.launch import Descriptor
 from moe_kernels.tuning import config
 
@@ -95,7 +96,7 @@ def write_chunk(values, buffer, out, row, col):
     tma.store_wait(1)
     put(values, buffer)
     fence_async_shared()
-    tma.async_copy_shared_to_global(out, [row, col], buffer)
+    tma_store(out, [row, col], buffer)
 
 
 # --------------------------------------------------------------------------------------------------- host side

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from moe_kernels.kernels.hopper.gluon_names import cp_async, tma_load
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
@@ -48,7 +49,7 @@ def _copy_rows(buffer, base, sources, row0, row_end, col0, width):
     rows = row0 + gl.arange(0, buffer.shape[0], gl.SliceLayout(1, layout))
     cols = col0 + gl.arange(0, buffer.shape[1], gl.SliceLayout(0, layout))
     pointers = base + sources.to(gl.int64)[:, None] * width + cols[None, :]
-    async_copy.async_copy_global_to_shared(buffer, pointers, mask=(rows < row_end)[:, None] & (cols < width)[None, :])
+    cp_async(buffer, pointers, mask=(rows < row_end)[:, None] & (cols < width)[None, :])
 
 
 @gluon.jit
@@ -126,13 +127,13 @@ def _load(
             whole = row + BLOCK_K <= end
             if whole:
                 mbarrier.expect(bar, (BLOCK_N if TOP_K > 0 else BLOCK_M + BLOCK_N) * BLOCK_K * 2)
-                tma.async_copy_global_to_shared(right, [row, n * BLOCK_N], bar, b)
+                tma_load(right, [row, n * BLOCK_N], bar, b)
             else:
                 rows = _sources(row_slot_ptr, row, end, BLOCK_N, BLOCK_K, 0)
                 _copy_rows(b, right_ptr, rows, row, end, n * BLOCK_N, N)
                 mbarrier.arrive(bar, count=1)
             if TOP_K == 0 and whole:
-                tma.async_copy_global_to_shared(left, [row, m * BLOCK_M], bar, a)
+                tma_load(left, [row, m * BLOCK_M], bar, a)
                 mbarrier.arrive(bar, count=128)
             else:
                 _copy_rows(a, left_ptr, sources, row, end, m * BLOCK_M, M)

@@ -71,7 +71,7 @@ def _gemm_case(
     name: str, fn: Any, types: dict[str, str], constants: dict[str, Any], config: GemmConfig, uses_tma: bool
 ) -> CompileCase:
     ints = {arg: "*i32" for arg in fn.arg_names if arg in _PLAN}
-    sizes = {arg: "i32" for arg in fn.arg_names if arg in ("H", "I", "R", "K", "N", "M", "E")}
+    sizes = {arg: "i32" for arg in fn.arg_names if arg in ("H", "I", "R", "K", "N", "M", "E", "W_STRIDE")}
     tiles = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

@@ -43,6 +43,7 @@ def grouped_gemm_kernel(
     tile_count_ptr,
     K,
     N,
+    W_STRIDE,  # elements from one expert's matrix to the next
     W_IS_KN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
@@ -68,7 +69,7 @@ def grouped_gemm_kernel(
                 a = rows_in.load([row0, k0])
             else:
                 a = load_rows(rows_in, rows.to(tl.int64), row_mask, k0, K, BLOCK_K, EVEN_K, True)
-            b = load_weight(w, expert, n0, k0, N, K, BLOCK_N, BLOCK_K, W_IS_KN, USE_TMA)
+            b = load_weight(w, expert, n0, k0, N, K, W_STRIDE, BLOCK_N, BLOCK_K, W_IS_KN, USE_TMA)
             total = multiply_add(a, b, total, PRECISION)
         if RANK > 0:
             total = add_low_rank(
@@ -112,7 +113,7 @@ def _grouped_gemm(
             *(out if bias is None else bias, low, factor, out),
             *(plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
         ),
-        (inner, width),
+        (inner, width, matrix.stride(0)),
         {
             "W_IS_KN": w_is_kn,
             "HAS_BIAS": bias is not None,

@@ -24,7 +24,6 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
-from triton.experimental.gluon.nvidia import hopper as gluon
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.backends import UnsupportedProblem, device_capability
@@ -37,10 +36,13 @@ LAUNCHER_VARIABLE = "MOE_KERNELS_LAUNCHER"
 LAUNCHERS = ("replay", "direct", "triton")
 DEFAULT_LAUNCHER = "replay"
 # How Triton's C launcher takes the arguments of a kernel: one by one behind thirteen of its own (triton 3.6), or all
-# in one sequence behind fifteen (3.7). The thirteen are three of the grid, stream, function, cooperative grid, PDL,
-# two scratch buffers, metadata of kernel and launch, two hooks; the other two describe the sequence.
+# in one sequence behind fifteen (3.7 to 3.9). The thirteen are three of the grid, stream, function, cooperative grid,
+# PDL, two scratch buffers, metadata of kernel and launch, two hooks; the other two describe the sequence. A release
+# that was not read launches through Triton: a wrong layout would be undefined behaviour in C, not an error.
 _ONE_BY_ONE = getattr(nvidia, "_BASE_ARGS_FORMAT", None) == "iiiKKppOOOOOO"
-_IN_ONE = triton.__version__.startswith("3.7.") and hasattr(nvidia, "make_kernel_signature")
+_IN_ONE = triton.__version__.startswith(("3.7.", "3.8.", "3.9.")) and hasattr(nvidia, "make_kernel_signature")
+# From 3.8 on the function that encodes a tensor map takes the launcher's own arguments too, and does not read them.
+_MAP_ARGUMENTS = (None,) * (len(inspect.signature(nvidia.make_tensordesc_arg).parameters) - 2)
 _TENSOR_MAPS = 1024  # kept per argument of a compiled kernel; a map is 128 bytes and some Python
 
 # What a low-rank part adds to a GEMM: low (R, r), and the factor of each expert.
@@ -80,6 +82,9 @@ def tma_fits(*tensors: torch.Tensor) -> bool:
     for t in tensors:  # a generator would cost another microsecond
         if t.element_size() != 2 or t.shape[-1] % 16 or t.data_ptr() % 16 or t.numel() == 0:
             return False
+        # Experts may lie apart, but not one over another, nor off the grid of whole rows.
+        if not t.is_contiguous() and (t.stride(0) < t.shape[-2] * t.shape[-1] or t.stride(0) % t.shape[-1]):
+            return False
     return True
 
 
@@ -98,14 +103,22 @@ class Descriptor(NamedTuple):
 
 
 def descriptor(tensor: torch.Tensor, *block: int) -> Descriptor:
-    """Descriptor that loads blocks of ``block`` elements of a contiguous tensor, zero outside it."""
+    """Descriptor that loads blocks of ``block`` elements of a tensor that :func:`tma_fits`, zero outside it."""
     # Where there is one expert or row, the stride to the next can be any number: that of a view fits.
     return Descriptor(tensor.view(tensor.shape) if len(tensor) == 1 else tensor, block)
 
 
+def by_rows(weight: torch.Tensor) -> bool:
+    """Whether every expert's matrix of ``weight`` (E, rows, columns) is contiguous by rows, wherever experts lie."""
+    if weight.is_contiguous():
+        return True
+    (_, rows, columns), (_, row, column) = weight.shape, weight.stride()
+    return (columns == 1 or column == 1) and (rows == 1 or row == columns)
+
+
 def stored(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """(weight as it lies in memory, whether that is transposed): the op takes matrices stored by columns too."""
-    return (weight, False) if weight.is_contiguous() else (weight.mT, True)
+    return (weight, False) if by_rows(weight) else (weight.mT, True)
 
 
 def low_rank_arguments(low_rank: LowRank | None, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -428,6 +441,9 @@ def _host_descriptor(
         torch.cuda.set_device(torch.cuda.current_device())
     if layout is None:
         return TensorDescriptor(base, list(shape), list(strides), list(block))
+    # Here, because the Triton kernels run where Gluon is absent or has other names.
+    from triton.experimental.gluon.nvidia import hopper as gluon
+
     return gluon.TensorDescriptor(base, list(shape), list(strides), list(block), layout)
 
 
@@ -455,7 +471,7 @@ def _tensor_map(
     It says where and how wide, nothing else, so it stays true for whatever comes to lie at that address.
     """
     host = _host_descriptor(_Address(pointer, dtype), shape, strides, block, layout)
-    return tuple(nvidia.make_tensordesc_arg(host, meta))
+    return tuple(nvidia.make_tensordesc_arg(host, meta, *_MAP_ARGUMENTS))
 
 
 def _direct(kernel: Any, compiled: Any, arguments: int, descriptors: list[Descriptor]) -> _Direct | None:

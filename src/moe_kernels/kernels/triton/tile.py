@@ -42,22 +42,26 @@ def load_weight(
     k0,
     N,
     K,
+    STRIDE,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     W_IS_KN: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """Block [BLOCK_K, BLOCK_N] at (k0, n0) of w[expert], stored (E, N, K), or (E, K, N) if W_IS_KN; zero outside."""
+    """Block [BLOCK_K, BLOCK_N] at (k0, n0) of w[expert], stored (E, N, K), or (E, K, N) if W_IS_KN; zero outside.
+
+    STRIDE elements lie between the beginnings of two experts' matrices.
+    """
     if W_IS_KN:
-        block = _load_matrix(w, expert, k0, n0, K, N, BLOCK_K, BLOCK_N, USE_TMA)
+        block = _load_matrix(w, expert, k0, n0, K, N, STRIDE, BLOCK_K, BLOCK_N, USE_TMA)
     else:
-        block = _load_matrix(w, expert, n0, k0, N, K, BLOCK_N, BLOCK_K, USE_TMA).T
+        block = _load_matrix(w, expert, n0, k0, N, K, STRIDE, BLOCK_N, BLOCK_K, USE_TMA).T
     return block
 
 
 @triton.jit
 def _load_matrix(
-    w, expert, row0, col0, ROWS, COLS, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, USE_TMA: tl.constexpr
+    w, expert, row0, col0, ROWS, COLS, STRIDE, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, USE_TMA: tl.constexpr
 ):
     """Block [BLOCK_R, BLOCK_C] at (row0, col0) of the matrix w[expert], stored (E, ROWS, COLS); zero outside."""
     if USE_TMA:
@@ -65,7 +69,7 @@ def _load_matrix(
     else:
         r = row0 + tl.arange(0, BLOCK_R)
         c = col0 + tl.arange(0, BLOCK_C)
-        base = w + expert.to(tl.int64) * ROWS * COLS
+        base = w + expert.to(tl.int64) * STRIDE
         offsets = r.to(tl.int64)[:, None] * COLS + c[None, :]
         block = tl.load(base + offsets, mask=(r < ROWS)[:, None] & (c < COLS)[None, :], other=0.0)
     return block
@@ -105,7 +109,7 @@ def add_low_rank(
     r = tl.arange(0, RANK)
     low_rows = rows.to(tl.int64)[:, None] * RANK
     low = tl.load(low_ptr + low_rows + r[None, :], mask=row_mask[:, None], other=0.0)
-    factor = load_weight(factor_ptr, expert, n0, 0, N, RANK, BLOCK_N, RANK, IS_KN, False)
+    factor = load_weight(factor_ptr, expert, n0, 0, N, RANK, N * RANK, BLOCK_N, RANK, IS_KN, False)
     return tl.dot(low, factor, total, input_precision=PRECISION)
 
 

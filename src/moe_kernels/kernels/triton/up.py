@@ -51,6 +51,7 @@ def up_kernel(
     tile_count_ptr,
     H,
     I,
+    W_STRIDE,  # elements from one expert's matrix to the next
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     P0: tl.constexpr,
@@ -81,8 +82,8 @@ def up_kernel(
             up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for k0 in tl.range(0, H, BLOCK_K):
                 x = load_rows(x_ptr, token, row_mask, k0, H, BLOCK_K, EVEN_K, False)
-                w_gate = load_weight(w, expert, n0, k0, 2 * I, H, BLOCK_N, BLOCK_K, W_IS_KN, USE_TMA)
-                w_up = load_weight(w, expert, I + n0, k0, 2 * I, H, BLOCK_N, BLOCK_K, W_IS_KN, USE_TMA)
+                w_gate = load_weight(w, expert, n0, k0, 2 * I, H, W_STRIDE, BLOCK_N, BLOCK_K, W_IS_KN, USE_TMA)
+                w_up = load_weight(w, expert, I + n0, k0, 2 * I, H, W_STRIDE, BLOCK_N, BLOCK_K, W_IS_KN, USE_TMA)
                 gate = multiply_add(x, w_gate, gate, PRECISION)
                 up = multiply_add(x, w_up, up, PRECISION)
             if RANK > 0:
@@ -106,7 +107,9 @@ def up_kernel(
             z = tl.zeros((BLOCK_M, BLOCK_Z), tl.float32)
             for k0 in tl.range(0, H, BLOCK_K):
                 x = load_rows(x_ptr, token, row_mask, k0, H, BLOCK_K, EVEN_K, False)
-                block = load_weight(w, expert, z0, k0, PER_COLUMN * I, H, BLOCK_Z, BLOCK_K, W_IS_KN, USE_TMA)
+                block = load_weight(
+                    w, expert, z0, k0, PER_COLUMN * I, H, W_STRIDE, BLOCK_Z, BLOCK_K, W_IS_KN, USE_TMA
+                )
                 z = multiply_add(x, block, z, PRECISION)
             if RANK > 0:
                 z = add_low_rank(
@@ -185,7 +188,7 @@ def _launch(
             *(a if bias is None else bias, low, left, z, a),
             *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
         ),
-        (hidden, width),
+        (hidden, width, matrix.stride(0)),
         {
             "TOP_K": plan.top_k,
             **gate,

@@ -1,0 +1,60 @@
+"""What differs between the releases of Gluon, Triton's lower language: names, and which releases were tried.
+
+Gluon is experimental. Its functions change names between releases of triton; the kernels take the names that changed
+from here, so that one source compiles with every release. :func:`lacks` tells whether the installed one has all that
+the kernels use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import triton
+
+#: Releases of triton with which these kernels were verified and measured on an H200 (benchmarks/results). With any
+#: other they run only after a check on the user's GPU: see ``trial.py``.
+TRIED: tuple[str, ...] = ("3.6", "3.7", "3.8")
+_HOPPER = "triton.experimental.gluon.language.nvidia.hopper"
+_TMA, _MBARRIER = f"{_HOPPER}.tma", f"{_HOPPER}.mbarrier"
+_ASYNC_COPY = "triton.experimental.gluon.language.nvidia.ampere.async_copy"
+# 3.8 renamed the copies and kept the old names as well; in 3.9 the old ones raise when they are called.
+_LOAD, _STORE = ("async_load", "async_copy_global_to_shared"), ("async_store", "async_copy_shared_to_global")
+#: What the kernels use, by module; under whichever of its names the installed release has it.
+_USED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "triton.experimental.gluon": (("jit",), ("constexpr_function",)),
+    "triton.experimental.gluon.language": (
+        ("NVMMADistributedLayout",),
+        ("NVMMASharedLayout",),
+        ("allocate_shared_memory",),
+        ("warp_specialize",),
+    ),
+    "triton.experimental.gluon.nvidia.hopper": (("TensorDescriptor",),),
+    _HOPPER: (("fence_async_shared",), ("warpgroup_mma",), ("warpgroup_mma_wait",)),
+    _MBARRIER: (("MBarrierLayout",), ("arrive",), ("expect",), ("init",), ("wait",)),
+    _TMA: (_LOAD, _STORE, ("store_wait",)),
+    _ASYNC_COPY: (_LOAD, ("mbarrier_arrive",)),
+}
+
+
+def release() -> str:
+    """Major and minor number of the installed triton, such as "3.8"."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def _find(module: str, names: tuple[str, ...]) -> Any:
+    """What ``module`` has under the first of ``names`` that it has; None where it has none, or is not there."""
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        return None
+    return next((getattr(found, name) for name in names if hasattr(found, name)), None)
+
+
+def lacks() -> str | None:
+    """The first thing that the kernels use and the installed Gluon does not have; None if it has everything."""
+    missing = (f"{module}.{names[0]}" for module, used in _USED.items() for names in used if not _find(module, names))
+    return next(missing, None)
+
+
+tma_load, tma_store, cp_async = _find(_TMA, _LOAD), _find(_TMA, _STORE), _find(_ASYNC_COPY, _LOAD)

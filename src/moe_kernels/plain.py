@@ -1,0 +1,155 @@
+"""The layer by plain steps of torch, for the derivatives that the kernels do not have.
+
+The kernels give the output and its first gradients. Second derivatives (``create_graph=True``), forward mode and the
+transforms of torch.func (``grad``, ``vjp``, ``jvp``, ``vmap`` and what is made of them) take these steps instead,
+which torch differentiates as often as it is asked: right, and slow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
+
+from moe_kernels.activation import Activation, Gate
+from moe_kernels.reference import LowRankPair, reference_experts
+
+logger = logging.getLogger("moe_kernels")
+_MODES = torch._C._TorchDispatchModeKey
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func transforms the call, or one of ``tensors`` has a tangent of forward mode."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def batched(tensor: Tensor) -> bool:
+    """Whether ``tensor`` stands for many: of a vmap, or of the older one in autograd (``is_grads_batched=True``)."""
+    return is_functorch_wrapped_tensor(tensor) or torch._C._dispatch_keys(tensor).has(_BATCHED)
+
+
+def traced(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has a shape but no data (meta, FakeTensor), or what is done to it is being recorded."""
+    if tensor.is_meta or (type(tensor) is not Tensor and is_fake(tensor)):
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (_MODES.FAKE, _MODES.PROXY))
+
+
+@functools.cache
+def _warn() -> None:
+    logger.warning(
+        "second derivatives, forward mode and torch.func of an expert layer run by plain steps of torch, not by the "
+        "kernels: they are right, but slow"
+    )
+
+
+@torch.compiler.assume_constant_result
+def _say() -> None:  # torch.compile does not look into it, and calls it while it makes a graph
+    _warn()
+
+
+def _vmapped() -> bool:
+    return any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ())
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside, autocast of ``device`` (a type) is off; some, such as meta, have none."""
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def plain_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gate_up_left: Tensor | None,
+    gate_up_right: Tensor | None,
+    down_left: Tensor | None,
+    down_right: Tensor | None,
+    activation: str,
+    parameters: list[float],
+    interleaved: bool,
+    reduce: bool,
+    *_: Any,
+) -> Tensor:
+    """out (T, H), or (R, H) without ``reduce``, of the arguments of the op ``experts_forward``."""
+    _say()
+    # Where ids cannot be read, no expert can take its own tokens alone.
+    blind = torch.compiler.is_compiling() or traced(topk_ids) or _vmapped()
+    experts = _every_expert_on_every_token if blind else reference_experts
+    with without_autocast(x.device.type):
+        out = experts(
+            x,
+            topk_ids,
+            topk_weights if reduce else None,
+            gate_up,
+            down,
+            Activation(activation, tuple(parameters)),
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            interleaved=interleaved,
+            reduce=reduce,
+            gate_up_lora=None if gate_up_left is None or gate_up_right is None else (gate_up_left, gate_up_right),
+            down_lora=None if down_left is None or down_right is None else (down_left, down_right),
+        )
+    return out if reduce else out.flatten(0, 1)
+
+
+def _every_expert_on_every_token(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    *,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    interleaved: bool,
+    reduce: bool,
+    gate_up_lora: LowRankPair | None,
+    down_lora: LowRankPair | None,
+) -> Tensor:
+    """As reference_experts, with steps whose shapes do not follow from the ids: E / K times the work."""
+    if gate_up_lora is not None:
+        gate_up = gate_up + gate_up_lora[0] @ gate_up_lora[1]
+    if down_lora is not None:
+        down = down + down_lora[0] @ down_lora[1]
+    gate = Gate(activation, gated=gate_up.shape[1] != down.shape[2], interleaved=interleaved)
+    (tokens, hidden), top_k = x.shape, topk_ids.shape[1]
+    out = x.new_zeros(tokens, hidden) if reduce else x.new_zeros(tokens, top_k, hidden)
+    for expert in range(gate_up.shape[0]):
+        slots = topk_ids == expert
+        others = ~slots.any(-1, keepdim=True)
+        # Of other tokens zeros go in and zeros come out: one that is not this expert's cannot overflow in it.
+        z = x.masked_fill(others, 0.0) @ gate_up[expert].T
+        if gate_up_bias is not None:
+            z = z + gate_up_bias[expert]
+        y = gate.value(z) @ down[expert].T
+        if down_bias is not None:
+            y = y + down_bias[expert]
+        if topk_weights is None:
+            out = torch.where(slots[..., None], y[:, None], out)
+        else:
+            weight = topk_weights.masked_fill(~slots, 0.0).sum(-1, keepdim=True)
+            out = out + (y * weight).masked_fill(others, 0.0).to(out.dtype)
+    return out
