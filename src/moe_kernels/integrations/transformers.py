@@ -48,6 +48,8 @@ __all__ = ["UnsupportedExperts", "check_model", "experts_modules", "register", "
 
 # What register() put under each name, to tell later whether a name still leads here.
 _registered: dict[str, Callable[..., torch.Tensor]] = {}
+# Implementations that hand the rows on to another one, which the function names.
+_wrappers: dict[str, Callable[[], str]] = {}
 
 
 def register(
@@ -77,6 +79,12 @@ def register(
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
     _registered[name] = experts_forward
     mend_trainer(lambda model: bool(experts_modules(model)))
+
+
+def register_wrapper(name: str, inner: Callable[[], str]) -> None:
+    """Say that ``experts_implementation=name`` runs the implementation that ``inner()`` names on rows it chooses, as
+    Axolotl's expert parallelism does with those that arrive from other ranks."""
+    _wrappers[name] = inner
 
 
 def run_experts(
@@ -143,13 +151,19 @@ def run_experts(
 
 def is_served(module: Any) -> bool:
     """Whether a call of ``module`` leads to these kernels."""
-    return _leads_here(type(module), getattr(getattr(module, "config", None), "_experts_implementation", None))
+    return _leads_here(type(module), runs_on(module))
+
+
+def runs_on(module: Any) -> str:
+    """The implementation that a dispatching ``module`` runs, of a wrapper the inner one."""
+    name = str(getattr(getattr(module, "config", None), "_experts_implementation", None))
+    return _wrappers[name]() if name in _wrappers else name
 
 
 # torch.compile would look into the cells of a closure, and then not understand the function they belong to.
 @torch.compiler.assume_constant_result
-def _leads_here(cls: type, implementation: str | None) -> bool:
-    interface, function = dispatches(cls), _registered.get(str(implementation))
+def _leads_here(cls: type, implementation: str) -> bool:
+    interface, function = dispatches(cls), _registered.get(implementation)
     return interface is not None and function is not None and interface.get(implementation) is function
 
 
