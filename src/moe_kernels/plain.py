@@ -50,16 +50,18 @@ def traced(tensor: Tensor) -> bool:
 
 
 @functools.cache
-def _warn() -> None:
+def _warn(what: str) -> None:
     logger.warning(
-        "second derivatives, forward mode and torch.func of an expert layer run by plain steps of torch, not by the "
-        "kernels: they are right, but slow"
+        "second derivatives, forward mode and torch.func of %s run by plain steps of torch, not by the kernels: they "
+        "are right, but slow",
+        what,
     )
 
 
 @torch.compiler.assume_constant_result
-def _say() -> None:  # torch.compile does not look into it, and calls it while it makes a graph
-    _warn()
+def say_plain(what: str) -> None:
+    """Say once that ``what`` takes plain steps. torch.compile does not look into this, but calls it once a graph."""
+    _warn(what)
 
 
 def _vmapped() -> bool:
@@ -92,7 +94,7 @@ def plain_experts(
     *_: Any,
 ) -> Tensor:
     """out (T, H), or (R, H) without ``reduce``, of the arguments of the op ``experts_forward``."""
-    _say()
+    say_plain("an expert layer")
     # Where ids cannot be read, no expert can take its own tokens alone.
     blind = torch.compiler.is_compiling() or traced(topk_ids) or _vmapped()
     experts = _every_expert_on_every_token if blind else reference_experts
