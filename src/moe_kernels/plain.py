@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from moe_kernels.activation import Activation, Gate
 from moe_kernels.reference import LowRankPair, reference_experts
 
 logger = logging.getLogger("moe_kernels")
+_modes = torch._C._len_torch_dispatch_stack
 _MODES = torch._C._TorchDispatchModeKey
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
-def transformed(*tensors: Tensor | None) -> bool:
+def transformed(tensors: Sequence[Tensor | None]) -> bool:
     """Whether torch.func transforms the call, or one of ``tensors`` has a tangent of forward mode."""
     if torch._C._are_functorch_transforms_active():
         return True
@@ -42,10 +44,10 @@ def batched(tensor: Tensor) -> bool:
 
 def traced(tensor: Tensor) -> bool:
     """Whether ``tensor`` has a shape but no data (meta, FakeTensor), or what is done to it is being recorded."""
-    if tensor.is_meta or (type(tensor) is not Tensor and is_fake(tensor)):
-        return True
-    if not torch._C._len_torch_dispatch_stack():
-        return False
+    return tensor.is_meta or (type(tensor) is not Tensor and is_fake(tensor)) or (_modes() > 0 and _recorded())
+
+
+def _recorded() -> bool:
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in (_MODES.FAKE, _MODES.PROXY))
 
 

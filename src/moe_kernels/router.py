@@ -85,7 +85,7 @@ def route(
     _check(logits, correction_bias, settings, scoring)
     if _backend(logits, backend) == "torch":
         return reference_route(logits, correction_bias, settings)
-    if transformed(logits):
+    if transformed([logits]):
         say_plain("a fused router")
         return reference_route(logits, correction_bias, settings)
     if torch.compiler.is_compiling() or traced(logits):
@@ -222,11 +222,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], ids: torch.Tensor) -> None:
 def _grads(ctx: Any, dweights: torch.Tensor | None, step: Any) -> tuple[torch.Tensor | None, ...]:
     dlogits = None
     if dweights is not None and ctx.needs_input_grad[0]:
-        s = ctx.settings
+        (logits, ids), s = ctx.saved_tensors, ctx.settings
         if torch.is_grad_enabled() or batched(dweights):  # create_graph=True, or several backwards at a time
-            dlogits = _plain_grad(dweights, *ctx.saved_tensors, s)
+            dlogits = _plain_grad(dweights, logits, ids, s)
         else:
-            dlogits = step(dweights, *ctx.saved_tensors, s.sigmoid, s.normalize, s.scale)
+            dlogits = step(dweights, logits, ids, s.sigmoid, s.normalize, s.scale)
     return dlogits, *((None,) * (1 + len(Settings._fields)))
 
 
