@@ -614,7 +614,7 @@ def half_the_up_columns(experts: nn.Module) -> None:
     experts.gate_up_proj = cut(experts.gate_up_proj, slice(None), slice(None), slice(experts.down_proj.shape[1]))
 
 
-HALF = r"its up projection gives \d+ values, its down projection wants \d+: make both agree"
+HALF = r"its up projection gives \d+ values, its down projection takes \d+: make both agree"
 MISFITS = {
     "mixtral": {
         another_number: "num_experts=2 but holds weights of 4 experts: make both agree",
