@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_kernels
@@ -484,6 +485,27 @@ def test_the_probe_finds_the_same_whatever_is_switched_on(state: str) -> None:
 def test_what_is_refused_is_refused_whatever_is_switched_on(state: str) -> None:
     experts = hidden_clamp_experts()
     assert "SiLUActivation computes none of" in inside(state, lambda: mk.why_not_module(experts))
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("data", [True, False], ids=["data", "no data"])
+@pytest.mark.parametrize("state", AMBIENT)
+def test_a_model_is_checked_whatever_is_switched_on(state: str, data: bool) -> None:
+    for name in ("mixtral", "gpt_oss"):
+        model = make_model(name, torch.bfloat16).to("cpu" if data else "meta")
+        model.set_experts_implementation("moe_kernels")
+        assert inside(state, lambda: mk.check_model(model)) == 2  # noqa: B023 (called here)
+        another_number(model.model.layers[1].mlp.experts)
+        with pytest.raises(mk.UnsupportedExperts, match=r"layers\.1.* num_experts=2"):
+            inside(state, lambda: mk.check_model(model))  # noqa: B023
+
+
+@pytest.mark.plain_memory
+def test_a_model_made_of_fake_tensors_is_checked() -> None:
+    with FakeTensorMode():
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS["mixtral"][0]())
+        model.set_experts_implementation("moe_kernels")
+        assert mk.check_model(model) == 2
 
 
 def clamped_gate(self: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
