@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_kernels
@@ -486,6 +487,27 @@ def test_what_is_refused_is_refused_whatever_is_switched_on(state: str) -> None:
     assert "SiLUActivation computes none of" in inside(state, lambda: mk.why_not_module(experts))
 
 
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("data", [True, False], ids=["data", "no data"])
+@pytest.mark.parametrize("state", AMBIENT)
+def test_a_model_is_checked_whatever_is_switched_on(state: str, data: bool) -> None:
+    for name in ("mixtral", "gpt_oss"):
+        model = make_model(name, torch.bfloat16).to("cpu" if data else "meta")
+        model.set_experts_implementation("moe_kernels")
+        assert inside(state, lambda: mk.check_model(model)) == 2  # noqa: B023 (called here)
+        another_number(model.model.layers[1].mlp.experts)
+        with pytest.raises(mk.UnsupportedExperts, match=r"layers\.1.* num_experts=2"):
+            inside(state, lambda: mk.check_model(model))  # noqa: B023
+
+
+@pytest.mark.plain_memory
+def test_a_model_made_of_fake_tensors_is_checked() -> None:
+    with FakeTensorMode():
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS["mixtral"][0]())
+        model.set_experts_implementation("moe_kernels")
+        assert mk.check_model(model) == 2
+
+
 def clamped_gate(self: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return nn.functional.silu(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
@@ -614,7 +636,7 @@ def half_the_up_columns(experts: nn.Module) -> None:
     experts.gate_up_proj = cut(experts.gate_up_proj, slice(None), slice(None), slice(experts.down_proj.shape[1]))
 
 
-HALF = r"its up projection gives \d+ values, its down projection wants \d+: make both agree"
+HALF = r"its up projection gives \d+ values, its down projection takes \d+: make both agree"
 MISFITS = {
     "mixtral": {
         another_number: "num_experts=2 but holds weights of 4 experts: make both agree",

@@ -217,7 +217,7 @@ def check_pair(module: Any, gate_up: torch.Tensor, down: torch.Tensor, gated: bo
     if given != wanted:
         raise UnsupportedExperts.mended(
             module,
-            f"its up projection gives {given} values, its down projection takes {wanted}: cut both.",
+            f"its up projection gives {given} values, its down projection takes {wanted}: make both agree.",
             name,
         )
 

@@ -242,7 +242,7 @@ def _check_weights(module: Any, recipe: Recipe, name: str) -> None:
     try:
         check_weights(gate_up, down, gate_up_bias, down_bias, gate.activation, gate.interleaved, probe_device(module))
     except ValueError as error:
-        raise UnsupportedExperts.mended(module, f"{error}.", name) from error
+        raise UnsupportedExperts.mended(module, str(error), name) from error
 
 
 def _stand_in(module: Any, weight: str, name: str) -> torch.Tensor | None:
