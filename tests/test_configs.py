@@ -115,7 +115,7 @@ def validated(raw: dict[str, Any], plugin_manager: Any, **capabilities: Any) -> 
 
     config = DictDefault(copy.deepcopy(raw))
     prepare_plugins(config)
-    assert [*plugin_manager.plugins] == raw.get("plugins", [])
+    assert {*raw.get("plugins", [])} <= plugin_manager.plugins.keys()  # Axolotl 0.21 has some of its own as well
     env_capabilities = {"torch_version": "2.11.0"}
     return validate_config(config, capabilities=capabilities, env_capabilities=env_capabilities).to_dict()
 

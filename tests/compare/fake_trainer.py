@@ -30,6 +30,7 @@ def main() -> int:
         Path(config["output_dir"]).parent.joinpath("pid").write_text(str(os.getpid()))
         time.sleep(120)
     ours = bool(config.get("moe_kernels")) and fake != "no-dispatch"
+    print(f"moe-kernels compare: the experts run on {'moe_kernels' if ours else 'grouped_mm'}")
     if ours:
         print(
             "moe_kernels: backend=torch (no GPU), 2 expert calls dispatched in step 1, group_size=128, "

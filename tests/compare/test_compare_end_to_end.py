@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from moe_kernels.prepare import tiny_overrides
+from moe_kernels.shapes import FAMILIES
 from network_guard import asked, guarded_environment
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
     pytest.skip("axolotl is not installed: needs the extra [axolotl]", allow_module_level=True)
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "moe"
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 
 
@@ -37,25 +41,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compare(environment: dict[str, str], folder: Path, name: str, *arguments: str) -> tuple[dict[str, Any], str]:
     """The report's JSON and page."""
-    command = [
-        sys.executable,
-        "-m",
-        "moe_kernels",
-        "compare",
-        "qwen2-moe",
-        "--size",
-        "tiny",
-        "--no-noise",
-        *arguments,
-    ]
-    done = subprocess.run([*command, "--out", name], cwd=folder, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "moe_kernels", "compare", *arguments, "--no-noise", "--out", name]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert asked(environment) == ""
-    return json.loads((folder / name / f"{name}-tiny.json").read_text()), (folder / name / "report.html").read_text()
+    [data] = (folder / name).glob("*.json")
+    return json.loads(data.read_text()), (folder / name / "report.html").read_text()
+
+
+TINY = ("qwen2-moe", "--size", "tiny")
 
 
 def test_a_tiny_pair_from_nothing_to_the_report(environment: dict[str, str], folder: Path) -> None:
-    data, page = compare(environment, folder, "qwen2-moe", "--steps", "6", "--warmup-steps", "2")
+    data, page = compare(environment, folder, "qwen2-moe", *TINY, "--steps", "6", "--warmup-steps", "2")
     baseline, optimized = data["runs"]
     assert baseline["wandb"]["project"] == "moe-baseline"
     assert optimized["wandb"]["project"] == "moe-kernels"
@@ -64,6 +62,8 @@ def test_a_tiny_pair_from_nothing_to_the_report(environment: dict[str, str], fol
     assert judged["sides"]["optimized"]["expert_calls"] == 12
     assert judged["sides"]["baseline"]["expert_calls"] is None
     assert judged["implementation"] == {"baseline": "grouped_mm", "optimized": "moe_kernels"}
+    assert [run["experts"] for run in data["runs"]] == ["grouped_mm", "moe_kernels"], "as the trainer found it"
+    assert "Read this first" not in page
     assert [len(run["losses"]) for run in judged["runs"]] == [6, 6]
     assert judged["loss"]["verdict"] == "confirmed"
     assert 0 <= judged["loss"]["mean"] < 1e-4
@@ -78,8 +78,23 @@ def test_a_tiny_pair_from_nothing_to_the_report(environment: dict[str, str], fol
     assert (folder / "artifacts/runs/compare/qwen2-moe-tiny/optimized-1/result.json").is_file()
 
 
+def test_a_baseline_that_a_plugin_pins_to_the_eager_loop(environment: dict[str, str], folder: Path) -> None:
+    family = FAMILIES["qwen2-moe"]
+    for name, file in (("pinned", family.baseline), ("ours", family.optimized)):
+        config = yaml.safe_load((CONFIGS / file).read_text()) | tiny_overrides("qwen2-moe")
+        if name == "pinned":
+            config["plugins"] = ["axolotl.integrations.kernels.KernelsPlugin"]
+        (folder / f"{name}.yml").write_text(yaml.safe_dump(config))
+    files = ("pinned.yml", "ours.yml")
+    data, page = compare(environment, folder, "own", *files, "--steps", "4", "--warmup-steps", "1")
+    assert data["judged"]["implementation"] == {"baseline": "eager", "optimized": "moe_kernels"}
+    assert "experts ran on eager, not on grouped_mm, which transformers picks by itself" in page
+    assert "KernelsPlugin, listed without a kernel, sets that" in page
+
+
 def test_lora(environment: dict[str, str], folder: Path) -> None:
-    data, page = compare(environment, folder, "qwen2-moe-lora8", "--lora", "8", "--steps", "4", "--warmup-steps", "1")
+    steps = ("--steps", "4", "--warmup-steps", "1")
+    data, page = compare(environment, folder, "qwen2-moe-lora8", *TINY, "--lora", "8", *steps)
     judged = data["judged"]
     assert judged["sides"]["optimized"]["expert_calls"] == 8, "two expert layers, four steps"
     assert judged["sides"]["baseline"]["expert_calls"] is None

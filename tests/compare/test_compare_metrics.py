@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import html
+from pathlib import Path
+from typing import Any
+
 import pytest
 from builders import STEPS, WARMUP, comparison, experts, run
 
 from moe_kernels.compare.comparison import Analysis
 from moe_kernels.compare.metrics import expert_calls, run_metrics
+from moe_kernels.compare.report import write_report
 
 
 def test_times_leave_the_warm_up_out() -> None:
@@ -97,3 +102,39 @@ def test_the_baseline_runs_on_what_transformers_picks_unless_the_file_says() -> 
     assert Analysis(comparison(runs=[named, ours])).implementation["optimized"] == "moe_kernels"
     assert Analysis(comparison(experts={"error": "crashed"})).implementation["baseline"] == "unknown"
     assert experts()["default"] == "grouped_mm"
+
+
+KERNELS_PLUGIN = {"bf16": True, "plugins": ["axolotl.integrations.kernels.KernelsPlugin"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "recorded", "ran", "words"),
+    [
+        ({"bf16": True}, "", "grouped_mm", None),
+        ({"bf16": True}, "grouped_mm", "grouped_mm", None),
+        # What the trainer found counts, whatever the run file says.
+        ({"bf16": True}, "LigerExperts", "LigerExperts", "ran on LigerExperts, not on grouped_mm, which"),
+        ({"bf16": True, "experts_implementation": "grouped_mm"}, "eager", "eager", "which its run file names"),
+        # Axolotl's KernelsPlugin without a kernel pins the eager loop, also in reports that did not record it.
+        (KERNELS_PLUGIN, "eager", "eager", "KernelsPlugin, listed without a kernel, sets that. Cure: take it out"),
+        (KERNELS_PLUGIN, "", "eager", "set experts_implementation: grouped_mm"),
+        (KERNELS_PLUGIN | {"experts_implementation": "grouped_mm"}, "", "grouped_mm", None),
+        (KERNELS_PLUGIN | {"experts_implementation": "eager"}, "eager", "eager", None),
+        (KERNELS_PLUGIN | {"use_scattermoe": True}, "scattermoe", "scattermoe", None),
+        (KERNELS_PLUGIN | {"expert_backend": "sonicmoe"}, "sonicmoe", "sonicmoe", None),
+    ],
+)
+def test_the_baseline_says_what_its_experts_ran_on(
+    config: dict[str, Any], recorded: str, ran: str, words: str | None, tmp_path: Path
+) -> None:
+    baseline = run("baseline-1", 187.0, config=config, experts=recorded)
+    ours = run("optimized-1", 150.0, calls=10, experts="moe_kernels" if recorded else "")
+    analysis = Analysis(comparison(runs=[baseline, ours]))
+    assert analysis.implementation == {"baseline": ran, "optimized": "moe_kernels"}
+    assert (analysis.other_baseline is None) is (words is None)
+    if words:
+        assert words in str(analysis.other_baseline)
+        write_report([analysis], tmp_path)
+        for name in ("report.html", "report.md"):
+            text = html.unescape((tmp_path / name).read_text()).replace("\\", "")
+            assert str(analysis.other_baseline) in text

@@ -86,6 +86,7 @@ def test_a_finished_training() -> None:
     assert [row["train/loss"] for row in result.rows] == [7.0 - 0.1 * step for step in range(1, 7)]
     assert (result.wandb["project"], result.wandb["complete"]) == ("moe-kernels", "yes")
     assert result.plugin_line.startswith("moe_kernels: backend=torch (no GPU), 2 expert calls")
+    assert result.experts == "moe_kernels"
     assert result.trainer_started_at is not None
     assert shown[-1].step == 6
     assert shown[-1].loss == "6.4"
@@ -412,6 +413,9 @@ def test_the_log_is_followed_in_pieces() -> None:
     assert (reader.progress.step, reader.progress.loss, reader.progress.phase) == (1, "7.6", "training")
     reader.feed("{'train_loss': '7.1'}\n{'loss': 'nan'}\n")
     assert (reader.progress.step, reader.progress.loss) == (2, "nan")
+    assert reader.experts == ""
+    reader.feed("moe-kernels compare: the experts run on grouped_mm\n")
+    assert reader.experts == "grouped_mm"
 
 
 @pytest.mark.parametrize(

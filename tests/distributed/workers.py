@@ -429,8 +429,16 @@ def one_idle_rank(family: str) -> dict[str, Any]:
     return found
 
 
+def axolotl(folder: Path) -> dict[str, Any]:
+    """Axolotl's expert parallelism, which has a file of its own: importing Axolotl takes many seconds."""
+    import axolotl_ranks
+
+    return axolotl_ranks.run(folder)
+
+
 SCENARIOS = {
-    scenario.__name__: scenario for scenario in (data_parallel, no_tokens, expert_parallel, trainer, zero3, lora)
+    scenario.__name__: scenario
+    for scenario in (data_parallel, no_tokens, expert_parallel, trainer, zero3, lora, axolotl)
 }
 
 

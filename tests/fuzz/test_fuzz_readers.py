@@ -118,7 +118,10 @@ def test_wandb_files(count: Callable[[], None], tmp_path_factory: pytest.TempPat
 @fuzz(2)
 @given(
     pieces=st.lists(
-        st.text(max_size=40) | st.sampled_from(["{'loss': '7.5'}\n", "moe_kernels: backend=x\r", "\x1b["])
+        st.text(max_size=40)
+        | st.sampled_from(
+            ["{'loss': '7.5'}\n", "moe_kernels: backend=x\r", "moe-kernels compare: the experts run on x\n", "\x1b["]
+        )
     )
 )
 def test_logs(count: Callable[[], None], pieces: list[str]) -> None:
@@ -128,7 +131,7 @@ def test_logs(count: Callable[[], None], pieces: list[str]) -> None:
     for piece in pieces:
         parts.feed(piece)
     parts.feed("\n")
-    assert (whole.progress, whole.plugin_line) == (parts.progress, parts.plugin_line)
+    assert (whole.progress, whole.plugin_line, whole.experts) == (parts.progress, parts.plugin_line, parts.experts)
 
 
 @fuzz(2)
@@ -223,7 +226,7 @@ def test_pages_escape_what_they_show(
     hostile.name, hostile.size, hostile.command, hostile.cpu, hostile.created = words[:5]
     hostile.files, hostile.yaml_diff, hostile.versions = words[5:7], words[7], {"torch": words[8]}
     run = hostile.runs[1]
-    run.error, run.plugin_line, run.tail = words[9], words[10], [words[11]]
+    run.error, run.plugin_line, run.tail, run.experts = words[9], words[10], [words[11]], words[8]
     run.overrides, run.wandb = {"max_steps": words[11]}, {"project": words[9], "name": words[10]}
     run.status, run.router.layers = "failed", words[:2]
     hostile.experts["error"] = words[3]

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
+import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +24,11 @@ if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axol
     pytest.skip("axolotl is not installed: needs the extra [axolotl]", allow_module_level=True)
 
 PLUGIN = "axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin"
+OTHER_PATH = "axolotl.integrations.moe_kernels.MoeOptimizedPlugin"
 ON: dict[str, Any] = {"moe_kernels": True, "plugins": [PLUGIN]}
+AXOLOTL = tuple(map(int, importlib.metadata.version("axolotl").split(".")[:2]))
+ENTRY_POINTS = AXOLOTL >= (0, 21)  # Axolotl loads the plugins of installed packages by itself
+SOURCE = Path(__file__).parents[2]
 
 
 def validate(**data: Any) -> Any:
@@ -45,6 +54,9 @@ def validate(**data: Any) -> Any:
         {"moe_grouped_backend": "auto", "moe_dequant_chunk_size": 4, "moe_bnb_fast": True},
         {"moe_fused_router": True},
         ON | {"moe_fused_router": True},
+        # Nothing of it is ours, and Axolotl 0.21 shows us every config.
+        {"moe_of_somebody_else": 3, "use_scattermoe": True, "expert_parallel_size": 2},
+        {"plugins": ["axolotl.integrations.kernels.KernelsPlugin"], "experts_implementation": "eager"},
     ],
     ids=str,
 )
@@ -72,6 +84,8 @@ def test_accepted(data: dict[str, Any]) -> None:
         (ON | {"moe_kernel_models": [7]}, ["moe_kernel_models", "valid string"]),
         (ON | {"moe_groupsize": 64}, ["unknown key 'moe_groupsize'", "moe_group_size"]),
         ({"moe_kernel": True}, ["unknown key 'moe_kernel'", "moe_kernels"]),
+        ({"moe_of_somebody_else": 3, "moe_fused_router": True}, ["unknown key 'moe_of_somebody_else'"]),
+        ({"moe_of_somebody_else": 3, "plugins": [OTHER_PATH]}, ["unknown key 'moe_of_somebody_else'"]),
         ({"moe_group_size": 64}, ["moe_group_size without moe_kernels", "add moe_kernels: true"]),
         ({"moe_persistent_kernel": False}, ["moe_persistent_kernel without moe_kernels"]),
         ({"experts_implementation": "moe_kernels"}, ["needs moe_kernels: true"]),
@@ -80,6 +94,7 @@ def test_accepted(data: dict[str, Any]) -> None:
             ON | {"experts_implementation": "eager"},
             ["contradicts experts_implementation: eager", "remove it"],
         ),
+        (ON | {"experts_implementation": "deepgemm"}, ["contradicts experts_implementation: deepgemm"]),
         (ON | {"use_scattermoe": True}, ["use_scattermoe", "remove it"]),
         (ON | {"use_sonicmoe": True}, ["use_sonicmoe", "remove it"]),
         (ON | {"expert_backend": "sonicmoe"}, ["expert_backend", "remove it"]),
@@ -91,10 +106,13 @@ def test_accepted(data: dict[str, Any]) -> None:
             ON | {"plugins": ["axolotl.integrations.kernels.plugin.KernelsPlugin", PLUGIN]},
             ["KernelsPlugin", "remove it from plugins"],
         ),
+        (
+            ON | {"plugins": ["axolotl.integrations.kernels:KernelsPlugin", PLUGIN]},
+            ["KernelsPlugin", "remove it from plugins"],
+        ),
         (ON | {"liger_glu_activation": True}, ["liger_glu_activation", "set it to false"]),
         (ON | {"liger_swiglu": True}, ["liger_swiglu", "set it to false"]),
         (ON | {"quantize_moe_experts": True, "load_in_8bit": True}, ["quantize_moe_experts", "load_in_4bit: true"]),
-        (ON | {"expert_parallel_size": 2}, ["expert_parallel_size", "Set expert_parallel_size: 1"]),
     ],
     ids=str,
 )
@@ -103,6 +121,19 @@ def test_refused_with_the_cure(data: dict[str, Any], words: list[str]) -> None:
         validate(**data)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_expert_parallelism_where_axolotl_runs_any_kernel(wraps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from axolotl.integrations.moe_kernels import args
+
+    assert args.wraps_any_experts() is (AXOLOTL >= (0, 20))
+    monkeypatch.setattr(args, "wraps_any_experts", lambda: wraps)
+    if wraps:
+        assert validate(**ON, expert_parallel_size=2).moe_kernels
+        return
+    with pytest.raises(ValueError, match=r"expert_parallel_size.*Install axolotl 0\.21, or set expert_parallel_size"):
+        validate(**ON, expert_parallel_size=2)
 
 
 def test_every_key_is_described_in_the_schema() -> None:
@@ -131,6 +162,15 @@ def axolotl_config(**changes: Any) -> Any:
     return DictDefault(base | changes)
 
 
+@pytest.fixture(autouse=True)
+def manager(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Axolotl's list of plugins, which lives as long as the process, empty again."""
+    from axolotl.integrations.base import PluginManager
+
+    monkeypatch.setattr(PluginManager, "_instance", None)
+    return PluginManager
+
+
 def axolotl_validate(**changes: Any) -> Any:
     from axolotl.utils.config import prepare_plugins, validate_config
 
@@ -153,6 +193,107 @@ def test_axolotl_itself_finds_and_validates_the_keys() -> None:
         axolotl_validate(**liger, liger_swiglu=True)
 
 
+KERNELS = ("axolotl.integrations.kernels.KernelsPlugin", "axolotl.integrations.kernels.plugin.KernelsPlugin")
+
+
+@pytest.mark.parametrize("theirs", KERNELS)
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"use_scattermoe": True},
+        {"use_sonicmoe": True},
+        {"expert_backend": "scattermoe"},
+        {"experts_implementation": "moe_kernels"},
+        {"experts_implementation": "deepgemm"},
+    ],
+    ids=str,
+)
+def test_axolotls_own_kernels_are_refused(keys: dict[str, Any], order: int, theirs: str) -> None:
+    """Whichever validators run first, and whatever KernelsPlugin's make of the keys before ours."""
+    plugins = [PLUGIN, theirs][::order]
+    words = r"moe_kernels: true cannot be combined with .*: remove it|has no backward pass"
+    with pytest.raises(ValueError, match=words):
+        axolotl_validate(plugins=plugins, moe_kernels=True, **keys)
+
+
+def test_kernels_plugin_in_a_run_without_us() -> None:
+    """It may use its own keys, and moe_kernels: false leaves it alone."""
+    assert axolotl_validate(plugins=[KERNELS[0], PLUGIN], use_scattermoe=True, moe_kernels=False).use_scattermoe
+
+
+@pytest.mark.parametrize("listed", [[PLUGIN], [OTHER_PATH], [PLUGIN, OTHER_PATH], [OTHER_PATH, PLUGIN]], ids=str)
+def test_listed_twice_is_registered_once(listed: list[str], manager: Any) -> None:
+    for _ in range(2):  # a second config in the same process
+        cfg = axolotl_validate(plugins=listed, moe_kernels=True, moe_group_size=64)
+        assert cfg.moe_group_size == 64
+        plugins = list(manager.get_instance().plugins.values())
+        assert [type(plugin).__name__ for plugin in plugins].count("MoeOptimizedPlugin") == 1
+        keys = [name for name in manager.get_instance().get_input_args() if name.endswith(".MoeKernelsArgs")]
+        assert len(keys) == 1
+
+
+BY_ENTRY_POINT = """
+import json, sys, axolotl.utils.config as config
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.dict import DictDefault
+results = []
+for changes in json.loads(sys.argv[1]):
+    PluginManager._instance = None
+    base = {"base_model": "n/n", "learning_rate": 1e-3, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
+    base["datasets"] = [{"path": "x.jsonl", "type": "completion"}]
+    cfg = DictDefault(base | changes)
+    config.prepare_plugins(cfg)
+    names = [type(plugin).__name__ for plugin in PluginManager.get_instance().plugins.values()]
+    try:
+        cfg = config.validate_config(cfg)
+        PluginManager.get_instance().pre_model_load(cfg)
+        answer = [cfg.moe_kernels, cfg.moe_group_size, cfg.experts_implementation]
+    except ValueError as error:
+        answer = str(error)
+    imported = [name for name in sys.modules if name == "moe_kernels" or name.startswith("moe_kernels.")]
+    results.append([names.count("MoeOptimizedPlugin"), answer, bool(imported)])
+print("\\n" + json.dumps(results))
+"""
+
+
+def installed(folder: Path) -> dict[str, str]:
+    """The environment of a process in which this package is installed, as a wheel of it would be."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]
+    metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    points = project["entry-points"]["axolotl.plugins"].items()
+    lines = ["[axolotl.plugins]", *(f"{name} = {value}" for name, value in points)]
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    path = os.pathsep.join([str(folder), str(SOURCE / "src"), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path}
+
+
+def test_entry_point(tmp_path: Path) -> None:
+    """From 0.21 on the keys are validated without ``plugins:``; a config without them does not import the kernels."""
+    keys = {"moe_kernels": True, "moe_group_size": 64}
+    configs = [{}, keys | {"moe_group_size": 100}, {"moe_kernel": True}, keys, keys | {"plugins": [OTHER_PATH]}]
+    command = [sys.executable, "-c", BY_ENTRY_POINT, json.dumps(configs)]
+    done = subprocess.run(command, env=installed(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    nothing, bad_value, misspelt, ours, listed = json.loads(done.stdout.splitlines()[-1])
+    once = int(ENTRY_POINTS)
+    assert nothing == [once, [None, None, None], False]
+    assert "loaded but inactive" not in done.stdout + done.stderr
+    assert listed == [1, [True, 64, "moe_kernels"], True]
+    if ENTRY_POINTS:
+        assert bad_value[0] == 1
+        assert "64, 128, 256 or 'auto'" in bad_value[1]
+        assert "unknown key 'moe_kernel'" in misspelt[1]
+        assert ours == [1, [True, 64, "moe_kernels"], True]
+        assert not bad_value[2], "a config that is refused does not import the kernels either"
+    else:  # Axolotl drops the keys of a plugin that is not listed
+        assert [bad_value, misspelt, ours] == [[0, [None, None, None], False]] * 3
+
+
 @pytest.mark.parametrize("folder", ["plugin.py", "args.py", "__init__.py"])
 def test_nothing_heavy_at_the_top(folder: str) -> None:
     """Axolotl swallows an ImportError here and trains the baseline, so only hooks may import the kernels."""
@@ -165,8 +306,8 @@ def test_nothing_heavy_at_the_top(folder: str) -> None:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add("." * node.level + (node.module or ""))
-    allowed = {"__future__", "typing", "pydantic", "axolotl.integrations.base", "axolotl.utils.logging"}
-    assert names <= allowed | {".args", ".plugin"}
+    allowed = {"pydantic", "axolotl.integrations.base", "axolotl.utils.logging", ".args", ".plugin"}
+    assert {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names} <= allowed
 
 
 # The hooks
@@ -194,6 +335,67 @@ def test_inactive_plugin_says_so(plugin: Any, log: pytest.LogCaptureFixture) -> 
     assert plugin.add_callbacks_post_trainer(cfg, None) == []
     assert cfg.experts_implementation is None
     assert "loaded but inactive" in log.text
+
+
+def test_a_config_that_does_not_mention_the_plugin_hears_nothing(plugin: Any, log: pytest.LogCaptureFixture) -> None:
+    cfg = axolotl_config()
+    before = cfg.to_dict()
+    plugin.register(cfg)
+    plugin.pre_model_load(cfg)
+    plugin.post_model_load(cfg, torch.nn.Linear(1, 1))
+    assert plugin.add_callbacks_post_trainer(cfg, None) == []
+    assert "moe_kernels" not in log.text
+    assert cfg.to_dict() == before
+
+
+def test_the_tried_axolotls_are_those_of_the_doctor() -> None:
+    from axolotl.integrations.moe_kernels.plugin import TRIED
+    from moe_kernels.cli.doctor import TESTED
+
+    assert TESTED["axolotl"] == TRIED
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"), [("0.18.2", True), ("0.19.0", False), ("0.21.3", False), ("0.22.0", True)]
+)
+def test_an_axolotl_that_was_not_tried(
+    version: str, warned: bool, plugin: Any, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "axolotl" else real(name))
+    plugin.pre_model_load(axolotl_config(**ON, torch_dtype=torch.float32))
+    words = f"Axolotl {version} was not tried, 0.19 to below 0.22 were: if something fails, pip install 'axolotl>="
+    assert (words in log.text) is warned
+
+
+@pytest.mark.skipif(AXOLOTL < (0, 20), reason="the expert parallelism of axolotl before 0.20 has a list of kernels")
+@pytest.mark.parametrize("named", [{}, {"experts_implementation": "moe_kernels"}], ids=str)
+def test_axolotls_expert_parallelism_wraps_ours(named: dict[str, str], manager: Any) -> None:
+    """Its plugin runs first, and looks for the name before ours has seen the validated config."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from moe_kernels.integrations.transformers import UnsupportedExperts, check_model
+
+    fsdp = {
+        "fsdp_version": 2,
+        "fsdp_config": {"state_dict_type": "FULL_STATE_DICT", "transformer_layer_cls_to_wrap": "MixtralDecoderLayer"},
+    }
+    cfg = axolotl_validate(**ON, **named, **fsdp, expert_parallel_size=2, expert_parallel_backend="torch")
+    manager.get_instance().pre_model_load(cfg)
+    assert cfg.experts_implementation == "expert_parallel"
+    from axolotl.integrations.expert_parallel import experts_fn
+
+    assert experts_fn.get_local_implementation() == "moe_kernels"
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=8, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=2,
+        num_local_experts=4, vocab_size=32,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    model.set_experts_implementation(cfg.experts_implementation)
+    assert check_model(model) == 2
+    experts_fn.set_local_implementation("grouped_mm")
+    with pytest.raises(UnsupportedExperts, match="runs experts_implementation='expert_parallel', not moe_kernels"):
+        check_model(model)
 
 
 def test_pre_model_load_selects_the_experts(plugin: Any, log: pytest.LogCaptureFixture) -> None:

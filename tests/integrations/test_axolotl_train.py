@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -29,6 +30,8 @@ pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 5
+# Axolotl loads the plugins of installed packages by itself.
+ENTRY_POINTS = tuple(map(int, importlib.metadata.version("axolotl").split(".")[:2])) >= (0, 21)
 OFFLINE = runner.OFFLINE | {"WANDB_MODE": "offline"}
 
 
@@ -64,7 +67,7 @@ def load_config(name: str) -> dict[str, Any]:
     return yaml.safe_load((REPOSITORY / "configs" / "moe" / name).read_text())
 
 
-def train(folder: Path, name: str, config: dict[str, Any]) -> Training:
+def train(folder: Path, name: str, config: dict[str, Any], **variables: str) -> Training:
     import yaml
 
     from moe_kernels.compare.wandb_reader import find_run, read_run
@@ -76,7 +79,7 @@ def train(folder: Path, name: str, config: dict[str, Any]) -> Training:
         "dataset_prepared_path": str(folder / "prepared"),
     }
     (run_folder / "config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
-    environment = os.environ | OFFLINE | {"WANDB_DIR": str(run_folder), "HF_HOME": str(run_folder / "hf")}
+    environment = os.environ | OFFLINE | {"WANDB_DIR": str(run_folder), "HF_HOME": str(run_folder / "hf")} | variables
     # Set by the tests for kernels under the interpreter; a user has it unset.
     environment.pop("TRITON_INTERPRET", None)
     axolotl = [sys.executable, "-m", "axolotl.cli.main"]
@@ -287,6 +290,32 @@ def test_other_layouts_and_lora(kind: str, folder: Path) -> None:
         assert any("experts" in key for key in saved[0])
 
 
+def test_a_fused_router_that_lora_trains_whole(folder: Path) -> None:
+    """PEFT wraps the router before the plugin sees it: the copy that trains is the fused one."""
+    from safetensors import safe_open
+
+    lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["q_proj"]}
+    own = tiny(FAMILIES["mixtral"].optimized, "mixtral") | lora | {"lora_modules_to_save": ["gate"]}
+    configs = {"gate-own": own, "gate-fused": own | {"moe_fused_router": True}}
+    with ThreadPoolExecutor() as pool:
+        expected, actual = pool.map(partial(train, folder), configs.keys(), configs.values())
+    for training in (expected, actual):
+        assert training.returncode == 0, training.log[-4000:]
+    layers = FAMILIES["mixtral"].sizes["tiny"].moe_layers
+    assert f"fused router in {layers} layers of PeftModel" in actual.log
+    # Later ones differ by the adapter that Axolotl draws before any seed is set.
+    assert abs(expected.losses[0] - actual.losses[0]) < 2e-6
+
+    def gates(path: Path) -> list[Any]:
+        with safe_open(path, framework="pt") as file:
+            return [file.get_tensor(key) for key in sorted(file.keys()) if key.endswith("gate.weight")]
+
+    before = gates(folder / own["base_model"] / "model.safetensors")
+    after = gates(folder / "runs" / "gate-fused" / "out" / "adapter_model.safetensors")
+    assert len(before) == len(after) == layers
+    assert all((a - b).abs().max() > 1e-4 for a, b in zip(before, after, strict=True))
+
+
 def keys_of(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
@@ -331,13 +360,34 @@ def test_unsupported_activation_fails(folder: Path) -> None:
     assert "experts_implementation: grouped_mm" in log
 
 
+@pytest.mark.skipif(ENTRY_POINTS, reason="axolotl from 0.21 on finds the plugin of an installed package by itself")
 def test_missing_plugin_fails(folder: Path) -> None:
     """Who has the YAML but not the package sees this; without the guard, the baseline trains in silence."""
     log = failing(folder, "no-plugin", plugins=[])
     assert 'experts_implementation="moe_kernels"` is not supported' in log
 
 
-def test_wheel_adds_one_package_to_axolotl(tmp_path: Path) -> None:
+@pytest.mark.skipif(not ENTRY_POINTS, reason="axolotl before 0.21 reads plugins: alone")
+def test_installed_it_needs_no_line_in_plugins(folder: Path, installed: Path) -> None:
+    """Its keys work, and a run without them is left alone."""
+    configs = {}
+    for kind, name in (("baseline", FAMILIES["mixtral"].baseline), ("optimized", FAMILIES["mixtral"].optimized)):
+        configs[f"entry-{kind}"] = {k: v for k, v in tiny(name, "mixtral").items() if k != "plugins"}
+    run = partial(train, folder, PYTHONPATH=str(installed))
+    with ThreadPoolExecutor() as pool:
+        baseline, optimized = pool.map(run, configs.keys(), configs.values())
+    for training in (baseline, optimized):
+        assert training.returncode == 0, training.log[-4000:]
+        assert "Plugin loaded successfully: axolotl.integrations.moe_kernels.plugin" in training.log
+    assert "moe_kernels:" not in baseline.log
+    assert optimized.log.count("expert calls dispatched in step 1") == 1
+    assert optimized.losses == pytest.approx(baseline.losses, abs=2e-5)
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a wheel of this repository installs."""
+    tmp_path = tmp_path_factory.mktemp("wheel")
     source, wheels = tmp_path / "source", tmp_path / "wheels"
     leave = shutil.ignore_patterns("__pycache__", "*.egg-info")
     shutil.copytree(REPOSITORY / "src", source / "src", ignore=leave)
@@ -348,8 +398,15 @@ def test_wheel_adds_one_package_to_axolotl(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     [wheel] = wheels.glob("moe_training_kernels-*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
         archive.extractall(tmp_path / "installed")
+    return tmp_path / "installed"
+
+
+def test_wheel_adds_one_package_to_axolotl(tmp_path: Path, installed: Path) -> None:
+    names = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
+    [points] = installed.glob("*.dist-info/entry_points.txt")
+    target = "axolotl.integrations.moe_kernels.plugin:MoeOptimizedPlugin"
+    assert f"[axolotl.plugins]\nmoe-kernels = {target}" in points.read_text()
     plugin = "axolotl/integrations/moe_kernels"
     assert {f"{plugin}/{file}" for file in ("__init__.py", "plugin.py", "args.py", "README.md")} <= names
     # Either of these would take the place of Axolotl's own.
@@ -361,10 +418,10 @@ def test_wheel_adds_one_package_to_axolotl(tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "configs"))]
 
     code = "import axolotl.integrations.moe_kernels as m, axolotl.train; print(m.MoeOptimizedPlugin, m.__file__)"
-    environment = os.environ | OFFLINE | {"PYTHONPATH": str(tmp_path / "installed")}
+    environment = os.environ | OFFLINE | {"PYTHONPATH": str(installed)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert str(tmp_path / "installed" / plugin) in done.stdout
+    assert str(installed / plugin) in done.stdout
     # A command whose templates are read from the package, and whose answer needs no GPU.
     report = [sys.executable, "-m", "moe_kernels", "compare", "--report-only", "--out", str(tmp_path / "report")]
     result = REPOSITORY / "benchmarks" / "results" / "compare-h200" / "mixtral.json"

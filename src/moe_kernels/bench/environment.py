@@ -110,11 +110,12 @@ def _program() -> str:
 def environment() -> dict[str, str | int | None]:
     """The machine and the versions, as plain JSON values. ``gpu`` is None on a machine without CUDA."""
     import torch
+    import triton
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     capability = "{}.{}".format(*torch.cuda.get_device_capability()) if gpu else None
     versions = {name: installed_version(name) for name in PACKAGES}
-    versions["torch"] = torch.__version__
+    versions |= {"torch": torch.__version__, "triton": triton.__version__}  # what runs, whatever pip knows of
     return {
         "gpu": gpu,
         "compute_capability": capability,

@@ -30,7 +30,16 @@ from moe_kernels.compare.metrics import (
     share,
     side_metrics,
 )
-from moe_kernels.compare.plan import BASELINE, EAGER, OPTIMIZED, label, precision, why_no_name
+from moe_kernels.compare.plan import (
+    BASELINE,
+    EAGER,
+    OPTIMIZED,
+    chosen_experts,
+    label,
+    lists_kernels_plugin,
+    precision,
+    why_no_name,
+)
 from moe_kernels.compare.runner import FINISHED, RunResult, read_json, write_json
 
 SCHEMA = "moe-kernels compare 1"
@@ -207,6 +216,22 @@ class Analysis:
         ]
 
     @property
+    def other_baseline(self) -> str | None:
+        """What to know where the baseline's experts ran on what neither its run file nor transformers chose."""
+        config, ran = self._config(BASELINE), self.implementation[BASELINE]
+        expected = chosen_experts(config) or self.comparison.experts.get("default")
+        if not expected or ran == expected:
+            return None
+        cure = ""
+        if lists_kernels_plugin(config):
+            cure = (
+                ": Axolotl's KernelsPlugin, listed without a kernel, sets that. Cure: take it out of the plugins, or "
+                f"set experts_implementation: {expected}"
+            )
+        source = "its run file names" if chosen_experts(config) else "transformers picks by itself"
+        return f"the baseline's experts ran on {ran}, not on {expected}, which {source}{cure}"
+
+    @property
     def unconfirmed(self) -> list[Claim]:
         """Claims that this machine contradicts."""
         return [claim for claim in self.claims if claim.verdict == NOT_CONFIRMED]
@@ -237,8 +262,11 @@ class Analysis:
         return next((run.config for run in self.comparison.runs if run.role == role), {})
 
     def _implementation(self, role: str) -> str:
-        """What runs the experts: our kernels, what the run file names, or what transformers picks for this model."""
-        if any(run.uses_kernels for run in self.comparison.runs if run.role == role):
+        """What ran the experts: what the trainer found, else what the run file leads to."""
+        runs, config = [run for run in self.comparison.runs if run.role == role], self._config(role)
+        if recorded := next((run.experts for run in runs if run.experts), None):
+            return recorded
+        if any(run.uses_kernels for run in runs):
             return OURS  # the plugin selects them, whether or not the run file names them
-        named = self._config(role).get("experts_implementation")
-        return str(named or self.comparison.experts.get("default") or "unknown")
+        pinned = "eager" if lists_kernels_plugin(config) else None
+        return str(chosen_experts(config) or pinned or self.comparison.experts.get("default") or "unknown")

@@ -101,7 +101,7 @@ class Plan:
 class Options:
     """What the command line asks of every comparison.
 
-    ``steps`` None keeps the YAML file's own number; ``router`` records the load of every expert in the runs that list
+    ``steps`` None keeps the YAML file's own number; ``router`` records the load of every expert in the runs with
     our plugin. ``lora``: rank of an adapter on attention and expert weights in all runs, the base frozen; 0 trains
     every parameter. ``qlora`` keeps that base in 4 bits.
     """
@@ -134,6 +134,8 @@ def lora_overrides(options: Options, base_model: str) -> Config:
         "lora_model_dir": str(ADAPTER_FOLDER / f"{Path(base_model).name}-r{options.lora}"),
         # Axolotl's fused LoRA of the attention comes and goes with versions and is not what is compared.
         **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),
+        # Axolotl's default leaves the experts' part of the adapter out when it merges.
+        "merge_method": "legacy",
         **({"load_in_4bit": True, "quantize_moe_experts": True} if options.qlora else {}),
     }
 
@@ -252,7 +254,7 @@ def _plan(
         overrides = {**base_overrides, "output_dir": str(folder / "output"), "wandb_mode": options.wandb}
         if options.steps is not None:
             overrides["max_steps"] = options.steps
-        if options.router and PLUGIN in (configs[role].get("plugins") or []):
+        if options.router and (PLUGIN in (configs[role].get("plugins") or []) or _uses_kernels(configs[role])):
             overrides["moe_router_telemetry"] = configs[role].get("moe_router_telemetry") or True
         if role == EAGER:
             overrides["experts_implementation"] = "eager"
@@ -301,6 +303,20 @@ def base_model(config: Config, path: Path) -> str:
 def calls_per_step(config: Config) -> int:
     """Micro-batches in one optimizer step."""
     return int(config.get("gradient_accumulation_steps") or 1)
+
+
+def chosen_experts(config: Config) -> str | None:
+    """What a run file says that the experts run on; None leaves it to transformers."""
+    flags = {"use_scattermoe": "scattermoe", "use_sonicmoe": "sonicmoe"}
+    named = [name for flag, name in flags.items() if config.get(flag)]
+    chosen = next(iter(named), None) or config.get("expert_backend") or config.get("experts_implementation")
+    return str(chosen) if chosen else None
+
+
+def lists_kernels_plugin(config: Config) -> bool:
+    """Whether Axolotl's KernelsPlugin is listed: without a kernel chosen it sets the experts to the eager loop."""
+    plugins = config.get("plugins")  # of a stored report, anything
+    return isinstance(plugins, list) and any("integrations.kernels" in str(name) for name in plugins)
 
 
 def _uses_kernels(config: Config) -> bool:

@@ -69,8 +69,9 @@ def write_report(analyses: Sequence[Analysis], folder: Path) -> Path:
 
 def show_comparison(analysis: Analysis, console: Console) -> None:
     """Print the main tables of one comparison."""
-    if (warning := banner([analysis])) is not None:
-        console.print(Text(warning, style="yellow"))
+    for warning in (banner([analysis]), analysis.other_baseline):
+        if warning is not None:
+            console.print(Text(warning, style="yellow"), soft_wrap=True)
     for table in (training_table(analysis), layer_table(analysis)):
         if table.rows:
             console.print(_rich(table))
@@ -150,6 +151,7 @@ def problems(analysis: Analysis) -> list[str]:
     found = [f"{name} {run.run_id} failed: {run.error} (log: {run.log})" for run in analysis.failed]
     found += [f"{name} {run_id} was not run" for run_id in analysis.missing]
     found += [f"{name}: {fault}" for fault in analysis.faults]
+    found += [f"{name}: {analysis.other_baseline}"] if analysis.other_baseline else []
     if analysis.loss.verdict == NOT_CONFIRMED:
         found.append(f"{name}: the losses do not agree: {analysis.loss.words}")
     elif analysis.loss.verdict != CONFIRMED:

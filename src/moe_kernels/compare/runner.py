@@ -29,7 +29,7 @@ from moe_kernels.compare.wandb_reader import NotAWandbRun, Row, find_run, read_r
 from moe_kernels.prepare.cache import locked
 from moe_kernels.router_load import FILE_NAME, RouterHistory, read_history, thinned
 
-TRAINER: tuple[str, ...] = (sys.executable, "-m", "axolotl.cli.main", "train")
+TRAINER: tuple[str, ...] = (sys.executable, "-m", "moe_kernels.compare.trainer", "train")
 LAUNCHER: tuple[str, ...] = ("--launcher", "python")
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -68,6 +68,7 @@ LOGGED = {
 
 _STEP = re.compile(r"\{'loss': '?([-+.\w]+)'?")
 _TRAINER_STARTED = "Starting trainer"
+_EXPERTS_LINE = re.compile(r"moe-kernels compare: the experts run on (.+)")
 _PLUGIN_LINE = re.compile(r"moe_kernels: backend=.*")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _ERROR = re.compile(
@@ -90,6 +91,7 @@ class RunResult:
         samples: NVML samples.
         wandb: project, run id, name and file of the offline run.
         plugin_line: what the plugin said about the first step; empty for stock kernels.
+        experts: what ran the experts in the first step, as the trainer found it; empty where it did not say.
         error: the last meaningful line of a failed run, and ``tail`` the end of its log; else empty.
         fingerprint: hash of all that the run depended on.
         router: load of every expert over time, from the plugin's telemetry; empty without it.
@@ -112,6 +114,7 @@ class RunResult:
     samples: Samples = field(default_factory=Samples)
     wandb: dict[str, str] = field(default_factory=dict)
     plugin_line: str = ""
+    experts: str = ""
     error: str = ""
     tail: list[str] = field(default_factory=list)
     fingerprint: str = ""
@@ -157,6 +160,7 @@ class LogReader:
         self.progress = Progress()
         self.trainer_started_at: float | None = None
         self.plugin_line = ""
+        self.experts = ""
         self._rest = ""
 
     def feed(self, text: str) -> None:
@@ -179,6 +183,8 @@ class LogReader:
             self.progress.step += 1
             self.progress.loss = match.group(1)
             self.progress.phase = "training"
+        if match := _EXPERTS_LINE.search(line):
+            self.experts = match.group(1).strip()
         if match := _PLUGIN_LINE.search(line):
             self.plugin_line = self.plugin_line or match.group(0).strip()
 
@@ -281,6 +287,7 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
         result.exit_code = run_command(command, environment(run, machine), log, machine.timeout_s, feed)
     result.ended_at = time.time()
     result.trainer_started_at, result.plugin_line = reader.trainer_started_at, reader.plugin_line
+    result.experts = reader.experts
     result.samples = sampler.samples
     _collect(run, result, machine)
     if not machine.keep_weights:

@@ -5,6 +5,8 @@ Only pydantic is imported here: Axolotl merely logs an ImportError of a plugin, 
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, StrictBool, StrictStr, field_validator, model_validator
@@ -30,6 +32,26 @@ CONFLICTS = {
     "liger_glu_activation": "set it to false: Liger replaces the experts class (its other keys are fine)",
     "liger_swiglu": "set it to false: Liger replaces the experts class (its other keys are fine)",
 }
+
+
+def mentioned(data: Any) -> bool:
+    """Whether a config (anything with ``get``) says anything about this plugin, which Axolotl from 0.21 on loads for
+    every run of an environment that has the package."""
+    return (
+        any(data.get(key) is not None for key in OWN_KEYS)
+        or data.get("experts_implementation") == "moe_kernels"
+        or any("integrations.moe_kernels" in str(name) for name in data.get("plugins") or [])
+    )
+
+
+def shards_experts(data: Any) -> bool:
+    """Whether a config asks for Axolotl's expert parallelism."""
+    return (data.get("expert_parallel_size") or 1) != 1
+
+
+def wraps_any_experts() -> bool:
+    """Whether this Axolotl's expert parallelism runs whatever implementation is registered. 0.19's has a list."""
+    return importlib.util.find_spec("axolotl.integrations.expert_parallel.torch_dispatch") is not None
 
 
 class MoeKernelsArgs(BaseModel):
@@ -100,8 +122,11 @@ class MoeKernelsArgs(BaseModel):
             return data
         # model_fields: `cls` is Axolotl's config class with the keys of all listed plugins.
         known = {*OWN_KEYS, *FOREIGN_KEYS, *cls.model_fields}
+        ours = mentioned(data)
         for key in data:
-            if isinstance(key, str) and key.startswith("moe_") and key not in known:
+            if not isinstance(key, str) or not key.startswith("moe_") or key in known:
+                continue
+            if ours or difflib.get_close_matches(key, OWN_KEYS, cutoff=0.8):
                 raise ValueError(f"unknown key {key!r}: the keys of moe-kernels are {', '.join(OWN_KEYS)}")
 
         experts = data.get("experts_implementation")
@@ -132,8 +157,9 @@ class MoeKernelsArgs(BaseModel):
             raise ValueError(
                 "moe_recompute: true does again what gradient_checkpointing already does: remove one of them."
             )
-        # Compared by package: every plugin of Axolotl can be named by more than one path.
-        if any(str(name).startswith("axolotl.integrations.kernels.") for name in data.get("plugins") or []):
+        # Compared by package, and by a field of its own: every plugin of Axolotl can be named by more than one path.
+        kernels = [name for name in data.get("plugins") or [] if "integrations.kernels" in str(name)]
+        if kernels or "use_scattermoe" in cls.model_fields:
             raise ValueError(
                 "moe_kernels: true cannot be combined with Axolotl's KernelsPlugin, which sets its own "
                 "experts_implementation: remove it from plugins."
@@ -143,10 +169,10 @@ class MoeKernelsArgs(BaseModel):
                 f"moe_kernels: true contradicts experts_implementation: {experts}. Set that to moe_kernels, "
                 "or remove it."
             )
-        if (data.get("expert_parallel_size") or 1) != 1:
+        if shards_experts(data) and not wraps_any_experts():
             raise ValueError(
-                "moe_kernels: true cannot be combined with expert_parallel_size: that plugin picks the kernel from "
-                "a fixed list of its own. Set expert_parallel_size: 1 and shard with fsdp_version: 2, or set "
-                "moe_kernels: false; docs/distributed.md has expert parallelism that works."
+                "moe_kernels: true cannot be combined with expert_parallel_size: this Axolotl picks the kernel from "
+                "a fixed list of its own. Install axolotl 0.21, or set expert_parallel_size: 1 and shard with "
+                "fsdp_version: 2."
             )
         return data

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from axolotl.integrations.base import BasePlugin
+from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.logging import get_logger
+
+from .args import mentioned, shards_experts, wraps_any_experts
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from moe_kernels.settings import ExpertsSettings
 
 LOG = get_logger(__name__)
+# Releases of Axolotl, from the first to below the last: those of `moe-kernels doctor` and pyproject.toml.
+TRIED = ("0.19", "0.22")
 
 
 class MoeOptimizedPlugin(BasePlugin):
@@ -27,6 +31,37 @@ class MoeOptimizedPlugin(BasePlugin):
     def get_input_args(self) -> str:
         return "axolotl.integrations.moe_kernels.args.MoeKernelsArgs"
 
+    def register(self, cfg: DictDefault) -> None:
+        """See the config as it is in the YAML, before it is validated.
+
+        Raises:
+            ValueError: ``axolotl merge-lora`` would lose the experts' part of the adapter.
+        """
+        loaded = [p for p in PluginManager.get_instance().plugins.values() if isinstance(p, MoeOptimizedPlugin)]
+        if self in loaded[1:]:
+            # By its entry point and in plugins:, or by two paths. From now on none of its hooks does anything.
+            self.__class__ = BasePlugin
+            return
+        if cfg.get("merge_lora") and not hasattr(BasePlugin, "post_lora_merge"):
+            from .merge import refuse_lossy_merge
+
+            refuse_lossy_merge(cfg)
+        if cfg.moe_kernels and shards_experts(cfg) and wraps_any_experts():
+            # Axolotl's expert parallelism looks for the name to wrap in its pre_model_load, which is before ours.
+            from axolotl.integrations.expert_parallel.experts_fn import get_local_implementation
+
+            from moe_kernels.integrations.transformers import register, register_wrapper
+
+            register()
+            register_wrapper("expert_parallel", get_local_implementation)
+            cfg.experts_implementation = cfg.experts_implementation or "moe_kernels"
+
+    def post_lora_merge(self, cfg: DictDefault, adapter_path: str, output_path: str) -> None:
+        """Raise if that was lost; Axolotl 0.19 does not ask, see ``register``."""
+        from .merge import check_merge
+
+        check_merge(cfg, adapter_path, output_path)
+
     def pre_model_load(self, cfg: DictDefault) -> None:
         """Register the experts function with the settings of the config, and select it.
 
@@ -35,7 +70,8 @@ class MoeOptimizedPlugin(BasePlugin):
         """
         if not cfg.moe_kernels:
             experts = cfg.experts_implementation or "transformers' own choice"
-            LOG.info(f"moe_kernels: loaded but inactive, moe_kernels is not true; experts run on {experts}")
+            say = LOG.info if mentioned(cfg) else LOG.debug
+            say(f"moe_kernels: loaded but inactive, moe_kernels is not true; experts run on {experts}")
             return
         allowed = cfg.moe_kernel_models
         if allowed and cfg.model_config_type not in allowed:
@@ -45,6 +81,7 @@ class MoeOptimizedPlugin(BasePlugin):
             )
         from moe_kernels.integrations.transformers import register
 
+        _warn_of_untried_axolotl()
         settings = _settings(cfg)
         backend, reason = _backend_here(cfg, settings)
         LOG.info(f"moe_kernels: backend {backend} because {reason}")
@@ -54,7 +91,8 @@ class MoeOptimizedPlugin(BasePlugin):
                 "Trainer refuses bf16: set bf16: false and fp16: false."
             )
         register(group_size=settings.group_size, persistent=settings.persistent, recompute=settings.recompute)
-        cfg.experts_implementation = "moe_kernels"
+        if cfg.experts_implementation != "expert_parallel":  # which runs ours on the rows of each rank
+            cfg.experts_implementation = "moe_kernels"
 
     def post_model_load(self, cfg: DictDefault, model: Any) -> None:
         """Raise UnsupportedExperts, before training, if not every expert layer would be served."""
@@ -73,7 +111,8 @@ class MoeOptimizedPlugin(BasePlugin):
             return
         from moe_kernels.integrations.transformers import check_model
 
-        self.expert_layers = check_model(model)
+        with _autocast(cfg, model):
+            self.expert_layers = check_model(model)
         LOG.info(f"moe_kernels: serves the {self.expert_layers} expert layers of {type(model).__name__}")
         if cfg.adapter:  # PEFT makes some lora_target_modules into parameters
             from moe_kernels.integrations.peft import check_lora
@@ -98,12 +137,37 @@ class MoeOptimizedPlugin(BasePlugin):
         return callbacks
 
 
+def _warn_of_untried_axolotl() -> None:
+    from importlib.metadata import version
+
+    from packaging.version import Version
+
+    first, last = TRIED
+    installed = version("axolotl")
+    if not Version(first).release <= Version(installed).release < Version(last).release:
+        LOG.warning(
+            f"moe_kernels: Axolotl {installed} was not tried, {first} to below {last} were: if something fails, "
+            f"pip install 'axolotl>={first},<{last}'."
+        )
+
+
 def _settings(cfg: DictDefault) -> ExpertsSettings:
     from moe_kernels.settings import ExpertsSettings
 
     group_size = 128 if cfg.moe_group_size is None else cfg.moe_group_size
     persistent = True if cfg.moe_persistent_kernel is None else cfg.moe_persistent_kernel
     return ExpertsSettings(group_size=group_size, persistent=persistent, recompute=bool(cfg.moe_recompute))
+
+
+def _autocast(cfg: DictDefault, model: Any) -> Any:
+    """As the Trainer runs the model: there two dtypes in one layer are both cast."""
+    import torch
+
+    from moe_kernels.integrations.probe import probe_device
+
+    mixed = cfg.bf16 != "full" and bool(cfg.bf16 or cfg.bfloat16 or cfg.fp16)
+    dtype = torch.float16 if cfg.fp16 and not cfg.bf16 else torch.bfloat16
+    return torch.autocast(probe_device(model).type, dtype, enabled=mixed)
 
 
 def _backend_here(cfg: DictDefault, settings: ExpertsSettings) -> tuple[str, str]:
