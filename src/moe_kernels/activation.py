@@ -22,7 +22,7 @@ import triton.language as tl
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 # At its bound a clamp has no derivative: torch takes 1 until 2.13 and 0 from 2.14 on, and so do we. In bfloat16 many
 # values lie exactly there.
-CLAMP_PASSES_AT_ITS_BOUND = torch.__version__ < (2, 14)
+CLAMP_PASSES_AT_ITS_BOUND = torch.__version__ < "2.14"  # compared as versions
 _PASSES_AT_BOUND = tl.constexpr(CLAMP_PASSES_AT_ITS_BOUND)
 
 
