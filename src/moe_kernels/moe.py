@@ -71,7 +71,8 @@ def fused_experts(
 
     ``f(gate, up) = act(gate) * up`` for most models; ``f(z) = act(z)`` for experts without a gate.
     Differentiable in every floating tensor; works under autocast, ``torch.compile(fullgraph=True)``, activation
-    checkpointing and no_grad. Deterministic: equal inputs give bitwise equal outputs and gradients.
+    checkpointing and no_grad, and on tensors without data. Deterministic: equal inputs give bitwise equal outputs and
+    gradients. Second derivatives, forward mode and torch.func take plain steps of torch: see plain.py.
 
     Args:
         x: (T, H) tokens; float32, bfloat16, float16 (float64 on the torch backend). Cast to the weights' dtype.
@@ -79,8 +80,10 @@ def fused_experts(
         topk_weights: (T, K) routing weights in any of those dtypes, used in float32; None with ``reduce=False``.
         gate_up: (E, 2I, H), rows ``[gate; up]``, or (E, I, H) for experts without a gate. Every expert's matrix is
             contiguous, by rows as transformers stores it or by columns: pass weights stored (E, H, 2I) as
-            ``weight.mT``. They are read in place, and the gradient has their memory order.
-        down: (E, H, I), stored by rows or by columns too.
+            ``weight.mT``. Any number of elements may lie between two experts. They are read in place, and the
+            gradient has their memory order, without gaps.
+        down: (E, H, I), stored by rows or by columns too; in the dtype of gate_up, or of any other than float64
+            under autocast, which casts both. Gradients have the dtype of their tensor.
         gate_up_bias: (E, 2I) or (E, I).
         down_bias: (E, H).
         activation: key of :data:`moe_kernels.activation.ACTIVATIONS`, or an ``Activation`` with parameters.
