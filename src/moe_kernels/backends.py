@@ -138,7 +138,7 @@ _reasons: dict[str, str] = {}
 
 
 def count_dispatch(name: str, times: int = 1, why: str = "") -> None:
-    """Called once by every forward of the op that runs; -1 takes back what did not run. ``why``: if no select said."""
+    """Called once by every forward of the op that runs; -1 takes back what did not run. ``why``: where none chose."""
     _counts[name] += times
     if why:
         _reasons.setdefault(name, why)

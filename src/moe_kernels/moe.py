@@ -38,7 +38,7 @@ from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.triton.launch import by_rows, compiling_only
 from moe_kernels.kernels.triton.replay import replayed
 from moe_kernels.memory import explains_out_of_memory
-from moe_kernels.plain import batched, plain_experts, traced, transformed
+from moe_kernels.plain import batched, plain_experts, traced, transformed, without_autocast
 from moe_kernels.reference import LowRankPair
 from moe_kernels.routing import AUTO_GROUP_SIZE, RoutingPlan, plan_elements, resolve_group_size
 from moe_kernels.settings import GroupSize, check_settings
@@ -71,7 +71,8 @@ def fused_experts(
 
     ``f(gate, up) = act(gate) * up`` for most models; ``f(z) = act(z)`` for experts without a gate.
     Differentiable in every floating tensor; works under autocast, ``torch.compile(fullgraph=True)``, activation
-    checkpointing and no_grad. Deterministic: equal inputs give bitwise equal outputs and gradients.
+    checkpointing and no_grad, and on tensors without data. Deterministic: equal inputs give bitwise equal outputs and
+    gradients. Second derivatives, forward mode and torch.func take plain steps of torch: see plain.py.
 
     Args:
         x: (T, H) tokens; float32, bfloat16, float16 (float64 on the torch backend). Cast to the weights' dtype.
@@ -79,8 +80,10 @@ def fused_experts(
         topk_weights: (T, K) routing weights in any of those dtypes, used in float32; None with ``reduce=False``.
         gate_up: (E, 2I, H), rows ``[gate; up]``, or (E, I, H) for experts without a gate. Every expert's matrix is
             contiguous, by rows as transformers stores it or by columns: pass weights stored (E, H, 2I) as
-            ``weight.mT``. They are read in place, and the gradient has their memory order.
-        down: (E, H, I), stored by rows or by columns too.
+            ``weight.mT``. Any number of elements may lie between two experts. They are read in place, and the
+            gradient has their memory order, without gaps.
+        down: (E, H, I), stored by rows or by columns too; in the dtype of gate_up, or of any other than float64
+            under autocast, which casts both. Gradients have the dtype of their tensor.
         gate_up_bias: (E, 2I) or (E, I).
         down_bias: (E, H).
         activation: key of :data:`moe_kernels.activation.ACTIVATIONS`, or an ``Activation`` with parameters.
@@ -110,8 +113,8 @@ def fused_experts(
     _check_low_rank("down", down, down_lora)
     dtype = _compute_dtype(x, gate_up, down)
     if topk_weights is None:
-        topk_weights = torch.ones(topk_ids.shape, dtype=torch.float32, device=x.device)
-    tensors: tuple[Tensor | None, ...] = (
+        topk_weights = topk_ids.new_ones(topk_ids.shape, dtype=torch.float32)
+    tensors: tuple[Any, ...] = (
         x.to(dtype).contiguous(),
         topk_ids.contiguous(),
         topk_weights.contiguous(),
@@ -122,7 +125,7 @@ def fused_experts(
         *_padded(down_lora, dtype),
     )
     _check_devices(tensors)
-    plain = transformed(*tensors)
+    plain = transformed(tensors)
     if not plain:
         _check_layouts(gate_up, down)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -480,16 +483,16 @@ def _grads(
     return (dx, None, *others, *(None,) * 9)
 
 
-def _plain_grads(dout: Tensor, *arguments: Any) -> list[Tensor | None]:
+def _plain_grads(dout: Tensor, *arguments: Any) -> list[Any]:
     """What the backward steps give, as a graph that autograd can differentiate again."""
     tensors, (_, _, packed_plan), (*settings, needs) = arguments[:10], arguments[10:13], arguments[13:]
     topk_ids = _topk_ids(packed_plan, tensors[1], tensors[2], settings[5])
     again = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), without_autocast(dout.device.type):
         # Views, as one tensor may be made of another (routing weights of x): each is to get its own share alone.
-        x, *others = own = [None if t is None else t.view_as(t) for t in tensors]
+        own: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
         wanted = [tensor for tensor, needed in zip(own, needs, strict=True) if needed]
-        out = plain_experts(x, topk_ids, *others, *settings)
+        out = plain_experts(own[0], topk_ids, *own[1:], *settings)
         found = torch.autograd.grad(out, wanted, dout, create_graph=again, allow_unused=True, materialize_grads=True)
     remaining = iter(found)
     return [next(remaining) if needed else None for needed in needs]

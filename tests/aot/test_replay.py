@@ -26,6 +26,7 @@ CASES = {
     "gpt-oss-lora": Case(
         300, 4, 16, 256, 128, BF16, activation=CLAMPED, interleaved=True, transposed=True, bias=True, lora_rank=8
     ),
+    "apart": Case(512, 8, 64, 128, 128, BF16, "zipf", gated=False),
 }  # fmt: skip
 _ALLOCATE = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
@@ -94,6 +95,9 @@ def flat(values):
 def test_a_replay_launches_what_the_steps_launch(cuda, launched, monkeypatch, case, recompute):
     inputs = make_inputs(CASES[case])
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves().items()}
+    if case == "apart":  # each expert's two matrices side by side: one lies in the gaps of the other
+        together = torch.stack([inputs.gate_up, inputs.down], 1)
+        leaves |= {name: together[:, n].requires_grad_() for n, name in enumerate(("gate_up", "down"))}
     known = {name: leaf for name, leaf in leaves.items() if name in DIFFERENTIABLE}
     inputs = dataclasses.replace(inputs, **known, extras={name: leaves[name] for name in inputs.extras})
 

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import moe_kernels
@@ -16,6 +15,7 @@ from moe_kernels.routing import plan_elements
 from moe_kernels.testing.problems import DIFFERENTIABLE, Case, call, eager, make_inputs, run, truth
 from moe_kernels.testing.tolerances import assert_close_to_truth
 
+MIXED_EXTRAS = ("gate_up_bias", "down_bias", "gate_up_left", "gate_up_right", "down_left", "down_right")
 SMALL = Case(tokens=9, top_k=2, experts=3, hidden=32, intermediate=16, dtype=torch.bfloat16)
 
 
@@ -47,22 +47,6 @@ def test_gradients_exactly_of_what_requires_them(experts, backend, device, wante
         else:
             assert some["d" + name] is None, name
     assert torch.equal(some["out"], everything["out"])
-
-
-def test_double_backward_is_refused(experts, device):
-    inputs = make_inputs(SMALL, device)
-    x, *rest = args(inputs)
-    (dx,) = torch.autograd.grad(experts(x, *rest), x, inputs.grad.clone().requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.sum().backward()
-
-
-def test_forward_mode_is_refused(experts, device):
-    inputs = make_inputs(SMALL, device)
-    with forward_ad.dual_level():
-        inputs = dataclasses.replace(inputs, x=forward_ad.make_dual(inputs.x, torch.ones_like(inputs.x)))
-        with pytest.raises(NotImplementedError, match="jvp"):
-            call(experts, inputs)
 
 
 def test_backward_twice_is_equal(experts, device):
@@ -123,6 +107,46 @@ def test_autocast_gradients_keep_the_parameters_dtype(experts, device):
     for leaf in leaves:
         assert leaf.grad is None or (leaf.grad.dtype == leaf.dtype and torch.isfinite(leaf.grad).all())
     assert leaves[0].grad is not None
+
+
+# Each tensor of a layer with everything, in a dtype that is not the others'.
+MIXED = Case(**{**SMALL.__dict__, "bias": True, "lora_rank": 4})
+MIXTURES = {
+    "down": {"down"},
+    "gate_up": {"gate_up"},
+    "down and its factors": {"down", "down_left", "down_right"},
+    "biases": {"gate_up_bias", "down_bias"},
+    "one bias and one factor": {"down_bias", "gate_up_left"},
+    "x": {"x"},
+    "all but x": {"gate_up", "down", *MIXED_EXTRAS},
+}
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("which", MIXTURES)
+def test_two_dtypes_under_autocast(experts, device, which, other):
+    """Autocast casts both; gradients come back in the dtype of each."""
+    half = make_inputs(MIXED, device)
+    expected = run(experts, half)
+    mixed = {name: t.to(other) if name in MIXTURES[which] else t for name, t in half.leaves().items()}
+    own = dataclasses.replace(half, **{n: mixed.pop(n) for n in DIFFERENTIABLE}, extras=mixed).with_own_leaves()
+    with torch.autocast(device.type, torch.bfloat16):
+        out = call(experts, own)
+    assert out.dtype == own.x.dtype
+    assert torch.equal(out, expected["out"].to(out.dtype))
+    out.backward(half.grad.to(out.dtype))
+    for name, leaf in own.leaves().items():
+        assert leaf.grad.dtype == leaf.dtype
+        assert torch.equal(leaf.grad, expected[f"d{name}"].to(leaf.dtype)), name
+
+
+@pytest.mark.parametrize("wide", ["gate_up", "down"])
+def test_float64_beside_another_dtype_is_refused_under_autocast_too(experts, device, wide):
+    """It is the one floating dtype that autocast leaves alone."""
+    inputs = make_inputs(SMALL, device)
+    inputs = dataclasses.replace(inputs, **{wide: getattr(inputs, wide).double()})
+    with torch.autocast(device.type, torch.bfloat16), pytest.raises(ValueError, match="cast one of them"):
+        call(experts, inputs)
 
 
 def test_float32_activations_with_bfloat16_weights(experts, device):
@@ -212,6 +236,7 @@ BAD = {
     "integer x": (lambda a: {"x": a.x.long()}, "must be a floating dtype"),
     "integer routing weights": (lambda a: {"topk_weights": a.topk_weights.long()}, "must be a floating dtype"),
     "weights of two dtypes": (lambda a: {"down": a.down.float()}, "cast one of them"),
+    "integer weights": (lambda a: {"down": a.down.long()}, "down must be a floating dtype"),
     "weights with gaps": (lambda a: {"down": a.down.repeat(1, 1, 2)[..., ::2]}, "must be contiguous"),
     "one id": (lambda a: {"topk_ids": a.topk_ids[0, 0]}, r"must be \(T, K\)"),
     "no expert": (lambda a: {"gate_up": a.gate_up[:0], "down": a.down[:0]}, "0 experts"),

@@ -13,16 +13,25 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 EVERYTHING = Case(**{**SMALL.__dict__, "bias": True, "lora_rank": 16, "transposed": True, "interleaved": True})
-KINDS = {"plain": SMALL, "everything": EVERYTHING, "unreduced": Case(**{**SMALL.__dict__, "reduce": False})}
+APART = "experts apart"
+KINDS = {
+    "plain": SMALL,
+    "everything": EVERYTHING,
+    "unreduced": Case(**{**SMALL.__dict__, "reduce": False}),
+    APART: Case(**{**SMALL.__dict__, "transposed": True}),
+}
 EXTRAS = ("gate_up_bias", "down_bias", "gate_up_left", "gate_up_right", "down_left", "down_right")
 
 
-def tensors(inputs, requires_grad):
+def tensors(inputs, requires_grad, apart=False):
     weights = inputs.topk_weights
     if weights is None:
         weights = torch.ones_like(inputs.topk_ids, dtype=torch.float32)
     floating = (inputs.x, weights, inputs.gate_up, inputs.down, *(inputs.extras.get(name) for name in EXTRAS))
-    leaves = [None if t is None else t.detach().clone().requires_grad_(requires_grad) for t in floating]
+    leaves = [None if t is None else t.detach().clone() for t in floating]
+    if apart:
+        leaves[2:4] = (torch.stack([w.mT, w.mT], 1).flatten(0, 1)[::2].mT for w in leaves[2:4])
+    leaves = [None if t is None else t.requires_grad_(requires_grad) for t in leaves]
     return (leaves[0], inputs.topk_ids, *leaves[1:])
 
 
@@ -31,8 +40,8 @@ def settings(inputs, backend):
     return ("silu", [], options.get("interleaved", False), options.get("reduce", True), False, 64, True, backend)
 
 
-def forward_arguments(inputs, backend, requires_grad=True):
-    return (*tensors(inputs, requires_grad), *settings(inputs, backend), True)
+def forward_arguments(inputs, backend, requires_grad=True, apart=False):
+    return (*tensors(inputs, requires_grad, apart), *settings(inputs, backend), True)
 
 
 # What the plan does not use stays unwritten; poisoned memory makes even that comparable.
@@ -40,7 +49,8 @@ def forward_arguments(inputs, backend, requires_grad=True):
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_contract(backend, device, dtype, kind):
     inputs = make_inputs(Case(**{**KINDS[kind].__dict__, "dtype": dtype}), device)
-    torch.library.opcheck(torch.ops.moe_kernels.experts_forward.default, forward_arguments(inputs, backend))
+    arguments = forward_arguments(inputs, backend, apart=kind == APART)
+    torch.library.opcheck(torch.ops.moe_kernels.experts_forward.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -49,15 +59,16 @@ def test_forward_contract(backend, device, dtype, kind):
         ("plain", [True] * 4 + [False] * 6),
         ("plain", [True, False, False, True] + [False] * 6),
         ("plain", [False, True, True, False] + [False] * 6),
+        (APART, [True] * 4 + [False] * 6),
         ("everything", [True] * 10),
         ("everything", [True] * 2 + [False] * 4 + [True] * 4),
     ],
     ids=str,
 )
 def test_backward_contract(backend, device, kind, needs):
-    inputs = make_inputs(KINDS[kind], device)
-    _, z, x_low, plan = torch.ops.moe_kernels.experts_forward(*forward_arguments(inputs, backend, False))
-    x, _, *others = tensors(inputs, requires_grad=False)
+    inputs, apart = make_inputs(KINDS[kind], device), kind == APART
+    _, z, x_low, plan = torch.ops.moe_kernels.experts_forward(*forward_arguments(inputs, backend, False, apart))
+    x, _, *others = tensors(inputs, False, apart)
     torch.library.opcheck(
         torch.ops.moe_kernels.experts_backward.default,
         (inputs.grad, x, *others, z, x_low, plan, *settings(inputs, backend), needs, False),

@@ -339,6 +339,107 @@ def test_strides_of_one_expert_and_one_token(experts, device, transposed):
     assert_equal(*found)
 
 
+def assert_alike(results, expected):
+    """Tensor maps and pointers may differ in the last bit."""
+    for name, value in results.items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=2e-2)
+
+
+def every_other(t):
+    return torch.stack([t, torch.full_like(t, float("nan"))], 1).flatten(0, 1)[::2]
+
+
+def in_records(t):
+    """Each expert's matrix behind five other numbers: no stride of whole rows, no address of 16 bytes."""
+    flat = t.flatten(1)
+    return torch.cat([torch.full_like(flat[:, :5], float("nan")), flat], 1)[:, 5:].unflatten(1, t.shape[1:])
+
+
+APART = {"every other": every_other, "in records": in_records}
+
+
+def apart(weight, kind):
+    """``weight`` with its experts apart, each stored as it was."""
+    return APART[kind](weight) if weight.is_contiguous() else APART[kind](weight.mT).mT
+
+
+FAR = [
+    case(hidden=64, intermediate=32, dtype=torch.bfloat16),
+    case(hidden=64, intermediate=32, dtype=torch.bfloat16, transposed=True),
+    case(hidden=41, intermediate=13, transposed=True, bias=True, lora_rank=4, routing="sentinels"),
+    case(hidden=48, intermediate=32, dtype=torch.float16, interleaved=True, transposed=True, bias=True, lora_rank=4),
+    case(hidden=40, intermediate=24, gated=False, activation="gelu", reduce=False),
+    case(hidden=64, intermediate=32, dtype=torch.bfloat16, experts=1),
+]
+
+
+@pytest.mark.parametrize("kind", APART)
+@pytest.mark.parametrize("c", FAR, ids=str)
+def test_experts_that_lie_apart(experts, device, c, kind):
+    """Any stride between experts; what lies in the gaps is never read."""
+
+    def implementation(x, ids, weights, gate_up, down, **others):
+        return experts(x, ids, weights, apart(gate_up, kind), apart(down, kind), **others)
+
+    check(implementation, make_inputs(c, device), f"{c} {kind}")
+
+
+def test_experts_that_lie_apart_in_small_tiles(experts, device, small_tiles):
+    def implementation(x, ids, weights, gate_up, down, **others):
+        return experts(x, ids, weights, every_other(gate_up), in_records(down), **others)
+
+    check(implementation, make_inputs(case(tokens=37, hidden=80, intermediate=48, dtype=torch.bfloat16), device))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", APART)
+@pytest.mark.parametrize("count", [1, 4])
+def test_gradients_of_experts_that_lie_apart(experts, backend, device, kind, transposed, count):
+    """They are those of weights without gaps, in the same memory order and without gaps themselves."""
+    c = case(hidden=64, intermediate=32, dtype=torch.bfloat16, transposed=transposed, experts=count, top_k=1)
+    inputs = make_inputs(c, device)
+    found = []
+    for leaf in (torch.Tensor.detach, lambda t: apart(t.detach(), kind)):
+        weights = [leaf(w).requires_grad_() for w in (inputs.gate_up, inputs.down)]
+        out = experts(inputs.x, inputs.topk_ids, inputs.topk_weights, *weights)
+        grads = torch.autograd.grad(out, weights, inputs.grad)
+        found.append({"out": out, "gate_up": grads[0], "down": grads[1]})
+    assert all(found[0][name].stride() == value.stride() for name, value in found[1].items())
+    assert_alike(*found)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_matrix_for_several_experts(experts, device, transposed):
+    """A stride of zero, and experts that share rows with the next."""
+    inputs = make_inputs(case(hidden=32, intermediate=32, dtype=torch.bfloat16, transposed=transposed), device)
+
+    def overlapping(w):
+        matrix = w.mT if transposed else w
+        view = matrix.as_strided(matrix.shape, (8 * matrix.shape[2], *matrix.stride()[1:]))
+        return view.mT if transposed else view
+
+    for view in (lambda w: w[:1].expand(w.shape), overlapping):
+        found = []
+        for copy in (torch.Tensor.detach, torch.clone):
+            leaves = [copy(view(w.detach())).requires_grad_() for w in (inputs.gate_up, inputs.down)]
+            out = experts(inputs.x, inputs.topk_ids, inputs.topk_weights, *leaves)
+            grads = torch.autograd.grad(out, leaves, inputs.grad)
+            found.append({"out": out, "gate_up": grads[0], "down": grads[1]})
+        assert_alike(*found)
+
+
+def test_tensor_maps_are_of_experts_on_a_grid_of_rows():
+    """Experts over each other or off the grid of whole rows are loaded by pointers."""
+    launch = pytest.importorskip("moe_kernels.kernels.triton.launch")
+    weight = torch.zeros(4, 64, 32, dtype=torch.bfloat16)  # tensors of the CPU are taken for those of a Hopper
+    assert launch.tma_fits(weight)
+    assert launch.tma_fits(weight[::2])
+    assert launch.tma_fits(weight[:, :32])
+    assert not launch.tma_fits(weight[:1].expand(4, 64, 32))
+    assert not launch.tma_fits(weight.as_strided((4, 64, 32), (32, 32, 1)))
+    assert not launch.tma_fits(torch.zeros(3 * 64 * 33, dtype=torch.bfloat16).as_strided((3, 64, 32), (2056, 32, 1)))
+
+
 def test_expanded_upstream_gradient(experts, device):
     inputs = make_inputs(SMALL, device)
     ones = type(inputs)(**{**inputs.__dict__, "grad": torch.ones((), device=device).expand(11, 48)})

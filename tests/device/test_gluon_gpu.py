@@ -62,6 +62,29 @@ def test_sizes(sizes, record_property):
     judge(Case(tokens, top_k, experts, hidden, intermediate, BF16), record_property)
 
 
+def every_other(weight):
+    return torch.stack([weight, torch.full_like(weight, float("nan"))], 1).flatten(0, 1)[::2]
+
+
+def in_records(weight):
+    """Off the grid of whole rows, which tensor maps cannot be of."""
+    flat = weight.flatten(1)
+    return torch.cat([torch.full_like(flat[:, :8], float("nan")), flat], 1)[:, 8:].unflatten(1, weight.shape[1:])
+
+
+@pytest.mark.parametrize("backend", ["gluon", "triton"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("apart", [every_other, in_records])
+def test_experts_that_lie_apart(apart, transposed, backend):
+    """They take the Triton kernels, by tensor maps or by pointers; the gradient's GEMM stays Gluon's."""
+
+    def implementation(x, ids, weights, gate_up, down, **others):
+        weights_apart = (apart(w.mT).mT if transposed else apart(w) for w in (gate_up, down))
+        return moe_kernels.fused_experts(x, ids, weights, *weights_apart, backend=backend, **others)
+
+    check(implementation, inputs_of(dataclasses.replace(CASE, transposed=transposed)))
+
+
 # Few rows for much weight, with an even and an odd number of inner blocks.
 LARGE = [Case(500, 8, 64, 1024, 704, BF16), Case(300, 8, 48, 1088, 832, BF16, "zipf")]
 

@@ -101,7 +101,7 @@ class Descriptor(NamedTuple):
 
 
 def descriptor(tensor: torch.Tensor, *block: int) -> Descriptor:
-    """Descriptor that loads blocks of ``block`` elements of a tensor that fits (:func:`tma_fits`), zero outside it."""
+    """Descriptor that loads blocks of ``block`` elements of a tensor that :func:`tma_fits`, zero outside it."""
     # Where there is one expert or row, the stride to the next can be any number: that of a view fits.
     return Descriptor(tensor.view(tensor.shape) if len(tensor) == 1 else tensor, block)
 

@@ -78,12 +78,21 @@ class _Memory(NamedTuple):
     dtype: torch.dtype
 
 
-def _span(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
+def _span(tensor: Tensor, first: int = 0) -> int:
+    """Bytes from the first element to the end of the last, over the dimensions from ``first`` on."""
     if not tensor.numel():
         return 0
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    sizes = zip(tensor.shape[first:], tensor.stride()[first:], strict=True)
     return (1 + sum((size - 1) * stride for size, stride in sizes)) * tensor.element_size()
+
+
+def _holds(tensor: Tensor, address: int) -> bool:
+    """Whether ``address`` lies in ``tensor``, and not in a gap between its experts: there another input may lie."""
+    offset = address - tensor.data_ptr()
+    if not 0 <= offset < _span(tensor):
+        return False
+    step = tensor.stride(0) * tensor.element_size() if tensor.dim() == 3 else 0
+    return not step or offset % step < _span(tensor, 1)
 
 
 class _Follower(TorchDispatchMode):
@@ -120,7 +129,7 @@ class _Follower(TorchDispatchMode):
         places = [
             _Place(number, address - given.data_ptr())
             for number, given in enumerate(self.inputs)
-            if given is not None and given.data_ptr() <= address < given.data_ptr() + _span(given)
+            if given is not None and _holds(given, address)
         ]
         if len(places) != 1:
             self.obstacle = "an address of none of the inputs, or of several"
