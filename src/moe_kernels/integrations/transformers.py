@@ -34,6 +34,7 @@ try:
         UnsupportedExperts,
         check_pair,
         check_weight,
+        is_sharded,
         own_part,
         plain_weight,
         recipe_of,
@@ -248,13 +249,14 @@ def _check_weights(module: Any, recipe: Recipe, name: str) -> None:
 def _stand_in(module: Any, weight: str, name: str) -> torch.Tensor | None:
     """A tensor on meta that looks as the weight will in a forward; None where only reading it would tell.
 
-    That is behind a parametrization, and where ZeRO-3 or FSDP1 hold it in pieces of one dimension until then.
+    That is behind a parametrization, and where an engine holds it in pieces until then: ZeRO-3 and FSDP1 in one
+    dimension, others as a DTensor, of which FSDP2 hands over the whole and expert parallelism this process's part.
     """
     packed = packed_weight(module, weight, name)
     if packed is not None:
         return torch.empty(packed.shape, dtype=packed.dtype, device="meta")
     parameter = module._parameters.get(weight)
-    if parameter is None or parameter.dim() == 1:
+    if parameter is None or parameter.dim() == 1 or is_sharded(parameter):
         return None
     return torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
 

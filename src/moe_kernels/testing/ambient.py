@@ -25,7 +25,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _hooks_that_fail() -> AbstractContextManager[object]:
-    def fail(_: object) -> None:
+    def fail(_: object) -> torch.Tensor:
         raise AssertionError("a tensor was saved under the caller's hooks")
 
     return torch.autograd.graph.saved_tensors_hooks(fail, fail)
