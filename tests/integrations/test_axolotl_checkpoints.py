@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,18 +23,23 @@ pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 SAVED_AT, STEPS = 2, 4
 
 
-def test_a_resumed_training_is_the_uninterrupted_one(folder: Path) -> None:  # noqa: F811
-    """Weights, optimizer state and loss curve to the bit; Mixtral's router has another name in the checkpoint too."""
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> tuple[Path, dict[str, Any], list[float]]:  # noqa: F811
+    """``output_dir``, configuration and losses of an uninterrupted run; Mixtral's router too is renamed on disk."""
     saving = {"save_strategy": "steps", "save_steps": SAVED_AT, "max_steps": STEPS}
     config = tiny(FAMILIES["mixtral"].optimized, "mixtral") | saving
-    whole = train(folder, "whole", config)
-    assert whole.returncode == 0, whole.log[-4000:]
-    out = folder / "runs" / "whole" / "out"
+    done = train(folder, "whole", config)
+    assert done.returncode == 0, done.log[-4000:]
+    assert len(done.losses) == STEPS
+    return folder / "runs" / "whole" / "out", config, done.losses
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(folder: Path, whole: Any) -> None:  # noqa: F811
+    """Weights, optimizer state and loss curve, to the bit."""
+    out, config, losses = whole
     resumed = train(folder, "resumed", config | {"resume_from_checkpoint": str(out / f"checkpoint-{SAVED_AT}")})
     assert resumed.returncode == 0, resumed.log[-4000:]
-
-    assert len(whole.losses) == STEPS
-    assert resumed.losses == whole.losses[SAVED_AT:]
+    assert resumed.losses == losses[SAVED_AT:]
     again = folder / "runs" / "resumed" / "out"
     for file in ("model.safetensors", f"checkpoint-{STEPS}/model.safetensors"):
         assert_equal(safetensors.torch.load_file(again / file), safetensors.torch.load_file(out / file))
@@ -43,10 +49,8 @@ def test_a_resumed_training_is_the_uninterrupted_one(folder: Path) -> None:  # n
         assert_equal(states[0][index], state)
     # The two further steps moved the experts from where the checkpoint has them, and that from the base model.
     key = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
-    base = safetensors.torch.load_file(folder / config["base_model"] / "model.safetensors")
-    saved = safetensors.torch.load_file(out / f"checkpoint-{SAVED_AT}" / "model.safetensors")
-    last = safetensors.torch.load_file(out / "model.safetensors")
-    assert len({tensors[key].sum().item() for tensors in (base, saved, last)}) == 3
+    places = (folder / config["base_model"], out / f"checkpoint-{SAVED_AT}", out)
+    assert len({safetensors.torch.load_file(at / "model.safetensors")[key].sum().item() for at in places}) == 3
 
 
 def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -54,11 +58,11 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     assert [name for name, tensor in expected.items() if not torch.equal(actual[name], tensor)] == []
 
 
-def test_a_checkpoint_without_optimizer_is_refused(folder: Path) -> None:  # noqa: F811
-    config = tiny(FAMILIES["mixtral"].test, "mixtral") | {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    whole = train(folder, "model-only", config | {"save_only_model": True})
-    assert whole.returncode == 0, whole.log[-4000:]
-    checkpoint = folder / "runs" / "model-only" / "out" / "checkpoint-1"
+def test_a_checkpoint_without_optimizer_is_refused(folder: Path, whole: Any, tmp_path: Path) -> None:  # noqa: F811
+    """As ``save_only_model`` leaves it."""
+    out, config, _ = whole
+    checkpoint = tmp_path / f"checkpoint-{SAVED_AT}"
+    shutil.copytree(out / checkpoint.name, checkpoint, ignore=shutil.ignore_patterns("optimizer.pt", "scheduler.pt"))
     resumed = train(folder, "no-optimizer", config | {"resume_from_checkpoint": str(checkpoint)})
     assert resumed.returncode != 0
     assert resumed.losses == []

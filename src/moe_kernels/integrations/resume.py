@@ -108,8 +108,8 @@ def _load(trainer: Any, model: Any, checkpoint: Path) -> bool:
         if weight.shape != value.shape or hasattr(weight, "device_mesh"):
             raise ValueError(
                 f"{checkpoint} holds {target} as {tuple(value.shape)}, the model as {type(weight).__name__} "
-                f"{tuple(weight.shape)}: resume with the model and the number of ranks that wrote it, without tensor "
-                "or expert parallelism of transformers."
+                f"{tuple(weight.shape)}: resume with the model and the number of ranks that wrote it, and without "
+                "tensor or expert parallelism."
             )
         weight.copy_(value)
         loaded.append(target)
