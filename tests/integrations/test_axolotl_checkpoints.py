@@ -6,19 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import safetensors.torch
 import torch
-import transformers
 import yaml
 from test_axolotl_train import OFFLINE, folder, small_adapter, tiny, train  # noqa: F401
 
+from axolotl.integrations.moe_kernels.merge import check_merge, refuse_lossy_merge
 from moe_kernels.shapes import FAMILIES
 
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 SAVED_AT, STEPS = 2, 4
 
@@ -67,6 +69,39 @@ def test_a_checkpoint_without_optimizer_is_refused(folder: Path, whole: Any, tmp
     assert resumed.returncode != 0
     assert resumed.losses == []
     assert "holds no state of the optimizer and the scheduler" in resumed.log
+
+
+EXPERT, QUERY = "model.layers.1.mlp.experts.0.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"
+FACTOR = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_B.weight"
+
+
+@pytest.mark.parametrize("check", [refuse_lossy_merge, check_merge])
+@pytest.mark.parametrize(
+    ("base", "factor", "method", "lossy"),
+    [
+        (EXPERT, 1.0, None, True),
+        (EXPERT, 1.0, "memory_efficient", True),
+        (EXPERT, 1.0, "legacy", False),
+        (EXPERT, 0.0, None, False),  # an adapter that changes nothing
+        ("model.layers.1.mlp.experts.up_proj", 1.0, None, False),  # stacked in the files: that merges right
+    ],
+)
+def test_which_merge_is_lossy(
+    base: str, factor: float, method: str | None, lossy: bool, check: Any, tmp_path: Path
+) -> None:
+    for name in ("base", "adapter", "merged"):
+        (tmp_path / name).mkdir()
+    weights = {base: torch.ones(2), QUERY: torch.ones(2)}
+    safetensors.torch.save_file(weights, tmp_path / "base" / "model.safetensors")
+    safetensors.torch.save_file(
+        {FACTOR: torch.full((2,), factor)}, tmp_path / "adapter" / "adapter_model.safetensors"
+    )
+    weights |= {QUERY: torch.zeros(2)} | ({} if lossy else {base: torch.zeros(2)})
+    safetensors.torch.save_file(weights, tmp_path / "merged" / "model.safetensors")
+    cfg = {"base_model": str(tmp_path / "base"), "lora_model_dir": str(tmp_path / "adapter"), "merge_method": method}
+    arguments = (cfg,) if check is refuse_lossy_merge else (cfg, cfg["lora_model_dir"], str(tmp_path / "merged"))
+    with pytest.raises(ValueError, match="Set merge_method: legacy") if lossy else nullcontext():
+        check(*arguments)
 
 
 def merge(folder: Path, name: str, config: dict[str, Any]) -> subprocess.CompletedProcess[str]:  # noqa: F811
