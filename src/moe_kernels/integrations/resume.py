@@ -171,7 +171,12 @@ def _plan(core: Any, state: Tensors, stored: Iterable[str]) -> tuple[dict[str, A
         else:
             foreign.append(name)
     if foreign:
-        logger.warning("moe_kernels: %s has no use for %s of the checkpoint", type(core).__name__, ", ".join(foreign))
+        logger.warning(
+            "moe_kernels: %s has no use for %d weights of the checkpoint (%s, ...)",
+            type(core).__name__,
+            len(foreign),
+            foreign[0],
+        )
     return {pattern: entry for entry in converters for pattern in entry.source_patterns}, plan
 
 
