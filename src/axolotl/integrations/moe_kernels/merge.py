@@ -1,8 +1,8 @@
 """``axolotl merge-lora`` must not lose the experts' part of an adapter, or not in silence.
 
 Its default method goes through the files of the base model one by one. Where those hold one weight per expert, it
-leaves the adapter of the stacked weights out: for every model in Axolotl 0.19, and in 0.21 for those whose names in
-the files are others (Mixtral's ``w1``), behind a warning and with exit code 0. ``merge_method: legacy`` does as PEFT.
+leaves the adapter of the stacked weights out: Axolotl 0.19 for every model tried, 0.21 for those whose names in the
+files are others (Mixtral's ``w1``), behind a warning and with exit code 0. ``merge_method: legacy`` does as PEFT.
 """
 
 from __future__ import annotations
