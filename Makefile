@@ -60,7 +60,7 @@ test: test-runs test-main test-newest test-compiled
 
 # Those that start trainings, several ranks, or kill what they started; and first, before anything is interpreted in this
 # process, those that compile: the interpreter leaves its marks on triton.language.
-RUNS := tests/core/test_launch.py tests/integrations/test_axolotl_train.py tests/compare/test_compare_end_to_end.py tests/distributed tests/fuzz
+RUNS := tests/core/test_launch.py tests/integrations/test_axolotl_train.py tests/integrations/test_axolotl_checkpoints.py tests/compare/test_compare_end_to_end.py tests/distributed tests/fuzz
 
 # Without a GPU the kernels run in triton's interpreter (tests/conftest.py).
 test-main: $(READY)
@@ -101,7 +101,7 @@ $(VENV)-triton-%/.ready: $(READY)
 
 test-newest: $(NEWEST_READY)
 	@echo "== the transformers integration and every experts class of $(firstword $(NEWEST_TRANSFORMERS))"
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest tests/integrations/test_transformers.py tests/integrations/test_peft.py tests/integrations/test_quantized.py tests/conformance tests/router/test_router_models.py tests/router/test_router.py::test_as_close_to_the_truth_as_the_model_itself tests/distributed/test_transformers_engines.py tests/distributed/test_scaling.py
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest tests/integrations/test_transformers.py tests/integrations/test_peft.py tests/integrations/test_quantized.py tests/integrations/test_resume.py tests/conformance tests/router/test_router_models.py tests/router/test_router.py::test_as_close_to_the_truth_as_the_model_itself tests/distributed/test_transformers_engines.py tests/distributed/test_scaling.py
 
 # More than 10,000 inputs, new ones each time (about 20 minutes on two cores); the suite tries some hundreds of them.
 fuzz: $(READY)

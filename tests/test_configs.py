@@ -68,6 +68,13 @@ def test_kernels_are_on(name: str) -> None:
     assert {key: config[key] for key in OURS} == OURS
 
 
+def test_merging_keeps_the_experts_adapter() -> None:
+    """Axolotl's default leaves it out, see tests/integrations/test_axolotl_checkpoints.py."""
+    with_adapter = [path for path in FOLDER.rglob("*.yml") if "lora_target_parameters" in path.read_text()]
+    assert [path.name for path in with_adapter] == [LORA]
+    assert load(LORA)["merge_method"] == "legacy"
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_baseline_is_stock(name: str) -> None:
     config = load(name)

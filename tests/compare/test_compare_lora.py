@@ -34,6 +34,7 @@ def test_the_runs_differ_in_the_kernels_alone(family: str, qlora: bool) -> None:
     assert not baseline.uses_kernels
     for run in made.runs:
         assert run.config["lora_r"] == 16
+        assert run.config["merge_method"] == "legacy"
         assert run.config["lora_target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         assert run.config["lora_model_dir"] == f"artifacts/adapters/{FAMILIES[family].sizes['tiny'].name}-r16"
         assert run.config.get("load_in_4bit", False) == run.config.get("quantize_moe_experts", False) == qlora

@@ -308,6 +308,65 @@ def trainer_losses(model: Any, data: list[Any], output: Path) -> list[float]:
     return [float(row["loss"]) for row in run.state.log_history if "loss" in row]
 
 
+def resume(folder: Path) -> dict[str, Any]:
+    """transformers' Trainer through Accelerate, stopped half-way: what it writes in each way, and reads again."""
+    data = [{"input_ids": row, "labels": row} for ids in batches() for row in ids.flatten(0, 1)]
+    base = folder / "resume"
+    if dist.get_rank() == 0:
+        build("mixtral", BASELINE).save_pretrained(base)  # its router has another name in the checkpoint as well
+    dist.barrier()
+    results: dict[str, Any] = {}
+    for way in ("ddp", "full", "sharded"):
+        whole = resumable(base, data, way, folder / way / "whole")
+        checkpoint = folder / way / "whole" / f"checkpoint-{STEPS // 2}"
+        resumed = resumable(base, data, way, folder / way / "resumed", checkpoint)
+        results[way] = {
+            "whole": whole,
+            "resumed": resumed,
+            "files": sorted(file.name for file in checkpoint.iterdir()),
+        }
+    return results
+
+
+def resumable(base: Path, data: list[Any], way: str, output: Path, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Losses, weights and state of the optimizer after a run that is saved half-way."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sharding = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["MixtralDecoderLayer"],
+        "state_dict_type": f"{way.upper()}_STATE_DICT",
+    }
+    arguments = transformers.TrainingArguments(
+        output_dir=str(output),
+        use_cpu=True,
+        per_device_train_batch_size=1,
+        max_steps=STEPS,
+        save_steps=STEPS // 2,
+        learning_rate=3e-3,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        seed=1,
+        **({} if way == "ddp" else {"fsdp": True, "fsdp_config": sharding}),
+    )
+    if way != "ddp":  # Accelerate shards where it sees several GPUs alone
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    # Accelerate's name for the CPU of a rank is "cpu:0", and torch.load knows no such place.
+    with mock.patch.object(transformers.TrainingArguments, "device", torch.device("cpu")):
+        run = transformers.Trainer(from_pretrained(base, OURS, None), arguments, train_dataset=data)
+        run.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    state = run.optimizer.state_dict()["state"]
+    return {
+        "losses": [float(row["loss"]) for row in run.state.log_history if "loss" in row],
+        "weights": {name: local(tensor).clone() for name, tensor in run.model.state_dict().items()},
+        "optimizer": {f"{i} {name}": local(value).clone() for i in state for name, value in state[i].items()},
+        "sharded": run.is_fsdp_enabled,
+    }
+
+
 def zero3(folder: Path) -> dict[str, Any]:
     """DeepSpeed ZeRO-3, with the sparse blocks as leaves (as Axolotl sets them) and without."""
     import deepspeed
@@ -438,7 +497,7 @@ def axolotl(folder: Path) -> dict[str, Any]:
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (data_parallel, no_tokens, expert_parallel, trainer, zero3, lora, axolotl)
+    for scenario in (data_parallel, no_tokens, expert_parallel, trainer, resume, zero3, lora, axolotl)
 }
 
 

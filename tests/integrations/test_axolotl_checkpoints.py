@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import safetensors.torch
 import torch
-import transformers
 import yaml
 from test_axolotl_train import OFFLINE, folder, small_adapter, tiny, train  # noqa: F401
 
+from axolotl.integrations.moe_kernels.merge import check_merge, refuse_lossy_merge
 from moe_kernels.shapes import FAMILIES
 
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.axolotl, pytest.mark.slow]
 SAVED_AT, STEPS = 2, 4
 
 
-def test_a_resumed_training_is_the_uninterrupted_one(folder: Path) -> None:  # noqa: F811
-    """Weights, optimizer state and loss curve to the bit; Mixtral's router has another name in the checkpoint too."""
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> tuple[Path, dict[str, Any], list[float]]:  # noqa: F811
+    """``output_dir``, configuration and losses of an uninterrupted run; Mixtral's router too is renamed on disk."""
     saving = {"save_strategy": "steps", "save_steps": SAVED_AT, "max_steps": STEPS}
     config = tiny(FAMILIES["mixtral"].optimized, "mixtral") | saving
-    whole = train(folder, "whole", config)
-    assert whole.returncode == 0, whole.log[-4000:]
-    out = folder / "runs" / "whole" / "out"
+    done = train(folder, "whole", config)
+    assert done.returncode == 0, done.log[-4000:]
+    assert len(done.losses) == STEPS
+    return folder / "runs" / "whole" / "out", config, done.losses
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(folder: Path, whole: Any) -> None:  # noqa: F811
+    """Weights, optimizer state and loss curve, to the bit."""
+    out, config, losses = whole
     resumed = train(folder, "resumed", config | {"resume_from_checkpoint": str(out / f"checkpoint-{SAVED_AT}")})
     assert resumed.returncode == 0, resumed.log[-4000:]
-
-    assert len(whole.losses) == STEPS
-    assert resumed.losses == whole.losses[SAVED_AT:]
+    assert resumed.losses == losses[SAVED_AT:]
     again = folder / "runs" / "resumed" / "out"
     for file in ("model.safetensors", f"checkpoint-{STEPS}/model.safetensors"):
         assert_equal(safetensors.torch.load_file(again / file), safetensors.torch.load_file(out / file))
@@ -43,10 +51,8 @@ def test_a_resumed_training_is_the_uninterrupted_one(folder: Path) -> None:  # n
         assert_equal(states[0][index], state)
     # The two further steps moved the experts from where the checkpoint has them, and that from the base model.
     key = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
-    base = safetensors.torch.load_file(folder / config["base_model"] / "model.safetensors")
-    saved = safetensors.torch.load_file(out / f"checkpoint-{SAVED_AT}" / "model.safetensors")
-    last = safetensors.torch.load_file(out / "model.safetensors")
-    assert len({tensors[key].sum().item() for tensors in (base, saved, last)}) == 3
+    places = (folder / config["base_model"], out / f"checkpoint-{SAVED_AT}", out)
+    assert len({safetensors.torch.load_file(at / "model.safetensors")[key].sum().item() for at in places}) == 3
 
 
 def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -54,15 +60,48 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     assert [name for name, tensor in expected.items() if not torch.equal(actual[name], tensor)] == []
 
 
-def test_a_checkpoint_without_optimizer_is_refused(folder: Path) -> None:  # noqa: F811
-    config = tiny(FAMILIES["mixtral"].test, "mixtral") | {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    whole = train(folder, "model-only", config | {"save_only_model": True})
-    assert whole.returncode == 0, whole.log[-4000:]
-    checkpoint = folder / "runs" / "model-only" / "out" / "checkpoint-1"
+def test_a_checkpoint_without_optimizer_is_refused(folder: Path, whole: Any, tmp_path: Path) -> None:  # noqa: F811
+    """As ``save_only_model`` leaves it."""
+    out, config, _ = whole
+    checkpoint = tmp_path / f"checkpoint-{SAVED_AT}"
+    shutil.copytree(out / checkpoint.name, checkpoint, ignore=shutil.ignore_patterns("optimizer.pt", "scheduler.pt"))
     resumed = train(folder, "no-optimizer", config | {"resume_from_checkpoint": str(checkpoint)})
     assert resumed.returncode != 0
     assert resumed.losses == []
     assert "holds no state of the optimizer and the scheduler" in resumed.log
+
+
+EXPERT, QUERY = "model.layers.1.mlp.experts.0.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"
+FACTOR = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_B.weight"
+
+
+@pytest.mark.parametrize("check", [refuse_lossy_merge, check_merge])
+@pytest.mark.parametrize(
+    ("base", "factor", "method", "lossy"),
+    [
+        (EXPERT, 1.0, None, True),
+        (EXPERT, 1.0, "memory_efficient", True),
+        (EXPERT, 1.0, "legacy", False),
+        (EXPERT, 0.0, None, False),  # an adapter that changes nothing
+        ("model.layers.1.mlp.experts.up_proj", 1.0, None, False),  # stacked in the files: that merges right
+    ],
+)
+def test_which_merge_is_lossy(
+    base: str, factor: float, method: str | None, lossy: bool, check: Any, tmp_path: Path
+) -> None:
+    for name in ("base", "adapter", "merged"):
+        (tmp_path / name).mkdir()
+    weights = {base: torch.ones(2), QUERY: torch.ones(2)}
+    safetensors.torch.save_file(weights, tmp_path / "base" / "model.safetensors")
+    safetensors.torch.save_file(
+        {FACTOR: torch.full((2,), factor)}, tmp_path / "adapter" / "adapter_model.safetensors"
+    )
+    weights |= {QUERY: torch.zeros(2)} | ({} if lossy else {base: torch.zeros(2)})
+    safetensors.torch.save_file(weights, tmp_path / "merged" / "model.safetensors")
+    cfg = {"base_model": str(tmp_path / "base"), "lora_model_dir": str(tmp_path / "adapter"), "merge_method": method}
+    arguments = (cfg,) if check is refuse_lossy_merge else (cfg, cfg["lora_model_dir"], str(tmp_path / "merged"))
+    with pytest.raises(ValueError, match="Set merge_method: legacy") if lossy else nullcontext():
+        check(*arguments)
 
 
 def merge(folder: Path, name: str, config: dict[str, Any]) -> subprocess.CompletedProcess[str]:  # noqa: F811

@@ -108,8 +108,8 @@ def _load(trainer: Any, model: Any, checkpoint: Path) -> bool:
         if weight.shape != value.shape or hasattr(weight, "device_mesh"):
             raise ValueError(
                 f"{checkpoint} holds {target} as {tuple(value.shape)}, the model as {type(weight).__name__} "
-                f"{tuple(weight.shape)}: resume with the model and the number of ranks that wrote it, without tensor "
-                "or expert parallelism of transformers."
+                f"{tuple(weight.shape)}: resume with the model and the number of ranks that wrote it, and without "
+                "tensor or expert parallelism."
             )
         weight.copy_(value)
         loaded.append(target)
@@ -171,7 +171,12 @@ def _plan(core: Any, state: Tensors, stored: Iterable[str]) -> tuple[dict[str, A
         else:
             foreign.append(name)
     if foreign:
-        logger.warning("moe_kernels: %s has no use for %s of the checkpoint", type(core).__name__, ", ".join(foreign))
+        logger.warning(
+            "moe_kernels: %s has no use for %d weights of the checkpoint (%s, ...)",
+            type(core).__name__,
+            len(foreign),
+            foreign[0],
+        )
     return {pattern: entry for entry in converters for pattern in entry.source_patterns}, plan
 
 

@@ -1,15 +1,18 @@
 """``axolotl merge-lora`` must not lose the experts' part of an adapter, or not in silence.
 
 Its default method goes through the files of the base model one by one. Where those hold one weight per expert, it
-leaves the adapter of the stacked weights out: for every model in Axolotl 0.19, and in 0.21 for those whose names in
-the files are others (Mixtral's ``w1``), behind a warning and with exit code 0. ``merge_method: legacy`` does as PEFT.
+leaves the adapter of the stacked weights out: Axolotl 0.19 for every model tried, 0.21 for those whose names in the
+files are others (Mixtral's ``w1``), behind a warning and with exit code 0. ``merge_method: legacy`` does as PEFT.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_kernels.integrations.resume import Readers
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CURE = "Set merge_method: legacy in the run file, which merges as PEFT does, with the whole model in memory."
@@ -40,7 +43,7 @@ def check_merge(cfg: Any, adapter: str, merged: str) -> None:
     from moe_kernels.integrations.resume import stored_weights
 
     layers = _expert_layers(Path(adapter))
-    if not layers:
+    if cfg.get("merge_method") == "legacy" or not layers:
         return
     base, after = _base_weights(cfg), stored_weights(Path(merged))
     experts = [name for name in base if re.search(r"\bexperts\.", name) and name in after]
@@ -65,7 +68,8 @@ def _expert_layers(adapter: Path) -> set[int]:
     return found
 
 
-def _base_weights(cfg: Any) -> Any:
+def _base_weights(cfg: Any) -> Readers:
+    """Those of the files that Axolotl's default method reads, from where it reads them."""
     from huggingface_hub import snapshot_download
 
     from moe_kernels.integrations.resume import stored_weights
