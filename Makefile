@@ -75,7 +75,7 @@ test-runs: $(READY)
 # fuzzing, reports, benchmarks and the like, which are the same code on every stack.
 test-stack: test-stack-runs test-stack-main test-compiled
 STACK_RUNS := $(filter-out tests/fuzz,$(RUNS))
-STACK := core router integrations conformance telemetry tuning cli
+STACK := core router integrations conformance telemetry tuning cli test_configs.py
 
 test-stack-main: $(READY)
 	$(BIN)/python -m pytest $(STACK:%=tests/%) $(STACK_RUNS:%=--ignore=%)

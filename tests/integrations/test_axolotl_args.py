@@ -56,6 +56,7 @@ def validate(**data: Any) -> Any:
         ON | {"moe_fused_router": True},
         # Nothing of it is ours, and Axolotl 0.21 shows us every config.
         {"moe_of_somebody_else": 3, "use_scattermoe": True, "expert_parallel_size": 2},
+        {"plugins": 5},
         {"plugins": ["axolotl.integrations.kernels.KernelsPlugin"], "experts_implementation": "eager"},
     ],
     ids=str,
