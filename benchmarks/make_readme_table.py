@@ -5,7 +5,8 @@
 
 README.md shows the newest comparison of each pair that `moe-kernels compare` wrote, docs/performance.md and
 docs/knobs.md what `moe-kernels bench --json` wrote (files with several settings of the knobs in the latter),
-docs/lora.md what benchmarks/lora_cost.py and docs/distributed.md what benchmarks/scaling.py wrote. Only results from
+docs/versions.md the same layers under each release of triton, docs/lora.md what benchmarks/lora_cost.py and
+docs/distributed.md what benchmarks/scaling.py wrote. Only results from
 a GPU appear: those from a CPU say nothing about speed. Every number is from a file that the table names.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+RELEASES = "-triton-"  # in the name of a file: the same layers under one release of triton
 NOTHING = "No result from a GPU is committed yet."
 
 COMPARE_COLUMNS = ("pair", "experts run on", "step ms (p20-p80)", "tokens/s", "peak GiB", "experts' share",
@@ -70,7 +72,8 @@ def _benches(results: Results, knobs: bool) -> list[tuple[str, dict[str, Any]]]:
     """What `moe-kernels bench` measured on a GPU, with one setting of the knobs or several; no earlier kernels."""
     found = []
     for name, data in results:
-        if data.get("kind") == "bench" and data["environment"]["gpu"] and "-log-" not in name:
+        old = "-log-" in name or RELEASES in name
+        if data.get("kind") == "bench" and data["environment"]["gpu"] and not old:
             settings = {row["implementation"] for row in data["results"] if "[" in row["implementation"]}
             if bool(settings) == knobs:
                 found.append((name, data))
@@ -123,6 +126,23 @@ def _side_by_side(shape: str, routing: str, by_name: dict[str, dict[str, Any]]) 
     ]
 
 
+def releases(results: Results) -> str:
+    """GPU time of each layer, forward and backward, under each release of triton: a column for each file."""
+    files = [(name, data) for name, data in results if RELEASES in name]
+    if not files:
+        return NOTHING
+    columns, cells = ["layer"], {}
+    for name, data in files:
+        columns.append(f"{data['environment']['triton']} (`{name}`)")
+        for row in data["results"]:
+            if row["implementation"] == "moe_kernels":
+                cells.setdefault(row["shape"], []).append(row["forward_backward_queued_ms"]["median"])
+    first = list(cells.values())
+    rows = [[shape, *(f"{time:.2f}" for time in times)] for shape, times in cells.items()]
+    ratios = (statistics.geometric_mean([times[i] / times[0] for times in first]) for i in range(len(files)))
+    return _table(tuple(columns), [*rows, ["mean of the ratios to the first", *(f"{ratio:.3f}" for ratio in ratios)]])
+
+
 def scaling(results: Results) -> str:
     """A line for each family and engine of the trainings on several GPUs, a table for each file."""
     parts = []
@@ -172,7 +192,7 @@ def lora(results: Results) -> str:
 
 DOCUMENTS: dict[str, Callable[[Results], str]] = {
     "README.md": trainings, "docs/performance.md": layers, "docs/knobs.md": knobs, "docs/lora.md": lora,
-    "docs/distributed.md": scaling,
+    "docs/distributed.md": scaling, "docs/versions.md": releases,
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_the_core_imports_no_tool(path):
 
 @pytest.mark.parametrize("path", CORE)
 def test_the_core_needs_torch_and_triton_alone(path):
-    allowed = {*sys.stdlib_module_names, "torch", "triton", "moe_kernels", "numpy", "__future__"}
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "moe_kernels", "numpy", "filelock", "__future__"}
     assert {n.split(".")[0] for n in imported(PYTHON[path])} <= allowed
 
 

@@ -111,7 +111,7 @@ def fused_experts(
     dtype = _compute_dtype(x, gate_up, down)
     if topk_weights is None:
         topk_weights = topk_ids.new_ones(topk_ids.shape, dtype=torch.float32)
-    tensors: tuple[Tensor | None, ...] = (
+    tensors: tuple[Any, ...] = (
         x.to(dtype).contiguous(),
         topk_ids.contiguous(),
         topk_weights.contiguous(),
@@ -122,7 +122,7 @@ def fused_experts(
         *_padded(down_lora, dtype),
     )
     _check_devices(tensors)
-    plain = transformed(*tensors)
+    plain = transformed(tensors)
     if not plain:
         _check_layouts(gate_up, down)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -156,8 +156,28 @@ def _compute_dtype(x: Tensor, gate_up: Tensor, down: Tensor) -> torch.dtype:
     if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (dtype, down.dtype):
         return torch.get_autocast_dtype(device)
     if dtype != down.dtype:
-        raise ValueError(f"gate_up is {dtype} but down is {down.dtype}: cast one of them")
+        raise ValueError(f"gate_up is {dtype} but down is {down.dtype}: cast one of them, or use torch.autocast")
     return dtype
+
+
+def check_weights(
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: Activation,
+    interleaved: bool,
+    device: torch.device,
+) -> None:
+    """Raise what :func:`fused_experts` would on ``device`` of these weights, whatever the tokens are.
+
+    The weights can be on ``meta``: their data is not looked at.
+    """
+    x = torch.empty(0, gate_up.shape[-1], dtype=torch.float32, device=device)
+    _check_inputs(x, torch.empty(0, 1, dtype=torch.int64, device=device), None, gate_up, down, reduce=False)
+    _check_experts(gate_up, down, gate_up_bias, down_bias, activation, interleaved)
+    _check_layouts(gate_up, down)
+    _compute_dtype(x, gate_up, down)
 
 
 def _padded(pair: LowRankPair | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -460,16 +480,16 @@ def _grads(
     return (dx, None, *others, *(None,) * 9)
 
 
-def _plain_grads(dout: Tensor, *arguments: Any) -> list[Tensor | None]:
+def _plain_grads(dout: Tensor, *arguments: Any) -> list[Any]:
     """What the backward steps give, as a graph that autograd can differentiate again."""
     tensors, (_, _, packed_plan), (*settings, needs) = arguments[:10], arguments[10:13], arguments[13:]
     topk_ids = _topk_ids(packed_plan, tensors[1], tensors[2], settings[5])
     again = torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast(dout.device.type):
         # Views, as one tensor may be made of another (routing weights of x): each is to get its own share alone.
-        x, *others = own = [None if t is None else t.view_as(t) for t in tensors]
+        own: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
         wanted = [tensor for tensor, needed in zip(own, needs, strict=True) if needed]
-        out = plain_experts(x, topk_ids, *others, *settings)
+        out = plain_experts(own[0], topk_ids, *own[1:], *settings)
         found = torch.autograd.grad(out, wanted, dout, create_graph=again, allow_unused=True, materialize_grads=True)
     remaining = iter(found)
     return [next(remaining) if needed else None for needed in needs]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from moe_kernels.activation import Activation, Gate
 from moe_kernels.reference import LowRankPair, reference_experts
 
 logger = logging.getLogger("moe_kernels")
+_modes = torch._C._len_torch_dispatch_stack
 _MODES = torch._C._TorchDispatchModeKey
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
-def transformed(*tensors: Tensor | None) -> bool:
+def transformed(tensors: Sequence[Tensor | None]) -> bool:
     """Whether torch.func transforms the call, or one of ``tensors`` has a tangent of forward mode."""
     if torch._C._are_functorch_transforms_active():
         return True
@@ -42,24 +44,26 @@ def batched(tensor: Tensor) -> bool:
 
 def traced(tensor: Tensor) -> bool:
     """Whether ``tensor`` has a shape but no data (meta, FakeTensor), or what is done to it is being recorded."""
-    if tensor.is_meta or (type(tensor) is not Tensor and is_fake(tensor)):
-        return True
-    if not torch._C._len_torch_dispatch_stack():
-        return False
+    return tensor.is_meta or (type(tensor) is not Tensor and is_fake(tensor)) or (_modes() > 0 and _recorded())
+
+
+def _recorded() -> bool:
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in (_MODES.FAKE, _MODES.PROXY))
 
 
 @functools.cache
-def _warn() -> None:
+def _warn(what: str) -> None:
     logger.warning(
-        "second derivatives, forward mode and torch.func of an expert layer run by plain steps of torch, not by the "
-        "kernels: they are right, but slow"
+        "second derivatives, forward mode and torch.func of %s run by plain steps of torch, not by the kernels: they "
+        "are right, but slow",
+        what,
     )
 
 
 @torch.compiler.assume_constant_result
-def _say() -> None:  # torch.compile does not look into it, and calls it while it makes a graph
-    _warn()
+def say_plain(what: str) -> None:
+    """Say once that ``what`` takes plain steps. torch.compile does not look into this, but calls it once a graph."""
+    _warn(what)
 
 
 def _vmapped() -> bool:
@@ -92,7 +96,7 @@ def plain_experts(
     *_: Any,
 ) -> Tensor:
     """out (T, H), or (R, H) without ``reduce``, of the arguments of the op ``experts_forward``."""
-    _say()
+    say_plain("an expert layer")
     # Where ids cannot be read, no expert can take its own tokens alone.
     blind = torch.compiler.is_compiling() or traced(topk_ids) or _vmapped()
     experts = _every_expert_on_every_token if blind else reference_experts

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from moe_kernels.backends import UnsupportedProblem, device_capability
+from moe_kernels.plain import batched, say_plain, traced, transformed, without_autocast
 
 Scoring = Literal["softmax", "sigmoid"]
 MAX_EXPERTS = 512
@@ -84,7 +85,10 @@ def route(
     _check(logits, correction_bias, settings, scoring)
     if _backend(logits, backend) == "torch":
         return reference_route(logits, correction_bias, settings)
-    if torch.compiler.is_compiling():
+    if transformed([logits]):
+        say_plain("a fused router")
+        return reference_route(logits, correction_bias, settings)
+    if torch.compiler.is_compiling() or traced(logits):
         weights, ids = torch.ops.moe_kernels.route_forward(logits.contiguous(), correction_bias, *settings)
     else:
         weights, ids = _Route.apply(logits.contiguous(), correction_bias, *settings)
@@ -95,23 +99,30 @@ def reference_route(
     logits: torch.Tensor, correction_bias: torch.Tensor | None, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, in plain differentiable torch: float32 inside, float64 for float64 logits."""
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits.device.type):
+        scores = _scores(logits, settings)
         if settings.sigmoid:
-            scores = logits.to(wide).sigmoid().to(settings.weights_dtype).to(wide)
             choice = scores.detach() if correction_bias is None else scores.detach() + correction_bias
         else:
-            scores = logits.to(wide).softmax(-1)
             choice = logits.detach()
         order = _falling(choice)
         if settings.groups > 1:
             outside = _outside(choice, settings.groups, settings.top_groups).gather(-1, order)
             order = order.gather(-1, torch.sort(outside, dim=-1, stable=True).indices)
         ids = order[..., : settings.top_k]
-        weights = scores.gather(-1, ids)
-        if settings.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if settings.sigmoid else 0.0))
-        return (weights * settings.scale).to(settings.weights_dtype), ids
+        return _weights(scores, ids, settings), ids
+
+
+def _scores(logits: torch.Tensor, settings: Settings) -> torch.Tensor:
+    wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    return wide.sigmoid().to(settings.weights_dtype).to(wide.dtype) if settings.sigmoid else wide.softmax(-1)
+
+
+def _weights(scores: torch.Tensor, ids: torch.Tensor, settings: Settings) -> torch.Tensor:
+    weights = scores.gather(-1, ids)
+    if settings.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if settings.sigmoid else 0.0))
+    return (weights * settings.scale).to(settings.weights_dtype)
 
 
 def _falling(values: torch.Tensor) -> torch.Tensor:
@@ -123,7 +134,7 @@ def _outside(choice: torch.Tensor, groups: int, top_groups: int) -> torch.Tensor
     """(T, E), true outside the groups whose two largest of ``choice`` (T, E) sum to most."""
     grouped = choice.unflatten(-1, (groups, -1))
     best = _falling(grouped.topk(2, dim=-1).values.sum(-1))[..., :top_groups]
-    outside = torch.ones(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter(-1, best, False)
+    outside = grouped.new_ones(grouped.shape[:2], dtype=torch.bool).scatter(-1, best, False)
     return outside[..., None].expand_as(grouped).flatten(-2)
 
 
@@ -211,9 +222,24 @@ def _save(ctx: Any, inputs: tuple[Any, ...], ids: torch.Tensor) -> None:
 def _grads(ctx: Any, dweights: torch.Tensor | None, step: Any) -> tuple[torch.Tensor | None, ...]:
     dlogits = None
     if dweights is not None and ctx.needs_input_grad[0]:
-        s = ctx.settings
-        dlogits = step(dweights, *ctx.saved_tensors, s.sigmoid, s.normalize, s.scale)
+        (logits, ids), s = ctx.saved_tensors, ctx.settings
+        if torch.is_grad_enabled() or batched(dweights):  # create_graph=True, or several backwards at a time
+            dlogits = _plain_grad(dweights, logits, ids, s)
+        else:
+            dlogits = step(dweights, logits, ids, s.sigmoid, s.normalize, s.scale)
     return dlogits, *((None,) * (1 + len(Settings._fields)))
+
+
+def _plain_grad(
+    dweights: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, settings: Settings
+) -> torch.Tensor:
+    """What the backward gives, as a graph that autograd can differentiate again."""
+    say_plain("a fused router")
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), without_autocast(logits.device.type):
+        own = logits.view_as(logits)
+        weights = _weights(_scores(own, settings), ids, settings)
+        return torch.autograd.grad(weights, own, dweights, create_graph=again)[0]
 
 
 class _Route(torch.autograd.Function):
@@ -227,7 +253,6 @@ class _Route(torch.autograd.Function):
         return weights, ids
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dweights: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
         return _grads(ctx, dweights, _backward)
 

@@ -82,6 +82,22 @@ def test_lora_tables():
     assert tables.lora([("cpu.json", lora_json(None))]) == tables.NOTHING
 
 
+def test_releases_of_triton_side_by_side():
+    def under(triton, time):
+        bench = bench_json("GPU X")
+        bench["environment"]["triton"] = triton
+        for row in bench["results"]:
+            row["forward_backward_queued_ms"] = {**SPREAD, "median": time}
+        return bench
+
+    results = [("h-triton-1.json", under("1.0", 2.0)), ("h-triton-2.json", under("2.0", 3.0))]
+    text = tables.releases(results)
+    assert "| layer | 1.0 (`h-triton-1.json`) | 2.0 (`h-triton-2.json`) |" in text
+    assert "| tiny | 2.00 | 3.00 |" in text
+    assert "| 1.000 | 1.500 |" in text
+    assert tables.layers(results) == tables.releases([]) == tables.NOTHING
+
+
 def test_readme_is_in_sync():
     subprocess.run([sys.executable, str(SCRIPT), "--check"], check=True, timeout=60)
 

@@ -290,6 +290,32 @@ def test_other_layouts_and_lora(kind: str, folder: Path) -> None:
         assert any("experts" in key for key in saved[0])
 
 
+def test_a_fused_router_that_lora_trains_whole(folder: Path) -> None:
+    """PEFT wraps the router before the plugin sees it: the copy that trains is the fused one."""
+    from safetensors import safe_open
+
+    lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["q_proj"]}
+    own = tiny(FAMILIES["mixtral"].optimized, "mixtral") | lora | {"lora_modules_to_save": ["gate"]}
+    configs = {"gate-own": own, "gate-fused": own | {"moe_fused_router": True}}
+    with ThreadPoolExecutor() as pool:
+        expected, actual = pool.map(partial(train, folder), configs.keys(), configs.values())
+    for training in (expected, actual):
+        assert training.returncode == 0, training.log[-4000:]
+    layers = FAMILIES["mixtral"].sizes["tiny"].moe_layers
+    assert f"fused router in {layers} layers of PeftModel" in actual.log
+    # Later ones differ by the adapter that Axolotl draws before any seed is set.
+    assert abs(expected.losses[0] - actual.losses[0]) < 2e-6
+
+    def gates(path: Path) -> list[Any]:
+        with safe_open(path, framework="pt") as file:
+            return [file.get_tensor(key) for key in sorted(file.keys()) if key.endswith("gate.weight")]
+
+    before = gates(folder / own["base_model"] / "model.safetensors")
+    after = gates(folder / "runs" / "gate-fused" / "out" / "adapter_model.safetensors")
+    assert len(before) == len(after) == layers
+    assert all((a - b).abs().max() > 1e-4 for a, b in zip(before, after, strict=True))
+
+
 def keys_of(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 

@@ -340,20 +340,31 @@ def test_check_lora() -> None:
     model = adapted("mixtral")
     assert mk_peft.check_lora(model) == 0, "nothing is served"
     assert mk_peft.check_lora(ours(model)) == 2 * LAYERS
-    fused = ours(adapted("mixtral", lora("mixtral", r=129)))
-    with pytest.raises(ValueError, match=r"rank 129 \(default\) on down_proj, .* at most 128: lower lora_r"):
-        mk_peft.check_lora(fused)
+    words = r"layers\.0\..*rank 129 \(default\) on down_proj, .* at most 128: lower lora_r"
+    with pytest.raises(ValueError, match=words):
+        ours(adapted("mixtral", lora("mixtral", r=129)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_too_high_a_rank_is_refused_by_check_model_and_in_the_forward(backend: str, device: torch.device) -> None:
+    mk.register(backend=backend)
+    model = adapted("mixtral", lora("mixtral", r=200)).to(device)
+    model.get_base_model().set_experts_implementation("moe_kernels")
+    with pytest.raises(ValueError, match=r"^base_model\.model.*layers\.0.*: LoRA of rank 200 .* at most 128"):
+        mk.check_model(model)
+    with pytest.raises(ValueError, match=r"^LoRA of rank 200 .* at most 128"):
+        through(outer_wrapper(model), device)
 
 
 def test_active_adapters_of_too_high_a_rank_together() -> None:
     model = adapted("mixtral", lora("mixtral", r=96))
     model.add_adapter("second", lora("mixtral", r=96))
     fused = ours(model)
-    assert mk_peft.check_lora(fused) == 2 * LAYERS, "one is active"
+    assert mk.check_model(fused) == LAYERS, "one is active"
     fused.base_model.set_adapter(["default", "second"])
     words = r"LoRA of rank 192 \(default \+ second\) on down_proj, .* activate fewer adapters"
     with pytest.raises(ValueError, match=rf"layers\.0.*: {words}"):
-        mk_peft.check_lora(fused)
+        mk.check_model(fused)
     with pytest.raises(ValueError, match=f"^{words}"):
         run(fused)
 
@@ -421,6 +432,7 @@ def test_dropout_that_axolotl_would_leave_out_is_refused(monkeypatch: pytest.Mon
     model = ours(loaded_by_axolotl(monkeypatch, 0.0))
     plugin.post_model_load(cfg, model)
     assert mk_peft.check_lora(model) == 2 * LAYERS
-    model = ours(loaded_by_axolotl(monkeypatch, 0.05))
+    model = loaded_by_axolotl(monkeypatch, 0.05)
+    model.get_base_model().set_experts_implementation("moe_kernels")
     with pytest.raises(ValueError, match=r"lora_dropout=0\.05 cannot act on .*: set lora_dropout: 0"):
         plugin.post_model_load(cfg, model)

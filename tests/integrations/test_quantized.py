@@ -157,11 +157,42 @@ def test_gradient_checkpointing_around_a_layer(use_reentrant: bool) -> None:
     assert backends.dispatch_counts() == {"torch": 2 * 3}
 
 
-def test_blocks_across_experts_are_refused() -> None:
+def model_of(experts: nn.Module) -> nn.Module:
+    experts.config._experts_implementation = "moe_kernels"
+    model = nn.Module()
+    model.mlp = nn.Module()
+    model.mlp.experts = experts
+    return model
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_blocks_across_experts_are_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mk.register(backend=backend)
+    monkeypatch.setattr(conformance, "_HIDDEN", 20)
+    monkeypatch.setitem(conformance._TINY, r"hidden_size$", 20)
+    monkeypatch.setitem(conformance._TINY, r"intermediate_size$", 36)
     packed = in_4_bits(conformance.build(DISTINCT["gate_up | silu"].cls))
-    packed.parametrizations["down_proj"][0].quant_state.blocksize = 4096 * 3
-    with pytest.raises(mk.UnsupportedExperts, match=r"the 12288 values of a 4-bit block do not divide .*\(64, 128\)"):
+    words = r"the 64 values of a 4-bit block do not divide an expert's \(72, 20\)"
+    with pytest.raises(mk.UnsupportedExperts, match=rf"^mlp\.experts \(\w+\): {words}"):
+        mk.check_model(model_of(packed))
+    with pytest.raises(mk.UnsupportedExperts, match=words):
         run(packed, "moe_kernels")
+
+
+def test_check_model_does_not_dequantise(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = watched(monkeypatch)
+
+    def whole(*_: object) -> None:
+        raise AssertionError("the whole weight was dequantised")
+
+    monkeypatch.setattr(parametrize.Bnb4bitParametrization, "forward", whole)
+    for found in DISTINCT.values():
+        packed = in_4_bits(conformance.build(found.cls))
+        assert mk.check_model(model_of(packed)) == 1
+        packed.num_experts -= 1
+        with pytest.raises(mk.UnsupportedExperts, match=r"^mlp\.experts .* holds weights of 5 experts"):
+            mk.check_model(model_of(packed))
+    assert seen == []
 
 
 def test_without_gradients() -> None:

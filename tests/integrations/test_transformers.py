@@ -8,19 +8,25 @@ from __future__ import annotations
 import copy
 import json
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_kernels
 from moe_kernels import backends
 from moe_kernels.activation import PLAIN, Activation
+from moe_kernels.testing.ambient import AMBIENT, inside
+from moe_kernels.testing.tiles import use_small_tiles
 
 transformers = pytest.importorskip("transformers")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")
+
+from moe_kernels.integrations.support import recipe_of  # noqa: E402
 
 VOCAB, TOKENS = 97, (2, 13)
 COMMON = {
@@ -363,8 +369,32 @@ def test_compile_before_the_check_says_so() -> None:
     """The probe cannot run inside a graph."""
     experts = experts_module("mixtral")
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="call check_model"):  # wrapped by dynamo, in a class of its own
+    # Wrapped by dynamo, in a class of its own.
+    with pytest.raises(Exception, match=r"call check_model\(model\) before torch.compile or torch.export"):
         torch.compile(experts, fullgraph=True, backend="aot_eager")(*experts_inputs(experts))
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_an_exported_layer_is_exact(name: str, backend: str, strict: bool, device: torch.device) -> None:
+    experts = experts_module(name).to(device)
+    inputs = tuple(tensor.to(device) for tensor in experts_inputs(experts))
+    with pytest.raises(Exception, match=r"call check_model\(model\) before torch.compile or torch.export"):
+        torch.export.export(experts, inputs, strict=strict)
+    mk.register(backend=backend)
+    assert mk.check_model(experts) == 1
+    torch._dynamo.reset()
+    exported = torch.export.export(experts, inputs, strict=strict)
+    assert [node for node in exported.graph.nodes if "moe_kernels.experts_forward" in str(node.target)]
+    with use_small_tiles():
+        expected = experts(*inputs)
+        assert torch.equal(exported.module()(*inputs), expected)
+        backends.reset_dispatch_counts()
+        other = [torch.roll(inputs[0], 1, 0), torch.roll(inputs[1], 1, 0), torch.roll(inputs[2], 1, 0)]
+        assert torch.equal(exported.module()(*other), torch.roll(expected, 1, 0))
+    assert backends.dispatch_counts() == {backend: 1}
 
 
 # What it cannot run, and the words for it
@@ -418,6 +448,64 @@ def test_why_not_module(make, activation: str) -> None:
     reason = mk.why_not_module(make())
     assert f"its activation {activation} computes none of clamped_glu, clamped_silu, gelu" in reason
     assert "experts_implementation: grouped_mm" in reason
+
+
+# What the caller has switched on
+
+
+def clamped_experts() -> nn.Module:
+    experts = experts_module("gpt_oss")
+    experts.limit, experts.alpha = 3.5, 1.25
+    return experts
+
+
+def activation_of(name: str) -> nn.Module:
+    experts = experts_module("mixtral")
+    experts.act_fn = transformers.activations.ACT2FN[name]
+    return experts
+
+
+# Three write gelu_pytorch_tanh in their own ways.
+PROBED = {name: lambda name=name: activation_of(name) for name in (*PLAIN, "gelu_new", "gelu_fast", "gelu_python")}
+PROBED |= {"gpt_oss": clamped_experts, "nemotron_h": lambda: experts_module("nemotron_h")}
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("state", AMBIENT)
+def test_the_probe_finds_the_same_whatever_is_switched_on(state: str) -> None:
+    for name, make in PROBED.items():
+        expected, experts = recipe_of(make()), make()
+        found = inside(state, lambda: recipe_of(experts))  # noqa: B023 (called here)
+        assert found.gate == expected.gate, name
+        assert mk.why_not_module(experts) is None
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("state", AMBIENT)
+def test_what_is_refused_is_refused_whatever_is_switched_on(state: str) -> None:
+    experts = hidden_clamp_experts()
+    assert "SiLUActivation computes none of" in inside(state, lambda: mk.why_not_module(experts))
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("data", [True, False], ids=["data", "no data"])
+@pytest.mark.parametrize("state", AMBIENT)
+def test_a_model_is_checked_whatever_is_switched_on(state: str, data: bool) -> None:
+    for name in ("mixtral", "gpt_oss"):
+        model = make_model(name, torch.bfloat16).to("cpu" if data else "meta")
+        model.set_experts_implementation("moe_kernels")
+        assert inside(state, lambda: mk.check_model(model)) == 2  # noqa: B023 (called here)
+        another_number(model.model.layers[1].mlp.experts)
+        with pytest.raises(mk.UnsupportedExperts, match=r"layers\.1.* num_experts=2"):
+            inside(state, lambda: mk.check_model(model))  # noqa: B023
+
+
+@pytest.mark.plain_memory
+def test_a_model_made_of_fake_tensors_is_checked() -> None:
+    with FakeTensorMode():
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS["mixtral"][0]())
+        model.set_experts_implementation("moe_kernels")
+        assert mk.check_model(model) == 2
 
 
 def clamped_gate(self: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
@@ -499,11 +587,155 @@ def test_experts_of_another_interface_raise() -> None:
         mk.check_model(model)
 
 
-def test_changed_number_of_experts_raises() -> None:
-    experts = experts_module("mixtral")
+# What check_model refuses because every forward would
+
+
+def cut(weight: nn.Parameter, *slices: slice) -> nn.Parameter:
+    return nn.Parameter(weight.detach()[slices].clone())
+
+
+def another_number(experts: nn.Module) -> None:
     experts.num_experts = 2
-    with pytest.raises(mk.UnsupportedExperts, match="num_experts=2 but holds weights of 4"):
-        experts(*experts_inputs(experts_module("mixtral")))
+
+
+def one_weight_cut(experts: nn.Module) -> None:
+    experts.down_proj = cut(experts.down_proj, slice(3))
+
+
+def half_the_up_rows(experts: nn.Module) -> None:
+    """As many rows as experts without a gate have: the op alone could not tell."""
+    experts.gate_up_proj = cut(experts.gate_up_proj, slice(None), slice(experts.down_proj.shape[2]))
+
+
+def other_hidden_size(experts: nn.Module) -> None:
+    experts.down_proj = cut(experts.down_proj, slice(None), slice(16))
+
+
+def gaps(experts: nn.Module) -> None:
+    wide = torch.cat([experts.down_proj.detach()] * 2, dim=2)
+    experts.down_proj = nn.Parameter(wide[..., : wide.shape[2] // 2])
+
+
+def two_dtypes(experts: nn.Module) -> None:
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().bfloat16())
+
+
+def eight_bits(experts: nn.Module) -> None:
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def short_bias(experts: nn.Module) -> None:
+    experts.down_proj_bias = cut(experts.down_proj_bias, slice(None), slice(7))
+
+
+def bias_of_fewer(experts: nn.Module) -> None:
+    experts.gate_up_proj_bias = cut(experts.gate_up_proj_bias, slice(2))
+
+
+def half_the_up_columns(experts: nn.Module) -> None:
+    experts.gate_up_proj = cut(experts.gate_up_proj, slice(None), slice(None), slice(experts.down_proj.shape[1]))
+
+
+HALF = r"its up projection gives \d+ values, its down projection takes \d+: make both agree"
+MISFITS = {
+    "mixtral": {
+        another_number: "num_experts=2 but holds weights of 4 experts: make both agree",
+        one_weight_cut: "num_experts=4 but holds weights of 3 experts: make both agree",
+        half_the_up_rows: HALF,
+        other_hidden_size: "sizes disagree",
+        gaps: r"each expert's matrix of down must be contiguous.*strides .*: store it contiguous once",
+        two_dtypes: "gate_up is torch.float32 but down is torch.bfloat16: cast one of them, or use torch.autocast",
+        eight_bits: r"its weights are stored as torch\.float8_e4m3fn.*: grouped_mm",
+    },
+    "gpt_oss": {  # transposed, with biases
+        half_the_up_columns: HALF,
+        gaps: "each expert's matrix of down must be contiguous",
+        short_bias: r"down_bias is \(4, 7\), want \(4, 40\)",
+        bias_of_fewer: "num_experts=4 but holds weights of 2 experts",
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "misfit"), [(name, misfit) for name, all_ in MISFITS.items() for misfit in all_])
+def test_what_every_forward_refuses_is_refused_by_check_model(
+    name: str, misfit: Callable[[nn.Module], None], device: torch.device
+) -> None:
+    words, model = MISFITS[name][misfit], make_model(name).to(device)
+    model.set_experts_implementation("moe_kernels")
+    assert mk.check_model(model) == 2
+    experts = model.model.layers[1].mlp.experts
+    inputs = [tensor.detach().to(device) for tensor in experts_inputs(experts)]
+    misfit(experts)
+    with pytest.raises(mk.UnsupportedExperts, match=rf"^model\.layers\.1\.mlp\.experts \(\w+\): .*{words}"):
+        mk.check_model(model)
+    for backend in ("torch", "triton"):
+        mk.register(backend=backend)
+        with pytest.raises(ValueError, match=words):
+            experts(*inputs)
+
+
+def test_nothing_is_read_or_made_to_check_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("gpt_oss")
+    model.set_experts_implementation("moe_kernels")
+    mk.check_model(model)  # the probe, which is made once
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            seen.append((function, out))
+            return out
+
+    with Watch():
+        assert mk.check_model(model) == 2
+    assert seen
+    assert all(out.is_meta or not out.numel() for _, out in seen if isinstance(out, torch.Tensor)), seen
+
+
+def test_two_dtypes_are_right_under_autocast(device: torch.device) -> None:
+    """Both are cast there: a bfloat16 model of which one weight trains in float32."""
+    model = make_model("mixtral").to(device)
+    model.set_experts_implementation("moe_kernels")
+    for _, experts in mk.experts_modules(model):
+        two_dtypes(experts)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert mk.check_model(model) == 2
+        logits, grads = run(model, tokens().to(device))
+    assert logits.isfinite().all()
+    assert all(grad.abs().max() > 0 for grad in grads.values())
+    model.double()
+    with torch.autocast(device.type, torch.bfloat16):  # which leaves float64 alone
+        two_dtypes(model.model.layers[0].mlp.experts)
+        with pytest.raises(mk.UnsupportedExperts, match=r"layers\.0.*gate_up is torch.float64 but down is"):
+            mk.check_model(model)
+
+
+@pytest.mark.parametrize(
+    ("keys", "fits"),
+    [({"bf16": True}, True), ({"fp16": True}, True), ({"bf16": "full"}, False), ({}, False)],
+    ids=str,
+)
+def test_the_plugin_checks_as_the_trainer_runs(keys: dict, fits: bool) -> None:
+    plugin = pytest.importorskip("axolotl.integrations.moe_kernels.plugin").MoeOptimizedPlugin()
+    cfg = pytest.importorskip("axolotl.utils.dict").DictDefault({"moe_kernels": True} | keys)
+    model = make_model("mixtral")
+    model.set_experts_implementation("moe_kernels")
+    two_dtypes(model.model.layers[1].mlp.experts)
+    if fits:
+        plugin.post_model_load(cfg, model)
+        assert plugin.expert_layers == 2
+    else:
+        with pytest.raises(mk.UnsupportedExperts, match=r"layers\.1.*gate_up is torch.float32 but down is"):
+            plugin.post_model_load(cfg, model)
+
+
+def test_weights_in_pieces_are_left_to_the_forward() -> None:
+    """ZeRO-3 and FSDP1 leave a parameter of one dimension until the layer runs."""
+    model = make_model("gpt_oss")
+    model.set_experts_implementation("moe_kernels")
+    for parameter in model.model.layers[0].mlp.experts.parameters():
+        parameter.data = torch.empty(0)
+    assert mk.check_model(model) == 2
 
 
 def test_local_experts_of_expert_parallelism() -> None:
@@ -516,13 +748,6 @@ def test_local_experts_of_expert_parallelism() -> None:
     experts.num_experts = 2
     expected = moe_kernels.reference_experts(x, index, weights, experts.gate_up_proj, experts.down_proj)
     torch.testing.assert_close(experts(x, index, weights), expected, **TOLERANCE[torch.float32])
-
-
-def test_quantised_weights_raise() -> None:
-    experts = experts_module("mixtral")
-    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(mk.UnsupportedExperts, match="float8_e4m3fn"):
-        experts(*experts_inputs(experts_module("mixtral")))
 
 
 class Wrapped(torch.Tensor):

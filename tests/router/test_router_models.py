@@ -1,6 +1,7 @@
 """The fused router inside real models of transformers, the model's own router as the truth, and what is refused."""
 
 import copy
+import pickle
 import types
 
 import pytest
@@ -14,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter  # noqa: E402
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter  # noqa: E402
 
+import moe_kernels.integrations.transformers as mk  # noqa: E402
 from moe_kernels.integrations.router import (  # noqa: E402
     RouterForm,
     UnsupportedRouter,
@@ -21,6 +23,8 @@ from moe_kernels.integrations.router import (  # noqa: E402
     recognise,
     router_modules,
 )
+from moe_kernels.integrations.support import recipe_of  # noqa: E402
+from moe_kernels.testing.ambient import AMBIENT, inside  # noqa: E402
 
 COMMON = {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 96,
           "intermediate_size": 32, "num_hidden_layers": 2, "num_experts_per_tok": 3}  # fmt: skip
@@ -114,6 +118,21 @@ def test_a_compiled_router_is_one_graph(backend):
         torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_router_is_exact(strict, backend):
+    gate = build("deepseek_v3", "DeepseekV3TopkRouter", {})
+    install_fused_router(holder(gate))
+    nn.init.normal_(gate.weight)
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+    torch._dynamo.reset()
+    exported = torch.export.export(gate, (torch.zeros(7, 32),), strict=strict)
+    named = [node for node in exported.graph.nodes if "moe_kernels.route_forward" in str(node.target)]
+    assert bool(named) == (backend == "triton"), "plain torch is its own graph"
+    for ours, eager in zip(exported.module()(x), gate(x), strict=True):
+        assert torch.equal(ours, eager)
+
+
 def test_checkpointed_layers_give_the_same_gradients(backend):
     model = make_model("qwen3_moe")
     install_fused_router(model)
@@ -129,13 +148,154 @@ def test_checkpointed_layers_give_the_same_gradients(backend):
         torch.testing.assert_close(grad, expected[key], msg=lambda m, k=key: f"{k}: {m}")
 
 
+def assert_fused_copy(twin, model):
+    """The routers of ``twin`` run the fused forward with their own weights, and compute what ``model``'s do."""
+    x = torch.randn(7, 40, generator=torch.Generator().manual_seed(1))
+    pairs = list(zip(router_modules(twin), router_modules(model), strict=True))
+    assert len(pairs) == 2
+    for (_, gate), (_, theirs) in pairs:
+        assert gate is not theirs
+        assert gate.forward.args[1] is gate
+        assert recognise(gate) == recognise(theirs) == gate.forward.args[0]
+        assert all(torch.equal(ours, other) for ours, other in zip(gate(x), theirs(x), strict=True))
+        with torch.no_grad():
+            gate.weight.neg_()
+        assert torch.equal(gate(x)[0], -theirs(x)[0])
+
+
 def test_installing_twice_and_copying():
     model = make_model("mixtral")
     assert install_fused_router(model) == install_fused_router(model) == 2
-    twin = copy.deepcopy(model)
-    gate = router_modules(twin)[0][1]
-    assert gate.forward.__self__ is gate
-    assert torch.equal(run(twin)[0]["logits"], run(model)[0]["logits"])
+    assert_fused_copy(copy.deepcopy(model), model)
+
+
+def picklable(model):
+    """The model, or its MoE blocks: transformers' rotary embeddings cannot always be pickled."""
+    if model.config.model_type == "deepseek_v3":
+        return model
+    return nn.ModuleList([layer.mlp for layer in model.model.layers])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_comes_back_fused(name, tmp_path, backend):
+    mk.register(backend="torch")
+    model = make_model(name)
+    model.set_experts_implementation("moe_kernels")
+    assert mk.check_model(model) == install_fused_router(model) == 2
+    part = picklable(model)
+    torch.save(part, tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    for _, experts in mk.experts_modules(twin):
+        assert mk.is_served(experts)
+        assert vars(experts)["_moe_kernels_recipe"] is recipe_of(experts), "the probe need not run again"
+    assert_fused_copy(twin, part)
+    assert_fused_copy(pickle.loads(pickle.dumps(copy.deepcopy(part))), part)
+
+
+def in_another_process(_, model, inputs, results):
+    """A process of its own, without anything that this one did beside making the model."""
+    gate = model.gate
+    results["fused"] = gate.forward.func is RouterForm.forward and gate.forward.args[1] is gate
+    results["logits"] = gate(inputs)[0].detach()
+
+
+def test_a_spawned_process_gets_a_fused_model():
+    model = holder(build("deepseek_v3", "DeepseekV3TopkRouter", {}))
+    nn.init.normal_(model.gate.weight)
+    install_fused_router(model)
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(in_another_process, (model, x, results))
+        assert results["fused"]
+        assert torch.equal(results["logits"], model.gate(x)[0])
+
+
+def test_what_wrapped_a_fused_router_stays_when_it_is_installed_again():
+    """As accelerate wraps a forward, to move the weights of an offloaded module."""
+    accelerate = pytest.importorskip("accelerate")
+    model = holder(build("mixtral", "MixtralTopKRouter", {}))
+    install_fused_router(model)
+    accelerate.hooks.add_hook_to_module(model.gate, accelerate.hooks.ModelHook())
+    wrapped = model.gate.forward
+    assert install_fused_router(model) == 1
+    assert model.gate.forward is wrapped
+
+
+# Wrappers that pass on the attributes of what they wrap
+
+
+class Seen(nn.Module):
+    """As torch.compile's, activation checkpointing's and FSDP1's wrappers do it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.wrapped = module
+
+    def forward(self, *args):
+        return self.wrapped(*args)
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "wrapped" else getattr(self.wrapped, name)
+
+
+def test_wrappers_are_seen_through():
+    model = make_model("qwen3_moe")
+    expected, expected_grads = run(model)
+    for layer in model.model.layers:
+        layer.mlp.gate = Seen(Seen(layer.mlp.gate))
+    assert install_fused_router(model) == 2
+    gates = [layer.mlp.gate.wrapped.wrapped for layer in model.model.layers]
+    assert [gate for _, gate in router_modules(model)] == gates
+    assert all(isinstance(gate.forward.args[0], RouterForm) for gate in gates)
+    assert not any("forward" in vars(layer.mlp.gate) for layer in model.model.layers)
+    actual, grads = run(model)
+    torch.testing.assert_close(actual["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
+    for grad, theirs in zip(grads.values(), expected_grads.values(), strict=True):
+        assert (grad - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["installed first", "installed after PEFT"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_router_that_peft_trains_whole(name, before, backend):
+    peft = pytest.importorskip("peft")
+    targets, calls = ["q_proj", "q_a_proj"], []
+    lora = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["gate"], init_lora_weights=False)
+
+    def trained(model):
+        torch.manual_seed(5)
+        model = peft.get_peft_model(model, lora)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "modules_to_save" in key:
+                    parameter.mul_(1.5)  # apart from the one that it was copied from
+        return model
+
+    expected, expected_grads = run(trained(make_model(name)))
+    model = make_model(name)
+    if before:
+        assert install_fused_router(model) == 2
+        model = trained(model)
+    else:
+        model = trained(model)
+        assert install_fused_router(model) == 2
+    for key, module in model.named_modules():
+        if key.endswith("mlp.gate.modules_to_save.default"):
+            module.register_forward_hook(lambda module, *_: calls.append(module.forward.args))
+    actual, grads = run(model)
+    assert len(calls) == 2
+    assert all(isinstance(form, RouterForm) for form, _ in calls), "the one that trains is the fused one"
+    torch.testing.assert_close(actual["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
+    moving = [key for key, grad in expected_grads.items() if grad is not None]
+    assert sum("mlp.gate.modules_to_save.default.weight" in key for key in moving) == 2
+    for key in moving:
+        assert expected_grads[key].abs().max() > 0, key
+        assert (grads[key] - expected_grads[key]).norm() < 2e-5 * expected_grads[key].norm(), key
+    # The reference of preference learning runs the router as it was, fused too.
+    with model.disable_adapter():
+        assert len([gate for _, gate in router_modules(model) if recognise(gate) == gate.forward.args[0]]) == 4
+        without = run(make_model(name))[0]["logits"]
+        torch.testing.assert_close(model(input_ids=IDS).logits, without, rtol=1e-4, atol=1e-5)
 
 
 def test_a_replica_of_data_parallel_has_its_own_weights():
@@ -180,6 +340,16 @@ def build(family, name, changes):
 @pytest.mark.parametrize(("family", "name", "changes", "form"), FORMS, ids=[form[0] for form in FORMS])
 def test_routers_are_recognised_by_what_they_compute(family, name, changes, form):
     assert recognise(build(family, name, changes)) == form
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("state", AMBIENT)
+def test_the_probe_finds_the_same_whatever_is_switched_on(state):
+    for family, name, changes, form in FORMS:
+        gate = build(family, name, changes)
+        assert inside(state, lambda: recognise(gate)) == form, name  # noqa: B023 (called here)
+    other = REFUSED["another scale"]
+    assert "computes something else" in inside(state, lambda: recognise(other))
 
 
 @pytest.mark.parametrize("condition", ["bfloat16", "autocast"])

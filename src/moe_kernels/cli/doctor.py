@@ -26,7 +26,7 @@ OK, NOTE, BROKEN = "ok", "note", "broken"
 #: Tested versions, from the first to below the last, as pyproject.toml has them.
 TESTED: dict[str, tuple[str, str]] = {
     "torch": ("2.11", "2.15"),
-    "triton": ("3.6", "3.9"),
+    "triton": ("3.6", "3.10"),
     "transformers": ("5.16.1", "5.25"),
     "axolotl": ("0.19", "0.22"),
 }

@@ -134,6 +134,8 @@ def lora_overrides(options: Options, base_model: str) -> Config:
         "lora_model_dir": str(ADAPTER_FOLDER / f"{Path(base_model).name}-r{options.lora}"),
         # Axolotl's fused LoRA of the attention comes and goes with versions and is not what is compared.
         **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),
+        # Axolotl's default leaves the experts' part of the adapter out when it merges.
+        "merge_method": "legacy",
         **({"load_in_4bit": True, "quantize_moe_experts": True} if options.qlora else {}),
     }
 

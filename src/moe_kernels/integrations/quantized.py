@@ -62,8 +62,8 @@ class PackedWeight:
             return dequantize_4bit(self.packed.view(-1)[first * elements // 2 : last * elements // 2, None], part)
 
 
-def packed_weight(module: Any, name: str) -> PackedWeight | None:
-    """The weight ``name`` of ``module`` if bitsandbytes keeps it in 4 bits.
+def packed_weight(module: Any, name: str, where: str = "") -> PackedWeight | None:
+    """The weight ``name`` of ``module``, called ``where`` in errors, if bitsandbytes keeps it in 4 bits.
 
     Raises:
         UnsupportedExperts: its blocks of equal scale reach over the border of two experts.
@@ -76,7 +76,7 @@ def packed_weight(module: Any, name: str) -> PackedWeight | None:
         return None
     if state.shape[1] * state.shape[2] % state.blocksize:
         reason = f"the {state.blocksize} values of a 4-bit block do not divide an expert's {tuple(state.shape[1:])}."
-        raise UnsupportedExperts.of(module, reason)
+        raise UnsupportedExperts.of(module, reason, where)
     return PackedWeight(chain[name].original, state)
 
 

@@ -9,16 +9,16 @@ fused one run on the same random data, and logits, weights, choices and gradient
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
-import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from moe_kernels.integrations.probe import probe_context, probe_device
 from moe_kernels.router import Scoring, route
 
 #: (logits, topk_weights, topk_ids), as the router modules of transformers return them.
@@ -79,7 +79,9 @@ class RouterForm:
 
 
 def install_fused_router(model: torch.nn.Module) -> int:
-    """Replace the forward of every router of ``model`` by the fused one, and return their number.
+    """Replace the forward of every router of ``model`` by the fused one, and return the number of layers.
+
+    Copies, pickled, spawned or replicated, are fused as well. Where PEFT trains a copy of a router, both are.
 
     Raises:
         UnsupportedRouter: a router, or every one, would not compute the same; nothing is replaced then.
@@ -100,20 +102,31 @@ def install_fused_router(model: torch.nn.Module) -> int:
             raise UnsupportedRouter(f"{name} ({type(module).__name__}): {form} {_CURE}")
         forms.append(form)
     for (_, module), form in zip(routers, forms, strict=True):
-        module.forward = types.MethodType(_fused_forward(form), module)
-        module._replicate_for_data_parallel = types.MethodType(_replica, module)
-    return len(routers)
+        if _installed(module) is None:  # what wrapped a fused forward since then stays
+            module.forward = functools.partial(RouterForm.forward, form, module)
+            module._replicate_for_data_parallel = functools.partial(_replica, form, module)
+    alike = [module for _, module in _look_alikes(model)]
+    inside = {id(part) for module in alike for part in module.modules() if part is not module}
+    return sum(id(module) not in inside for module in alike)
 
 
-def _replica(module: Any) -> Any:
+def _replica(form: RouterForm, module: Any) -> Any:
     """A replica of nn.DataParallel, which would run the forward of ``module`` itself, with its weights."""
     replica = type(module)._replicate_for_data_parallel(module)
-    replica.forward = types.MethodType(module.forward.__func__, replica)
+    replica.forward = functools.partial(RouterForm.forward, form, replica)
     return replica
 
 
 def router_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """``(name, module)`` of everything that looks like a router: it has a ``top_k`` and a ``weight``."""
+    """``(name, module)`` of every router module: it has a ``top_k`` and a ``weight``, and nothing inside it has.
+
+    A wrapper that passes on the attributes of what it wraps looks like a router and is none: PEFT's
+    ``modules_to_save`` holds two, the one that it trains and the one that runs with the adapter switched off.
+    """
+    return [(name, module) for name, module in _look_alikes(model) if len(_look_alikes(module)) == 1]
+
+
+def _look_alikes(model: torch.nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -122,10 +135,18 @@ def router_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
+def _installed(module: Any) -> RouterForm | None:
+    """The form that a module's forward was replaced by; hooks of accelerate may have wrapped it since then."""
+    forward = inspect.unwrap(vars(module).get("forward"))
+    fused = isinstance(forward, functools.partial) and forward.func is RouterForm.forward
+    return forward.args[0] if fused else None
+
+
 def recognise(module: Any) -> RouterForm | str:
     """The form of a router module, or why it has none."""
-    if hasattr(module.forward, "fused_form"):
-        return module.forward.fused_form
+    installed = _installed(module)
+    if installed is not None:
+        return installed
     if "forward" in vars(module):
         return "its forward was already replaced by something else."
     if module.weight.dim() != 2:
@@ -136,17 +157,10 @@ def recognise(module: Any) -> RouterForm | str:
     scoring: Scoring = "softmax" if getattr(module, "e_score_correction_bias", None) is None else "sigmoid"
     for normalize, float32_linear, float32_weights in itertools.product((True, False), (False, True), (False, True)):
         form = RouterForm(scoring, normalize, float32_linear, float32_weights)
-        if all(_agrees(module, form, *c, training) for c in _CONDITIONS for training in (True, False)):
-            return form
+        with probe_context(probe_device(module)):
+            if all(_agrees(module, form, *c, training) for c in _CONDITIONS for training in (True, False)):
+                return form
     return f"on random data it computes something else than a {scoring} top-{module.top_k} of its logits."
-
-
-def _fused_forward(form: RouterForm) -> Callable[[Any, torch.Tensor], Routing]:
-    def forward(self: Any, hidden_states: torch.Tensor) -> Routing:
-        return form.forward(self, hidden_states)
-
-    setattr(forward, "fused_form", form)  # noqa: B010 (mypy knows no attributes of functions)
-    return forward
 
 
 def _kind(module: Any) -> Any:
@@ -158,11 +172,11 @@ def _kind(module: Any) -> Any:
 
 def _agrees(module: Any, form: RouterForm, dtype: torch.dtype, autocast: bool, bias: float, training: bool) -> bool:
     """Whether the code of ``module`` and ``form`` give the same on random weights and hidden states."""
-    device = torch.device("cpu") if module.weight.is_meta else module.weight.device
+    device = probe_device(module)
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, device=device) * scale
+        return torch.randn(*size, generator=generator, device=device, dtype=torch.float32) * scale
 
     experts, hidden = module.weight.shape
     probe = copy.copy(module)

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_kernels.activation import ACTIVATIONS, PLAIN, Activation, Gate
+from moe_kernels.integrations.probe import probe_context, probe_device
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Attributes that transformers' decorator sets (5.16.1 not yet the last), and their default.
@@ -32,8 +33,15 @@ class UnsupportedExperts(ValueError):
 
     @classmethod
     def of(cls, module: Any, reason: str, name: str = "") -> UnsupportedExperts:
+        """Where transformers' own implementations are the cure."""
+        cure = "Train it with experts_implementation: grouped_mm and without moe_kernels."
+        return cls.mended(module, f"{reason} {cure}", name)
+
+    @classmethod
+    def mended(cls, module: Any, reason_and_cure: str, name: str = "") -> UnsupportedExperts:
+        """Where the module itself is to be mended."""
         where = f"{name} ({type(module).__name__})" if name else type(module).__name__
-        return cls(f"{where}: {reason} Train it with experts_implementation: grouped_mm and without moe_kernels.")
+        return cls(f"{where}: {reason_and_cure}")
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class Recipe:
     biased: bool
     post_norm: bool
     source: tuple[Any, ...]
+
+    @property
+    def up_name(self) -> str:
+        """The weight of the up projection; that of the down projection is always ``down_proj``."""
+        return "gate_up_proj" if self.gate.gated else "up_proj"
 
     def __str__(self) -> str:
         weights = [
@@ -76,14 +89,14 @@ def recipe_of(module: Any, name: str = "") -> Recipe:
         return known
     if torch.compiler.is_compiling():
         raise UnsupportedExperts(
-            f"{type(module).__name__} was not looked at yet: call check_model(model) before torch.compile."
+            f"{type(module).__name__} was not looked at yet: call check_model(model) before torch.compile or "
+            "torch.export."
         )
     gated, concatenated, transposed, biased, post_norm = now[: len(_LAYOUT)]
     theirs = module._apply_gate if gated else module.act_fn
-    device = next(module.parameters()).device  # reading a weight may dequantise it
-    activation = _find_activation(
-        theirs, gated, not concatenated, _numbers(module), torch.device("cpu") if device.type == "meta" else device
-    )
+    device = probe_device(module)
+    with probe_context(device):
+        activation = _find_activation(theirs, gated, not concatenated, _numbers(module), device)
     if activation is None:
         shown = type(module.act_fn).__name__ if hasattr(module, "act_fn") else "_apply_gate"
         have = ACTIVATIONS if gated else PLAIN
@@ -121,7 +134,7 @@ def _find_activation(
     device: torch.device,
 ) -> Activation | None:
     """The first activation, with parameters from ``numbers``, of equal value and gradient on the probe."""
-    points = _probe_points(numbers).to(device)
+    points = _probe_points(numbers, device)
     shape = Gate(Activation("silu"), gated, interleaved)
     gate, up = torch.cartesian_prod(points, points + 0.0078).unbind(-1) if gated else (points, points)
     z = shape.join(gate, up)[None]
@@ -145,20 +158,18 @@ def _find_activation(
 def _value_and_gradient(
     function: Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # Hooks of our own: a checkpoint around the first call must not count what the probe saves.
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with torch.inference_mode(False), torch.enable_grad(), hooks:
-        z = z.clone().requires_grad_()
-        value = function(z)
-        return value.detach(), torch.autograd.grad(value.sum(), z)[0]
+    z = z.clone().requires_grad_()
+    value = function(z.clone())  # global hooks of modules, such as FlopCounterMode's, take no leaf
+    return value.detach(), torch.autograd.grad(value.sum(), z)[0]
 
 
-def _probe_points(numbers: list[float]) -> torch.Tensor:
-    """Both sides of zero and of every number the module holds, and far past any clamp."""
-    near = torch.linspace(-8.0, 8.0, 65) + 0.0123
-    far = torch.tensor([12.0, 23.0, 60.0, 150.0, 700.0])
-    limits = torch.tensor([n * by for n in numbers if 0 < n < 1e3 for by in (0.45, 0.95, 1.05, 2.1)])
-    return torch.cat([near, far, -far, limits, -limits])
+def _probe_points(numbers: list[float], device: torch.device) -> torch.Tensor:
+    """Both sides of zero and of every number the module holds, and far past any clamp, in float32."""
+    near = [n / 4 + 0.0123 for n in range(-32, 33)]
+    far = [12.0, 23.0, 60.0, 150.0, 700.0]
+    limits = [n * by for n in numbers if 0 < n < 1e3 for by in (0.45, 0.95, 1.05, 2.1)]
+    points = [*near, *far, *(-n for n in far), *limits, *(-n for n in limits)]
+    return torch.tensor(points, dtype=torch.float32, device=device)
 
 
 def _numbers(module: Any) -> list[float]:
@@ -182,14 +193,33 @@ def plain_weight(module: Any, weight: Any) -> torch.Tensor:
     if is_sharded(weight):
         raise UnsupportedExperts.of(module, f"its weights are sharded in forward ({weight.placements}).")
     weight = own_part(module, weight)
-    if weight.dtype not in _DTYPES:
-        raise UnsupportedExperts.of(module, f"its weights are stored as {weight.dtype}.")
-    if weight.shape[0] != module.num_experts:
-        raise UnsupportedExperts.of(
-            module,
-            f"it says num_experts={module.num_experts} but holds weights of {weight.shape[0]} experts.",
-        )
+    check_weight(module, weight)
     return weight
+
+
+def check_weight(module: Any, weight: torch.Tensor, name: str = "") -> None:
+    """Raise UnsupportedExperts of a weight, or of a tensor on meta like it, that ``module`` cannot run on."""
+    if weight.dtype not in _DTYPES:
+        raise UnsupportedExperts.of(module, f"its weights are stored as {weight.dtype}.", name)
+    said, held = module.num_experts, weight.shape[0]
+    if held != said:
+        raise UnsupportedExperts.mended(
+            module, f"it says num_experts={said} but holds weights of {held} experts: make both agree.", name
+        )
+
+
+def check_pair(module: Any, gate_up: torch.Tensor, down: torch.Tensor, gated: bool, name: str = "") -> None:
+    """Raise UnsupportedExperts where the two weights of ``module``, (E, 2I or I, H) and (E, H, I), do not fit.
+
+    The op takes half the rows for experts without a gate, which nothing but the module can tell from a mistake.
+    """
+    given, wanted = gate_up.shape[-2], (2 if gated else 1) * down.shape[-1]
+    if given != wanted:
+        raise UnsupportedExperts.mended(
+            module,
+            f"its up projection gives {given} values, its down projection takes {wanted}: make both agree.",
+            name,
+        )
 
 
 def is_sharded(tensor: Any) -> bool:

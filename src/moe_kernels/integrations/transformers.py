@@ -19,16 +19,21 @@ from typing import Any
 import torch
 
 from moe_kernels.install import pip_install
-from moe_kernels.moe import fused_experts
+from moe_kernels.moe import check_weights, fused_experts
 from moe_kernels.settings import ExpertsSettings, GroupSize
 
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+    from moe_kernels.integrations.probe import probe_device
     from moe_kernels.integrations.quantized import Load, packed_weight, run_in_blocks
+    from moe_kernels.integrations.resume import mend_trainer
     from moe_kernels.integrations.support import (
         LORA_ATTRIBUTE,
+        Recipe,
         UnsupportedExperts,
+        check_pair,
+        check_weight,
         own_part,
         plain_weight,
         recipe_of,
@@ -57,7 +62,8 @@ def register(
 ) -> None:
     """Make ``experts_implementation=name`` run :func:`moe_kernels.fused_experts` with these settings.
 
-    Calling it again with the same name replaces the settings, also for models already loaded under it.
+    Calling it again with the same name replaces the settings, also for models already loaded under it. From here on
+    transformers' Trainer loads the expert layers of its checkpoints (integrations.resume).
 
     Raises:
         ValueError: a setting is invalid; the message lists the valid ones.
@@ -72,6 +78,7 @@ def register(
 
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
     _registered[name] = experts_forward
+    mend_trainer(lambda model: bool(experts_modules(model)))
 
 
 def register_wrapper(name: str, inner: Callable[[], str]) -> None:
@@ -97,7 +104,7 @@ def run_experts(
     """
     # Every time: expert parallelism, PEFT and weight swaps change the module between calls.
     recipe = recipe_of(module)
-    up_name = "gate_up_proj" if recipe.gate.gated else "up_proj"
+    up_name = recipe.up_name
     lora = vars(module).get(LORA_ATTRIBUTE, {})
     others = {"gate_up_lora": lora.get(up_name), "down_lora": lora.get("down_proj")}
     if recipe.biased:
@@ -112,6 +119,7 @@ def run_experts(
             return (gate_up.mT, down.mT) if recipe.transposed else (gate_up, down)
 
         gate_up, down = stored()
+        check_pair(module, gate_up, down, recipe.gate.gated)
         return fused_experts(
             hidden_states,
             ids,
@@ -177,8 +185,12 @@ def check_model(model: torch.nn.Module) -> int:
     The modules are asked, not the config: where another plugin replaced the experts class, the config still
     names our implementation although it is never called.
 
+    What every forward would refuse is refused here, from the shapes, dtypes and strides of the weights: they are not
+    read. Two dtypes in one module are fine under ``torch.autocast``: where you train under it, check under it.
+
     Raises:
         UnsupportedExperts: a module, or every one, would not be served; names the module, reason and cure.
+        ValueError: an adapter on expert weights that the kernels cannot run; see integrations.peft.check_lora.
     """
     modules = experts_modules(model)
     if not modules:
@@ -202,14 +214,49 @@ def check_model(model: torch.nn.Module) -> int:
                 f"experts_implementation={module.config._experts_implementation!r}, not "
                 "moe_kernels: call register() and load the model with experts_implementation='moe_kernels'."
             )
-        recipe_of(module, name)
+        recipe = recipe_of(module, name)
         for parameter in module.parameters(recurse=False):  # not by attribute, which may dequantise it
             own_part(module, parameter, name)
+        _check_weights(module, recipe, name)
     if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
-        from moe_kernels.integrations.peft import fuse_lora
+        from moe_kernels.integrations.peft import check_lora, fuse_lora
 
         fuse_lora()
+        check_lora(model)
     return len(modules)
+
+
+def _check_weights(module: Any, recipe: Recipe, name: str) -> None:
+    """Raise UnsupportedExperts where a forward would, whatever its tokens; no weight is read for that."""
+    biases = (f"{recipe.up_name}_bias", "down_proj_bias") if recipe.biased else ()
+    weights = [_stand_in(module, weight, name) for weight in (recipe.up_name, "down_proj", *biases)]
+    known = [weight for weight in weights if weight is not None]
+    for weight in known:
+        check_weight(module, weight, name)
+    if len(known) < len(weights):
+        return
+    gate_up, down, *others = (weight.mT if recipe.transposed and weight.dim() == 3 else weight for weight in known)
+    check_pair(module, gate_up, down, recipe.gate.gated, name)
+    gate_up_bias, down_bias = others or (None, None)
+    gate = recipe.gate
+    try:
+        check_weights(gate_up, down, gate_up_bias, down_bias, gate.activation, gate.interleaved, probe_device(module))
+    except ValueError as error:
+        raise UnsupportedExperts.mended(module, str(error), name) from error
+
+
+def _stand_in(module: Any, weight: str, name: str) -> torch.Tensor | None:
+    """A tensor on meta that looks as the weight will in a forward; None where only reading it would tell.
+
+    That is behind a parametrization, and where ZeRO-3 or FSDP1 hold it in pieces of one dimension until then.
+    """
+    packed = packed_weight(module, weight, name)
+    if packed is not None:
+        return torch.empty(packed.shape, dtype=packed.dtype, device="meta")
+    parameter = module._parameters.get(weight)
+    if parameter is None or parameter.dim() == 1:
+        return None
+    return torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
 
 
 def dispatches(cls: type) -> ExpertsInterface | None:

@@ -32,12 +32,21 @@ class MoeOptimizedPlugin(BasePlugin):
         return "axolotl.integrations.moe_kernels.args.MoeKernelsArgs"
 
     def register(self, cfg: DictDefault) -> None:
-        """See the config as it is in the YAML, before it is validated."""
+        """See the config as it is in the YAML, before it is validated.
+
+        Raises:
+            ValueError: ``axolotl merge-lora`` would lose the experts' part of the adapter.
+        """
         loaded = [p for p in PluginManager.get_instance().plugins.values() if isinstance(p, MoeOptimizedPlugin)]
         if self in loaded[1:]:
             # By its entry point and in plugins:, or by two paths. From now on none of its hooks does anything.
             self.__class__ = BasePlugin
-        elif cfg.moe_kernels and shards_experts(cfg) and wraps_any_experts():
+            return
+        if cfg.get("merge_lora") and not hasattr(BasePlugin, "post_lora_merge"):
+            from .merge import refuse_lossy_merge
+
+            refuse_lossy_merge(cfg)
+        if cfg.moe_kernels and shards_experts(cfg) and wraps_any_experts():
             # Axolotl's expert parallelism looks for the name to wrap in its pre_model_load, which is before ours.
             from axolotl.integrations.expert_parallel.experts_fn import get_local_implementation
 
@@ -46,6 +55,12 @@ class MoeOptimizedPlugin(BasePlugin):
             register()
             register_wrapper("expert_parallel", get_local_implementation)
             cfg.experts_implementation = cfg.experts_implementation or "moe_kernels"
+
+    def post_lora_merge(self, cfg: DictDefault, adapter_path: str, output_path: str) -> None:
+        """Raise if that was lost; Axolotl 0.19 does not ask, see ``register``."""
+        from .merge import check_merge
+
+        check_merge(cfg, adapter_path, output_path)
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         """Register the experts function with the settings of the config, and select it.
@@ -96,7 +111,8 @@ class MoeOptimizedPlugin(BasePlugin):
             return
         from moe_kernels.integrations.transformers import check_model
 
-        self.expert_layers = check_model(model)
+        with _autocast(cfg, model):
+            self.expert_layers = check_model(model)
         LOG.info(f"moe_kernels: serves the {self.expert_layers} expert layers of {type(model).__name__}")
         if cfg.adapter:  # PEFT makes some lora_target_modules into parameters
             from moe_kernels.integrations.peft import check_lora
@@ -141,6 +157,17 @@ def _settings(cfg: DictDefault) -> ExpertsSettings:
     group_size = 128 if cfg.moe_group_size is None else cfg.moe_group_size
     persistent = True if cfg.moe_persistent_kernel is None else cfg.moe_persistent_kernel
     return ExpertsSettings(group_size=group_size, persistent=persistent, recompute=bool(cfg.moe_recompute))
+
+
+def _autocast(cfg: DictDefault, model: Any) -> Any:
+    """As the Trainer runs the model: there two dtypes in one layer are both cast."""
+    import torch
+
+    from moe_kernels.integrations.probe import probe_device
+
+    mixed = cfg.bf16 != "full" and bool(cfg.bf16 or cfg.bfloat16 or cfg.fp16)
+    dtype = torch.float16 if cfg.fp16 and not cfg.bf16 else torch.bfloat16
+    return torch.autocast(probe_device(model).type, dtype, enabled=mixed)
 
 
 def _backend_here(cfg: DictDefault, settings: ExpertsSettings) -> tuple[str, str]:
