@@ -59,7 +59,10 @@ def is_valid(data: dict[str, Any]) -> bool:
     }
     if any(data.get(key) is not None and not rule(data[key]) for key, rule in right.items()):
         return False
-    if any(key in data for key in ("moe_groupsize", "moe_kernel", "moe_")):
+    if any(key in data for key in ("moe_groupsize", "moe_kernel")):
+        return False
+    # A key that is not like any of ours may be another plugin's, unless the run uses this one.
+    if "moe_" in data and (experts == "moe_kernels" or any(data.get(key) is not None for key in right)):
         return False
     if on is None and any(data.get(key) is not None for key in knobs):
         return False

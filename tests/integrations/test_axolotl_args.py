@@ -56,6 +56,7 @@ def validate(**data: Any) -> Any:
         ON | {"moe_fused_router": True},
         # Nothing of it is ours, and Axolotl 0.21 shows us every config.
         {"moe_of_somebody_else": 3, "use_scattermoe": True, "expert_parallel_size": 2},
+        {"plugins": 5},
         {"plugins": ["axolotl.integrations.kernels.KernelsPlugin"], "experts_implementation": "eager"},
     ],
     ids=str,
@@ -344,6 +345,7 @@ def test_a_config_that_does_not_mention_the_plugin_hears_nothing(plugin: Any, lo
     plugin.pre_model_load(cfg)
     plugin.post_model_load(cfg, torch.nn.Linear(1, 1))
     assert plugin.add_callbacks_post_trainer(cfg, None) == []
+    plugin.post_lora_merge(cfg, "an adapter that is not there", "a model that is not there")
     assert "moe_kernels" not in log.text
     assert cfg.to_dict() == before
 

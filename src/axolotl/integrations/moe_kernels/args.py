@@ -34,13 +34,19 @@ CONFLICTS = {
 }
 
 
+def lists(data: Any, package: str) -> bool:
+    """Whether ``plugins`` names one of a package's: every plugin of Axolotl can be named by more than one path."""
+    plugins = data.get("plugins")
+    return isinstance(plugins, list) and any(f"integrations.{package}" in str(name) for name in plugins)
+
+
 def mentioned(data: Any) -> bool:
     """Whether a config (anything with ``get``) says anything about this plugin, which Axolotl from 0.21 on loads for
     every run of an environment that has the package."""
     return (
         any(data.get(key) is not None for key in OWN_KEYS)
         or data.get("experts_implementation") == "moe_kernels"
-        or any("integrations.moe_kernels" in str(name) for name in data.get("plugins") or [])
+        or lists(data, "moe_kernels")
     )
 
 
@@ -157,9 +163,8 @@ class MoeKernelsArgs(BaseModel):
             raise ValueError(
                 "moe_recompute: true does again what gradient_checkpointing already does: remove one of them."
             )
-        # Compared by package, and by a field of its own: every plugin of Axolotl can be named by more than one path.
-        kernels = [name for name in data.get("plugins") or [] if "integrations.kernels" in str(name)]
-        if kernels or "use_scattermoe" in cls.model_fields:
+        # Or it has its keys in Axolotl's config class, whose validators then run with ours.
+        if lists(data, "kernels") or "use_scattermoe" in cls.model_fields:
             raise ValueError(
                 "moe_kernels: true cannot be combined with Axolotl's KernelsPlugin, which sets its own "
                 "experts_implementation: remove it from plugins."

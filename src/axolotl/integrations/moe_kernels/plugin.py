@@ -58,9 +58,10 @@ class MoeOptimizedPlugin(BasePlugin):
 
     def post_lora_merge(self, cfg: DictDefault, adapter_path: str, output_path: str) -> None:
         """Raise if that was lost; Axolotl 0.19 does not ask, see ``register``."""
-        from .merge import check_merge
+        if mentioned(cfg):
+            from .merge import check_merge
 
-        check_merge(cfg, adapter_path, output_path)
+            check_merge(cfg, adapter_path, output_path)
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         """Register the experts function with the settings of the config, and select it.
