@@ -128,7 +128,7 @@ def _side_by_side(shape: str, routing: str, by_name: dict[str, dict[str, Any]]) 
 
 def releases(results: Results) -> str:
     """GPU time of each layer, forward and backward, under each release of triton: a column for each file."""
-    files = [(name, data) for name, data in results if RELEASES in name]
+    files = [(name, data) for name, data in results if RELEASES in name and data.get("kind") == "bench"]
     if not files:
         return NOTHING
     columns, cells = ["layer"], {}

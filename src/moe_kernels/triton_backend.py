@@ -14,7 +14,7 @@ from moe_kernels.kernels.triton.combine import combine, combine_grad, gather
 from moe_kernels.kernels.triton.dact import dact, down_grad
 from moe_kernels.kernels.triton.expert_sum import expert_sum
 from moe_kernels.kernels.triton.grouped_gemm import dgrad, down
-from moe_kernels.kernels.triton.launch import interpreting
+from moe_kernels.kernels.triton.launch import driver_fault, interpreting
 from moe_kernels.kernels.triton.plan import make_plan
 from moe_kernels.kernels.triton.up import up, up_low
 from moe_kernels.kernels.triton.wgrad import wgrad
@@ -54,4 +54,7 @@ def why_not(problem: Problem) -> str | None:
         return f"compute capability {problem.capability} is below (8, 0): use an A100 or newer."
     if problem.dtype not in DTYPES:
         return f"dtype {problem.dtype} is not bfloat16, float16 or float32: cast the model to bfloat16."
+    fault = driver_fault() if problem.device_type == "cuda" else None
+    if fault is not None:
+        return f"{fault}: install a C compiler and Python's headers, or triton anew, in one place."
     return None

@@ -12,6 +12,7 @@ import triton
 
 from moe_kernels import backends, gluon_backend, trial
 from moe_kernels.kernels.hopper import gluon_names
+from moe_kernels.kernels.triton import launch
 from moe_kernels.tuning import tuned
 
 GPU = torch.device("cuda", 0)
@@ -191,3 +192,24 @@ def test_a_cache_that_cannot_be_written_costs_a_check_each_time(check, untried, 
     assert again() is None
     assert len(started) == 2
     assert "can be kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("0 active drivers"), subprocess.CalledProcessError(1, "gcc"), FileNotFoundError("gcc")]
+)
+def test_a_triton_that_cannot_launch_is_said_before_the_first_launch(monkeypatch, error):
+    """A layer would say so in the first step only, after the model was loaded and the data prepared."""
+
+    class Driver:
+        @property
+        def active(self):
+            raise error
+
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    launch.driver_fault.cache_clear()
+    backends.select.cache_clear()
+    with pytest.raises(backends.UnsupportedProblem, match=r"cannot launch on the GPU that torch sees .* C compiler"):
+        backends.select(HOPPER)
+    launch.driver_fault.cache_clear()

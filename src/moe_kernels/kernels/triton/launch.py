@@ -16,6 +16,7 @@ import functools
 import inspect
 import logging
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -376,6 +377,18 @@ def choose_launcher(name: str) -> None:
     os.environ[LAUNCHER_VARIABLE] = name
     launcher.cache_clear()
     refusal.cache_clear()
+
+
+@functools.cache
+def driver_fault() -> str | None:
+    """Why triton cannot launch on the GPU that torch sees, or None. Triton would say so at the first launch only."""
+    if not torch.cuda.is_available() or interpreting():
+        return None
+    try:
+        triton.runtime.driver.active.get_current_target()  # compiles a little C, the first time on a machine
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        return f"triton {triton.__version__} cannot launch on the GPU that torch sees ({error})"
+    return None
 
 
 @functools.cache
