@@ -32,10 +32,10 @@ TESTED: dict[str, tuple[str, str]] = {
 }
 REQUIRED = ("torch", "triton")
 CURES = {
-    "torch": "pip install torch",
+    "torch": f"pip install 'torch<{TESTED['torch'][1]}'",
     "triton": "pip install triton (it comes with torch's CUDA build on Linux)",
     "transformers": pip_install("transformers"),
-    "axolotl": f"pip install torch, then {pip_install('axolotl')}",
+    "axolotl": f"pip install 'torch<{TESTED['torch'][1]}', then {pip_install('axolotl')}",
 }
 #: Packages of the extra [report], by the module that is imported.
 REPORT_MODULES = ("jinja2", "matplotlib", "pynvml", "yaml", "wandb")
