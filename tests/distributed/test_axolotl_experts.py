@@ -13,7 +13,7 @@ import torch
 from moe_kernels.shapes import FAMILIES
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
-    pytest.skip("axolotl is not installed: needs moe-kernels[axolotl]", allow_module_level=True)
+    pytest.skip("axolotl is not installed: needs the extra [axolotl]", allow_module_level=True)
 if tuple(map(int, importlib.metadata.version("axolotl").split(".")[:2])) < (0, 20):
     pytest.skip("the expert parallelism of axolotl before 0.20 has a list of kernels", allow_module_level=True)
 
