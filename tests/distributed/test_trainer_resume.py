@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("accelerate", reason="needs moe-kernels[axolotl]")
+pytest.importorskip("accelerate", reason="needs the extra [axolotl]")
 pytestmark = pytest.mark.slow
 
 

@@ -1,17 +1,20 @@
 """transformers' own engines over two ranks, our experts as the local kernel: tensor and expert parallelism, Trainer.
 
-The file passes on transformers 5.16.1 and on the newest release. Before 5.19 the engine leaves each rank with its own
-part of the router's gradient, whatever runs the experts: there, ours are held against theirs.
+The file passes on transformers 5.16.1, 5.20.1 and the newest release. Before 5.19 the engine leaves each rank with its
+own part of the router's gradient, whatever runs the experts: there, ours are held against theirs. From 5.19 to 5.22
+the experts' gradients of ranks with tokens of their own are divided by the number of ranks once too often.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from moe_kernels.shapes import FAMILIES
 
@@ -22,6 +25,8 @@ ALL_TO_ALL = "ep_size" in {field.name for field in dataclasses.fields(distribute
 # Expert parallelism: ranks see the same tokens, or each its own.
 LAYOUTS = ("shared batch", "own batch") if ALL_TO_ALL else ("shared batch",)
 TRAINS_RIGHT = ("tensor parallel", *(LAYOUTS if ALL_TO_ALL else ()))
+DIVIDES_TWICE = ALL_TO_ALL and Version(importlib.metadata.version("transformers")) < Version("5.23")
+RANKS = 2
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,10 @@ def test_training_is_that_of_the_whole_model(layout: str, family: str, ranks: An
         results = rank["expert_parallel"]
         whole, ours = results[family, "whole"], results[family, layout, "moe_kernels"]
         assert ours["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-        assert distance(ours["grads"], whole["grads"]) < 1e-4
+        expected = whole["grads"]
+        if layout == "own batch" and DIVIDES_TWICE:
+            expected = {name: grad / RANKS if ".experts." in name else grad for name, grad in expected.items()}
+        assert distance(ours["grads"], expected) < 1e-4
 
 
 @each_family
@@ -77,6 +85,7 @@ def test_trainer(engine: str, family: str, ranks: Any) -> None:
         results = rank["trainer"]
         baseline, ours = (results[family, engine, name] for name in ("grouped_mm", "moe_kernels"))
         assert ours["losses"] == pytest.approx(baseline["losses"], rel=1e-5)
-        assert ours["losses"] == pytest.approx(results[family, "ddp", "grouped_mm"]["losses"], rel=1e-5)
+        if engine != "ep" or not DIVIDES_TWICE:
+            assert ours["losses"] == pytest.approx(results[family, "ddp", "grouped_mm"]["losses"], rel=1e-5)
         # Steps, micro-batches, and once more in the backward pass.
         assert ours["calls"] == {"torch": len(ours["losses"]) * 2 * 2 * size.moe_layers}

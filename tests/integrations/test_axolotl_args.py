@@ -346,7 +346,8 @@ def test_a_config_that_does_not_mention_the_plugin_hears_nothing(plugin: Any, lo
     plugin.post_model_load(cfg, torch.nn.Linear(1, 1))
     assert plugin.add_callbacks_post_trainer(cfg, None) == []
     plugin.post_lora_merge(cfg, "an adapter that is not there", "a model that is not there")
-    assert "moe_kernels" not in log.text
+    # Axolotl itself names each plugin that it loads.
+    assert not [record for record in log.records if record.name.startswith("axolotl.integrations.moe_kernels")]
     assert cfg.to_dict() == before
 
 
