@@ -1,8 +1,8 @@
 """transformers' own engines over two ranks, our experts as the local kernel: tensor and expert parallelism, Trainer.
 
-The file passes on transformers 5.16.1, 5.20.1 and the newest release. Before 5.19 the engine leaves each rank with its
-own part of the router's gradient, whatever runs the experts: there, ours are held against theirs. From 5.19 to 5.22
-the experts' gradients of ranks with tokens of their own are divided by the number of ranks once too often.
+The file passes on transformers 5.16.1, 5.20.1 and the newest release. Before 5.19 the engine leaves each rank with
+its own part of the router's gradient, whatever runs the experts: there, ours are held against theirs. From 5.19 to
+5.22 the experts' gradients of ranks with tokens of their own are divided by the number of ranks once too often.
 """
 
 from __future__ import annotations
