@@ -836,3 +836,24 @@ def test_replicated_weights_are_used_and_sharded_ones_refused(
     experts.gate_up_proj = nn.Parameter(distribute_tensor(plain, one_process_mesh, [Shard(0)]))
     with pytest.raises(mk.UnsupportedExperts, match="sharded in forward"):
         experts(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("version", "sizes", "warned"),
+    [
+        ("5.22.0", {"ep_size": 2, "fsdp_size": 2}, True),
+        ("5.23.0", {"ep_size": 2, "fsdp_size": 2}, False),
+        ("5.22.0", {"ep_size": 2, "fsdp_size": 1}, False),
+        ("5.22.0", {"ep_size": None, "fsdp_size": 2}, False),
+        ("5.22.0", None, False),
+    ],
+)
+def test_expert_parallelism_whose_gradients_are_too_small(version, sizes, warned, monkeypatch, caplog):
+    """Their real ranks: tests/distributed/test_transformers_engines.py."""
+    model = make_model("mixtral", torch.float32)
+    model.set_experts_implementation("moe_kernels")
+    model.config.distributed_config = sizes and types.SimpleNamespace(**sizes)
+    monkeypatch.setattr(transformers, "__version__", version)
+    with caplog.at_level("WARNING", "moe_kernels"):
+        mk.check_model(model)
+    assert ("once too often" in caplog.text) == warned

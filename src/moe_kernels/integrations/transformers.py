@@ -12,6 +12,7 @@ those of transformers, and the saved config.json holds no trace of the choice.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,8 @@ from moe_kernels.moe import check_weights, fused_experts
 from moe_kernels.settings import ExpertsSettings, GroupSize
 
 try:
+    import transformers
+    from packaging.version import Version  # which transformers needs
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
     from moe_kernels.integrations.probe import probe_device
@@ -44,6 +47,8 @@ except ImportError as error:
     raise ImportError(
         f"moe_kernels.integrations.transformers needs transformers 5.16.1 or newer: {pip_install('transformers')}"
     ) from error
+
+logger = logging.getLogger("moe_kernels")
 
 __all__ = ["UnsupportedExperts", "check_model", "experts_modules", "register", "why_not_module"]
 
@@ -224,7 +229,20 @@ def check_model(model: torch.nn.Module) -> int:
 
         fuse_lora()
         check_lora(model)
+    _warn_of_small_gradients(model)
     return len(modules)
+
+
+def _warn_of_small_gradients(model: torch.nn.Module) -> None:
+    """transformers 5.19 to 5.22, whatever runs the experts: see findings/transformers-ep-expert-gradients.sh."""
+    parallel = getattr(getattr(model, "config", None), "distributed_config", None)
+    experts, data = (getattr(parallel, size, None) or 1 for size in ("ep_size", "fsdp_size"))
+    if experts > 1 and data > 1 and Version(transformers.__version__) < Version("5.23"):
+        logger.warning(
+            "expert parallelism of transformers %s divides the gradients of the experts by the number of ranks once "
+            "too often, with any experts_implementation: train with transformers 5.23 or newer, or with ep_size=1",
+            transformers.__version__,
+        )
 
 
 def _check_weights(module: Any, recipe: Recipe, name: str) -> None:
