@@ -60,11 +60,12 @@ def _tanh(z):
     return tl.where(tl.abs(z) < 0.1, series, 2.0 * _sigmoid(2.0 * z) - 1.0)
 
 
+# Each way is written as it spills least in the epilogue of down_grad, with the tritons that come with its torches.
 @triton.jit
 def _clamp_above(z, high):
     """(z but for what exceeds high, whether the gradient passes): NaN stays NaN."""
     if _PASSES_AT_BOUND:
-        passes = z <= high
+        passes = (z >= float("-inf")) & (z <= high)
     else:
         passes = z < high
     return tl.where(z > high, high, z), passes
@@ -73,9 +74,13 @@ def _clamp_above(z, high):
 @triton.jit
 def _clamp_both(z, limit):
     """(z within -limit and limit, whether the gradient passes): NaN stays NaN."""
-    _, passes_below = _clamp_above(-z, limit)
-    clamped, passes_above = _clamp_above(z, limit)
-    return tl.where(z < -limit, -limit, clamped), passes_below & passes_above
+    if _PASSES_AT_BOUND:
+        clamped = tl.where(z > limit, limit, tl.where(z < -limit, -limit, z))
+        passes = (z >= -limit) & (z <= limit)
+    else:
+        clamped = tl.where(z < -limit, -limit, tl.where(z > limit, limit, z))
+        passes = (-z < limit) & (z < limit)
+    return clamped, passes
 
 
 @triton.jit

@@ -95,7 +95,7 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("interleaved dZ in the wrong order", "dact.py", "tl.join(d_gate, d_up)", "tl.join(d_up, d_gate)"),
     ("dw without the bias's share", "dact.py", "dw += tl.sum(dout.to(tl.float32)", "dw += 0.0 * tl.sum(dout.to(tl.float32)"),
     ("expert of a row off at the border", "dact.py", "ends[None, :] <= rows[:, None]", "ends[None, :] < rows[:, None]"),
-    ("clamp passes gradient outside", "../../activation.py", "passes_below & passes_above", "passes_below"),
+    ("clamp passes gradient outside", "../../activation.py", "d_up = tl.where(passes_u, act, 0.0)", "d_up = act", 2),
     ("clamp at its bound as in another torch", "../../activation.py", "tl.constexpr(CLAMP_PASSES_AT_ITS_BOUND)", "tl.constexpr(not CLAMP_PASSES_AT_ITS_BOUND)"),
     ("bias gradient takes a row of the next expert", "expert_sum.py", "(rows < end)[:, None] & (cols < N)", "(rows <= end)[:, None] & (cols < N)"),
     ("bias gradient without the routing weight", "expert_sum.py", "if WEIGHTED:", "if WEIGHTED and N < 0:"),
