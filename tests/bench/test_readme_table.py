@@ -190,7 +190,7 @@ def test_missing_markers_are_named():
 
 def test_the_steps_against_their_floors_are_those_measured():
     results = ROOT / "benchmarks" / "results"
-    table = steps.table(results / "h200-steps.json", results / "h200-layers.json")
+    table = steps.table(results / "h200-steps.json", results / "h200-routings.json")
     assert table in (ROOT / "docs" / "performance.md").read_text()
 
 
