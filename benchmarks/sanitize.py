@@ -48,7 +48,7 @@ import moe_kernels.kernels
 from moe_kernels import router
 from moe_kernels.activation import Activation
 from moe_kernels.bench.environment import environment
-from moe_kernels.cli.options import make_way
+from moe_kernels.cli.options import ensure_writable
 from moe_kernels.kernels.triton.launch import interpreting
 from moe_kernels.moe import fused_experts
 from moe_kernels.testing import interpreter
@@ -539,7 +539,7 @@ def main() -> int:
         return work(names, wanted.device, wanted.seen)
     if wanted.logs is not None and wanted.logs.exists() and (wanted.logs.is_file() or any(wanted.logs.iterdir())):
         parser.error(f"--logs {wanted.logs} is taken, perhaps by an earlier call: name a folder that is new or empty")
-    make_way(wanted.json)
+    ensure_writable(wanted.json)
     program = wanted.program or sanitizer()
     if program is None or (wanted.device == "cuda" and not torch.cuda.is_available()):
         print(f"needs an NVIDIA GPU and compute-sanitizer: pip install {PACKAGE}")

@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 
 from moe_kernels.bench.environment import environment
-from moe_kernels.cli.options import make_way
+from moe_kernels.cli.options import ensure_writable
 from moe_kernels.compare.command import prepare_missing
 from moe_kernels.compare.environment import versions
 from moe_kernels.compare.gpu import visible_gpu
@@ -121,7 +121,7 @@ def main() -> int:
     fewest = wanted.warmup_steps + 10 * GROUP
     if wanted.steps < fewest:
         parser.error(f"--steps {wanted.steps} is too few: at least {fewest}")
-    make_way(wanted.json)
+    ensure_writable(wanted.json)
     console, device = Console(), visible_gpu()
     size = "1b" if device else "tiny"
     options = Options(size=size, steps=wanted.steps, warmup_steps=wanted.warmup_steps, router=False)

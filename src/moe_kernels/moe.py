@@ -507,7 +507,7 @@ def _topk_ids(packed_plan: Tensor, topk_weights: Tensor, gate_up: Tensor, group_
 
 
 def _counter(x: Tensor, topk_ids: Tensor, *rest: Any) -> Callable[[], None]:
-    """What a forward does beside its launches, for when it is replayed."""
+    """What a replayed forward must do besides its launches: count the dispatch."""
     return functools.partial(backends.count_dispatch, _backend(topk_ids, *rest))
 
 

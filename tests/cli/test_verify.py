@@ -48,7 +48,7 @@ def test_what_sizes_decide_is_checked_both_ways(wrong, monkeypatch):
 
     def experts(*tensors, backend, group_size, persistent, **options):
         backends.count_dispatch(backend)
-        seen.append(gemm.blocks_together("up", None, None))  # without a choice it would look at its arguments
+        seen.append(gemm.k_blocks_per_wait("up", None, None))  # without a choice it would look at its arguments
         out = reference_experts(*tensors, **options)
         return out * 2 if seen[-1] == wrong else out
 
@@ -57,7 +57,7 @@ def test_what_sizes_decide_is_checked_both_ways(wrong, monkeypatch):
     (verdict,) = judge(routings=("random",))
     assert seen == [1, 1, 2, 2]
     assert verdict.ok == (wrong is None)
-    tiles = {1: "cooperative tiles", 2: "tiles in turn"}
+    tiles = {1: "cooperative tiles", 2: "ping-pong tiles"}
     assert all(f"random, {tiles[wrong]}" in failure for failure in verdict.failures)
 
 

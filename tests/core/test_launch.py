@@ -412,13 +412,13 @@ class Steps:
     """Two launches on two allocations, and how often Python decided them."""
 
     def __init__(self, foreign=None):
-        self.ran, self.beside = 0, []
+        self.ran, self.replays = 0, []
         self.first, self.second = Kernel(run_time=3), Kernel(run_time=4, tensor_maps=2)
         self.foreign = foreign
-        self.call = replay.replayed(self.steps, self.make_beside)
+        self.call = replay.replayed(self.steps, self.on_replay)
 
-    def make_beside(self, *args):
-        return lambda: self.beside.append(args[1])
+    def on_replay(self, *args):
+        return lambda: self.replays.append(args[1])
 
     def steps(self, x, number, flags, other):
         self.ran += 1
@@ -453,7 +453,7 @@ def test_the_third_call_is_replayed(replaying, driver, counted):
         low_map, high_map = maps[low + 32], maps[high.data_ptr()]
         assert [[*low_map[5]], [*low_map[6]], low_map[4]] == [[2, 16], [16, 1], [16, 16]]
         assert second[13:] == (high.data_ptr(), 48, low_map, 2, 16, 16, 1, high_map, 6, 8, 8, 1)
-    assert steps.beside == [48] * 3
+    assert steps.replays == [48] * 3
     assert (steps.first.through_triton, len(steps.first.direct)) == (1, 4)
     assert vars(counted()) == {"replay": 6, "direct": 2, "triton": 2}
 
@@ -1126,7 +1126,7 @@ def test_a_replay_needs_no_more_memory(choose):
 @pytest.mark.gpu
 def test_gluon_kernels(choose, counted):
     if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("tensor-memory copies need Hopper or later")
+        pytest.skip("TMA needs Hopper or later")
     for rows in (64, 128, 192):
         source = torch.randn(rows, 64, device="cuda", dtype=BF16)
         for _ in range(2):

@@ -44,7 +44,7 @@ def test_models(model, record_property):
     judge(MODELS[model], record_property)
 
 
-@pytest.mark.parametrize("variant", [0, 1], ids=["cooperative", "in turn"])
+@pytest.mark.parametrize("variant", [0, 1], ids=["cooperative", "ping-pong"])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 def test_hostile_routings(routing, dtype, variant, record_property):
@@ -96,8 +96,8 @@ def test_weights_that_come_from_memory(case, together, record_property):
 
     inputs = inputs_of(case)
     plan = SimpleNamespace(rows=case.tokens * case.top_k, experts=case.experts)
-    assert gemm.blocks_together("dgrad", plan, inputs.gate_up) == 2
-    with gemm.use_blocks_together(together) if together else contextlib.nullcontext():
+    assert gemm.k_blocks_per_wait("dgrad", plan, inputs.gate_up) == 2
+    with gemm.use_k_blocks_per_wait(together) if together else contextlib.nullcontext():
         judge(case, record_property)
 
 
@@ -113,8 +113,8 @@ def test_either_way_of_the_output_gradient(sizes, gathered, record_property):
 @pytest.mark.parametrize(
     ("kernel", "schedule"),
     [  # up has cooperative tiles alone
-        ("down", "in turn"),
-        ("dgrad", "in turn"),
+        ("down", "ping-pong"),
+        ("dgrad", "ping-pong"),
         ("up", "three stages"),
         ("down", "three stages"),
         ("dgrad", "three stages"),
@@ -124,7 +124,7 @@ def test_either_way_of_the_output_gradient(sizes, gathered, record_property):
 def test_other_schedules(kernel, schedule, routing, record_property):
     from moe_kernels.kernels.hopper.ring import Schedule, use_schedule
 
-    chosen = {"in turn": Schedule(False, 128, 5), "three stages": Schedule(True, 256, 3)}[schedule]
+    chosen = {"ping-pong": Schedule(False, 128, 5), "three stages": Schedule(True, 256, 3)}[schedule]
     with use_schedule(kernel, chosen):
         judge(dataclasses.replace(CASE, routing=routing), record_property)
 

@@ -26,7 +26,7 @@ from moe_kernels.compare import report
 from moe_kernels.compare.comparison import Analysis, load, save
 from moe_kernels.compare.runner import write_text
 from moe_kernels.prepare import models, prepare_data, prepare_model, text
-from moe_kernels.prepare.cache import made_with, settle
+from moe_kernels.prepare.cache import made_with, recover
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 FAKE = (sys.executable, str(Path(__file__).parents[1] / "compare" / "fake_trainer.py"))
@@ -118,7 +118,7 @@ def test_prepare_killed_while_it_makes_its_first_model(tmp_path: Path) -> None:
     folder = root / "artifacts" / "models" / "mixtral-tiny"
 
     def check() -> None:
-        settle(folder)
+        recover(folder)
         assert seed_of(folder) in (None, 2)
         prepare_model("mixtral", "tiny", root, 2)
         assert seed_of(folder) == 2
@@ -135,7 +135,7 @@ def test_prepare_killed_while_it_replaces_a_model(tmp_path: Path) -> None:
     found = set()
 
     def check() -> None:
-        settle(folder)
+        recover(folder)
         found.add(seed_of(folder))
         prepare_model("mixtral", "tiny", root, 2)
         assert seed_of(folder) == 2

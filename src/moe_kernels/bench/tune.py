@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_kernels.cli.errors import MissingDependency
-from moe_kernels.cli.options import make_way, several
+from moe_kernels.cli.options import ensure_writable, several
 from moe_kernels.shapes import LAYERS, LayerShape
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def tune(
         raise MissingDependency("tune measures on an NVIDIA GPU, and torch sees none. Cure: see `moe-kernels doctor`")
     from moe_kernels.bench.tiles import compile_ahead, time_shape
 
-    make_way(json_file)
+    ensure_writable(json_file)
     console = Console(stderr=True)
     device = torch.device("cuda", torch.cuda.current_device())
     with console.status("compiling") as status:

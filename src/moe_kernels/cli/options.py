@@ -51,11 +51,11 @@ def shipped(name: Path, otherwise: str = "") -> Path:
     raise MissingDependency(f"{name} is neither here nor in {checkout}. Cure: {cure}.")
 
 
-def make_way(file: Path | None) -> None:
-    """Make the folder of a file that is to be written at the end of minutes of work.
+def ensure_writable(file: Path | None) -> None:
+    """Make the folder of ``file`` and check that it can be written, before minutes of work are spent on it.
 
     Raises:
-        OSError: it could not be written.
+        OSError: it cannot be written.
     """
     if file is None:
         return

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_kernels.cli.errors import CHECK_FAILED, MissingDependency, UsageError
-from moe_kernels.cli.options import make_way, one_of, several
+from moe_kernels.cli.options import ensure_writable, one_of, several
 from moe_kernels.settings import BACKEND_NAMES, GroupSize
 from moe_kernels.shapes import LAYERS, LayerShape
 
@@ -122,7 +122,7 @@ def verify(
             (_case(shape, kind), shape.name, routings)
             for shape, routings in _shapes(DEFAULT_SHAPES if shapes is None else shapes, where.type, tokens)
         ]
-    make_way(json_file)
+    ensure_writable(json_file)
     if where.type == "cpu":
         console.print("No NVIDIA GPU: this checks the plain-torch backend on the CPU.", style="yellow")
 

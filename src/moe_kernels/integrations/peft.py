@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise ImportError("moe_kernels.integrations.peft needs peft 0.20 or newer: pip install 'peft>=0.20'") from error
 
-from moe_kernels.integrations.support import LORA_ATTRIBUTE, UnsupportedExperts, is_sharded, own_part
+from moe_kernels.integrations.support import LORA_ATTRIBUTE, UnsupportedExperts, is_sharded, local_tensor
 from moe_kernels.integrations.transformers import is_served
 
 MAX_RANK = 128  # of fused_experts
@@ -137,4 +137,4 @@ def _factor(wrapper: Any, weight: Any) -> torch.Tensor:
             f"{type(experts).__name__}: the LoRA factors of {wrapper.parameter_name} are sharded in forward "
             f"({weight.placements}): shard the decoder layer (fully_shard), not the linears of the adapter."
         )
-    return own_part(experts, weight)
+    return local_tensor(experts, weight)

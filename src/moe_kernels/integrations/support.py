@@ -192,7 +192,7 @@ def plain_weight(module: Any, weight: Any) -> torch.Tensor:
     """
     if is_sharded(weight):
         raise UnsupportedExperts.of(module, f"its weights are sharded in forward ({weight.placements}).")
-    weight = own_part(module, weight)
+    weight = local_tensor(module, weight)
     check_weight(module, weight)
     return weight
 
@@ -227,11 +227,11 @@ def is_sharded(tensor: Any) -> bool:
     return not all(placement.is_replicate() for placement in getattr(tensor, "placements", ()))
 
 
-def own_part(module: Any, tensor: Any, name: str = "") -> torch.Tensor:
-    """What this process has of ``tensor``, a parameter of ``module``, as a tensor with memory of its own.
+def local_tensor(module: Any, tensor: Any, name: str = "") -> torch.Tensor:
+    """The plain tensor that this process holds of ``tensor``, a parameter of ``module``.
 
     Raises:
-        UnsupportedExperts: a class of its own wraps the memory (torchao's quantised weights say they are bfloat16).
+        UnsupportedExperts: a tensor subclass wraps the memory (torchao's quantised weights claim to be bfloat16).
     """
     tensor = tensor.to_local() if hasattr(tensor, "placements") else tensor
     if is_traceable_wrapper_subclass(tensor):

@@ -38,7 +38,7 @@ try:
         check_pair,
         check_weight,
         is_sharded,
-        own_part,
+        local_tensor,
         plain_weight,
         recipe_of,
         why_not_module,
@@ -222,7 +222,7 @@ def check_model(model: torch.nn.Module) -> int:
             )
         recipe = recipe_of(module, name)
         for parameter in module.parameters(recurse=False):  # not by attribute, which may dequantise it
-            own_part(module, parameter, name)
+            local_tensor(module, parameter, name)
         _check_weights(module, recipe, name)
     if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
         from moe_kernels.integrations.peft import check_lora, fuse_lora

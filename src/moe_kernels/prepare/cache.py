@@ -78,8 +78,8 @@ def write_manifest(manifest: Path, recipe: Mapping[str, Any], facts: Mapping[str
     os.replace(partial, manifest)
 
 
-def settle(folder: Path) -> None:
-    """Finish, or undo, a replacement that was killed between its last two moves."""
+def recover(folder: Path) -> None:
+    """Finish or undo a replacement of ``folder`` that was killed between its last two renames."""
     partial, before = _partial(folder), _before(folder)
     if not folder.exists():
         if made_with(partial) is not None:
@@ -95,7 +95,7 @@ def check_ours(folder: Path) -> None:
     Raises:
         UsageError: the folder has content and no manifest.
     """
-    settle(folder)
+    recover(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} was not made by `moe-kernels prepare`. Move it away, or replace it with --force.")
 

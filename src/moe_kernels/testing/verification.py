@@ -121,24 +121,24 @@ def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
     """What sizes and card choose, and those of a check may not: what to add to the routing, and how."""
     if backend != "gluon":
         return {"": nullcontext()}
-    from moe_kernels.kernels.hopper.ring import COOPERATIVE, IN_TURN
+    from moe_kernels.kernels.hopper.ring import COOPERATIVE, PING_PONG
 
     return {
         ", cooperative tiles, dO gathered inside": _hopper(COOPERATIVE, 1, True),
-        ", tiles in turn, two inner blocks at a time": _hopper(IN_TURN, 2, False),
+        ", ping-pong tiles, two k blocks at a time": _hopper(PING_PONG, 2, False),
     }
 
 
 @contextmanager
 def _hopper(schedule: Any, together: int, gathered: bool) -> Iterator[None]:
     from moe_kernels.gluon_backend import use_gathered
-    from moe_kernels.kernels.hopper.gemm import use_blocks_together
+    from moe_kernels.kernels.hopper.gemm import use_k_blocks_per_wait
     from moe_kernels.kernels.hopper.ring import use_schedule
 
     with (
         use_schedule("down", schedule),
         use_schedule("dgrad", schedule),
-        use_blocks_together(together),
+        use_k_blocks_per_wait(together),
         use_gathered(gathered),
     ):
         yield

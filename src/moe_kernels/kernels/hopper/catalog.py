@@ -17,7 +17,7 @@ import torch
 
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.hopper import down_grad, gemm, wgrad
-from moe_kernels.kernels.hopper.ring import IN_TURN, use_schedule
+from moe_kernels.kernels.hopper.ring import PING_PONG, use_schedule
 from moe_kernels.kernels.triton.catalog import EVERY_ACTIVATION, CompileCase
 from moe_kernels.kernels.triton.launch import Descriptor
 from moe_kernels.routing import RoutingPlan, TokenRows
@@ -54,10 +54,10 @@ def compile_cases() -> Iterator[CompileCase]:
         yield from _cases(dtype, Activation("silu"))
     with contextlib.ExitStack() as both:
         for kernel in ("down", "dgrad"):
-            both.enter_context(use_schedule(kernel, IN_TURN))
-        both.enter_context(gemm.use_blocks_together(2))
+            both.enter_context(use_schedule(kernel, PING_PONG))
+        both.enter_context(gemm.use_k_blocks_per_wait(2))
         cases = list(_cases(torch.bfloat16, Activation("silu")))
-    yield from (dataclasses.replace(case, name=f"{case.name}-in-turn-large-weights") for case in cases)
+    yield from (dataclasses.replace(case, name=f"{case.name}-ping-pong-large-weights") for case in cases)
     for activation in EVERY_ACTIVATION:
         if activation.name != "silu":
             yield from (

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_kernels.activation import Gate, value_and_partials
-from moe_kernels.kernels.hopper.gemm import load_tiles
+from moe_kernels.kernels.hopper.gemm import producer
 from moe_kernels.kernels.hopper.gluon_names import tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
@@ -101,7 +101,7 @@ def _finish(
 
 
 @gluon.jit
-def _multiply(
+def _consumer(
     WARPGROUP: gl.constexpr,
     buffers,
     z_arrived,
@@ -259,7 +259,7 @@ def hopper_down_grad_kernel(
     gl.warp_specialize(
         [
             (
-                _multiply,
+                _consumer,
                 (
                     0,
                     buffers0,
@@ -284,7 +284,7 @@ def hopper_down_grad_kernel(
                 ),
             ),
             (
-                _multiply,
+                _consumer,
                 (
                     1,
                     buffers1,
@@ -309,7 +309,7 @@ def hopper_down_grad_kernel(
                 ),
             ),
             (
-                load_tiles,
+                producer,
                 (
                     dout_rows,
                     dout_ptr,

@@ -100,7 +100,7 @@ def _fill(
 
 
 @gluon.jit
-def load_tiles(
+def producer(
     rows_in,
     rows_ptr,
     w,
@@ -112,7 +112,7 @@ def load_tiles(
     GATED: gl.constexpr,
     GATHER: gl.constexpr,
     W_IS_KN: gl.constexpr,
-    TOGETHER: gl.constexpr,
+    K_BLOCKS_PER_WAIT: gl.constexpr,
     FULL: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -121,7 +121,7 @@ def load_tiles(
 ):
     """The loading warps: fill the ring, stage after stage, tile after tile.
 
-    TOGETHER: inner blocks that are asked for at a time, 1 or 2, see ``blocks_together``.
+    K_BLOCKS_PER_WAIT: inner blocks that are asked for at a time, 1 or 2, see ``k_blocks_per_wait``.
     """
     _, _, _, num_m, num_n = tiles
     _, _, _, empty = ring
@@ -139,16 +139,16 @@ def load_tiles(
             pointers = rows_ptr + (slot // TOP_K).to(gl.int64)[:, None] * K + cols[None, :]
         else:
             pointers = rows_ptr
-        for k0 in range(0, K, TOGETHER * BLOCK_K):
+        for k0 in range(0, K, K_BLOCKS_PER_WAIT * BLOCK_K):
             mbarrier.wait(empty.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
-            if TOGETHER == 2:
+            if K_BLOCKS_PER_WAIT == 2:
                 k1 = k0 + BLOCK_K
                 if k1 < K:
                     mbarrier.wait(empty.index((step + 1) % STAGES), (((step + 1) // STAGES) & 1) ^ 1)
             stage = step % STAGES
             _fill(rows_in, pointers, w, ring, stage, expert, row0, n, k0, sizes, GATED, GATHER, W_IS_KN)
             step += 1
-            if TOGETHER == 2:
+            if K_BLOCKS_PER_WAIT == 2:
                 stage = step % STAGES
                 if k1 < K:
                     _fill(rows_in, pointers, w, ring, stage, expert, row0, n, k1, sizes, GATED, GATHER, W_IS_KN)
@@ -156,7 +156,7 @@ def load_tiles(
 
 
 @gluon.jit
-def _multiply(
+def _consumer(
     WARPGROUP: gl.constexpr,
     buffers,
     tensors,
@@ -304,7 +304,7 @@ def hopper_gemm_kernel(
     GATHER: gl.constexpr,
     SAVE_Z: gl.constexpr,
     W_IS_KN: gl.constexpr,
-    TOGETHER: gl.constexpr,
+    K_BLOCKS_PER_WAIT: gl.constexpr,
     COOPERATIVE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -337,7 +337,7 @@ def hopper_gemm_kernel(
     gl.warp_specialize(
         [
             (
-                _multiply,
+                _consumer,
                 (
                     0,
                     buffers0,
@@ -362,7 +362,7 @@ def hopper_gemm_kernel(
                 ),
             ),
             (
-                _multiply,
+                _consumer,
                 (
                     1,
                     buffers1,
@@ -387,7 +387,7 @@ def hopper_gemm_kernel(
                 ),
             ),
             (
-                load_tiles,
+                producer,
                 (
                     rows_in,
                     rows_ptr,
@@ -400,7 +400,7 @@ def hopper_gemm_kernel(
                     GATED,
                     GATHER,
                     W_IS_KN,
-                    TOGETHER,
+                    K_BLOCKS_PER_WAIT,
                     COOPERATIVE,
                     BLOCK_M,
                     BLOCK_K,
@@ -423,7 +423,7 @@ _CACHED_BYTES = 64 * 2**20
 _SLOW_STRIDE = 2048
 
 
-def blocks_together(kernel: str, plan: RoutingPlan, weight: torch.Tensor) -> int:
+def k_blocks_per_wait(kernel: str, plan: RoutingPlan, weight: torch.Tensor) -> int:
     """How many inner blocks the loading warps of ``kernel`` ask for at a time: 2 where that is faster.
 
     It can be where the weights come from memory all the time. A block is 128 bytes of each row, and memory gives
@@ -443,7 +443,7 @@ _forced: dict[str, int] = {}
 
 
 @contextlib.contextmanager
-def use_blocks_together(number: int) -> Iterator[None]:
+def use_k_blocks_per_wait(number: int) -> Iterator[None]:
     """Within this context the loading warps ask for ``number`` inner blocks at a time: for checks and tests."""
     with config.override(_forced, "all", number):
         yield
@@ -462,7 +462,7 @@ def up(
     schedule = schedule_of("up", x.shape[1], x.device)
     columns = schedule.block_n // 2
     constants = {**gate.constants(), "GATHER": True, "SAVE_Z": save_z, "W_IS_KN": False}
-    constants["TOGETHER"] = blocks_together("up", plan, weight)
+    constants["K_BLOCKS_PER_WAIT"] = k_blocks_per_wait("up", plan, weight)
     del constants["INTERLEAVED"]
     saved = z if save_z else a
     z_arguments = matrix(saved, schedule.rows, CHUNK.value), saved
@@ -486,7 +486,7 @@ def _rows_times_weight(kernel: str, rows: torch.Tensor, weight: torch.Tensor, pl
     schedule = schedule_of(kernel, rows.shape[1], rows.device)
     columns = schedule.block_n
     w = matrix(weight, *((BLOCK_K, columns) if w_is_kn else (columns, BLOCK_K)))
-    constants = {**_IDENTITY, "W_IS_KN": w_is_kn, "TOGETHER": blocks_together(kernel, plan, weight)}
+    constants = {**_IDENTITY, "W_IS_KN": w_is_kn, "K_BLOCKS_PER_WAIT": k_blocks_per_wait(kernel, plan, weight)}
     _launch(matrix(rows, BLOCK_M, BLOCK_K), rows, w, (out, out), out, plan, schedule, columns, constants)
     return out
 

@@ -137,7 +137,7 @@ class Schedule:
 
 
 COOPERATIVE = Schedule(cooperative=True, block_n=256, stages=4)
-IN_TURN = Schedule(cooperative=False, block_n=128, stages=5, group_m=4)
+PING_PONG = Schedule(cooperative=False, block_n=128, stages=5, group_m=4)
 _SHALLOW = 1024  # inner length up to which an H200 is better off with tiles in turn
 _overrides: dict[str, Schedule] = {}
 
@@ -151,7 +151,7 @@ def schedule_of(kernel: str, depth: int, device: torch.device) -> Schedule:
     """
     if kernel in _overrides:
         return _overrides[kernel]
-    return IN_TURN if kernel != "up" and depth <= _SHALLOW and has_fast_memory(device) else COOPERATIVE
+    return PING_PONG if kernel != "up" and depth <= _SHALLOW and has_fast_memory(device) else COOPERATIVE
 
 
 @functools.cache

@@ -89,7 +89,7 @@ def _place(tile, tiles):
 
 
 @gluon.jit
-def _load(
+def _producer(
     left,
     right,
     left_ptr,
@@ -142,7 +142,7 @@ def _load(
 
 
 @gluon.jit
-def _multiply(
+def _consumer(
     WARPGROUP: gl.constexpr,
     buffers,
     out,
@@ -236,7 +236,7 @@ def hopper_wgrad_kernel(
     gl.warp_specialize(
         [
             (
-                _multiply,
+                _consumer,
                 (
                     0,
                     buffers0,
@@ -253,7 +253,7 @@ def hopper_wgrad_kernel(
                 ),
             ),
             (
-                _multiply,
+                _consumer,
                 (
                     1,
                     buffers1,
@@ -270,7 +270,7 @@ def hopper_wgrad_kernel(
                 ),
             ),
             (
-                _load,
+                _producer,
                 (
                     left,
                     right,

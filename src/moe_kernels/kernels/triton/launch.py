@@ -1,9 +1,9 @@
-"""Host side of a launch: grids, tensor-memory descriptors, the precision of tl.dot, and the launch itself.
+"""Host side of a launch: grids, TMA descriptors, the precision of tl.dot, and the launch itself.
 
-Triton 3.6 needs about a tenth of a millisecond of Python for a launch: it binds and specialises some thirty
-arguments, builds their cache key as a string, and encodes every tensor map again. A call of the op launches a dozen
-kernels, so on small layers the GPU would wait for the host. :func:`launch` lets Triton do the first launch of a
-specialisation, keeps the compiled kernel, and then calls its C launcher with the arguments as they are.
+Triton 3.6 needs about 0.1 ms of Python for a launch: it binds and specialises some thirty arguments, builds a cache
+key as a string, and encodes every tensor map again. One call of the op launches a dozen kernels, so on small layers
+the GPU would wait for the host. :func:`launch` leaves the first launch of a specialisation to Triton, keeps the
+compiled kernel, and calls its C launcher directly from then on.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ logger = logging.getLogger("moe_kernels")
 LAUNCHER_VARIABLE = "MOE_KERNELS_LAUNCHER"
 LAUNCHERS = ("replay", "direct", "triton")
 DEFAULT_LAUNCHER = "replay"
-# How Triton's C launcher takes the arguments of a kernel: one by one behind thirteen of its own (triton 3.6), or all
-# in one sequence behind fifteen (3.7 to 3.9). The thirteen are three of the grid, stream, function, cooperative grid,
-# PDL, two scratch buffers, metadata of kernel and launch, two hooks; the other two describe the sequence. A release
-# that was not read launches through Triton: a wrong layout would be undefined behaviour in C, not an error.
+# How Triton's C launcher takes a kernel's arguments: one by one after thirteen of its own (triton 3.6), or as one
+# sequence after fifteen of its own (3.7 to 3.9). The thirteen: grid (3), stream, function, cooperative grid, PDL,
+# scratch buffers (2), metadata of kernel and of launch, hooks (2). The other two describe the sequence. A release
+# whose launcher was not read launches through Triton: a wrong layout is undefined behaviour in C, not an error.
 _ONE_BY_ONE = getattr(nvidia, "_BASE_ARGS_FORMAT", None) == "iiiKKppOOOOOO"
 _IN_ONE = triton.__version__.startswith(("3.7.", "3.8.", "3.9.")) and hasattr(nvidia, "make_kernel_signature")
-# From 3.8 on the function that encodes a tensor map takes the launcher's own arguments too, and does not read them.
+# From 3.8 on, the function that encodes a tensor map also takes the launcher's own arguments, which it does not read.
 _MAP_ARGUMENTS = (None,) * (len(inspect.signature(nvidia.make_tensordesc_arg).parameters) - 2)
 _TENSOR_MAPS = 1024  # kept per argument of a compiled kernel; a map is 128 bytes and some Python
 
-# What a low-rank part adds to a GEMM: low (R, r), and the factor of each expert.
+# The low-rank part of a GEMM: low (R, r), and the factor of each expert.
 LowRank = tuple[torch.Tensor, torch.Tensor]
 
 # Number of programs of a persistent grid where there is no GPU, that is, under Triton's interpreter.
@@ -72,11 +72,11 @@ def cdiv(a: int, b: int) -> int:
 
 
 def tma_fits(*tensors: torch.Tensor) -> bool:
-    """True if a GEMM over these row-major operands loads by tensor-memory copies.
+    """True if a GEMM over these row-major operands loads by TMA.
 
-    Hopper or Blackwell of a data centre, 16-bit, rows of a multiple of 16 elements, aligned bases. Other sizes would
-    store element by element, for which the large tiles of this path have no registers left. float32 stays on pointer
-    loads: its exact products run on the ordinary cores, which such copies cannot feed.
+    Needs Hopper or data-centre Blackwell, 16-bit elements, rows of a multiple of 16 elements, and aligned bases. With
+    other sizes the epilogue would store element by element, and the large tiles of this path leave no registers for
+    that. float32 stays on pointer loads: its exact products run on the CUDA cores, not on the tensor cores.
     """
     if not loads_by_tma(device_capability(tensors[0].device)):
         return False
@@ -90,11 +90,11 @@ def tma_fits(*tensors: torch.Tensor) -> bool:
 
 
 class Descriptor(NamedTuple):
-    """An argument that a kernel loads or stores in blocks by tensor-memory copies, zero outside the tensor.
+    """A kernel argument that is loaded or stored by TMA in blocks. Loads give zeros outside the tensor.
 
     Attributes:
-        tensor: with its own shape and strides, the last of which is 1; base and rows on 16 bytes.
-        block: elements of a block, one number per dimension.
+        tensor: its last stride is 1; base and rows are aligned to 16 bytes.
+        block: shape of a block in elements.
         layout: Gluon's NVMMASharedLayout of the block in shared memory; None for ``triton.jit`` kernels.
     """
 
@@ -104,13 +104,13 @@ class Descriptor(NamedTuple):
 
 
 def descriptor(tensor: torch.Tensor, *block: int) -> Descriptor:
-    """Descriptor that loads blocks of ``block`` elements of a tensor that :func:`tma_fits`, zero outside it."""
-    # Where there is one expert or row, the stride to the next can be any number: that of a view fits.
+    """Descriptor of a tensor that :func:`tma_fits`, in blocks of shape ``block``."""
+    # With a single expert or row the outer stride is arbitrary, and TMA may refuse it. A view has a valid one.
     return Descriptor(tensor.view(tensor.shape) if len(tensor) == 1 else tensor, block)
 
 
 def by_rows(weight: torch.Tensor) -> bool:
-    """Whether every expert's matrix of ``weight`` (E, rows, columns) is contiguous by rows, wherever experts lie."""
+    """Whether each expert's matrix of ``weight`` (E, rows, columns) is row-major; experts may be apart in memory."""
     if weight.is_contiguous():
         return True
     (_, rows, columns), (_, row, column) = weight.shape, weight.stride()
@@ -118,7 +118,7 @@ def by_rows(weight: torch.Tensor) -> bool:
 
 
 def stored(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """(weight as it lies in memory, whether that is transposed): the op takes matrices stored by columns too."""
+    """(``weight`` with row-major matrices, whether that took a transpose): the op takes column-major weights too."""
     return (weight, False) if by_rows(weight) else (weight.mT, True)
 
 
@@ -130,7 +130,7 @@ def low_rank_arguments(low_rank: LowRank | None, unused: torch.Tensor) -> tuple[
 
 
 def fit_columns(config: GemmConfig, width: int) -> GemmConfig:
-    """``config`` with columns for a narrow output (the r columns of a low-rank factor) instead of its own."""
+    """``config`` with a smaller ``block_n`` for a narrow output, such as the r columns of a low-rank factor."""
     if width > config.block_n // 2:
         return config
     return _narrowed(config, width)
@@ -138,7 +138,7 @@ def fit_columns(config: GemmConfig, width: int) -> GemmConfig:
 
 @functools.cache
 def shared_memory(device: torch.device) -> int | None:
-    """Bytes of shared memory that one program may use on ``device``; None in the interpreter."""
+    """Bytes of shared memory that a thread block may use on ``device``; None in the interpreter."""
     if device.type != "cuda":
         return None
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs do not know this one
@@ -146,11 +146,11 @@ def shared_memory(device: torch.device) -> int | None:
 
 
 def fit_rank(config: GemmConfig, rank: int, device: torch.device, element_size: int) -> GemmConfig:
-    """``config`` with fewer stages where the factors of a low-rank part need their shared memory.
+    """``config`` with fewer stages where the factors of a low-rank part need the shared memory.
 
     Raises:
-        UnsupportedProblem: they need more than there is. So do ranks above 64 in float32 on tiles of 256 rows where a
-            program has 99 KiB.
+        UnsupportedProblem: the factors alone do not fit, such as float32 of a rank above 64 on tiles of 256 rows
+            where a thread block has 99 KiB.
     """
     limit = shared_memory(device) if rank else None
     if limit is not None and (config.block_m + config.block_n) * rank * element_size > limit:
@@ -173,7 +173,7 @@ def _narrowed(config: GemmConfig, width: int) -> GemmConfig:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """float32 products are exact (IEEE) unless torch's own switch allows TF32; 16-bit types ignore this."""
-    # The older allow_tf32 cannot be read once the switch was set in the newer way; this holds what either set.
+    # allow_tf32, the older switch, cannot be read once the newer one was set. This one reflects both.
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -186,7 +186,8 @@ def launch_grid(
     sizes: tuple[int, ...],
     constants: dict[str, Any],
 ) -> None:
-    """Launch ``kernel`` over at most ``max_tiles`` tiles: one program per multiprocessor, or one per tile."""
+    """Launch ``kernel`` over at most ``max_tiles`` tiles: ``programs_per_sm`` programs an SM if persistent, else one a
+    tile."""
     if max_tiles == 0:
         return
     programs = max_tiles
@@ -218,15 +219,15 @@ def launch_tiles(
 
 # --------------------------------------------------------------------------------------------------- the launch
 class _Direct(NamedTuple):
-    """What a launch of one specialisation needs beside its grid, stream and arguments.
+    """The fixed part of a direct launch of one specialisation: all but grid, stream and arguments.
 
     Attributes:
         call: the C launcher.
-        stream: the current stream of a device, as a handle.
-        head: what the C launcher takes from the function handle to the arguments.
-        tensor_maps: for each descriptor, (pointer, shape, strides) -> what the C launcher takes in its place.
-        constants: placeholders of the compile-time arguments, which the C launcher skips.
-        compiled: kept alive, as the function handle is its.
+        stream: device -> handle of its current stream.
+        head: the C launcher's own arguments, from the function handle on.
+        tensor_maps: for each descriptor, (pointer, shape, strides) -> the arguments that the C launcher takes for it.
+        constants: placeholders for the compile-time arguments, which the C launcher skips.
+        compiled: the kernel, kept alive because it owns the function handle.
     """
 
     call: Callable[..., None]
@@ -238,31 +239,31 @@ class _Direct(NamedTuple):
 
 
 _plain = torch.Tensor
-# torch.cuda.current_device without its checks; tensors of the CPU lie on device -1.
+# torch.cuda.current_device without its checks; CPU tensors are on device -1.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _known: dict[tuple[Any, ...], _Direct | None] = {}
 _counts: collections.Counter[str] = collections.Counter()
-# Who follows the launches of a thread, see replay.py: called with the direct launch (None if Triton made it), grid
+# The recorder of each thread that records (replay.py). Called with the direct launch (None if Triton launched), grid
 # and arguments.
-_followers: dict[int, Callable[..., None]] = {}
-# Threads that compile only, and the kernels they asked for.
+_recorders: dict[int, Callable[..., None]] = {}
+# Threads that only compile (``compiling_only``), and the kernels they asked for.
 _compilers: dict[int, list[Any]] = {}
 
 
 def launch_counts() -> dict[str, int]:
-    """Launches since the start, by way: "replay", "direct" or "triton"."""
+    """Launches since the start, by how they were made: "replay", "direct" or "triton"."""
     return dict(_counts)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """``kernel[grid](*args, **keywords)`` on the device of its tensors, with a fraction of the host time.
 
-    The key of a compiled kernel tells apart all that Triton's own tells apart: keywords (constexprs and options),
-    device, dtype and 16-byte alignment of pointers, integers that are 1, multiples of 16, or wider than 32 bits, and
-    dtype, block and layout of descriptors. So a kernel never runs on arguments it was not specialised for.
+    The cache key has everything that Triton specialises on: keywords (constexprs and options), device, dtype and
+    16-byte alignment of pointers, whether an integer is 1, a multiple of 16 or wider than 32 bits, and dtype, block
+    and layout of descriptors. So a kernel never runs on arguments that it was not specialised for.
 
     Triton launches instead, with the same result, where :func:`refusal` names a reason, while a profiler's hook,
-    debugging or instrumentation is on, and for kernels the C launcher alone cannot serve.
+    debugging or instrumentation is on, and for kernels that need more than the C launcher (scratch memory).
 
     Args:
         kernel: a ``triton.jit`` or ``gluon.jit`` function whose compile-time arguments come last.
@@ -325,24 +326,24 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
     else:
         direct.call(x, y, z, direct.stream(device), *direct.head, (*values, *direct.constants))
     _counts["direct"] += 1
-    if _followers and (follow := _followers.get(threading.get_ident())) is not None:
-        follow(direct, (x, y, z), args)
+    if _recorders and (record := _recorders.get(threading.get_ident())) is not None:
+        record(direct, (x, y, z), args)
     return None
 
 
 @contextlib.contextmanager
 def compiling_only(device: torch.device) -> Iterator[list[Any]]:
-    """Within this context launches of this thread run nothing; their kernels are compiled side by side.
+    """Within this context launches of this thread run nothing; their kernels are compiled in parallel.
 
-    Gives the list of the kernels asked for. They are ready for ``device`` when the context ends: compiled or found in
-    Triton's cache, loaded, and with the C launcher of their signature, for which Triton runs a C compiler. A context
-    inside another adds to the outer one's.
+    Yields the list of these kernels. When the context ends they are ready for ``device``: compiled or found in
+    Triton's cache, loaded, and with the C launcher of their signature built (Triton runs a C compiler for it). A
+    nested context adds to the list of the outer one.
     """
 
     def prepare(kernel: Any) -> None:
         compiled = kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel
         with torch.cuda.device(device if device.type == "cuda" else -1):
-            _ = compiled.run  # a property that makes it
+            _ = compiled.run  # a property that loads the kernel and builds its launcher
 
     thread = threading.get_ident()
     if thread in _compilers:
@@ -361,7 +362,7 @@ def compiling_only(device: torch.device) -> Iterator[list[Any]]:
 
 @functools.cache
 def launcher() -> str:
-    """The way of launching that is asked for: "triton", "direct", or "replay" which is direct and more (replay.py).
+    """The launcher asked for: "triton", "direct", or "replay" (direct launches that are recorded, see replay.py).
 
     Raises:
         ValueError: MOE_KERNELS_LAUNCHER is none of these.
@@ -373,7 +374,7 @@ def launcher() -> str:
 
 
 def choose_launcher(name: str) -> None:
-    """Launch by ``name`` from now on, as if MOE_KERNELS_LAUNCHER had been that from the start: for measurements."""
+    """Use launcher ``name`` from now on, as if MOE_KERNELS_LAUNCHER had said so from the start: for measurements."""
     os.environ[LAUNCHER_VARIABLE] = name
     launcher.cache_clear()
     refusal.cache_clear()
@@ -381,7 +382,7 @@ def choose_launcher(name: str) -> None:
 
 @functools.cache
 def driver_fault() -> str | None:
-    """Why triton cannot launch on the GPU that torch sees, or None. Triton would say so at the first launch only."""
+    """Why triton cannot launch on the GPU that torch sees, or None. Triton says so only at the first launch."""
     if not torch.cuda.is_available() or interpreting():
         return None
     try:
@@ -393,7 +394,7 @@ def driver_fault() -> str | None:
 
 @functools.cache
 def refusal() -> str | None:
-    """Why no kernel of this process is launched directly, or None: then they are, from the second launch on."""
+    """Why this process launches no kernel directly; None if it does, from the second launch of a kernel on."""
     asked, reason = launcher(), None
     if asked == "triton":
         reason = f"{LAUNCHER_VARIABLE}=triton"
@@ -408,7 +409,7 @@ def refusal() -> str | None:
 
 
 def _watched(kernel: Any = None) -> bool:
-    """True while launches have an observer or must run otherwise: profilers' hooks, debugging, instrumentation."""
+    """True while Triton must launch itself: for a profiler's hooks, debugging or instrumentation."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
@@ -428,8 +429,8 @@ def _tensor(arg: Any) -> torch.Tensor:
 def _through_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """Triton's own launch; returns the compiled kernel."""
     _counts["triton"] += 1
-    if _followers and (follow := _followers.get(threading.get_ident())) is not None:
-        follow(None, grid, args)
+    if _recorders and (record := _recorders.get(threading.get_ident())) is not None:
+        record(None, grid, args)
     with torch.cuda.device_of(_tensor(args[0])):
         return kernel[grid](*_bound(args), **keywords)
 
@@ -449,19 +450,19 @@ def _host_descriptor(
 ) -> Any:
     """The descriptor of Triton, or with a layout that of Gluon."""
     if torch.cuda.is_initialized():
-        # Encoding it takes the device's context, and a thread of autograd whose first call of CUDA this is has none
-        # yet. Setting the device makes one, also where it is the current device.
+        # Encoding needs a CUDA context. An autograd thread that has not called CUDA yet has none; setting the device
+        # makes one, even if it is the current device already.
         torch.cuda.set_device(torch.cuda.current_device())
     if layout is None:
         return TensorDescriptor(base, list(shape), list(strides), list(block))
-    # Here, because the Triton kernels run where Gluon is absent or has other names.
+    # Imported here because the Triton kernels must also run where Gluon is missing or has other names.
     from triton.experimental.gluon.nvidia import hopper as gluon
 
     return gluon.TensorDescriptor(base, list(shape), list(strides), list(block), layout)
 
 
 class _Address(NamedTuple):
-    """What a host descriptor needs of a tensor. Holding the tensor itself would keep its memory."""
+    """What a host descriptor needs of a tensor. The tensor itself would keep its memory alive."""
 
     pointer: int
     dtype: torch.dtype
@@ -479,16 +480,16 @@ def _tensor_map(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
 ) -> tuple[Any, ...]:
-    """What the C launcher takes for a descriptor: the encoded map, shape, strides.
+    """The arguments that the C launcher takes for a descriptor: encoded tensor map, shape, strides.
 
-    It says where and how wide, nothing else, so it stays true for whatever comes to lie at that address.
+    They depend on address and layout only, so they may be cached and used for any tensor at that address.
     """
     host = _host_descriptor(_Address(pointer, dtype), shape, strides, block, layout)
     return tuple(nvidia.make_tensordesc_arg(host, meta, *_MAP_ARGUMENTS))
 
 
 def _direct(kernel: Any, compiled: Any, arguments: int, descriptors: list[Descriptor]) -> _Direct | None:
-    """The direct launch of a compiled kernel; None, with a log line, where Triton has to launch it.
+    """The direct launch of a compiled kernel; None, with a warning in the log, if only Triton can launch it.
 
     Args:
         kernel, compiled: a kernel and one of its specialisations.
@@ -509,7 +510,7 @@ def _direct(kernel: Any, compiled: Any, arguments: int, descriptors: list[Descri
         logger.warning("kernel %s is launched through Triton: %s", kernel.fn.__name__, reason)
         return None
     call = launcher.launch
-    if descriptors:  # Triton wraps its C launcher in a function that encodes the tensor maps
+    if descriptors:  # then Triton wraps its C launcher in a function that encodes the tensor maps
         call = inspect.getclosurevars(call).nonlocals["launcher"]
     head: tuple[Any, ...] = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
     no_scratch, metadata, no_hooks = (None, None), (compiled.packed_metadata, None), (None, None)

@@ -1,10 +1,10 @@
-"""Steps of the op whose launches are known by heart.
+"""Record and replay of launches, for input signatures that repeat.
 
-What a forward or a backward of the op allocates and launches follows from the shapes, strides and dtypes of its
-tensors and from its settings: nothing depends on what the tensors hold. So the second call of a signature is
-followed, and from the third on the same memory is allocated and the same kernels are launched without the Python that
-decides it: tile choices, descriptors, constants, views. Only addresses differ from call to call. Unlike a CUDA graph
-this copies nothing, keeps no memory between calls, and runs under any stream, capture or thread.
+What a forward or a backward of the op allocates and launches depends only on the shapes, strides and dtypes of its
+tensors and on its settings, never on the values. So the second call of a signature is recorded. From the third call
+on, the recording is replayed: the same allocations and the same launches, without the Python that chose tiles and
+built descriptors, constants and views. Only addresses differ from call to call. Unlike a CUDA graph, a replay copies
+nothing, keeps no memory between calls, and works on any stream, under capture and on any thread.
 """
 
 from __future__ import annotations
@@ -44,22 +44,23 @@ _VIEWS = {
     _aten.view.default,
 }
 _on_gpu = operator.attrgetter("is_cuda")  # of a tensor
-_SIGNATURES = 512  # kept in mind; more than that come of sizes that do not repeat
-_TRIES = 4  # calls until steps are replayed or never will be
+_SIGNATURES = 512  # limit of the cache; more signatures than this mean that the sizes do not repeat
+_TRIES = 4  # calls of a signature after which it is never recorded
 
 
 class _Place(NamedTuple):
-    """An address: the number of an input or an allocation, and bytes from its start."""
+    """An address: the number of an input or an allocation, and the offset into it in bytes."""
 
     memory: int
     offset: int
 
 
 class _Launch(NamedTuple):
-    """One launch: C launcher, its leading arguments, the kernel's as far as they are known, and what fills the rest.
+    """One launch: the C launcher, its leading arguments, the kernel's known arguments, and how to fill in the others.
 
-    ``pointers`` are (index, place); ``tensor_maps`` (index, map, place, shape, strides), the last index first, as
-    each takes the place of one argument with several. ``new`` and ``dead`` number the allocations that begin and end.
+    ``pointers`` holds (index, place). ``tensor_maps`` holds (index, encode, place, shape, strides), last index first,
+    because each replaces one argument by several. ``new`` are the allocations made before this launch, ``dead`` those
+    freed after it.
     """
 
     call: Callable[..., None]
@@ -87,7 +88,7 @@ def _span(tensor: Tensor, first: int = 0) -> int:
 
 
 def _holds(tensor: Tensor, address: int) -> bool:
-    """Whether ``address`` lies in ``tensor``, and not in a gap between its experts: there another input may lie."""
+    """Whether ``address`` lies in ``tensor`` itself; another input may lie in the gaps between its experts."""
     offset = address - tensor.data_ptr()
     if not 0 <= offset < _span(tensor):
         return False
@@ -95,12 +96,12 @@ def _holds(tensor: Tensor, address: int) -> bool:
     return not step or offset % step < _span(tensor, 1)
 
 
-class _Follower(TorchDispatchMode):
-    """Follows steps while they run: what they allocate, and what they launch on it.
+class _Recorder(TorchDispatchMode):
+    """Records what steps allocate and launch while they run.
 
     Attributes:
-        obstacle: why this cannot be replayed; empty if it can.
-        passing: the obstacle was a kernel that Triton had to launch for its first time.
+        obstacle: why the recording cannot be replayed; empty if it can.
+        passing: the obstacle is gone at the next call: Triton had to launch a kernel for the first time.
     """
 
     def __init__(self, inputs: list[Tensor | None]) -> None:
@@ -110,7 +111,7 @@ class _Follower(TorchDispatchMode):
         self.launched: list[_Launch] = []
         self.directs: list[Any] = []
         self.obstacle, self.passing = "", False
-        self.memory: dict[int, int] = {}  # storages allocated meanwhile
+        self.memory: dict[int, int] = {}  # number of each storage allocated while recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -137,7 +138,7 @@ class _Follower(TorchDispatchMode):
         return places[0]
 
     def launch(self, direct: Any, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
-        """One launch, just made."""
+        """Record one launch that was just made."""
         if direct is None:
             self.obstacle, self.passing = "a launch through Triton", True
             return
@@ -157,21 +158,23 @@ class _Follower(TorchDispatchMode):
 
 
 class _Program:
-    """What a follower saw, to be done again on other tensors of the same signature."""
+    """A recording, which can be replayed on other tensors of the same signature."""
 
-    def __init__(self, follower: _Follower, outputs: tuple[Tensor, ...], beside: Callable[[], None] | None) -> None:
-        self.beside = beside
-        self.inputs = len(follower.inputs)
-        self.allocated, self.launches = follower.allocated, follower.launched
-        self.directs = follower.directs  # keeps what is compiled alive
+    def __init__(
+        self, recorder: _Recorder, outputs: tuple[Tensor, ...], on_replay: Callable[[], None] | None
+    ) -> None:
+        self.on_replay = on_replay
+        self.inputs = len(recorder.inputs)
+        self.allocated, self.launches = recorder.allocated, recorder.launched
+        self.directs = recorder.directs  # keeps the compiled kernels alive
         # An output is an allocation, a view of one, or without elements: then one tensor serves all calls.
         self.outputs: list[tuple[int, tuple[Any, ...] | None, Tensor | None]] = []
         for out in outputs:
-            number = follower.place(out).memory - self.inputs
+            number = recorder.place(out).memory - self.inputs
             if not out.numel():
                 self.outputs.append((0, None, out))
             elif number < 0:
-                follower.obstacle = "an output that is an input"
+                recorder.obstacle = "an output that is an input"
             else:
                 whole = self.allocated[number] == (tuple(out.shape), out.stride(), out.dtype)
                 view = (tuple(out.shape), out.stride(), out.storage_offset())
@@ -183,16 +186,16 @@ class _Program:
                 if place.memory >= self.inputs:
                     used.setdefault(place.memory - self.inputs, []).append(step)
         if kept - set(used):
-            follower.obstacle = "an output that no kernel writes"
+            recorder.obstacle = "an output that no kernel writes"
         for number, uses in used.items():
             self.launches[uses[0]].new.append(number)
             if number not in kept:
                 self.launches[uses[-1]].dead.append(number)
 
     def __call__(self, addresses: list[int], device: torch.device) -> tuple[Tensor, ...]:
-        """The outputs, of inputs at these addresses."""
-        if self.beside is not None:
-            self.beside()
+        """Replay on inputs at these addresses, and return the outputs."""
+        if self.on_replay is not None:
+            self.on_replay()
         stream = self.directs[0].stream(launches._current_device())
         inputs = self.inputs
         addresses += [0] * len(self.allocated)
@@ -222,22 +225,24 @@ class _Program:
         )
 
 
-# By signature: a program, or how often the steps ran without one.
+# By signature: its program, or the number of calls so far without one.
 _programs: dict[tuple[Any, ...], _Program | int] = {}
 config.on_change.append(_programs.clear)
 
 
 def replayed(
     steps: Callable[..., Any],
-    beside: Callable[..., Callable[[], None]] | None = None,
+    on_replay: Callable[..., Callable[[], None]] | None = None,
     first: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """``steps``, replayed from the third call of a signature on.
 
-    ``steps`` takes tensors, None and settings by position and returns tensors, all of which it allocates. What it
-    does must follow from its arguments' shapes, strides and dtypes, its settings and ``tuning.config`` alone.
-    ``beside``, with the same arguments, gives what a replay has to call beside; ``first`` is called before the first
-    call of a signature.
+    Args:
+        steps: takes tensors, None and settings by position and returns tensors that it allocated. Its allocations and
+            launches may depend only on shapes, strides, dtypes, settings and ``tuning.config``.
+        on_replay: called once with the arguments that are recorded; what it returns is called at every replay, for
+            what steps do beside launching (counting).
+        first: called with the arguments before the first call of a signature.
     """
 
     @functools.wraps(steps)
@@ -274,30 +279,30 @@ def replayed(
             first(*args)
         if not 1 <= program < _TRIES:
             return steps(*args)
-        return _followed(signature, steps, args, beside)
+        return _record(signature, steps, args, on_replay)
 
     return call
 
 
-def _followed(
+def _record(
     signature: tuple[Any, ...],
     steps: Callable[..., Any],
     args: tuple[Any, ...],
-    beside: Callable[..., Callable[[], None]] | None,
+    on_replay: Callable[..., Callable[[], None]] | None,
 ) -> Any:
-    """The outputs of ``steps``, and a program for the next call of the signature if they can be repeated."""
-    follower = _Follower([arg for arg in args if arg is None or isinstance(arg, Tensor)])
+    """Run and record ``steps``; return its outputs, and keep the program if it can be replayed."""
+    recorder = _Recorder([arg for arg in args if arg is None or isinstance(arg, Tensor)])
     thread = threading.get_ident()
-    launches._followers[thread] = follower.launch
+    launches._recorders[thread] = recorder.launch
     try:
-        with follower:
+        with recorder:
             outputs = steps(*args)
     finally:
-        del launches._followers[thread]
-    program = _Program(follower, outputs, None if beside is None else beside(*args))
-    if not follower.obstacle:
+        del launches._recorders[thread]
+    program = _Program(recorder, outputs, None if on_replay is None else on_replay(*args))
+    if not recorder.obstacle:
         _programs[signature] = program
-    elif not follower.passing:
+    elif not recorder.passing:
         _programs[signature] = _TRIES
-    logger.debug("%s: %s", steps.__name__, follower.obstacle or f"{len(program.launches)} launches to replay")
+    logger.debug("%s: %s", steps.__name__, recorder.obstacle or f"{len(program.launches)} launches to replay")
     return outputs
