@@ -2,8 +2,8 @@
 
     python benchmarks/sanitize.py --json benchmarks/results/sanitize.json
 
-Small problems of every kind of experts, forward and backward, on hostile routings, through tensor-memory and pointer
-loads, and the fused router. First all of them without a tool, which compiles the kernels and must pass; then under
+Small problems of every kind of experts, forward and backward, on hostile routings, through TMA and pointer loads,
+and the fused router. First all of them without a tool, which compiles the kernels and must pass; then under
 memcheck, racecheck, initcheck and synccheck, in processes side by side. torch's caching allocator is off, so that
 each tensor is an allocation of its own with exactly its size.
 
@@ -73,7 +73,7 @@ CALLS = 3
 # ------------------------------------------------------------------------------------------------- what is run
 @dataclass(frozen=True)
 class Job:
-    """One expert layer, forward and backward. ``pointers``: no tensor-memory loads where the GPU has them."""
+    """One expert layer, forward and backward. ``pointers``: no TMA loads even where the GPU has them."""
 
     case: Case
     settings: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Job:
     backend: str = "triton"
 
 
-#: Sizes that are multiples of 16 load by tensor memory on Hopper and later; the odd ones and float32 by pointers.
+#: Sizes that are multiples of 16 load by TMA on Hopper and later; the odd ones and float32 by pointers.
 JOBS: dict[str, Job] = {
     "whole-tiles": Job(Case(256, 2, 3, 128, 256, BF16, "balanced"), {"group_size": 64}),
     "tails": Job(Case(131, 3, 5, 80, 48, BF16, "sentinels"), {"group_size": 128}),
@@ -227,14 +227,14 @@ def planted_synccheck(data, out, BLOCK: tl.constexpr):
 # ------------------------------------------------------------------------------------ what initcheck cannot follow
 #: It reports this though nothing is wrong. A control shows that the tool on this machine does so.
 NOT_FOLLOWED = (
-    "memory that a tensor-memory store wrote stays uninitialised for initcheck. Reports of problems that run on the "
+    "memory that a TMA store wrote stays uninitialised for initcheck. Reports of problems that run on the "
     "kernels for Hopper are set aside if the control is reported too; moe-kernels verify runs the same kernels on "
     "memory filled with NaN."
 )
 
 
 @triton.jit
-def _write_by_tensor_memory(descriptor, BLOCK: tl.constexpr):
+def _write_by_tma(descriptor, BLOCK: tl.constexpr):
     descriptor.store([0, 0], tl.full((BLOCK, BLOCK), 1, tl.int32))
 
 
@@ -247,7 +247,7 @@ def control_initcheck(data, out, BLOCK: tl.constexpr):
 def run_control() -> None:
     """Launch what is right and what initcheck may report nevertheless."""
     data, out = (torch.empty(32, 32, dtype=torch.int32, device="cuda") for _ in range(2))
-    _write_by_tensor_memory[(1,)](TensorDescriptor(data, [32, 32], [32, 1], [32, 32]), BLOCK=32)
+    _write_by_tma[(1,)](TensorDescriptor(data, [32, 32], [32, 1], [32, 32]), BLOCK=32)
     control_initcheck[(1,)](data, out, BLOCK=32)
     torch.cuda.synchronize()
 
@@ -426,7 +426,7 @@ def run_side_by_side(processes: list[Process], jobs: int, deadline: float) -> No
 
 
 #: Older ones report races in kernels of specialised warps that are none (NVIDIA's release notes, 2026.1 and 2026.3),
-#: and memcheck does not follow loads of tensor memory (2026.2). This one was tried.
+#: and memcheck does not follow TMA loads (2026.2). This one was tried.
 OLDEST = (2026, 4)
 PACKAGE = "nvidia-cuda-sanitizer-api"
 

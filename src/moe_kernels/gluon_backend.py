@@ -1,8 +1,8 @@
-"""The Gluon backend, for Hopper: the Triton backend with GEMMs whose loading, multiplying and writing overlap.
+"""The Gluon backend, for Hopper: the Triton backend with warp-specialised GEMMs.
 
 Rows of X are gathered inside the up projection, and rows of dO inside the backward where experts are small. The
-backward of the activation is the epilogue of a GEMM. What these kernels do not cover of a layer (a bias, a low-rank
-part, weights stored by columns, gate and up interleaved or no gate) runs on the Triton backend's kernels.
+backward of the activation is the epilogue of a GEMM. Steps that these kernels do not cover (a bias, a low-rank part,
+column-major weights, interleaved gate and up, no gate) run on the Triton backend's kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if _LACKS is None:  # else `why_not` says so, and nothing below is called
 
 NAME = "gluon"
 GROUP_SIZE = 128  # rows per tile
-ALIGNMENT = 64  # hidden and intermediate sizes: the inner blocks, and the columns written at a time
+ALIGNMENT = 64  # of hidden and intermediate sizes: the length of a k block, and the columns per store
 __all__ = [
     "NAME",
     "combine",

@@ -1,7 +1,7 @@
 """The Triton backend: the steps as kernels for sm_80 and later.
 
-Hopper and later load weights and sorted rows by tensor-memory copies (TMA); sm_80 to sm_89, and tensors whose rows
-are not multiples of 16 elements, by pointer loads. The math is the same.
+Hopper and data-centre Blackwell load weights and sorted rows by TMA. Other GPUs, and tensors whose rows are not
+multiples of 16 elements, use pointer loads. The math is the same.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def barriers(ptx):
 
 
 def handed_over(ptx):
-    """Offsets of the words through which warp_specialize hands its groups of warps their arguments."""
+    """Offsets of the words through which warp_specialize hands the partitions their arguments."""
     return {int(offset) for offset in re.findall(r"st\.shared\S*\s+\[global_smem\+(\d+)\]", ptx)}
 
 

@@ -2,13 +2,13 @@
 
     python tests/core/mutations.py --json benchmarks/results/mutants.json           # in triton's interpreter
     python tests/core/mutations.py --gpu --json benchmarks/results/mutants-gpu.json # the kernels for Hopper, compiled
-    python tests/core/mutations.py --barriers --json mutants-barriers.json          # what their groups of warps wait for
+    python tests/core/mutations.py --barriers --json mutants-barriers.json          # the barriers of their warps
 
 The interpreter does not run the kernels for Hopper: their mutants need such a GPU. A mutant counts as noticed if a
 test fails on a wrong result or the process crashes; one that does not compile, or does not end in time, proves
-nothing and counts as alive. So that none can stop the GPU, no mutant of --gpu touches what groups of warps wait for:
-the phases and counts of barriers, and how many steps of the ring each group walks. Those of --barriers do, and are run
-with random delays (tests/device/test_delays_gpu.py) in a process that ends itself if a kernel does not.
+nothing and counts as alive. So that none can stop the GPU, no mutant of --gpu touches the synchronisation of warps:
+the phases and counts of barriers, and the number of ring stages that each warpgroup passes. Those of --barriers do, and
+run with random delays (tests/device/test_delays_gpu.py) in a process that ends itself if a kernel does not end.
 
 15 minutes to an hour and a half of one core (mutants.json: 15); on 16 cores two minutes with --gpu, six with
 --barriers. Exit code 1 if a mutant is alive, or if a planted text is not in the source any more; 2 if there is no such
@@ -371,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--gpu", action="store_true", help="the kernels for Hopper, on such a GPU")
-    which.add_argument("--barriers", action="store_true", help="what their groups of warps wait for, on such a GPU")
+    which.add_argument("--barriers", action="store_true", help="the barriers of their warps, on such a GPU")
     jobs = max(1, (os.cpu_count() or 1) * 3 // 4)
     parser.add_argument(
         "--jobs", type=int, default=jobs, help="mutants at a time (default: three quarters of the cores)"

@@ -36,7 +36,7 @@ def test_titles_are_unique(suite):
     assert len(set(titles)) == len(titles)
 
 
-#: What groups of warps wait for: where one waits for what never comes, the GPU stops.
+#: The synchronisation of warps: a warp that waits for what never comes stops the GPU.
 BARRIERS = ("mbarrier.", "await_turn", "pass_turn", "range(start", "range(0, K", "range(0, H", "step", "pid")
 
 

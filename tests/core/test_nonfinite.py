@@ -12,7 +12,7 @@ from moe_kernels.testing.problems import Case, make_inputs, run, truth
 from moe_kernels.testing.tiles import use_small_tiles
 
 BF16 = torch.bfloat16
-#: Sizes that are multiples of 16 load by tensor memory where the GPU has it; the odd ones by pointers.
+#: Sizes that are multiples of 16 load by TMA where the GPU has it; the odd ones by pointers.
 CASES = {
     "plain": Case(33, 2, 5, 48, 32, BF16, "sentinels"),
     "odd": Case(33, 2, 5, 37, 21, BF16, "zipf"),

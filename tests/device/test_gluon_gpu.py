@@ -85,7 +85,7 @@ def test_experts_that_lie_apart(apart, transposed, backend):
     check(implementation, inputs_of(dataclasses.replace(CASE, transposed=transposed)))
 
 
-# Few rows for much weight, with an even and an odd number of inner blocks.
+# Few rows for much weight, with an even and an odd number of k blocks.
 LARGE = [Case(500, 8, 64, 1024, 704, BF16), Case(300, 8, 48, 1088, 832, BF16, "zipf")]
 
 

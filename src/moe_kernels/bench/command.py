@@ -73,7 +73,7 @@ def bench(
     """Time one expert layer against other implementations, correctness first.
 
     Every implementation runs in this process on the same tensors, in turn, and computes every gradient. The
-    second-level cache is flushed before each call; times are medians. An implementation whose error is more
+    L2 cache is flushed before each call; times are medians. An implementation whose error is more
     than three times that of grouped_mm is called wrong and is not timed; one that cannot run here says why. The
     time of the same GEMMs through dense torch.mm is the ceiling. The file of --json is written after every layer,
     and a call that was interrupted goes on from it. Exit code 1 if an implementation was wrong or failed.

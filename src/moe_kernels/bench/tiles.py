@@ -47,7 +47,7 @@ VERIFY_SHAPES = (LayerShape("ragged", 257, 144, 80, 16, 4), LayerShape("uneven",
 VERIFY_ROUTINGS = ("random", "one_hot_expert", "sentinels")
 VERIFY_TOKENS, VERIFY_EXPERTS = 1024, 8
 
-# Columns, inner block, warps, stages: candidates of the row-tiled kernels, whose block_m is the group size.
+# block_n, block_k, warps, stages: candidates of the row-tiled kernels, whose block_m is the group size.
 _UP = [(128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4), (64, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 4)]
 _ROWS = [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 8, 4), (128, 64, 4, 4), (128, 128, 8, 3), (128, 64, 4, 3)]
 _WGRAD = [

@@ -59,7 +59,7 @@ class Times:
 class Clock:
     """Times calls in turn, so that a drift of the machine's clocks meets all of them alike.
 
-    On a GPU the second-level cache is flushed before every call by writing 256 MiB.
+    On a GPU the L2 cache is flushed before every call by writing 256 MiB.
     """
 
     def __init__(self, device: torch.device) -> None:

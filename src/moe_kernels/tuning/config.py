@@ -57,8 +57,8 @@ _HOPPER = {
     ("dgrad", 256): GemmConfig(256, 128, 64, 8, 3, flatten=True),
     ("wgrad", None): GemmConfig(128, 128, 64, 4, 3),
 }
-# Pointer loads: GPUs without tensor-memory copies or with less shared memory (99 KiB a block on Ada and on Blackwell
-# of capability 12), and everywhere sizes that are not multiples of 16.
+# Pointer loads: GPUs without TMA or with less shared memory (99 KiB a thread block on Ada and on Blackwell of
+# capability 12), and on every GPU sizes that are not multiples of 16.
 _POINTER = {
     ("up", 64): GemmConfig(64, 64, 32, 4, 3),
     ("up", 128): GemmConfig(128, 64, 32, 8, 3),
@@ -71,7 +71,7 @@ _POINTER = {
     ("dgrad", 256): GemmConfig(256, 64, 32, 8, 3),
     ("wgrad", None): GemmConfig(128, 128, 32, 8, 3),
 }
-# float32 in IEEE precision runs on the ordinary cores: small tiles, on every GPU.
+# float32 in IEEE precision runs on the CUDA cores: small tiles, on every GPU.
 _FLOAT32 = {key: GemmConfig(key[1] or 64, 32, 32, 4 if (key[1] or 64) == 64 else 8, 2) for key in _HOPPER} | {
     ("up", 256): GemmConfig(256, 16, 32, 8, 2),  # 32 columns spill registers on sm_80 with triton 3.8
 }
@@ -85,7 +85,7 @@ _BLACKWELL = {key: dataclasses.replace(config, flatten=False) for key, config in
 
 
 def loads_by_tma(capability: tuple[int, int] | None) -> bool:
-    """Whether 16-bit GEMMs load by tensor-memory copies; capability None is the interpreter."""
+    """Whether 16-bit GEMMs load by TMA; capability None is the interpreter."""
     return capability is None or (9, 0) <= capability < (12, 0)
 
 
@@ -147,7 +147,7 @@ def select_config(
         kernel: name of the kernel.
         device, dtype: of the weights.
         group_size: rows per tile; None for wgrad.
-        tma: loads by tensor-memory copies.
+        tma: loads by TMA.
         sizes: rows per expert, columns of the result, length of the inner products: see ``tuned.Sizes``. None for a
             kernel with a bias, a low-rank part or weights stored by columns: tiles are tuned without, and what fits
             a multiprocessor without need not fit with.

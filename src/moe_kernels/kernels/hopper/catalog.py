@@ -1,7 +1,6 @@
 """Every Hopper kernel in every schedule, as arguments for ahead-of-time compilation without a GPU.
 
-The arguments are those of real calls: the functions that launch are called with small tensors and a ``launch`` that
-records.
+The arguments are those of real calls: the host functions run on small tensors with a ``launch`` that only records.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def _recorded(name: str, module: Any, call: Callable[[], object]) -> CompileCase
     constants = {key: value for key, value in keywords.items() if key != "num_warps"}
     options = {"num_warps": keywords["num_warps"], "num_stages": 3}
     # Epilogues may spill, once per tile: down_grad's, and those of activations with many intermediates (two tanh and
-    # a sigmoid in softcapped_silu). The loops over K are the same for all, and silu's kernels do not spill.
+    # a sigmoid in softcapped_silu). The mainloop is the same for all, and silu's kernels do not spill.
     activation = constants.get("ACTIVATION", "identity")
     spills = {"identity": 0, "silu": 50 if module is down_grad else 0, "softcapped_silu": 600}.get(activation, 250)
     return CompileCase(name, kernel, types, constants, options, uses_tma=True, spills=spills)

@@ -1,9 +1,9 @@
 """Step 4 on Hopper: dA0 = dOs W2[e] with the backward of the activation in its epilogue.
 
-Rows of dO come by TMA from a sorted copy, or (GATHER) by asynchronous copies from their tokens.
-dA0 stays in registers and in float32. Z comes by TMA under the multiplication; the epilogue turns it in place into dZ
-and writes wA. The routing weight's gradient <dA0, A> is summed per column block, and over those in a second launch:
-a fixed order, no atomics. While one group of warps is in its epilogue the other multiplies.
+Rows of dO are loaded by TMA from a sorted copy, or (GATHER) from their tokens by cp.async. dA0 stays in registers,
+in float32. Z is loaded by TMA while wgmma runs; the epilogue overwrites it with dZ in shared memory and also writes
+wA. The routing weight's gradient <dA0, A> is summed per column block, and a second launch adds these partial sums: a
+fixed order, no atomics. The consumer warpgroups ping-pong, so one's epilogue overlaps the other's wgmma.
 """
 
 import torch
@@ -39,12 +39,12 @@ from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
 from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.routing import RoutingPlan, TokenRows
 
-COLUMNS = gl.constexpr(32)  # that are finished at a time: more do not fit the registers beside the accumulator
+COLUMNS = gl.constexpr(32)  # per step of the epilogue: more would spill, because the accumulator stays in registers
 
 
 @gluon.jit
 def _fetch_z(z, buffers, z_arrived, SET: gl.constexpr, row0, col0, I):
-    """Start to load the gate and the up columns of Z at (row0, col0) into one set of buffers."""
+    """Issue the TMA loads of the gate and up columns of Z at (row0, col0) into one set of buffers."""
     arrived = z_arrived.index(SET)
     mbarrier.expect(arrived, 2 * z.block_type.nbytes)
     tma_load(z, [row0, col0], arrived, buffers.index(3 * SET))
@@ -69,9 +69,10 @@ def _finish(
     P0: gl.constexpr,
     P1: gl.constexpr,
 ):
-    """dZ and wA of COLUMNS columns, from dA0 in registers and Z in a set of buffers; returns <dA0, A> of each row.
+    """One step of the epilogue: dZ and wA of COLUMNS columns from dA0 (registers) and Z (buffers of SET).
 
-    If ``fetch``, Z of the columns after these starts to come into the other set, once its results have left.
+    Returns <dA0, A> of each row over these columns. If ``fetch``, also waits for the other set's stores and issues
+    the load of the next columns of Z into it.
     """
     z, dz, dz_ptr, wa, wa_ptr = tensors
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
@@ -123,7 +124,7 @@ def _consumer(
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One of the two multiplying groups of warps: every other tile."""
+    """A consumer warpgroup: multiply and finish every other tile (ping-pong)."""
     z, _, _, _, _ = tensors
     expert_start_ptr, tile_expert_ptr, tile_row_ptr, num_m, num_n = tiles
     a_ring, b_ring, ready, empty = ring
@@ -141,7 +142,7 @@ def _consumer(
         row0 = gl.load(tile_row_ptr + m)
         row_end = gl.load(expert_start_ptr + expert + 1)
         col0 = n * BLOCK_N
-        tma.store_wait(0)  # of the tile before: the buffers are free
+        tma.store_wait(0)  # the stores of the tile before are done: the buffers are free
         _fetch_z(z, buffers, z_arrived, 0, row0, col0, I)
         _fetch_z(z, buffers, z_arrived, 1, row0, col0 + COLUMNS, I)
         rows = row0 + gl.arange(0, BLOCK_M, row_layout)
@@ -154,7 +155,7 @@ def _consumer(
             stage = step % STAGES
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
             if GATHER:
-                fence_async_shared()  # wgmma is to see what ordinary copies wrote
+                fence_async_shared()  # make cp.async writes visible to wgmma's async proxy
             acc = warpgroup_mma(a_ring.index(stage), b_ring.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             if k0 > 0:
@@ -163,7 +164,7 @@ def _consumer(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
         pass_turn(turns, WARPGROUP)
-        step += steps_per_tile  # the other group's tile
+        step += steps_per_tile  # skip the other consumer's tile
         turn += 1  # noqa: SIM113 (Gluon has no enumerate)
         left, right = halves(acc)
         da0, da1 = halves(left)
@@ -211,7 +212,7 @@ def hopper_down_grad_kernel(
     dout_ptr,  # (R / TOP_K, H): read with TOP_K
     w,  # (E * H, I): descriptor
     z,  # (R, 2I): descriptor
-    dz,  # (R, 2I): descriptor, may be of the same memory as z
+    dz,  # (R, 2I): descriptor, may share the memory of z
     dz_ptr,
     wa,  # (R, I): descriptor
     wa_ptr,
@@ -241,7 +242,7 @@ def hopper_down_grad_kernel(
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], swizzled)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], swizzled)
     narrow: gl.constexpr = gl.NVMMASharedLayout(64, 16, 2)
-    # Two sets of buffers for each group of warps: gate, up and wA.
+    # Each consumer has two sets of three buffers: gate, up and wA.
     buffers0 = gl.allocate_shared_memory(dtype, [6, BLOCK_M, COLUMNS], narrow)
     buffers1 = gl.allocate_shared_memory(dtype, [6, BLOCK_M, COLUMNS], narrow)
     z_arrived0 = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -323,7 +324,7 @@ def hopper_down_grad_kernel(
                     GATHER,
                     True,
                     1,
-                    False,  # dZ may be of the memory of Z: no row may be worked on twice
+                    False,  # dZ may overwrite Z, so no row may be computed twice
                     BLOCK_M,
                     BLOCK_K,
                     GROUP_M,
@@ -357,7 +358,7 @@ def sum_weight_grad_kernel(
     tl.store(dw_ptr + slot, dw.to(dw_ptr.dtype.element_ty), mask=rows < R)
 
 
-# One schedule: two groups of warps in turn, and as many columns as leave registers for the epilogue.
+# The only schedule: ping-pong, with as many columns as leave registers for the epilogue.
 SCHEDULE = Schedule(cooperative=False, block_n=128, stages=4)
 _NARROW = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
 
@@ -374,9 +375,9 @@ def down_grad(
     """dZ (R, 2I), wA (R, I) and dw (T, K) from the output's gradient.
 
     Args:
-        dout_rows: (R, H), sorted by expert, or the tokens that its rows are of.
+        dout_rows: (R, H), sorted by expert, or unsorted tokens to gather its rows from.
         weight: (E, H, I).
-        z: (R, 2I); its memory becomes dZ if overwrite_z.
+        z: (R, 2I); overwritten with dZ if overwrite_z.
         topk_weights: (T, K).
         plan, gate: of the forward.
     """

@@ -1,7 +1,7 @@
-"""Steps 1, 2, 4 and 6 on Hopper: grouped GEMMs whose loading, multiplying and writing overlap.
+"""Steps 1, 2, 4 and 6 on Hopper: warp-specialised, persistent grouped GEMMs.
 
 The same math and the same row tiles as ``kernels/triton/up.py`` and ``grouped_gemm.py``. Rows of X are gathered by
-asynchronous copies, everything else moves by TMA.
+cp.async; everything else is loaded and stored by TMA.
 """
 
 import contextlib
@@ -48,8 +48,8 @@ from moe_kernels.tuning import config
 def tile_rows(tiles, m, BLOCK_M: gl.constexpr, FULL: gl.constexpr):
     """(expert, first row, end of the expert's rows) of row tile m.
 
-    FULL: an expert's last tile begins as early as it takes to be full, so that it is written like any other. The rows
-    that the tile before has too are computed twice, to the same bits.
+    FULL: if the expert's last tile would be partial, move its start back until it is full, so that it needs no masked
+    stores. The rows that it then shares with the tile before are computed twice, with bitwise equal results.
     """
     expert_start_ptr, tile_expert_ptr, tile_row_ptr, _, _ = tiles
     expert = gl.load(tile_expert_ptr + m)
@@ -76,7 +76,7 @@ def _fill(
     GATHER: gl.constexpr,
     W_IS_KN: gl.constexpr,
 ):
-    """Start to load the inner block at k0 into one stage of the ring."""
+    """Issue the loads of the k block at k0 into one stage of the ring."""
     a_ring, b_ring, ready, _ = ring
     K, N = sizes
     a = a_ring.index(stage)
@@ -119,9 +119,10 @@ def producer(
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The loading warps: fill the ring, stage after stage, tile after tile.
+    """The producer warps: load the k blocks of every tile of this program into the ring.
 
-    K_BLOCKS_PER_WAIT: inner blocks that are asked for at a time, 1 or 2, see ``k_blocks_per_wait``.
+    K_BLOCKS_PER_WAIT: wait for this many empty stages, 1 or 2, then load them back to back; see
+    ``k_blocks_per_wait``.
     """
     _, _, _, num_m, num_n = tiles
     _, _, _, empty = ring
@@ -133,7 +134,7 @@ def producer(
         expert, row0, row_end = tile_rows(tiles, m, BLOCK_M, FULL)
         if GATHER:
             rows = row0 + gl.arange(0, BLOCK_M, gl.SliceLayout(1, gathered))
-            # Rows of the next expert read slot 0: a valid token whose result is not written.
+            # Rows past the expert's end read slot 0: a valid token, whose result is not stored.
             slot = gl.load(row_slot_ptr + rows, mask=rows < row_end, other=0)
             cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, gathered))
             pointers = rows_ptr + (slot // TOP_K).to(gl.int64)[:, None] * K + cols[None, :]
@@ -178,7 +179,7 @@ def _consumer(
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One of the two multiplying groups of warps: consume the ring, write the tile."""
+    """A consumer warpgroup: multiply the k blocks in the ring, then run the epilogue of the tile."""
     z, z_ptr, out, out_ptr = tensors
     _, _, _, num_m, num_n = tiles
     a_ring, b_ring, ready, empty = ring
@@ -199,7 +200,7 @@ def _consumer(
                 stage = step % STAGES
                 mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
                 if GATHER:
-                    fence_async_shared()  # wgmma is to see what ordinary copies wrote
+                    fence_async_shared()  # make cp.async writes visible to wgmma's async proxy
                 a = a_ring.index(stage)
                 if COOPERATIVE:
                     a = a.slice(WARPGROUP * ROWS, ROWS)
@@ -219,7 +220,7 @@ def _consumer(
                 row0 += WARPGROUP * ROWS
             left, right = halves(acc)
             if GATED:
-                # Two chunks at a time: one fence for both, and the wait for those before is spent on the activation.
+                # Two chunks share a fence, and the activation is computed while the stores before are in flight.
                 gate0, gate1 = halves(left)
                 up0, up1 = halves(right)
                 if SAVE_Z:
@@ -230,7 +231,7 @@ def _consumer(
                 a1 = value(gate1, up1, ACTIVATION, P0, P1).to(out.dtype)
                 _write_pair(a0, a1, buffers, out, out_ptr, row0, row_end, n * HALF, N, N)
             else:
-                tma.store_wait(0)  # of the tile before: both buffers are free
+                tma.store_wait(0)  # the stores of the tile before are done: both buffers are free
                 if COOPERATIVE:
                     left0, left1 = halves(left)
                     right0, right1 = halves(right)
@@ -249,13 +250,13 @@ def _consumer(
 
 @gluon.jit
 def _write(values, buffer, out, out_ptr, row0, row_end, col0, width):
-    """Write values [rows, CHUNK] at (row0, col0) of a (., width) tensor: rows and columns below the ends."""
-    if col0 >= width:  # widths are multiples of CHUNK: a chunk is inside or outside
+    """Store values [rows, CHUNK] to (row0, col0) of a (., width) tensor; only rows < row_end and columns < width."""
+    if col0 >= width:  # widths are multiples of CHUNK, so a chunk is inside or outside as a whole
         tma.store_wait(0)
     elif row0 + values.shape[0] <= row_end:
         write_chunk(values, buffer, out, row0, col0)
     else:
-        # At the end of an expert's rows: the others of the tile belong to the next expert.
+        # A partial tile: its rows from row_end on belong to the next expert.
         tma.store_wait(0)
         put(values, buffer)
         store_masked(buffer, out_ptr, row0, row_end, col0, width)
@@ -263,7 +264,7 @@ def _write(values, buffer, out, out_ptr, row0, row_end, col0, width):
 
 @gluon.jit
 def _write_pair(left, right, buffers, out, out_ptr, row0, row_end, col0, col_end, width):
-    """The same for two chunks side by side."""
+    """The same for two neighbouring chunks; columns < col_end."""
     tma.store_wait(0)
     put(left, buffers.index(0))
     put(right, buffers.index(1))
@@ -312,7 +313,7 @@ def hopper_gemm_kernel(
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    gl.static_assert(COOPERATIVE or not GATED, "the halves of gate and up are written from cooperative tiles")
+    gl.static_assert(COOPERATIVE or not GATED, "the epilogue of gated tiles is cooperative only")
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M
@@ -323,17 +324,17 @@ def hopper_gemm_kernel(
         b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], swizzled)
     buffers0 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     buffers1 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
-    # A stage is ready when TMA has brought its bytes, and each gathering thread's copies have landed.
+    # A stage is ready when the bytes of its TMA loads and, with GATHER, the cp.async of all 128 threads have arrived.
     ready, empty = new_ring(STAGES, 1 + (128 if GATHER else 0), 2 if COOPERATIVE else 1)
-    turns = empty if COOPERATIVE else new_turns()  # cooperative groups have no turns
+    turns = empty if COOPERATIVE else new_turns()  # not used if cooperative
     num_m = gl.load(tile_count_ptr)
     COLUMNS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     num_n = (N + COLUMNS - 1) // COLUMNS
     tensors = (z, z_ptr, out, out_ptr)
     tiles = (expert_start_ptr, tile_expert_ptr, tile_row_ptr, num_m, num_n)
     ring = (a_ring, b_ring, ready, empty)
-    # Registers a thread of each group of four warps: 512 in all. Gathering warps keep pointers in theirs; one warp is
-    # enough to start TMA copies.
+    # Registers per thread, whose sum over the three warpgroups is at most 512. A gathering producer needs four warps
+    # and registers for pointers; to issue TMA loads one warp is enough.
     gl.warp_specialize(
         [
             (
@@ -414,21 +415,21 @@ def hopper_gemm_kernel(
     )
 
 
-#: Where an expert has fewer rows, reading its weights takes longer than multiplying with them. Measured at 256 rows
-#: (faster) and from 1024 on (slower).
+#: Experts of fewer rows are bound by reading their weights. Two k blocks per wait were faster at 256 rows and slower
+#: from 1024 on; nothing was measured between.
 _ROWS_PER_EXPERT = 512
-#: Weights of fewer bytes may stay in the second-level cache: a bound by reasoning, not by measurement.
+#: Weights of at most this many bytes may stay in L2. An estimate, not a measurement.
 _CACHED_BYTES = 64 * 2**20
-#: Rows of weights that are a multiple of these many bytes apart are slow to read in pieces on an H100.
+#: On an H100, reading 128 bytes of each weight row is slow if the row stride is a multiple of this many bytes.
 _SLOW_STRIDE = 2048
 
 
 def k_blocks_per_wait(kernel: str, plan: RoutingPlan, weight: torch.Tensor) -> int:
-    """How many inner blocks the loading warps of ``kernel`` ask for at a time: 2 where that is faster.
+    """Empty stages that the producer of ``kernel`` waits for before it loads: 2 where that is faster, else 1.
 
-    It can be where the weights come from memory all the time. A block is 128 bytes of each row, and memory gives
-    neighbouring pieces faster when it is asked for both at once; waiting for two free stages costs a few percent.
-    By measurement, benchmarks/results/h*00-log-9-epilogues.json: dgrad on both cards, up and down on an H100.
+    2 helps where weights are always read from device memory. A k block is 128 bytes of each row, and loads of
+    neighbouring 128-byte pieces are faster if they are issued together. Waiting for two stages costs a few percent.
+    Measured (benchmarks/results/h*00-log-9-epilogues.json): faster for dgrad on both GPUs, for up and down on H100.
     """
     if _forced:
         return _forced["all"]
@@ -444,7 +445,7 @@ _forced: dict[str, int] = {}
 
 @contextlib.contextmanager
 def use_k_blocks_per_wait(number: int) -> Iterator[None]:
-    """Within this context the loading warps ask for ``number`` inner blocks at a time: for checks and tests."""
+    """Within this context :func:`k_blocks_per_wait` is ``number``: for checks and tests."""
     with config.override(_forced, "all", number):
         yield
 
@@ -502,7 +503,7 @@ def _launch(
     columns: int,
     constants: dict[str, object],
 ) -> None:
-    """Launch over the plan's row tiles times the blocks of ``columns`` of out (R, N); z is any where unused."""
+    """Launch over the plan's row tiles times blocks of ``columns`` columns of out (R, N); z is ignored if unused."""
     width = out.shape[1]
     tiles = plan.max_tiles * cdiv(width, columns)
     if tiles == 0:

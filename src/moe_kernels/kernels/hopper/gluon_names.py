@@ -1,8 +1,7 @@
-"""What differs between the releases of Gluon, Triton's lower language: names, and which releases were tried.
+"""Names that differ between releases of Gluon, Triton's lower-level language, and the releases that were tried.
 
-Gluon is experimental. Its functions change names between releases of triton; the kernels take the names that changed
-from here, so that one source compiles with every release. :func:`lacks` tells whether the installed one has all that
-the kernels use.
+Gluon is experimental and renames functions between releases of triton. The kernels import the renamed functions from
+here, so that one source compiles with every release. :func:`lacks` says what the installed release is missing.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from typing import Any
 import triton
 
 #: Releases of triton with which these kernels were verified and measured on an H200 (benchmarks/results). With any
-#: other they run only after a check on the user's GPU: see ``trial.py``.
+#: other release they are first checked on the user's GPU: see ``trial.py``.
 TRIED: tuple[str, ...] = ("3.6", "3.7", "3.8")
 _HOPPER = "triton.experimental.gluon.language.nvidia.hopper"
 _TMA, _MBARRIER = f"{_HOPPER}.tma", f"{_HOPPER}.mbarrier"
 _ASYNC_COPY = "triton.experimental.gluon.language.nvidia.ampere.async_copy"
 # 3.8 renamed the copies and kept the old names as well; in 3.9 the old ones raise when they are called.
 _LOAD, _STORE = ("async_load", "async_copy_global_to_shared"), ("async_store", "async_copy_shared_to_global")
-#: What the kernels use, by module; under whichever of its names the installed release has it.
+#: What the kernels use, by module, each with all the names it has had.
 _USED: dict[str, tuple[tuple[str, ...], ...]] = {
     "triton.experimental.gluon": (("jit",), ("constexpr_function",)),
     "triton.experimental.gluon.language": (
@@ -43,7 +42,7 @@ def release() -> str:
 
 
 def _find(module: str, names: tuple[str, ...]) -> Any:
-    """What ``module`` has under the first of ``names`` that it has; None where it has none, or is not there."""
+    """The attribute of ``module`` under the first of ``names`` that exists; None if none does, or no such module."""
     try:
         found = importlib.import_module(module)
     except ImportError:
@@ -52,7 +51,7 @@ def _find(module: str, names: tuple[str, ...]) -> Any:
 
 
 def lacks() -> str | None:
-    """The first thing that the kernels use and the installed Gluon does not have; None if it has everything."""
+    """The first thing that the kernels use and the installed Gluon lacks; None if it has everything."""
     missing = (f"{module}.{names[0]}" for module, used in _USED.items() for names in used if not _find(module, names))
     return next(missing, None)
 

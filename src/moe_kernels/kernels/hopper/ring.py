@@ -1,9 +1,9 @@
-"""What the Hopper kernels share: a ring of shared memory, and how two multiplying groups of warps write results.
+"""What the Hopper kernels share: the ring of stages in shared memory, the epilogue's stores, and the schedules.
 
-Each kernel has three groups of warps. One loads: it fills a ring of shared memory and runs ahead into the next tile.
-Two multiply with wgmma, either the upper and the lower half of every tile (COOPERATIVE), or whole tiles in turn, so
-that one writes its results while the other multiplies. Each stage of the ring has two barriers: ``ready`` (filled)
-and ``empty`` (read by everyone who multiplies it).
+Each kernel is warp-specialised: producer warps and two consumer warpgroups. The producer fills the stages of the ring
+and runs ahead into the next tile. The consumers multiply with wgmma. They are cooperative (each takes half the rows
+of every tile) or ping-pong (they alternate whole tiles, so that one's epilogue overlaps the other's wgmma). Each
+stage has two mbarriers: ``ready`` (the producer's data has arrived) and ``empty`` (every consumer has read it).
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from moe_kernels.kernels.hopper.gluon_names import tma_store
 from moe_kernels.kernels.triton.launch import Descriptor
 from moe_kernels.tuning import config
 
-#: Rows per tile, and length of the inner blocks.
+#: Rows per tile, and length of a k block.
 BLOCK_M, BLOCK_K = 128, 64
-CHUNK = gl.constexpr(64)  # columns that are written at a time: 128 bytes, the width of a swizzled row
+CHUNK = gl.constexpr(64)  # columns per store of the epilogue: 128 bytes, the width of a swizzled row
 
 
 @gluon.jit
 def new_ring(STAGES: gl.constexpr, READY_COUNT: gl.constexpr, EMPTY_COUNT: gl.constexpr):
-    """(ready, empty): the barriers of a ring, which so many arrivals complete."""
+    """(ready, empty): the mbarriers of a ring. A phase completes after READY_COUNT or EMPTY_COUNT arrivals."""
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -39,8 +39,8 @@ def new_ring(STAGES: gl.constexpr, READY_COUNT: gl.constexpr, EMPTY_COUNT: gl.co
 
 @gluon.jit
 def new_turns():
-    """The barriers of ``await_turn``. Only for kernels that wait there: where nobody does, the compiler gives their
-    memory to something else, while tools that follow barriers still take it for one."""
+    """The mbarriers of ``await_turn``, for ping-pong kernels only. In a kernel that never waits on them the compiler
+    reuses their memory, which tools that track mbarriers would still take for barriers."""
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(turns.index(0), count=1)
     mbarrier.init(turns.index(1), count=1)
@@ -49,36 +49,36 @@ def new_turns():
 
 @gluon.jit
 def await_turn(turns, WARPGROUP: gl.constexpr, tile):
-    """Wait, before a group multiplies the ``tile``-th tile of its own, until the other has multiplied the one before.
+    """Ping-pong: before the mainloop of this consumer's ``tile``-th tile, wait for the other's mainloop to end.
 
-    A wait on the ring names the parity of a barrier's phase alone: a group that looked there before its steps are
-    next would take a stage of an earlier round for its own.
+    Waiting on the ring is not enough: ``mbarrier.wait`` knows only the parity of a phase, so a consumer that waits
+    too early would take a stage of an earlier round for its own.
     """
     mbarrier.wait(turns.index(WARPGROUP), (tile + 1 - WARPGROUP) & 1)
 
 
 @gluon.jit
 def pass_turn(turns, WARPGROUP: gl.constexpr):
-    """After its multiplication: the other group may start, while this one writes."""
+    """Ping-pong: after this consumer's mainloop, let the other start its own."""
     mbarrier.arrive(turns.index(1 - WARPGROUP), count=1)
 
 
 @gluon.jit
 def halves(x):
-    """The left and the right half of the columns of x: other registers of the same threads, nothing moves."""
+    """The left and the right half of the columns of x. Each thread keeps its registers; no data moves."""
     return gl.split(gl.permute(gl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @gluon.jit
 def put(values, buffer):
-    """Write values [rows, columns] from the accumulator's layout to ``buffer``."""
+    """Store values [rows, columns], in the accumulator's layout, to the shared memory of ``buffer``."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, buffer.shape[1], 16])
     buffer.store(gl.convert_layout(values.to(buffer.dtype), layout, assert_trivial=True))
 
 
 @gluon.jit
 def store_masked(buffer, out_ptr, row0, row_end, col0, width):
-    """Copy ``buffer`` to (row0, col0) of a (., width) tensor by ordinary stores: rows below row_end."""
+    """Copy the rows below row_end of ``buffer`` to (row0, col0) of a (., width) tensor, by masked st.global."""
     COLUMNS: gl.constexpr = buffer.shape[1]
     coalesced: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
     rows = row0 + gl.arange(0, buffer.shape[0], gl.SliceLayout(1, coalesced))
@@ -89,9 +89,9 @@ def store_masked(buffer, out_ptr, row0, row_end, col0, width):
 
 @gluon.jit
 def write_chunk(values, buffer, out, row, col):
-    """Start to write values [rows, CHUNK] at (row, col) of the descriptor ``out`` through ``buffer``.
+    """Start a TMA store of values [rows, CHUNK] to (row, col) of the descriptor ``out``, through ``buffer``.
 
-    Callers alternate between two buffers: the copy from this one is done when at most one other is under way.
+    Callers alternate between two buffers, so ``buffer`` is free once at most one store is in flight.
     """
     tma.store_wait(1)
     put(values, buffer)
@@ -105,13 +105,13 @@ _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, ra
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a kernel divides its work.
+    """Tile shape and warp schedule of a kernel.
 
     Attributes:
-        cooperative: both multiplying groups work on one tile; False: on tiles of their own, in turn.
+        cooperative: True: both consumer warpgroups share a tile; False: ping-pong.
         block_n: columns per tile.
         stages: of the ring.
-        group_m: row tiles that walk all columns together, for L2 reuse of the weights.
+        group_m: row tiles that are visited together for each block of columns, for L2 reuse of the weights.
     """
 
     cooperative: bool
@@ -121,7 +121,7 @@ class Schedule:
 
     @property
     def rows(self) -> int:
-        """Rows of a tile that one group of warps multiplies and writes."""
+        """Rows of a tile that one consumer warpgroup multiplies and stores."""
         return BLOCK_M // 2 if self.cooperative else BLOCK_M
 
     def constants(self) -> dict[str, object]:
@@ -138,20 +138,20 @@ class Schedule:
 
 COOPERATIVE = Schedule(cooperative=True, block_n=256, stages=4)
 PING_PONG = Schedule(cooperative=False, block_n=128, stages=5, group_m=4)
-_SHALLOW = 1024  # inner length up to which an H200 is better off with tiles in turn
+_PING_PONG_MAX_K = 1024  # up to this K, ping-pong is faster than cooperative on an H200
 _overrides: dict[str, Schedule] = {}
 
 
 def schedule_of(kernel: str, depth: int, device: torch.device) -> Schedule:
-    """The schedule of ``kernel`` ("up", "down" or "dgrad") for an inner length of ``depth`` on ``device``.
+    """The schedule of ``kernel`` ("up", "down" or "dgrad") for K = ``depth`` on ``device``.
 
-    In turn, one group of warps writes while the other multiplies, which pays where tiles have few inner blocks. But
-    the rows are read twice as often, which costs an H100 more than it gains (h*00-log-9-epilogues.json among the
-    results of benchmarks).
+    Ping-pong hides the epilogue, which pays where tiles have few k blocks. But its tiles have half the columns, so
+    rows are read twice as often; on an H100 that costs more than it gains
+    (benchmarks/results/h*00-log-9-epilogues.json).
     """
     if kernel in _overrides:
         return _overrides[kernel]
-    return PING_PONG if kernel != "up" and depth <= _SHALLOW and has_fast_memory(device) else COOPERATIVE
+    return PING_PONG if kernel != "up" and depth <= _PING_PONG_MAX_K and has_fast_memory(device) else COOPERATIVE
 
 
 @functools.cache
@@ -168,5 +168,5 @@ def use_schedule(kernel: str, schedule: Schedule) -> Iterator[None]:
 
 
 def matrix(tensor: torch.Tensor, *block: int, layout: gl.NVMMASharedLayout = _SWIZZLED) -> Descriptor:
-    """Descriptor of a contiguous tensor as a matrix: all but the last dimension are rows."""
+    """TMA descriptor of a contiguous tensor as a matrix; all dimensions but the last are its rows."""
     return Descriptor(tensor.view(-1, tensor.shape[-1]), block, layout)

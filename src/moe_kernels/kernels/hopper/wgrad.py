@@ -1,8 +1,9 @@
 """Steps 5 and 8 on Hopper: weight gradients, dW[e] = left[rows of e]^T right[rows of e].
 
-Whole blocks of rows come by TMA. The last, partial block comes by asynchronous copies that fill with zeros after the
-expert's last row, so that rows of the next expert (or its NaNs) never enter. Experts without rows get exact zeros.
-``left`` may be tokens that are not in expert order (TOP_K): then its blocks always come by asynchronous copies.
+Here the k blocks are blocks of an expert's rows. Whole blocks are loaded by TMA. The last, partial block is loaded by
+cp.async with zero fill past the expert's last row, so that rows of the next expert (or its NaNs) never enter the sum.
+Experts without rows get exact zeros. ``left`` may be tokens that are not in expert order (TOP_K): then all of its
+blocks are gathered by cp.async.
 """
 
 import torch
@@ -35,15 +36,15 @@ from moe_kernels.routing import RoutingPlan, TokenRows
 
 @gluon.constexpr_function
 def _layout(columns):
-    """How the loading threads share a block of rows, so many columns of each: 16 bytes at a time."""
+    """Layout of a [rows, columns] block over the producer's 128 threads: 16 bytes per thread and copy."""
     return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
 
 
 @gluon.jit
 def _copy_rows(buffer, base, sources, row0, row_end, col0, width):
-    """Rows ``sources`` of a (., width) tensor at column col0 into ``buffer``; zeros outside.
+    """cp.async rows ``sources`` (BLOCK_K,) of a (., width) tensor, from column col0 on, into ``buffer``.
 
-    sources: (BLOCK_K,), for the sorted rows from row0 on.
+    Zero fill for columns past the width, and for those of the sorted rows row0, row0 + 1, ... that are >= row_end.
     """
     layout: gl.constexpr = _layout(buffer.shape[1])
     rows = row0 + gl.arange(0, buffer.shape[0], gl.SliceLayout(1, layout))
@@ -54,7 +55,7 @@ def _copy_rows(buffer, base, sources, row0, row_end, col0, width):
 
 @gluon.jit
 def _sources(row_slot_ptr, row0, row_end, COLS: gl.constexpr, BLOCK_K: gl.constexpr, TOP_K: gl.constexpr):
-    """Rows of the tensor that the sorted rows from row0 on come from: themselves, or with TOP_K their tokens."""
+    """Which rows to load for the sorted rows from row0 on: the same ones, or with TOP_K their tokens."""
     rows = row0 + gl.arange(0, BLOCK_K, gl.SliceLayout(1, _layout(COLS)))
     if TOP_K > 0:
         rows = gl.load(row_slot_ptr + rows, mask=rows < row_end, other=0) // TOP_K
@@ -63,11 +64,11 @@ def _sources(row_slot_ptr, row0, row_end, COLS: gl.constexpr, BLOCK_K: gl.conste
 
 @gluon.jit
 def _first_tile(tiles):
-    """(first tile of this program, distance to its second, place of the first).
+    """(first tile of this program, stride to its second, ``_place`` of the first).
 
-    A tile takes as long as its expert has rows. Tiles are in the order of falling length, and programs take them
-    forth and back, so that who had the longest of one round has the shortest of the next: program p of P takes p,
-    2P - 1 - p, 2P + p, 4P - 1 - p, ...
+    A tile's time grows with its expert's rows. Tiles are sorted by falling row count and dealt to the programs in
+    snake order, so that the program with the longest tile of a round gets the shortest of the next: program p of P
+    takes tiles p, 2P - 1 - p, 2P + p, 4P - 1 - p, ...
     """
     tile = gl.program_id(0)
     return tile, 2 * (gl.num_programs(0) - 1 - tile) + 1, _place(tile, tiles)
@@ -75,14 +76,14 @@ def _first_tile(tiles):
 
 @gluon.jit
 def _next_tile(tile, stride, tiles):
-    """The same of the tile after ``tile``: to be asked early, as its place is two loads away."""
+    """The same for this program's next tile. Call it early: ``_place`` is two dependent loads."""
     tile += stride
     return tile, 2 * gl.num_programs(0) - stride, _place(tile, tiles)
 
 
 @gluon.jit
 def _place(tile, tiles):
-    """(expert, its first row, the end of its rows) of a tile; of the last expert behind the last tile."""
+    """(expert, its first row, end of its rows) of a tile; past the last tile, those of the last expert."""
     expert_start_ptr, expert_order_ptr, experts, per_expert = tiles
     expert = gl.load(expert_order_ptr + gl.minimum(tile // per_expert, experts - 1))
     return expert, gl.load(expert_start_ptr + expert), gl.load(expert_start_ptr + expert + 1)
@@ -105,7 +106,7 @@ def _producer(
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The loading warps: fill the ring, stage after stage, tile after tile."""
+    """The producer warps: load the k blocks of every tile of this program into the ring."""
     a_ring, b_ring, ready, empty = ring
     num_m, num_n, M, N = sizes
     _, _, experts, per_expert = tiles
@@ -118,7 +119,7 @@ def _producer(
         following = _sources(row_slot_ptr, start, end, BLOCK_M, BLOCK_K, TOP_K)
         for row in range(start, end, BLOCK_K):
             sources = following
-            following = _sources(row_slot_ptr, row + BLOCK_K, end, BLOCK_M, BLOCK_K, TOP_K)  # in time for its copies
+            following = _sources(row_slot_ptr, row + BLOCK_K, end, BLOCK_M, BLOCK_K, TOP_K)  # prefetched
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             a = a_ring.index(stage)
@@ -156,7 +157,7 @@ def _consumer(
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One of the two multiplying groups of warps: consume the ring, write its half of the tile."""
+    """A consumer warpgroup: multiply the k blocks in the ring, then store its half of the tile."""
     a_ring, b_ring, ready, empty = ring
     num_m, num_n, M, _ = sizes
     _, _, experts, per_expert = tiles
@@ -173,7 +174,7 @@ def _consumer(
             stage = step % STAGES
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
             if GATHER or row + BLOCK_K > end:
-                fence_async_shared()  # wgmma is to see what ordinary copies wrote
+                fence_async_shared()  # make cp.async writes visible to wgmma's async proxy
             a = a_ring.index(stage).slice(WARPGROUP * ROWS, ROWS, dim=1)
             acc = warpgroup_mma(a.permute((1, 0)), b_ring.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -193,7 +194,7 @@ def _consumer(
 
 @gluon.jit
 def _write(values, buffers, out, row, col):
-    """Write values [ROWS, 128] at (row, col) of ``out``; columns outside are left out by TMA."""
+    """Store values [ROWS, 128] to (row, col) of ``out``; TMA drops columns outside."""
     left, right = halves(values)
     write_chunk(left, buffers.index(0), out, row, col)
     write_chunk(right, buffers.index(1), out, row, col + CHUNK)
@@ -226,7 +227,7 @@ def hopper_wgrad_kernel(
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], swizzled)
     buffers0 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     buffers1 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
-    # A stage is ready when TMA has brought its bytes, or each loading thread's copies have landed.
+    # A stage is ready when the bytes of its TMA loads and the cp.async of all 128 threads have arrived.
     ready, empty = new_ring(STAGES, 129, 2)
     num_m = (M + BLOCK_M - 1) // BLOCK_M
     num_n = (N + BLOCK_N - 1) // BLOCK_N

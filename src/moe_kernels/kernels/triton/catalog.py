@@ -50,10 +50,10 @@ class CompileCase:
         constants: value of every compile-time argument.
         options: num_warps and num_stages.
         uses_dot: the kernel must contain matrix instructions.
-        uses_tma: the kernel must contain tensor-memory loads.
-        divisible: integer arguments are multiples of 16, which the launcher tells the compiler.
-        spills: LDL and STL instructions that are accepted. Clamps, biases and low-rank parts sit in an epilogue that
-            has no register left, once per tile and outside the loop over K; plain experts must not spill.
+        uses_tma: the kernel must contain TMA loads.
+        divisible: integer arguments are multiples of 16, as the launcher tells the compiler.
+        spills: accepted number of LDL and STL instructions. The epilogue has no register to spare for clamps, biases
+            and low-rank parts; it runs once per tile, outside the mainloop. Plain experts must not spill.
     """
 
     name: str
@@ -84,7 +84,7 @@ def _gemm_case(
 
 @dataclass(frozen=True)
 class Variant:
-    """Experts other than the plain ones (SwiGLU, gate and up rows apart, stored by rows, no bias, no low rank)."""
+    """A kind of experts. Plain: SwiGLU, gate and up rows apart, row-major weights, no bias, no low rank."""
 
     name: str = ""
     activation: Activation = _SILU

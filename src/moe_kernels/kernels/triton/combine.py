@@ -1,8 +1,8 @@
 """Between tokens and sorted rows, at copy speed.
 
-Steps 3 and 7 sum each token's K rows in a fixed order and in float32, without atomics. ``gather`` goes the other way:
-the backward reads dO twice and X once in sorted order, and one copy at memory speed lets those GEMMs load whole
-tiles by TMA instead of row by row.
+Steps 3 and 7 sum each token's K rows in a fixed order and in float32, without atomics. ``gather`` is the opposite:
+the backward reads dO twice and X once in sorted order, and a copy at memory bandwidth lets those GEMMs load whole
+tiles by TMA instead of gathering rows.
 """
 
 import functools
@@ -56,7 +56,7 @@ def gather_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    values = tl.load(x_ptr + token * H + cols, mask=cols < H, other=0.0)  # once, for K rows
+    values = tl.load(x_ptr + token * H + cols, mask=cols < H, other=0.0)  # read once, stored to K rows
     routed = tl.load(routed_ptr)
     for k in tl.static_range(TOP_K):
         row = tl.load(slot_row_ptr + token * TOP_K + k)

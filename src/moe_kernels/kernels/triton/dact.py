@@ -1,9 +1,9 @@
 """Step 4: backward of the activation, elementwise over the sorted rows.
 
 A is recomputed from Z instead of saved, and the routing weight's gradient <dA0, A> = <dO[t], Y> needs no Y (with a
-bias b2, Y is A W2^T + b2 and the gradient gains <dO[t], b2[e]>). One pass reads dA0 and Z and writes dZ and wA; wA
-takes the memory of dA0, and dZ that of Z if nobody needs Z again. A GEMM with this as its epilogue was slower: the
-loads and stores of the epilogue did not overlap its math.
+bias b2, Y is A W2^T + b2, which adds <dO[t], b2[e]>). One pass reads dA0 and Z and writes dZ and wA: wA over dA0, and
+dZ over Z if Z is not needed again. In Triton, the same as the epilogue of a GEMM was slower, because the epilogue's
+loads and stores did not overlap the mainloop.
 """
 
 import functools
@@ -95,7 +95,7 @@ def dact_kernel(
 
 @functools.cache
 def _blocks(intermediate: int, experts: int) -> dict[str, int]:
-    """Block sizes, not to be changed."""
+    """Block sizes. The dict is cached: do not mutate it."""
     block_i = min(triton.next_power_of_2(intermediate), 1024)
     return {"BLOCK_R": max(1, 1024 // block_i), "BLOCK_I": block_i, "BLOCK_E": triton.next_power_of_2(experts)}
 
@@ -112,8 +112,8 @@ def dact(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """da (R, I) = dA0, z (R, Z), topk_weights (T, K) -> dZ (R, Z), wA (R, I), dw (T, K).
 
-    wA is in the memory of ``da``, dZ in that of ``z`` if overwrite_z. dout_rows (R, H) and down_bias (E, H) give dw
-    the bias's share.
+    wA overwrites ``da``, and dZ overwrites ``z`` if overwrite_z. dout_rows (R, H) and down_bias (E, H), if given, add
+    the bias's part to dw.
     """
     dz, dw = z if overwrite_z else torch.empty_like(z), torch.empty_like(topk_weights)
     if plan.rows == 0:
@@ -163,7 +163,7 @@ def down_grad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dO in sorted rows (R, H), W2 (E, H, I), Z (R, Z), b2 (E, H), low_rank (R, r), (E, r, I) -> dZ, wA, dw.
 
-    dZ (R, Z) is in the memory of ``z`` if overwrite_z; wA is (R, I), dw (T, K).
+    dZ (R, Z) overwrites ``z`` if overwrite_z; wA is (R, I), dw (T, K).
     """
     da = dgrad(dout_rows, weight, plan, persistent, low_rank)
     return dact(da, z, topk_weights, plan, gate, overwrite_z, dout_rows, bias)

@@ -65,7 +65,7 @@ def grouped_gemm_kernel(
         n0 = n * BLOCK_N
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in tl.range(0, K, BLOCK_K):
-            if USE_TMA:  # rows of the next expert come along; their results are not stored
+            if USE_TMA:  # also loads rows of the next expert, whose results are not stored
                 a = rows_in.load([row0, k0])
             else:
                 a = load_rows(rows_in, rows.to(tl.int64), row_mask, k0, K, BLOCK_K, EVEN_K, True)

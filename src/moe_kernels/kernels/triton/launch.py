@@ -186,8 +186,7 @@ def launch_grid(
     sizes: tuple[int, ...],
     constants: dict[str, Any],
 ) -> None:
-    """Launch ``kernel`` over at most ``max_tiles`` tiles: ``programs_per_sm`` programs an SM if persistent, else one a
-    tile."""
+    """Launch ``kernel`` over at most ``max_tiles`` tiles, by ``programs_per_sm`` programs an SM or one a tile."""
     if max_tiles == 0:
         return
     programs = max_tiles

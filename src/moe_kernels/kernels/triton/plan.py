@@ -1,24 +1,24 @@
 """Step 0: the routing plan, a stable counting sort in two launches, without global atomics and without a sync.
 
-The sorted row of slot s, which names expert e, is ``start(e) + before(s)``: start(e) counts the slots of the experts
-before e, before(s) the slots before s that name e too. Slots are cut into chunks, one a program, chunks into blocks::
+The sorted row of slot s, routed to expert e, is ``start(e) + before(s)``: start(e) counts the slots of the experts
+before e, before(s) the slots of e before s. Each program has a chunk of the slots, and processes it in blocks::
 
     before(s) = [in earlier chunks] + [in earlier blocks of this chunk] + [earlier in this block]
 
 ``count_kernel`` writes the histogram of each chunk. Every program of ``place_kernel`` reads all of these histograms.
-Their sum gives start and the tile tables, the sum over the earlier chunks is the first part; the second is carried
-from block to block. For the third the block is sorted by the keys ``e * BLOCK_S + position``, which are distinct and
-order as a stable sort by expert. The slot at place j of the sorted block has ``j - first(e)`` slots of its expert
-before it, where first is the exclusive sum of the block's histogram. So its row is ::
+Their sum gives start and the tile tables; the sum over the earlier chunks is the first term. The second term is
+carried from block to block. For the third term the block is sorted by the keys ``e * BLOCK_S + position``, which are
+distinct and make it a stable sort by expert. The slot at place j of the sorted block has ``j - first(e)`` slots of
+its expert before it, where first is the exclusive prefix sum of the block's histogram. So its row is ::
 
     (start + earlier chunks + earlier blocks - first)[e] + j
 
-which takes one look-up a slot, and neighbours in the sorted block go to neighbouring rows. Sorting takes
-log2(BLOCK_S) ** 2 / 2 exchanges a slot, however many experts there are.
+which takes one look-up per slot, and neighbours in the sorted block go to neighbouring rows. Sorting takes
+log2(BLOCK_S) ** 2 / 2 exchanges per slot, whatever the number of experts.
 
-Dropped slots sort as expert E and lie behind all others: of the slots before them, those that are not routed were
-dropped. What lies behind the last slot sorts as E + 1 and is not stored. All sums are sums of integers, so no result
-depends on an order, not even on that of the atomics in shared memory by which tl.histogram adds up its warps.
+Dropped slots sort as expert E, after all others; the number of dropped slots before a slot is the number of slots
+before it less the routed ones. Positions past the last slot sort as E + 1 and are not stored. All sums are integer
+sums, so no result depends on an order, not even on that of the shared-memory atomics inside tl.histogram.
 """
 
 import functools
@@ -30,18 +30,18 @@ import triton.language as tl
 from moe_kernels.kernels.triton.launch import cdiv, launch
 from moe_kernels.routing import RoutingPlan
 
-# What to tune.
-_MAX_CHUNKS = 128  # programs: one a multiprocessor, and every one of them reads as many histograms
-_BLOCK_S = 512  # slots that are sorted at once: a power of two, no smaller than 32 * _NUM_WARPS
+# Tunable.
+_MAX_CHUNKS = 128  # programs: about one an SM, because each reads this many histograms
+_BLOCK_S = 512  # slots per sort: a power of two, at least 32 * _NUM_WARPS
 _NUM_WARPS = 4
-_COUNTS = 2048 * _NUM_WARPS  # elements of the histograms that a program reads at once: 64 a thread
-_BLOCK_T = 32  # tiles that a program describes at once
+_COUNTS = 2048 * _NUM_WARPS  # histogram elements per load: 64 a thread
+_BLOCK_T = 32  # entries of the tile table per store
 _RUNTIME_INTS = ["R", "blocks_per_chunk", "num_chunks"]
 
 
 @triton.jit
 def _load_experts(ids_ptr, slots, R, E: tl.constexpr):
-    """The experts of a block of slots, as int32: E if the slot is dropped, E + 1 behind the last slot."""
+    """The experts of a block of slots, as int32: E if the slot is dropped, E + 1 past the last slot."""
     in_range = slots < R
     ids = tl.load(ids_ptr + slots, mask=in_range, other=-1)
     experts = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
@@ -64,7 +64,7 @@ def count_kernel(
     counts = tl.zeros((BLOCK_E,), tl.int32)
     for _ in range(blocks_per_chunk):
         slots += BLOCK_S
-        following = _load_experts(ids_ptr, slots, R, E)  # on its way while this block is counted
+        following = _load_experts(ids_ptr, slots, R, E)  # prefetched while this block is counted
         counts += tl.histogram(experts, BLOCK_E, mask=experts < E)
         experts = following
     tl.store(counts_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), counts)
@@ -116,8 +116,8 @@ def place_kernel(
         by_rows = tl.sort(bins - total.to(tl.int64) * BLOCK_E)  # experts past E have no rows and come last
         tl.store(expert_order_ptr + bins, (by_rows & (BLOCK_E - 1)).to(tl.int32), mask=bins < E)
 
-    # The expert of tile t is the number of experts whose tiles all come before it.
-    row_of_tile_0 = start - (tile_end - tiles) * GROUP_SIZE  # as if the expert's tiles began with the first of all
+    # The expert of tile t is the number of experts whose tiles all end at or before t.
+    row_of_tile_0 = start - (tile_end - tiles) * GROUP_SIZE  # the row of tile t, less t * GROUP_SIZE
     for t0 in range(chunk * BLOCK_T, tile_count, num_chunks * BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         expert = tl.sum((tile_end[None, :] <= t[:, None]).to(tl.int32), axis=1)
@@ -148,7 +148,7 @@ def place_kernel(
 
 @functools.cache
 def plan_blocks(experts: int) -> tuple[dict[str, int], dict[str, int], int]:
-    """(block sizes of ``count_kernel``, of ``place_kernel``, warps of both), not to be changed."""
+    """(block sizes of ``count_kernel``, of ``place_kernel``, warps of both). Cached: do not mutate them."""
     block_e = max(32, triton.next_power_of_2(experts))
     count = {"E": experts, "BLOCK_E": block_e, "BLOCK_S": _BLOCK_S}
     return count, count | {"BLOCK_C": max(1, _COUNTS // block_e), "BLOCK_T": _BLOCK_T}, _NUM_WARPS

@@ -21,7 +21,7 @@ from moe_kernels.kernels.triton.launch import cdiv, interpreting, launch
 _math = tl if interpreting() else libdevice
 
 _MAX_CHUNKS = 256  # programs, and rows of the histogram: every program of the plan reads all of them
-_ELEMENTS = 2048  # of a tile of logits
+_ELEMENTS = 2048  # logits per tile
 _LARGEST = tl.constexpr(0x7FFFFFFF)
 _TAKEN = tl.constexpr(-0x80000000)
 _RUNTIME_INTS = ["T", "tokens_per_chunk"]
@@ -182,7 +182,7 @@ def route_grad_kernel(
 
 @functools.cache
 def route_blocks(experts: int, groups: int) -> tuple[dict[str, int], int]:
-    """(block sizes of ``route_kernel``, warps), not to be changed."""
+    """(block sizes of ``route_kernel``, warps). Cached: do not mutate the dict."""
     block_g, block_s = triton.next_power_of_2(groups), triton.next_power_of_2(experts // groups)
     block_t = max(1, min(64, _ELEMENTS // (block_g * block_s)))
     return {"BLOCK_T": block_t, "BLOCK_G": block_g, "BLOCK_S": block_s}, 8
@@ -190,7 +190,7 @@ def route_blocks(experts: int, groups: int) -> tuple[dict[str, int], int]:
 
 @functools.cache
 def route_grad_blocks(experts: int) -> tuple[dict[str, int], int]:
-    """(block sizes of ``route_grad_kernel``, warps), not to be changed."""
+    """(block sizes of ``route_grad_kernel``, warps). Cached: do not mutate the dict."""
     block_e = triton.next_power_of_2(experts)
     return {"BLOCK_T": max(1, min(64, 1024 // block_e)), "BLOCK_E": block_e}, 4
 

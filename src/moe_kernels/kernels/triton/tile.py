@@ -9,7 +9,8 @@ import triton.language as tl
 
 @triton.jit
 def swizzled_tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
-    """Tile (m, n) of linear index ``pid``: GROUP_M row tiles walk all columns together, so weights stay in L2."""
+    """Tile (m, n) of linear index ``pid``. GROUP_M row tiles are visited for each block of columns, so that the
+    weights of that block are read from L2."""
     width = GROUP_M * num_n
     first_m = pid // width * GROUP_M
     size_m = tl.minimum(num_m - first_m, GROUP_M)
@@ -19,7 +20,7 @@ def swizzled_tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def row_tile(m, tile_expert_ptr, tile_row_ptr, expert_start_ptr, BLOCK_M: tl.constexpr):
-    """(expert, first row, rows (BLOCK_M,), their mask) of row tile ``m`` of the plan."""
+    """(expert, first row, rows (BLOCK_M,), mask of the expert's own rows) of row tile ``m`` of the plan."""
     expert = tl.load(tile_expert_ptr + m)
     row0 = tl.load(tile_row_ptr + m)
     row_end = tl.load(expert_start_ptr + expert + 1)
@@ -29,7 +30,7 @@ def row_tile(m, tile_expert_ptr, tile_row_ptr, expert_start_ptr, BLOCK_M: tl.con
 
 @triton.jit
 def gathered_tokens(row_slot_ptr, rows, row_mask, TOP_K: tl.constexpr):
-    """(slot, token as int64) of sorted rows. Masked rows read slot 0: a valid token whose result is never stored."""
+    """(slot, token as int64) of sorted rows. Masked rows read slot 0: a valid token, whose result is never stored."""
     slot = tl.load(row_slot_ptr + rows, mask=row_mask, other=0)
     return slot, (slot // TOP_K).to(tl.int64)
 
@@ -50,7 +51,7 @@ def load_weight(
 ):
     """Block [BLOCK_K, BLOCK_N] at (k0, n0) of w[expert], stored (E, N, K), or (E, K, N) if W_IS_KN; zero outside.
 
-    STRIDE elements lie between the beginnings of two experts' matrices.
+    STRIDE: elements from the start of one expert's matrix to the start of the next.
     """
     if W_IS_KN:
         block = _load_matrix(w, expert, k0, n0, K, N, STRIDE, BLOCK_K, BLOCK_N, USE_TMA)
@@ -79,9 +80,9 @@ def _load_matrix(
 def multiply_add(a, b, total, PRECISION: tl.constexpr):
     """total + a @ b.
 
-    Exact float32 products run on the ordinary cores, one accumulator that adds thousands of products in turn: its
-    error would be several times that of torch.mm, which splits the sum. So each block is summed apart. The signs keep
-    the compiler from making one accumulator of it again.
+    Exact float32 products run on the CUDA cores. One accumulator for all of K would have several times the rounding
+    error of torch.mm, which splits the sum. So each k block is summed separately and then added. The two minus signs
+    keep the compiler from fusing the block's sum and the total into one accumulator again.
     """
     if PRECISION == "ieee" and a.dtype == tl.float32:
         result = total - tl.dot(-a, b, input_precision=PRECISION)
@@ -127,7 +128,7 @@ def load_rows(
 ):
     """Block [rows, BLOCK_K] at column k0 of a (., K) tensor by pointers; zero outside.
 
-    MASK_ROWS False reads masked rows too: right where the caller gave them a valid row and drops their result.
+    MASK_ROWS False also reads masked rows. The caller must give them valid row numbers and drop their results.
     """
     k = k0 + tl.arange(0, BLOCK_K)
     pointers = base + token_or_row[:, None] * K + k[None, :]
@@ -145,7 +146,7 @@ def load_rows(
 
 @triton.jit
 def store_tile(base, rows, row_mask, col0, width, values, BLOCK_N: tl.constexpr, col_limit):
-    """Store values [rows, BLOCK_N] at column col0 of a (., width) tensor; only the first col_limit columns."""
+    """Store the first col_limit columns of values [rows, BLOCK_N] to column col0 of a (., width) tensor."""
     n = tl.arange(0, BLOCK_N)
     pointers = base + rows.to(tl.int64)[:, None] * width + (col0 + n)[None, :]
     tl.store(pointers, values.to(base.dtype.element_ty), mask=row_mask[:, None] & (n < col_limit)[None, :])

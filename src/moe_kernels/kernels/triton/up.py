@@ -1,7 +1,7 @@
 """Step 1: gathered up projection with the activation in the epilogue.
 
-Gate and up columns of one block live in one program, so A never re-reads Z: two accumulators where gate and up rows
-are apart, one of double width where they are interleaved, one where there is no gate.
+One program computes the gate and the up columns of a block of A, so that the activation needs no second pass over Z.
+It has two accumulators, or one of double width where gate and up rows are interleaved, or one where there is no gate.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """Steps 5 and 8: weight gradients, dW[e] = left[rows of e]^T right[rows of e].
 
-One program owns a tile of one expert's gradient and walks that expert's rows, so nothing is accumulated across
-programs. Experts without rows get exact zeros. Whole blocks of rows need no row mask; the last, partial block is a
-second step with masks, so that rows of the next expert (or its NaNs) never enter. The grid has one program per tile
-whatever ``persistent`` says: two small programs share a multiprocessor, and one stores while the other multiplies.
+One program owns a tile of one expert's gradient and loops over that expert's rows, so nothing is accumulated across
+programs. Experts without rows get exact zeros. Whole blocks of rows need no row mask. The last, partial block is
+peeled off the loop and masked, so that rows of the next expert (or its NaNs) never enter. The grid has one program
+per tile whatever ``persistent`` says: two small programs share an SM, and one's epilogue overlaps the other's mainloop.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.T
     tma = tma_fits(left, right)
     sizes = (plan.rows // plan.experts, n, m)
     config = fit_columns(select_config("wgrad", left.device, left.dtype, None, tma, sizes), n)
-    if m <= 64 < config.block_m:  # a low-rank factor; the matrix unit takes 64 rows at a time
+    if m <= 64 < config.block_m:  # a low-rank factor; wgmma takes 64 rows
         config = dataclasses.replace(config, block_m=64)
     launch_grid(
         wgrad_kernel,
