@@ -2,8 +2,8 @@
 
 One program owns a tile of one expert's gradient and loops over that expert's rows, so nothing is accumulated across
 programs. Experts without rows get exact zeros. Whole blocks of rows need no row mask. The last, partial block is
-peeled off the loop and masked, so that rows of the next expert (or its NaNs) never enter. The grid has one program
-per tile whatever ``persistent`` says: two small programs share an SM, and one's epilogue overlaps the other's mainloop.
+peeled off the loop and masked, so that rows of the next expert (or its NaNs) never enter. ``persistent`` is ignored,
+the grid has one program per tile: two small programs share an SM, and one's epilogue overlaps the other's mainloop.
 """
 
 import dataclasses
