@@ -57,7 +57,7 @@ class Times:
 
 
 class Clock:
-    """Times calls in turn, so that a drift of the machine's clocks meets all of them alike.
+    """Times calls round-robin, so that a drift of the machine's clocks affects all of them equally.
 
     On a GPU the L2 cache is flushed before every call by writing 256 MiB.
     """
