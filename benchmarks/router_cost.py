@@ -3,7 +3,7 @@
     python benchmarks/router_cost.py --tokens 16384 --out router.json
 
 Each router runs in bfloat16 with its linear, forward alone and forward with backward, as in a training under autocast
-and without. Times are medians of calls in turn, the L2 cache flushed before each.
+and without. Times are medians of round-robin calls, the L2 cache flushed before each.
 """
 
 from __future__ import annotations

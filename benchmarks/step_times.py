@@ -3,7 +3,7 @@
     python benchmarks/step_times.py --shapes mixtral-1b,qwen2-moe-1b --out steps.json
     python benchmarks/step_times.py --table steps.json bench.json
 
-Each step runs on the same tensors, calls in turn, launches queued ahead, the L2 cache flushed before each;
+Each step runs on the same tensors, in round-robin calls, launches queued ahead, the L2 cache flushed before each;
 "dense" is torch.mm on as many rows. Backends that do not run the layer are left out.
 
 ``--table`` measures nothing: it prints what was measured beside what each step must at least move and compute, and

@@ -72,7 +72,7 @@ def bench(
 ) -> None:
     """Time one expert layer against other implementations, correctness first.
 
-    Every implementation runs in this process on the same tensors, in turn, and computes every gradient. The
+    Every implementation runs in this process on the same tensors, round-robin, and computes every gradient. The
     L2 cache is flushed before each call; times are medians. An implementation whose error is more
     than three times that of grouped_mm is called wrong and is not timed; one that cannot run here says why. The
     time of the same GEMMs through dense torch.mm is the ceiling. The file of --json is written after every layer,

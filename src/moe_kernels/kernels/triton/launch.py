@@ -83,7 +83,7 @@ def tma_fits(*tensors: torch.Tensor) -> bool:
     for t in tensors:  # a generator would cost another microsecond
         if t.element_size() != 2 or t.shape[-1] % 16 or t.data_ptr() % 16 or t.numel() == 0:
             return False
-        # Experts may lie apart, but not one over another, nor off the grid of whole rows.
+        # There may be gaps between experts, of whole rows; experts must not overlap.
         if not t.is_contiguous() and (t.stride(0) < t.shape[-2] * t.shape[-1] or t.stride(0) % t.shape[-1]):
             return False
     return True
