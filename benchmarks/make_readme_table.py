@@ -201,8 +201,8 @@ def routers(results: Results) -> str:
             parts += [
                 f"`benchmarks/results/{name}`: `{machine['command']}` on {machine['gpu']}, torch {machine['torch']}, "
                 f"triton {machine['triton']}, transformers {machine['transformers']}, {machine['date'][:10]}; "
-                f"T={data['rows'][0]['tokens']}, bfloat16, the linear included; medians of calls in turn. Faster, host "
-                "time and launches are of forward and backward.",
+                f"T={data['rows'][0]['tokens']}, bfloat16, the linear included; medians of calls in turn. Faster, "
+                "host time and launches are of forward and backward.",
                 _table(ROUTER_COLUMNS, [_router_row(row) for row in data["rows"]]),
             ]
     return "\n\n".join(parts) or NOTHING

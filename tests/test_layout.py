@@ -13,7 +13,7 @@ FILES = sorted(p for p in SRC.rglob("*.py") if "egg-info" not in str(p))
 PYTHON = {str(p.relative_to(SRC)): ast.parse(p.read_text(), str(p)) for p in FILES}
 
 #: The tools stand on the core; the core knows none of them.
-TOOLS = ("integrations", "compare", "bench", "cli", "cluster", "prepare", "testing")
+TOOLS = ("integrations", "tools", "compare", "bench", "cli", "cluster", "prepare", "testing")
 HEAVY = ("transformers", "axolotl", "wandb", "matplotlib", "jinja2", "peft", "trl", "datasets")
 
 

@@ -28,11 +28,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 import moe_kernels
-from moe_kernels.bench.environment import environment
 from moe_kernels.kernels.hopper import down_grad, gemm, ring, wgrad
 from moe_kernels.testing.patches import patches
 from moe_kernels.testing.problems import Case, check, make_inputs, run, truth
 from moe_kernels.testing.verification import compile_variants, variants
+from moe_kernels.tools.common.machine import environment
 
 # 16 bits from the clock and the warp's place: the lower byte are nanoseconds, times 64 if six of the upper
 # bits are zero; 60 and less are not slept.
