@@ -59,6 +59,16 @@ def test_kernels_do_not_import_the_op():
         assert not set(imported(PYTHON[path])) & set(above), path
 
 
+def test_what_only_tests_use_does_not_ship():
+    """It is in tests/support."""
+    from moe_kernels.trial import CHECK
+
+    used = {name for tree in PYTHON.values() for name in imported(tree)} | {CHECK}
+    shipped = {path[:-3].replace("/", ".") for path in PYTHON if path.startswith("moe_kernels/testing/")}
+    assert shipped - used == {"moe_kernels.testing.__init__"}
+    assert not {name for name in used if name.split(".")[0] == "support"}
+
+
 def test_the_plugin_shell_imports_no_kernel_at_the_top():
     """Axolotl swallows an ImportError there and trains the baseline with exit code 0."""
     for name in ("__init__", "args"):

@@ -13,7 +13,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from moe_kernels.testing import aot
+from support import aot
 
 AOT = os.environ.get("MOE_KERNELS_AOT") == "1"
 ARCHS = (80, 90, 100)

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moe_kernels
 from moe_kernels import backends
 from moe_kernels.activation import PLAIN, Activation
-from moe_kernels.testing.ambient import AMBIENT, inside
-from moe_kernels.testing.tiles import use_small_tiles
+from support.ambient import AMBIENT, inside
+from support.tiles import use_small_tiles
 
 transformers = pytest.importorskip("transformers")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")

@@ -1,6 +1,6 @@
 """Compile kernels for any GPU on a machine without one, and read what the compiler made of them.
 
-Needs ``TRITON_INTERPRET`` unset when the kernels are imported. ``python -m moe_kernels.testing.aot 90`` prints
+Needs ``TRITON_INTERPRET`` unset when the kernels are imported. ``PYTHONPATH=tests python -m support.aot 90`` prints
 registers, spills, shared memory and matrix instructions of every shipped configuration for sm_90.
 """
 
