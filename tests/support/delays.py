@@ -31,11 +31,8 @@ import moe_kernels
 from moe_kernels.kernels.hopper import down_grad, gemm, ring, wgrad
 from moe_kernels.testing.problems import Case, check, make_inputs, run, truth
 from moe_kernels.testing.verification import compile_variants, variants
-<<<<<<< HEAD:src/moe_kernels/testing/delays.py
 from moe_kernels.tools.common.machine import environment
-=======
 from support.patches import patches
->>>>>>> support:tests/support/delays.py
 
 # 16 bits from the clock and the warp's place: the lower byte are nanoseconds, times 64 if six of the upper
 # bits are zero; 60 and less are not slept.
