@@ -1,6 +1,7 @@
 """Rules of the source tree that no type checker knows."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,24 @@ def test_the_core_imports_no_tool(path):
 def test_the_core_needs_torch_and_triton_alone(path):
     allowed = {*sys.stdlib_module_names, "torch", "triton", "moe_kernels", "numpy", "filelock", "__future__"}
     assert {n.split(".")[0] for n in imported(PYTHON[path])} <= allowed
+
+
+def room(path):
+    """The folder of a file; a file of the package itself is a room of its own."""
+    folder = str(Path(path).parent)
+    return path if folder == "moe_kernels" else folder
+
+
+@pytest.mark.parametrize("unit", [str, room], ids=["files", "folders"])
+def test_nothing_imports_in_a_circle(unit):
+    places = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in PYTHON}
+    graph = {}
+    for path, tree in PYTHON.items():
+        for name in {name for name in imported(tree) if name in places and places[name] != "moe_kernels/__init__.py"}:
+            graph.setdefault(unit(path), set()).add(unit(places[name]))
+    for one, others in graph.items():
+        others.discard(one)
+    assert list(graphlib.TopologicalSorter(graph).static_order())  # a CycleError names the circle
 
 
 def test_kernels_do_not_import_the_op():

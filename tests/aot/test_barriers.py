@@ -39,7 +39,7 @@ def handed_over(ptx):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_memory_of_barriers_is_not_used_again(name):
-    from moe_kernels.kernels.hopper import catalog
+    from support import hopper_catalog as catalog
 
     ptx = ptx_of(next(case for case in catalog.compile_cases() if case.name == name))
     found, words = barriers(ptx), handed_over(ptx)
@@ -54,7 +54,7 @@ sys.path.insert(0, sys.argv[1])
 from test_barriers import KERNELS, ptx_of
 from support import delays
 delays.install()
-from moe_kernels.kernels.hopper import catalog
+from support import hopper_catalog as catalog
 for case in catalog.compile_cases():
     if case.name in KERNELS:
         print(ptx_of(case).count("nanosleep"))
