@@ -5,9 +5,9 @@
 
 README.md shows the newest comparison of each pair that `moe-kernels compare` wrote, docs/performance.md and
 docs/knobs.md what `moe-kernels bench --json` wrote (files with several settings of the knobs in the latter),
-docs/versions.md the same layers under each release of triton, docs/lora.md what benchmarks/lora_cost.py and
-docs/distributed.md what benchmarks/scaling.py wrote. Only results from
-a GPU appear: those from a CPU say nothing about speed. Every number is from a file that the table names.
+docs/versions.md the same layers under each release of triton, docs/lora.md what benchmarks/lora_cost.py,
+docs/router.md what benchmarks/router_cost.py and docs/distributed.md what benchmarks/scaling.py wrote. Only results
+from a GPU appear: those from a CPU say nothing about speed. Every number is from a file that the table names.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ SCALING_COLUMNS = ("family", "engine", "GPUs", "step ms: stock, ours", "tokens/s
                    "peak GiB: stock, ours", "faster", "scaling: stock, ours", "losses apart")  # fmt: skip
 LORA_COLUMNS = ("base", "adapters", "implementation", "forward ms", "forward + backward ms", "of it GPU ms",
                 "saved MiB", "peak MiB", "weights MiB", "error")  # fmt: skip
+ROUTER_COLUMNS = ("router", "E", "H", "autocast", "forward, GPU ms: stock, fused", "forward + backward: the same",
+                  "faster", "host ms: the same", "launches: the same")  # fmt: skip
 LORA_PACKAGES = ("torch", "triton", "transformers", "peft", "axolotl", "bitsandbytes")
 
 Results = list[tuple[str, dict[str, Any]]]
@@ -190,9 +192,43 @@ def lora(results: Results) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+def routers(results: Results) -> str:
+    """The model's own routers beside the fused one, a table for each file."""
+    parts = []
+    for name, data in results:
+        if data.get("kind") == "router" and data["environment"]["gpu"]:
+            machine = data["environment"]
+            parts += [
+                f"`benchmarks/results/{name}`: `{machine['command']}` on {machine['gpu']}, torch {machine['torch']}, "
+                f"triton {machine['triton']}, transformers {machine['transformers']}, {machine['date'][:10]}; "
+                f"T={data['rows'][0]['tokens']}, bfloat16, the linear included; medians of calls in turn. Faster, "
+                "host time and launches are of forward and backward.",
+                _table(ROUTER_COLUMNS, [_router_row(row) for row in data["rows"]]),
+            ]
+    return "\n\n".join(parts) or NOTHING
+
+
+def _router_row(row: dict[str, Any]) -> list[str]:
+    def two(what: str, field: str, form: str) -> str:
+        return ", ".join(format(row[f"{who}_{what}"][field], form) for who in ("stock", "fused"))
+
+    stock, fused = (row[f"{who}_forward_backward"]["gpu_ms"] for who in ("stock", "fused"))
+    return [
+        row["router"][1],
+        str(row["router"][3]),
+        str(row["router"][2]),
+        "yes" if row["autocast"] else "no",
+        two("forward", "gpu_ms", ".3f"),
+        two("forward_backward", "gpu_ms", ".3f"),
+        f"{stock / fused:.2f}",
+        two("forward_backward", "host_ms", ".2f"),
+        two("forward_backward", "launches", "d"),
+    ]
+
+
 DOCUMENTS: dict[str, Callable[[Results], str]] = {
     "README.md": trainings, "docs/performance.md": layers, "docs/knobs.md": knobs, "docs/lora.md": lora,
-    "docs/distributed.md": scaling, "docs/versions.md": releases,
+    "docs/distributed.md": scaling, "docs/versions.md": releases, "docs/router.md": routers,
 }  # fmt: skip
 
 

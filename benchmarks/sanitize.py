@@ -47,14 +47,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import moe_kernels.kernels
 from moe_kernels import router
 from moe_kernels.activation import Activation
-from moe_kernels.bench.environment import environment
-from moe_kernels.cli.options import ensure_writable
 from moe_kernels.kernels.triton.launch import interpreting
 from moe_kernels.moe import fused_experts
-from moe_kernels.testing import interpreter
-from moe_kernels.testing.patches import patches
 from moe_kernels.testing.problems import Case, make_inputs, run
 from moe_kernels.testing.verification import variants
+from moe_kernels.tools.common.machine import environment
+from moe_kernels.tools.common.options import ensure_writable
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from support import interpreter
+from support.patches import patches
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CLAMPED, SILU_CLAMPED = Activation("clamped_glu", (1.702, 0.7)), Activation("clamped_silu", (0.5,))

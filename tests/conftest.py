@@ -22,7 +22,7 @@ torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 
 if INTERPRETED:
-    from moe_kernels.testing import interpreter
+    from support import interpreter
 
     interpreter.install()
 

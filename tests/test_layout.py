@@ -1,6 +1,7 @@
 """Rules of the source tree that no type checker knows."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ FILES = sorted(p for p in SRC.rglob("*.py") if "egg-info" not in str(p))
 PYTHON = {str(p.relative_to(SRC)): ast.parse(p.read_text(), str(p)) for p in FILES}
 
 #: The tools stand on the core; the core knows none of them.
-TOOLS = ("integrations", "compare", "bench", "cli", "cluster", "prepare", "testing")
+TOOLS = ("integrations", "tools", "compare", "bench", "cli", "cluster", "prepare", "testing")
 HEAVY = ("transformers", "axolotl", "wandb", "matplotlib", "jinja2", "peft", "trl", "datasets")
 
 
@@ -53,10 +54,38 @@ def test_the_core_needs_torch_and_triton_alone(path):
     assert {n.split(".")[0] for n in imported(PYTHON[path])} <= allowed
 
 
+def room(path):
+    """The folder of a file; a file of the package itself is a room of its own."""
+    folder = str(Path(path).parent)
+    return path if folder == "moe_kernels" else folder
+
+
+@pytest.mark.parametrize("unit", [str, room], ids=["files", "folders"])
+def test_nothing_imports_in_a_circle(unit):
+    places = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in PYTHON}
+    graph = {}
+    for path, tree in PYTHON.items():
+        for name in {name for name in imported(tree) if name in places and places[name] != "moe_kernels/__init__.py"}:
+            graph.setdefault(unit(path), set()).add(unit(places[name]))
+    for one, others in graph.items():
+        others.discard(one)
+    assert list(graphlib.TopologicalSorter(graph).static_order())  # a CycleError names the circle
+
+
 def test_kernels_do_not_import_the_op():
     above = ("moe_kernels.moe", "moe_kernels.triton_backend", "moe_kernels.torch_backend")
     for path in (p for p in PYTHON if p.startswith("moe_kernels/kernels/")):
         assert not set(imported(PYTHON[path])) & set(above), path
+
+
+def test_what_only_tests_use_does_not_ship():
+    """It is in tests/support."""
+    from moe_kernels.trial import CHECK
+
+    used = {name for tree in PYTHON.values() for name in imported(tree)} | {CHECK}
+    shipped = {path[:-3].replace("/", ".") for path in PYTHON if path.startswith("moe_kernels/testing/")}
+    assert shipped - used == {"moe_kernels.testing.__init__"}
+    assert not {name for name in used if name.split(".")[0] == "support"}
 
 
 def test_the_plugin_shell_imports_no_kernel_at_the_top():

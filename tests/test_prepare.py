@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 from moe_kernels.cli.app import app
-from moe_kernels.cli.errors import MISSING, WRONG_USAGE, MissingDependency, UsageError
 from moe_kernels.prepare import cache, prepare_data, prepare_model, text, tiny_overrides
 from moe_kernels.prepare.cache import MANIFEST, NotEnoughSpace
 from moe_kernels.prepare.command import wanted
 from moe_kernels.prepare.models import build_model, count_parameters, model_config
 from moe_kernels.prepare.text import EOS, rows
 from moe_kernels.shapes import FAMILIES, SIZES
+from moe_kernels.tools.common import files
+from moe_kernels.tools.common.errors import MISSING, WRONG_USAGE, MissingDependency, UsageError
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -423,7 +424,7 @@ def test_two_at_once_take_turns(tmp_path: Path) -> None:
 def test_a_file_system_without_locks_is_warned_of_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    monkeypatch.setattr(cache.FileLock, "acquire", Mock(side_effect=error))
+    monkeypatch.setattr(files.FileLock, "acquire", Mock(side_effect=error))
     done = []
     for number in range(2):
         with cache.in_turn(tmp_path, done.append):
@@ -435,6 +436,6 @@ def test_a_file_system_without_locks_is_warned_of_once(
 
 
 def test_another_error_of_a_lock_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache.FileLock, "acquire", Mock(side_effect=PermissionError(errno.EACCES, "no")))
+    monkeypatch.setattr(files.FileLock, "acquire", Mock(side_effect=PermissionError(errno.EACCES, "no")))
     with pytest.raises(PermissionError), cache.in_turn(tmp_path, print):
         raise AssertionError("it was not locked")

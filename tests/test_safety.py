@@ -120,8 +120,8 @@ def test_a_model_that_brings_code_is_not_run(tmp_path: Path) -> None:
 
 
 def test_run_files_are_data(tmp_path: Path) -> None:
-    from moe_kernels.cli.errors import UsageError
-    from moe_kernels.compare.plan import load_yaml
+    from moe_kernels.tools.common.errors import UsageError
+    from moe_kernels.tools.common.runfile import load_yaml
 
     ran = tmp_path / "ran"
     for text in (

@@ -13,7 +13,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from moe_kernels.testing import aot
+from support import aot
 
 AOT = os.environ.get("MOE_KERNELS_AOT") == "1"
 ARCHS = (80, 90, 100)
@@ -38,7 +38,8 @@ def _dot_kernel(a, b, out, N: tl.constexpr):
 
 
 if AOT:
-    from moe_kernels.kernels.triton.catalog import CompileCase, compile_cases
+    from support.cases import CompileCase
+    from support.catalog import compile_cases
 
     def simple(size, warps):
         types = {"a": "*bf16", "b": "*bf16", "out": "*fp32"}

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from moe_kernels.testing import aot
+from support import aot, environment
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("MOE_KERNELS_AOT") != "1", reason="needs the compiler: make test-compiled"
@@ -39,7 +39,7 @@ def handed_over(ptx):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_memory_of_barriers_is_not_used_again(name):
-    from moe_kernels.kernels.hopper import catalog
+    from support import hopper_catalog as catalog
 
     ptx = ptx_of(next(case for case in catalog.compile_cases() if case.name == name))
     found, words = barriers(ptx), handed_over(ptx)
@@ -52,9 +52,9 @@ DELAYED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from test_barriers import KERNELS, ptx_of
-from moe_kernels.testing import delays
+from support import delays
 delays.install()
-from moe_kernels.kernels.hopper import catalog
+from support import hopper_catalog as catalog
 for case in catalog.compile_cases():
     if case.name in KERNELS:
         print(ptx_of(case).count("nanosleep"))
@@ -65,8 +65,9 @@ def test_each_kernel_compiles_with_delays():
     """What tests/device/test_delays_gpu.py runs. In a process of its own: kernels there stay so."""
     here = os.path.dirname(__file__)
     ran = subprocess.run(
-        [sys.executable, "-c", DELAYED, here], capture_output=True, text=True, timeout=600, check=False
-    )
+        [sys.executable, "-c", DELAYED, here],
+        env=environment(), capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     counts = [int(count) for count in ran.stdout.split()]
     assert len(counts) == len(KERNELS)

@@ -12,12 +12,13 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from moe_kernels.bench import accuracy, environment, experts, goals, layer, peers, store, timing
+from moe_kernels.bench import accuracy, experts, goals, layer, peers, store, timing
 from moe_kernels.bench import command as bench_command
 from moe_kernels.bench.plots import bytes_moved
 from moe_kernels.cli.app import app
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LayerShape
+from moe_kernels.tools.common import machine
 
 pytest.importorskip("transformers")
 SHAPE = LayerShape("tiny", 48, 32, 24, 6, 2)
@@ -318,7 +319,7 @@ def test_our_own_failure_is_not_reported_but_raised(monkeypatch):
 def two_layers(monkeypatch):
     for name in ("tiny", "other"):
         monkeypatch.setitem(bench_command.LAYERS, name, dataclasses.replace(SHAPE, name=name))
-    monkeypatch.setattr("moe_kernels.bench.environment.commit", lambda: "abc")
+    monkeypatch.setattr("moe_kernels.tools.common.machine.commit", lambda: "abc")
     measured = []
     real = experts.measure
 
@@ -418,12 +419,12 @@ def test_the_hash_of_the_environment_sees_files_that_git_does_not_know(tmp_path,
     package = tmp_path / "moe_kernels"
     (package / "bench").mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    monkeypatch.setattr(environment.moe_kernels, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(machine.moe_kernels, "__file__", str(package / "__init__.py"))
     names = ("sources", "bench_sources")
-    seen = [environment.environment()]
+    seen = [machine.environment()]
     for file in ("moe.py", "bench/timing.py"):
         (package / file).write_text("1")
-        seen.append(environment.environment())
+        seen.append(machine.environment())
     changed = [[a[name] != b[name] for name in names] for a, b in itertools.pairwise(seen)]
     assert changed == [[True, False], [False, True]]
 

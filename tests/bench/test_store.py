@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from moe_kernels.bench import store
-from moe_kernels.prepare import cache
+from moe_kernels.tools.common import files
 
 
 def opened(file: Path) -> store.Store:
@@ -18,7 +18,7 @@ def opened(file: Path) -> store.Store:
 
 
 def test_a_lock_is_tried_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache.FileLock, "acquire", Mock(side_effect=PermissionError(errno.EACCES, "no")))
+    monkeypatch.setattr(files.FileLock, "acquire", Mock(side_effect=PermissionError(errno.EACCES, "no")))
     with pytest.raises(PermissionError):
         opened(tmp_path / "bench.json")
 
@@ -26,7 +26,7 @@ def test_a_lock_is_tried_before_anything_is_measured(tmp_path: Path, monkeypatch
 def test_a_file_system_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache.FileLock, "acquire", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    monkeypatch.setattr(files.FileLock, "acquire", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     mine = opened(tmp_path / "bench.json")
     assert [record.message for record in caplog.records] == [
         f"{tmp_path} is on a file system without locks: run one moe-kernels command at a time in it."

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import moe_kernels
 from moe_kernels.backends import UnsupportedProblem
 from moe_kernels.cli import app as cli
-from moe_kernels.cli.errors import CommandError, MissingDependency, UsageError, missing_module
 from moe_kernels.install import pip_install
+from moe_kernels.tools.common.errors import CommandError, MissingDependency, UsageError, missing_module
 
 try:
     import tomllib

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import yaml
 
-from moe_kernels.testing import error_index
+from support import error_index
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_page_is_up_to_date() -> None:
-    cure = "python -m moe_kernels.testing.error_index --write docs/errors.md"
+    cure = "PYTHONPATH=tests python -m support.error_index --write docs/errors.md"
     assert (ROOT / "docs" / "errors.md").read_text() == error_index.page(), cure
 
 

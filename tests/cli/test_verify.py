@@ -14,7 +14,7 @@ from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LayerShape
 from moe_kernels.testing import verification
 from moe_kernels.testing.problems import Case, make_inputs, rerouted
-from moe_kernels.testing.verification import TORCH_CONFIGURATIONS
+from moe_kernels.testing.verification import TORCH_CONFIGURATIONS, verify_shape
 
 SHAPE = LayerShape("tiny", 33, 40, 24, 5, 2)
 ROUTINGS = ("random", "sentinels", "empty_first_middle_last")
@@ -28,7 +28,7 @@ def judge(**changes):
         "configurations": TORCH_CONFIGURATIONS,
         "backend": "torch",
     }
-    return verify.verify_shape(SHAPE, **{**options, **changes})
+    return verify_shape(SHAPE, **{**options, **changes})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

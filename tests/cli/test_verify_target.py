@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from moe_kernels import torch_backend
 from moe_kernels.cli.app import app
-from moe_kernels.cli.errors import UsageError
-from moe_kernels.cli.layers import Target, expert_layers, read_target
+from moe_kernels.tools.common.errors import UsageError
+from moe_kernels.tools.common.layers import Target, expert_layers, read_target
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "moe"
 MIXTRAL = {

@@ -22,11 +22,11 @@ pytest.importorskip("transformers", reason="needs the extra [transformers]")
 from transformers import AutoConfig
 
 from moe_kernels.bench import experts as bench
-from moe_kernels.cli.layers import read_target
 from moe_kernels.compare import experts_bench
 from moe_kernels.compare.environment import BENCH, SOURCES
 from moe_kernels.compare.experts_bench import _answer, inspect_model, measure_experts
 from moe_kernels.compare.gpu import Gpu
+from moe_kernels.tools.common.layers import read_target
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}

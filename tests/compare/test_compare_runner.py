@@ -16,11 +16,9 @@ import huggingface_hub.constants
 import pytest
 import yaml
 
-from moe_kernels.cli.errors import MissingDependency, UsageError
-from moe_kernels.cli.options import shipped
 from moe_kernels.compare.environment import LAUNCHER, SOURCES, TILES
 from moe_kernels.compare.gpu import Gpu
-from moe_kernels.compare.plan import Options, Plan, load_yaml, plan_family, plan_files, precision
+from moe_kernels.compare.plan import Options, Plan, plan_family, plan_files
 from moe_kernels.compare.runner import (
     LogReader,
     Machine,
@@ -35,9 +33,12 @@ from moe_kernels.compare.runner import (
     last_error,
     run_training,
     tokens_folder,
-    write_text,
 )
 from moe_kernels.shapes import FAMILIES
+from moe_kernels.tools.common.errors import MissingDependency, UsageError
+from moe_kernels.tools.common.files import write_text
+from moe_kernels.tools.common.options import shipped
+from moe_kernels.tools.common.runfile import load_yaml, precision
 
 CACHED = "hub/models--some--model/snapshots/0123abc/tokenizer.json"
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_trainer.py"))

@@ -14,12 +14,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")
-conformance = pytest.importorskip("moe_kernels.testing.conformance")
-support_table = pytest.importorskip("moe_kernels.testing.support_table")
+conformance = pytest.importorskip("support.conformance")
+support_table = pytest.importorskip("support.support_table")
 
 from moe_kernels import backends  # noqa: E402
 from moe_kernels.integrations.support import recipe_of  # noqa: E402
-from moe_kernels.testing.tiles import use_small_tiles  # noqa: E402
+from support.tiles import use_small_tiles  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "docs" / "support.md"
 CLASSES = conformance.experts_classes()

@@ -30,7 +30,7 @@ def experts(backend):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 16 rows and 32 columns, so that a few tokens fill several of them in every direction."""
-    from moe_kernels.testing.tiles import use_small_tiles
+    from support.tiles import use_small_tiles
 
     with use_small_tiles():
         yield

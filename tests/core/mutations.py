@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from moe_kernels.bench.environment import environment
+from moe_kernels.tools.common.machine import environment
 
 ROOT = Path(__file__).parents[2]
 TRITON, HOPPER = "src/moe_kernels/kernels/triton", "src/moe_kernels/kernels/hopper"

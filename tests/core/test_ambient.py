@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_kernels.router import route
-from moe_kernels.testing.ambient import STATES
+from support.ambient import STATES
 
 MAKERS = [state for state in STATES if state.endswith("by default")] + ["meta device"]
 

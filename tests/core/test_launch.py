@@ -33,14 +33,15 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import moe_kernels
+import support
 from moe_kernels.activation import Activation
 from moe_kernels.cli import doctor
 from moe_kernels.kernels.triton import launch as module
 from moe_kernels.kernels.triton import replay
 from moe_kernels.kernels.triton.launch import Descriptor, descriptor, launch, launch_counts, launcher, refusal
-from moe_kernels.testing import fake_cuda
 from moe_kernels.testing.problems import Case, make_inputs, run
 from moe_kernels.tuning import config
+from support import fake_cuda
 
 pytestmark = pytest.mark.plain_memory
 ONE_BY_ONE = hasattr(nvidia, "_BASE_ARGS_FORMAT")  # triton 3.6
@@ -816,7 +817,7 @@ import pytest, torch
 from triton.runtime.jit import JITFunction
 import moe_kernels
 from moe_kernels import backends
-from moe_kernels.testing import fake_cuda
+from support import fake_cuda
 from moe_kernels.testing.problems import Case, make_inputs
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
@@ -841,7 +842,7 @@ def test_the_first_forward_compiles_the_backward_too(tmp_path):
     reason = fake_cuda.why_not()
     if reason is not None:
         pytest.skip(reason)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {name: value for name, value in support.environment().items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", FIRST_FORWARD, str(tmp_path)]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     found = [line for line in said.splitlines() if line.startswith(("compiled", "forward", "backward"))]
@@ -870,8 +871,9 @@ import moe_kernels
 from moe_kernels import backends
 from moe_kernels.kernels.hopper import gluon_names
 from moe_kernels.kernels.triton.launch import compiling_only
-from moe_kernels.testing import fake_cuda, verification
+from moe_kernels.testing import verification
 from moe_kernels.testing.problems import Case, make_inputs, run
+from support import fake_cuda
 
 compiled, real = [], JITFunction._do_compile
 JITFunction._do_compile = lambda *args, **kwargs: compiled.append(1) or real(*args, **kwargs)
@@ -904,7 +906,7 @@ def test_a_check_compiles_all_variants_before_it_runs_one(what, tmp_path):
     reason = fake_cuda.why_not()
     if reason is not None:
         pytest.skip(reason)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {name: value for name, value in support.environment().items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", VARIANTS, str(tmp_path), what]
     said = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr

@@ -9,7 +9,7 @@ import torch
 import moe_kernels
 from moe_kernels.activation import Activation
 from moe_kernels.testing.problems import Case, make_inputs, run, truth
-from moe_kernels.testing.tiles import use_small_tiles
+from support.tiles import use_small_tiles
 
 BF16 = torch.bfloat16
 #: Sizes that are multiples of 16 load by TMA where the GPU has it; the odd ones by pointers.

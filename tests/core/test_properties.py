@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import moe_kernels
 from moe_kernels.testing.problems import Case, check, make_inputs, run
 from moe_kernels.testing.routings import ROUTINGS
-from moe_kernels.testing.tiles import use_small_tiles
+from support.tiles import use_small_tiles
 
 triton_only = functools.partial(moe_kernels.fused_experts, backend="triton")
 pytest.importorskip("moe_kernels.triton_backend")

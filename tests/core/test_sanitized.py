@@ -13,10 +13,10 @@ import moe_kernels
 from moe_kernels import torch_backend
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.routing import RoutingPlan
-from moe_kernels.testing import interpreter
 from moe_kernels.testing.problems import Case, check, make_inputs, run
 from moe_kernels.testing.routings import make_routing
 from moe_kernels.tuning.config import GemmConfig, use_config
+from support import interpreter
 
 triton_backend = pytest.importorskip("moe_kernels.triton_backend")
 launch = pytest.importorskip("moe_kernels.kernels.triton.launch")

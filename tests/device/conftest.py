@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from moe_kernels.bench.environment import environment
+from moe_kernels.tools.common.machine import environment
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from support import environment
+
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
 if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("the Gluon kernels are for Hopper", allow_module_level=True)
@@ -13,7 +15,9 @@ if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
 
 def finished(*arguments):
     """What a process of its own printed: what is done to kernels and threads there stays there."""
-    ran = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=1200, check=False)
+    ran = subprocess.run(
+        [sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=1200, check=False
+    )
     said = [line for line in (ran.stdout + ran.stderr).splitlines() if line.strip()]
     # The reason first: a kernel that did not end, an exception, or what was printed last.
     reason = next((line for line in said if line.startswith("Timeout")), said[-1] if said else "")
@@ -22,7 +26,7 @@ def finished(*arguments):
 
 
 def test_delays_change_nothing():
-    assert finished("-m", "moe_kernels.testing.delays", "--seconds", "16").count("runs, 0 that differ") == 8
+    assert finished("-m", "support.delays", "--seconds", "16").count("runs, 0 that differ") == 8
 
 
 FIRST_CALL = """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_kernels.cli.errors import UsageError
+from moe_kernels.tools.common.errors import UsageError
 
 distributed = pytest.importorskip("transformers.distributed", reason="needs the extra [transformers]")
 pytest.importorskip("yaml", reason="reads run files")

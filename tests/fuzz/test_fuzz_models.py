@@ -16,9 +16,9 @@ from mutate import mutated
 pytest.importorskip("transformers", reason="needs the extra [transformers]")
 from transformers import AutoConfig
 
-from moe_kernels.cli.errors import CommandError
-from moe_kernels.cli.layers import expert_layers, read_target
 from moe_kernels.integrations.support import UnsupportedExperts
+from moe_kernels.tools.common.errors import CommandError
+from moe_kernels.tools.common.layers import expert_layers, read_target
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}

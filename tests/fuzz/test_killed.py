@@ -21,12 +21,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "compare"))
 import builders
 
-from moe_kernels.cli.errors import UsageError
 from moe_kernels.compare import report
 from moe_kernels.compare.comparison import Analysis, load, save
-from moe_kernels.compare.runner import write_text
 from moe_kernels.prepare import models, prepare_data, prepare_model, text
 from moe_kernels.prepare.cache import made_with, recover
+from moe_kernels.tools.common.errors import UsageError
+from moe_kernels.tools.common.files import write_text
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 FAKE = (sys.executable, str(Path(__file__).parents[1] / "compare" / "fake_trainer.py"))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moe_kernels import backends
-from moe_kernels.testing.tiles import use_small_tiles
+from support.tiles import use_small_tiles
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import backends
 from moe_kernels.integrations import quantized
-from moe_kernels.testing.tiles import use_small_tiles
+from support.tiles import use_small_tiles
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")
-conformance = pytest.importorskip("moe_kernels.testing.conformance")
+conformance = pytest.importorskip("support.conformance")
 
 from moe_kernels.integrations.support import recipe_of  # noqa: E402
 

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moe_kernels
 from moe_kernels import backends
 from moe_kernels.activation import PLAIN, Activation
-from moe_kernels.testing.ambient import AMBIENT, inside
-from moe_kernels.testing.tiles import use_small_tiles
+from support.ambient import AMBIENT, inside
+from support.tiles import use_small_tiles
 
 transformers = pytest.importorskip("transformers")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")
@@ -391,7 +391,8 @@ def test_an_exported_layer_is_exact(name: str, backend: str, strict: bool, devic
     with use_small_tiles():
         assert torch.equal(exported.module()(*inputs), experts(*inputs))
         other = [torch.roll(tensor, 1, 0) for tensor in inputs]
-        expected = experts(*other)  # not the first output rolled: several threads of a CPU share the rows out by place
+        # Not the first output rolled: several threads of a CPU share the rows out by their place.
+        expected = experts(*other)
         backends.reset_dispatch_counts()
         assert torch.equal(exported.module()(*other), expected)
     assert backends.dispatch_counts() == {backend: 1}

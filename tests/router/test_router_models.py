@@ -24,7 +24,7 @@ from moe_kernels.integrations.router import (  # noqa: E402
     router_modules,
 )
 from moe_kernels.integrations.support import recipe_of  # noqa: E402
-from moe_kernels.testing.ambient import AMBIENT, inside  # noqa: E402
+from support.ambient import AMBIENT, inside  # noqa: E402
 
 COMMON = {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 96,
           "intermediate_size": 32, "num_hidden_layers": 2, "num_experts_per_tok": 3}  # fmt: skip

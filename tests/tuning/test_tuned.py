@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 import moe_kernels
 from moe_kernels import triton_backend
-from moe_kernels.bench import environment, tiles, tune
+from moe_kernels.bench import tiles, tune
 from moe_kernels.cli.app import app
 from moe_kernels.kernels.triton import grouped_gemm, up, wgrad
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.testing.problems import Case, make_inputs, run
+from moe_kernels.tools.common import machine
 from moe_kernels.tuning import config, tuned
 from moe_kernels.tuning.config import GemmConfig, select_config, table, use_config
 
@@ -170,12 +171,12 @@ def test_every_measured_layer_has_a_bucket_for_each_gemm():
 
 
 def test_results_name_the_tiles_they_were_measured_with(cache):
-    assert environment.environment()["tuned_tiles"] is None
+    assert machine.environment()["tuned_tiles"] is None
     write(cache, entry())
-    first = environment.tuned_tiles()
+    first = machine.tuned_tiles()
     assert tuned.read(cache)["digest"].startswith(first)
     write(cache, entry(tile=dataclasses.replace(TILE, block_n=128)))
-    assert environment.tuned_tiles() != first
+    assert machine.tuned_tiles() != first
 
 
 def test_the_cache_is_where_the_user_wants_it(monkeypatch, tmp_path):
@@ -204,7 +205,7 @@ def test_a_cache_out_of_reach_holds_no_tiles(monkeypatch, cache, caplog, fault):
     with caplog.at_level(logging.WARNING, logger="moe_kernels"):
         assert select() == default()
     assert "no tuned tiles are used" in caplog.text
-    assert environment.tuned_tiles() is None
+    assert machine.tuned_tiles() is None
 
 
 @pytest.fixture

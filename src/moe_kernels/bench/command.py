@@ -13,11 +13,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moe_kernels.cli.errors import CHECK_FAILED, MissingDependency
-from moe_kernels.cli.options import MAX_SEED, one_of, several
 from moe_kernels.install import pip_install
 from moe_kernels.settings import GROUP_SIZES, GroupSize
 from moe_kernels.shapes import LAYERS, LayerShape
+from moe_kernels.tools.common.errors import CHECK_FAILED, MissingDependency
+from moe_kernels.tools.common.options import MAX_SEED, one_of, several
 
 Row = dict[str, Any]
 TABLE_WIDTH = 150
@@ -91,10 +91,10 @@ def bench(
         import torch
 
         from moe_kernels.bench.ceilings import measure_ceilings
-        from moe_kernels.bench.environment import environment
         from moe_kernels.bench.experts import OURS, measure
         from moe_kernels.bench.peers import PEERS
         from moe_kernels.bench.store import Store
+        from moe_kernels.tools.common.machine import environment
     names = () if peers == "none" else several("peers", peers, tuple(PEERS))
     where = _device(device)
     if where == "cpu":

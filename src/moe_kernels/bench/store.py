@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from moe_kernels.bench.environment import PACKAGES
-from moe_kernels.cli.errors import UsageError
-from moe_kernels.prepare.cache import locked
+from moe_kernels.tools.common.errors import UsageError
+from moe_kernels.tools.common.files import locked, read_object, write_text
+from moe_kernels.tools.common.machine import PACKAGES
 
 logger = logging.getLogger("moe_kernels")
 
@@ -69,9 +68,7 @@ class Store:
             self._read()
             cells = {_cell(row) for row in rows}
             self.report["results"] = [row for row in self.report["results"] if _cell(row) not in cells] + rows
-            part = self.file.with_name(self.file.name + ".part")
-            part.write_text(json.dumps(self.report, indent=1) + "\n")
-            os.replace(part, self.file)
+            write_text(self.file, json.dumps(self.report, indent=1) + "\n")
         self._fresh = False
 
     def _locked(self) -> AbstractContextManager[None]:
@@ -105,7 +102,7 @@ def _report(file: Path) -> dict[str, Any]:
     from moe_kernels.bench.experts import Measurement
 
     cure = "use another --json, or --fresh."
-    found = read_json(file, cure)
+    found = read_object(file, cure)
     columns = {field.name for field in fields(Measurement)}
     parts: dict[str, Any] = {"environment": dict, "arguments": dict, "ceilings": (dict, type(None)), "results": list}
     if (
@@ -114,19 +111,4 @@ def _report(file: Path) -> dict[str, Any]:
         or not all(isinstance(row, dict) and columns <= row.keys() for row in found["results"])
     ):
         raise UsageError(f"{file} is no result of this version of `moe-kernels bench`: {cure}")
-    return found
-
-
-def read_json(file: Path, cure: str) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UsageError: it holds something else, with the cure.
-    """
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not JSON ({error}): {cure}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{file} is not a result of this project: {cure}")
     return found

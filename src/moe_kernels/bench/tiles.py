@@ -23,9 +23,9 @@ import triton
 
 from moe_kernels import triton_backend as steps
 from moe_kernels.activation import Activation, Gate
-from moe_kernels.cli.verify import verify_shape
 from moe_kernels.kernels.triton.launch import interpreting
 from moe_kernels.shapes import LAYERS, LayerShape
+from moe_kernels.testing.verification import verify_shape
 from moe_kernels.tuning.config import GemmConfig, table, use_config
 from moe_kernels.tuning.tuned import Key, Sizes, bucket
 

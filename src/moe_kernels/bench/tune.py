@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moe_kernels.cli.errors import MissingDependency
-from moe_kernels.cli.options import ensure_writable, several
 from moe_kernels.shapes import LAYERS, LayerShape
+from moe_kernels.tools.common.errors import MissingDependency
+from moe_kernels.tools.common.options import ensure_writable, several
 
 if TYPE_CHECKING:
     import torch
@@ -93,8 +93,8 @@ def conclude(
     import torch
     import triton
 
-    from moe_kernels.bench.environment import environment
     from moe_kernels.bench.tiles import choose
+    from moe_kernels.tools.common.machine import environment
     from moe_kernels.tuning import config, tuned
 
     file = out or tuned.cache_file(device)
@@ -158,7 +158,7 @@ def show(results: list[Tuned], timings: list[Timing]) -> None:
 
 
 def _write_measurements(file: Path, timings: list[Timing]) -> None:
-    from moe_kernels.bench.environment import environment
+    from moe_kernels.tools.common.machine import environment
 
     rows = [{**asdict(timing), "key": timing.key._asdict()} for timing in timings]
     file.write_text(

@@ -11,8 +11,15 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from moe_kernels.cli.errors import CHECK_FAILED, MISSING, WRONG_USAGE, CommandError, failed_io, missing_module
-from moe_kernels.cli.network import stay_offline
+from moe_kernels.tools.common.errors import (
+    CHECK_FAILED,
+    MISSING,
+    WRONG_USAGE,
+    CommandError,
+    failed_io,
+    missing_module,
+)
+from moe_kernels.tools.common.network import stay_offline
 
 HELP = """Train Mixture-of-Experts models with fast expert layers, and see what they buy on this machine.
 
@@ -148,7 +155,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from moe_kernels.bench.environment import package_version
+        from moe_kernels.tools.common.machine import package_version
 
         typer.echo(f"moe-kernels {package_version()}")
         raise typer.Exit()

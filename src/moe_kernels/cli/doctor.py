@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moe_kernels.bench.environment import driver_version, installed_version, package_version
-from moe_kernels.cli.errors import CHECK_FAILED
 from moe_kernels.install import pip_install
 from moe_kernels.shapes import FAMILIES
+from moe_kernels.tools.common.errors import CHECK_FAILED
+from moe_kernels.tools.common.machine import driver_version, installed_version, package_version
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moe_kernels.cli.errors import CHECK_FAILED, MissingDependency, UsageError
-from moe_kernels.cli.options import ensure_writable, one_of, several
-from moe_kernels.settings import BACKEND_NAMES, GroupSize
+from moe_kernels.settings import BACKEND_NAMES
 from moe_kernels.shapes import LAYERS, LayerShape
+from moe_kernels.tools.common.errors import CHECK_FAILED, MissingDependency, UsageError
+from moe_kernels.tools.common.options import ensure_writable, one_of, several
 
 if TYPE_CHECKING:
     import torch
@@ -43,32 +43,6 @@ GPU_TOKENS, CPU_TOKENS, CPU_SHRINK = 1024, 48, 8
 ONE_TOKEN_ROUTINGS = ("random", "sentinels", "all_sentinels")
 LAYER_ROUTINGS = ("random", "zipf", "one_hot_expert", "sentinels")
 TABLE_WIDTH = 150
-
-
-def verify_shape(
-    shape: LayerShape,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    routings: Sequence[str],
-    configurations: Sequence[tuple[GroupSize, bool]] | None = None,
-    backend: str = "auto",
-    progress: Callable[[str], object] = lambda message: None,
-) -> list[Verdict]:
-    """:func:`moe_kernels.testing.verification.verify_case` of a plain SwiGLU layer of these sizes."""
-    from moe_kernels.testing.problems import Case
-    from moe_kernels.testing.verification import TRITON_CONFIGURATIONS, verify_case
-
-    case = Case(shape.tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, dtype)
-    return verify_case(
-        case,
-        shape.name,
-        device=device,
-        routings=routings,
-        configurations=TRITON_CONFIGURATIONS if configurations is None else configurations,
-        backend=backend,
-        progress=progress,
-    )
 
 
 def verify(
@@ -204,7 +178,7 @@ def _target(
     """The expert layers of a run file's model, or of a model, each kind once, with its routings."""
     import torch
 
-    from moe_kernels.cli.layers import expert_layers, read_target
+    from moe_kernels.tools.common.layers import expert_layers, read_target
 
     found = read_target(path)
     kind = getattr(torch, DTYPES[dtype or found.dtype])
@@ -251,7 +225,7 @@ def _table(verdicts: list[Verdict]) -> Table:
 
 
 def _write(file: Path, verdicts: list[Verdict], seconds: float) -> None:
-    from moe_kernels.bench.environment import environment
+    from moe_kernels.tools.common.machine import environment
 
     report = {
         "schema": SCHEMA,

@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moe_kernels.bench.store import read_json
-from moe_kernels.cli.errors import UsageError
-from moe_kernels.cli.options import several, shipped
 from moe_kernels.cluster.estimate import MODELS, Assumptions, Estimate, Rates, estimate
+from moe_kernels.tools.common.errors import UsageError
+from moe_kernels.tools.common.files import read_object
+from moe_kernels.tools.common.options import several, shipped
 
 DEFAULT = Assumptions()
 MEASURED = Path("benchmarks/results/h100-layers.json")
@@ -143,7 +143,7 @@ def measured_rates(path: Path, name: str) -> Rates:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """What `moe-kernels bench` measured, of any version that had these columns."""
-    rows = read_json(path, CURE).get("results")
+    rows = read_object(path, CURE).get("results")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= READ for row in rows):
         raise UsageError(f"{path} is no result of `moe-kernels bench`: {CURE}")
     return rows

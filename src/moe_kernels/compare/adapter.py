@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe_kernels.compare.plan import ADAPTER_FOLDER, Config
-from moe_kernels.compare.runner import read_json
+from moe_kernels.compare.plan import ADAPTER_FOLDER
 from moe_kernels.prepare.cache import in_turn, replacing
+from moe_kernels.tools.common.files import read_json
+from moe_kernels.tools.common.runfile import Config
 
 
 def adapter_made(config: Config) -> bool:

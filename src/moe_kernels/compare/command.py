@@ -19,23 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Display
 
-from moe_kernels.cli.errors import CHECK_FAILED, CommandError, MissingDependency, UsageError
 from moe_kernels.compare.adapter import adapter_made
 from moe_kernels.compare.comparison import Analysis, Comparison, load, number_names, save
 from moe_kernels.compare.environment import versions, with_commit
 from moe_kernels.compare.experts_bench import measure_experts
 from moe_kernels.compare.gpu import describe, visible_gpu
-from moe_kernels.compare.plan import (
-    FOLDERS,
-    LONGEST_NAME,
-    Options,
-    Plan,
-    RunSpec,
-    dump_yaml,
-    label,
-    plan_family,
-    plan_files,
-)
+from moe_kernels.compare.plan import FOLDERS, LONGEST_NAME, Options, Plan, RunSpec, label, plan_family, plan_files
 from moe_kernels.compare.report import show_comparison, show_failures, write_report
 from moe_kernels.compare.runner import (
     Machine,
@@ -45,9 +34,11 @@ from moe_kernels.compare.runner import (
     drop_old_tokens,
     finished_result,
     run_training,
-    write_json,
 )
 from moe_kernels.shapes import FAMILIES, SIZES
+from moe_kernels.tools.common.errors import CHECK_FAILED, CommandError, MissingDependency, UsageError
+from moe_kernels.tools.common.files import write_json
+from moe_kernels.tools.common.runfile import dump_yaml
 
 REPORT_FOLDER = Path("artifacts") / "compare"
 

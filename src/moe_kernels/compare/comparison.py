@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_kernels.cli.errors import UsageError
 from moe_kernels.compare.decode import Misfit, decode
 from moe_kernels.compare.experts_bench import check_experts
 from moe_kernels.compare.gpu import Gpu
@@ -37,10 +36,12 @@ from moe_kernels.compare.plan import (
     chosen_experts,
     label,
     lists_kernels_plugin,
-    precision,
     why_no_name,
 )
-from moe_kernels.compare.runner import FINISHED, RunResult, read_json, write_json
+from moe_kernels.compare.runner import FINISHED, RunResult
+from moe_kernels.tools.common.errors import UsageError
+from moe_kernels.tools.common.files import read_json, write_json
+from moe_kernels.tools.common.runfile import precision
 
 SCHEMA = "moe-kernels compare 1"
 # Ids of the page that no comparison may have.

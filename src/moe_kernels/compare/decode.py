@@ -7,7 +7,7 @@ import types
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-#: How JSON, which has no such numbers, writes them here (``runner.write_json``).
+#: How JSON, which has no such numbers, writes them here (``tools.common.files.write_json``).
 NOT_FINITE = ("nan", "inf", "-inf")
 LARGEST = 1e300
 

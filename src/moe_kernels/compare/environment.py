@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_kernels
-from moe_kernels.bench.environment import commit, installed_version, source_hash
+from moe_kernels.tools.common.machine import commit, installed_version, source_hash
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "axolotl", "wandb", "numpy")
 COMMIT, SOURCES, BENCH = "moe-kernels commit", "moe-kernels sources", "moe-kernels bench sources"

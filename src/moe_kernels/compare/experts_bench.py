@@ -16,15 +16,17 @@ from typing import Any, get_type_hints
 
 from moe_kernels.activation import Activation
 from moe_kernels.bench.experts import Measurement
-from moe_kernels.cli.errors import UsageError
-from moe_kernels.cli.layers import OVERRIDES, Target, build, kinds_of_layers
 from moe_kernels.compare.decode import Misfit, decode
 from moe_kernels.compare.environment import NOT_FOR_LAYER, inputs
 from moe_kernels.compare.metrics import OURS
-from moe_kernels.compare.plan import OPTIMIZED, Plan, digest, precision, tokens_per_micro_batch
-from moe_kernels.compare.runner import Machine, log_tail, read_json, run_command, why_ended, write_json
+from moe_kernels.compare.plan import OPTIMIZED, Plan, digest
+from moe_kernels.compare.runner import Machine, log_tail, run_command, why_ended
 from moe_kernels.integrations.support import UnsupportedExperts
 from moe_kernels.shapes import LayerShape
+from moe_kernels.tools.common.errors import UsageError
+from moe_kernels.tools.common.files import read_json, write_json
+from moe_kernels.tools.common.layers import OVERRIDES, Target, build, kinds_of_layers
+from moe_kernels.tools.common.runfile import precision, tokens_per_micro_batch
 
 READ_ALWAYS = ("implementation", "ok", "note", "dtype")
 GPU_REPEATS, CPU_REPEATS = 30, 20

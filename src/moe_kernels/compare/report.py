@@ -20,8 +20,10 @@ from moe_kernels.compare.comparison import Analysis, Comparison, slug
 from moe_kernels.compare.figures import plain, plots, routed
 from moe_kernels.compare.judge import CONFIRMED, NOT_CONFIRMED, NOT_JUDGED
 from moe_kernels.compare.metrics import OURS, SideMetrics
-from moe_kernels.compare.plan import BASELINE, EAGER, FOLDERS, OPTIMIZED, dump_yaml
-from moe_kernels.compare.runner import FINISHED, write_text
+from moe_kernels.compare.plan import BASELINE, EAGER, FOLDERS, OPTIMIZED
+from moe_kernels.compare.runner import FINISHED
+from moe_kernels.tools.common.files import write_text
+from moe_kernels.tools.common.runfile import dump_yaml
 
 NONE = "–"
 COLUMNS = {BASELINE: "baseline", OPTIMIZED: "moe-kernels", EAGER: "eager"}

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import ctypes
-import glob
-import json
 import math
 import os
 import re
-import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_kernels.cli.errors import UsageError
 from moe_kernels.compare.decode import Misfit, decode
 from moe_kernels.compare.environment import NOT_FOR_OURS, NOT_FOR_STOCK, cpu_name, inputs, token_inputs
 from moe_kernels.compare.gpu import Gpu, Sampler, Samples
-from moe_kernels.compare.plan import ROLES, Plan, RunSpec, digest, dump_yaml
+from moe_kernels.compare.plan import ROLES, Plan, RunSpec, digest
 from moe_kernels.compare.wandb_reader import NotAWandbRun, Row, find_run, read_run
-from moe_kernels.prepare.cache import locked
 from moe_kernels.router_load import FILE_NAME, RouterHistory, read_history, thinned
+from moe_kernels.tools.common.errors import UsageError
+from moe_kernels.tools.common.files import locked, read_json, write_json
+from moe_kernels.tools.common.runfile import dump_yaml
 
 TRAINER: tuple[str, ...] = (sys.executable, "-m", "moe_kernels.compare.trainer", "train")
 LAUNCHER: tuple[str, ...] = ("--launcher", "python")
@@ -45,8 +43,6 @@ ALLOCATOR = "expandable_segments:True"
 # Of a comparison's folder: its tokenised data.
 TOKENISED = "prepared"
 POLL_S = 0.1
-# A file half written is left over by a killed process once it is so old; a writer may be on another host.
-LEFT_OVER_S = 24 * 3600.0
 KILL_AFTER_S = 10.0
 PR_SET_PDEATHSIG = 1
 TAIL_LINES = 40
@@ -298,15 +294,6 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
     return result
 
 
-def write_json(path: Path, data: object) -> None:
-    """Write JSON in one move, so that a reader sees a whole file or none.
-
-    JSON has no NaN: a number that is not finite becomes the string ``"nan"``, ``"inf"`` or ``"-inf"``, which
-    ``float()`` reads back.
-    """
-    write_text(path, json.dumps(_finite(data), separators=(",", ":"), allow_nan=False))
-
-
 def tokens_folder(run: RunSpec, machine: Machine) -> Path:
     """Where a run's tokenised data is kept: inside its comparison's folder, which one process at a time works in.
 
@@ -333,20 +320,6 @@ def _drop_half_tokenised(prepared: Path) -> None:
             shutil.rmtree(arrow)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        UsageError: the file cannot be read, or is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, brackets without end
-        raise UsageError(f"{path} is not JSON: {error}") from error
-
-
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Keep other processes of this command out of a folder of runs.
@@ -365,33 +338,6 @@ def claimed(folder: Path) -> Iterator[None]:
     # Beside the folder, so that removing the folder leaves the lock.
     with locked(folder.with_name(f".{folder.name}.lock"), refuse):
         yield
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text in one move, so that a reader sees a whole file or none, or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        with suppress(FileNotFoundError):
-            if time.time() - old.stat().st_mtime > LEFT_OVER_S:
-                old.unlink()
-    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        # A report may quote half a character, which no file can hold.
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    part.replace(path)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, float) and not math.isfinite(data):
-        return str(data)
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return data
 
 
 def run_command(

@@ -11,7 +11,7 @@ from typing import Any
 from axolotl.cli.main import main  # first: it sets what later imports read
 from transformers import TrainerCallback, trainer
 
-from moe_kernels.integrations.transformers import dispatches, runs_on
+from moe_kernels.integrations.dispatch import dispatches, runs_on
 
 LINE = "moe-kernels compare: the experts run on "
 

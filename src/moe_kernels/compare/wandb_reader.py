@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_kernels.cli.errors import CommandError
+from moe_kernels.tools.common.errors import CommandError
 
 MAGIC = b":W&B"
 FILE_HEADER = 7

@@ -22,8 +22,8 @@ try:
 except ImportError as error:
     raise ImportError("moe_kernels.integrations.peft needs peft 0.20 or newer: pip install 'peft>=0.20'") from error
 
+from moe_kernels.integrations.dispatch import is_served
 from moe_kernels.integrations.support import LORA_ATTRIBUTE, UnsupportedExperts, is_sharded, local_tensor
-from moe_kernels.integrations.transformers import is_served
 
 MAX_RANK = 128  # of fused_experts
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +25,9 @@ from moe_kernels.settings import ExpertsSettings, GroupSize
 try:
     import transformers
     from packaging.version import Version  # which transformers needs
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    from moe_kernels.integrations.dispatch import dispatches, experts_modules, is_served, registered
     from moe_kernels.integrations.probe import probe_device
     from moe_kernels.integrations.quantized import Load, packed_weight, run_in_blocks
     from moe_kernels.integrations.resume import mend_trainer
@@ -51,12 +51,6 @@ except ImportError as error:
 logger = logging.getLogger("moe_kernels")
 
 __all__ = ["UnsupportedExperts", "check_model", "experts_modules", "register", "why_not_module"]
-
-# What register() put under each name, to tell later whether a name still leads here.
-_registered: dict[str, Callable[..., torch.Tensor]] = {}
-# Implementations that hand the rows on to another one, which the function names.
-_wrappers: dict[str, Callable[[], str]] = {}
-
 
 def register(
     *,
@@ -83,14 +77,8 @@ def register(
         return run_experts(self, hidden_states, top_k_index, top_k_weights, **settings)
 
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
-    _registered[name] = experts_forward
+    registered[name] = experts_forward
     mend_trainer(lambda model: bool(experts_modules(model)))
-
-
-def register_wrapper(name: str, inner: Callable[[], str]) -> None:
-    """Say that ``experts_implementation=name`` runs the implementation that ``inner()`` names on rows it chooses, as
-    Axolotl's expert parallelism does with those that arrive from other ranks."""
-    _wrappers[name] = inner
 
 
 def run_experts(
@@ -153,34 +141,6 @@ def run_experts(
     kept = (top_k_index >= 0) & (top_k_index < module.num_experts)
     weighted = module.post_expert_norm(out) * torch.where(kept, top_k_weights, 0.0).unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
-
-
-def is_served(module: Any) -> bool:
-    """Whether a call of ``module`` leads to these kernels."""
-    return _leads_here(type(module), runs_on(module))
-
-
-def runs_on(module: Any) -> str:
-    """The implementation that a dispatching ``module`` runs, of a wrapper the inner one."""
-    name = str(getattr(getattr(module, "config", None), "_experts_implementation", None))
-    return _wrappers[name]() if name in _wrappers else name
-
-
-# torch.compile would look into the cells of a closure, and then not understand the function they belong to.
-@torch.compiler.assume_constant_result
-def _leads_here(cls: type, implementation: str) -> bool:
-    interface, function = dispatches(cls), _registered.get(implementation)
-    return interface is not None and function is not None and interface.get(implementation) is function
-
-
-def experts_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """``(name, module)`` of every module that dispatches through transformers' experts interface, but for those that
-    PEFT keeps beside the copy it trains (``modules_to_save``)."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if dispatches(type(module)) is not None and "original_module" not in name.split(".")
-    ]
 
 
 def check_model(model: torch.nn.Module) -> int:
@@ -277,15 +237,3 @@ def _stand_in(module: Any, weight: str, name: str) -> torch.Tensor | None:
     if parameter is None or parameter.dim() == 1 or is_sharded(parameter):
         return None
     return torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
-
-
-def dispatches(cls: type) -> ExpertsInterface | None:
-    """Where ``cls.forward``, maybe wrapped again, looks for its implementation; FP8 experts have an interface of
-    their own. None where transformers' ``use_experts_implementation`` did not make it."""
-    forward = getattr(cls, "forward", None)
-    while forward is not None:
-        for cell in getattr(forward, "__closure__", None) or ():
-            if isinstance(cell.cell_contents, ExpertsInterface):
-                return cell.cell_contents
-        forward = getattr(forward, "__wrapped__", None)
-    return None

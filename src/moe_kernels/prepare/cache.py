@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import functools
 import hashlib
 import json
 import logging
@@ -14,16 +12,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from moe_kernels.cli.errors import MISSING, CommandError, UsageError
+from moe_kernels.tools.common.errors import MISSING, CommandError, UsageError
+from moe_kernels.tools.common.files import locked
 
 logger = logging.getLogger("moe_kernels")
 
 MANIFEST = "moe_kernels.json"
-#: What a file system without locks says; some versions of filelock raise NotImplementedError for the second.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
 Report = Callable[[str], None]
 
 
@@ -134,35 +128,6 @@ def _partial(folder: Path) -> Path:
 
 def _before(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.before")
-
-
-@contextmanager
-def locked(file: Path, busy: Callable[[], object], patience_s: float = 0.0) -> Iterator[None]:
-    """Hold a lock on ``file``, which ends with this process, killed or not.
-
-    Where another process still has it after ``patience_s``, call ``busy``, which says so or raises, and then wait. A
-    file system without locks gets a warning, once, and no lock.
-    """
-    lock = FileLock(file)
-    try:
-        try:
-            lock.acquire(timeout=patience_s)
-        except Timeout:
-            busy()
-            lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            raise
-        _warn_of_no_locks(file.parent.resolve())
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@functools.cache
-def _warn_of_no_locks(folder: Path) -> None:
-    logger.warning("%s is on a file system without locks: run one moe-kernels command at a time in it.", folder)
 
 
 @contextmanager

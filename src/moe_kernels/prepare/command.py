@@ -17,13 +17,13 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from moe_kernels.cli.errors import UsageError
-from moe_kernels.cli.network import go_online
-from moe_kernels.cli.options import MAX_SEED
 from moe_kernels.prepare.cache import in_turn
 from moe_kernels.prepare.models import prepare_model
 from moe_kernels.prepare.text import BUILDERS, prepare_data
 from moe_kernels.shapes import FAMILIES, SIZES
+from moe_kernels.tools.common.errors import UsageError
+from moe_kernels.tools.common.network import go_online
+from moe_kernels.tools.common.options import MAX_SEED
 
 
 def wanted(models: list[str], size: str | None) -> list[tuple[str, str]]:

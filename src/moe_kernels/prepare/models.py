@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_kernels.cli.errors import UsageError
 from moe_kernels.prepare.cache import (
     MANIFEST,
     NotEnoughSpace,
@@ -25,6 +24,7 @@ from moe_kernels.prepare.cache import (
 )
 from moe_kernels.prepare.text import BOS, EOS, PAD, stdlib_sources
 from moe_kernels.shapes import FAMILIES, SIZES, ModelShape
+from moe_kernels.tools.common.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from moe_kernels.cli.errors import MissingDependency, UsageError
 from moe_kernels.install import pip_install
 from moe_kernels.prepare.cache import (
     Report,
@@ -23,6 +22,7 @@ from moe_kernels.prepare.cache import (
     silent,
     write_manifest,
 )
+from moe_kernels.tools.common.errors import MissingDependency, UsageError
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 

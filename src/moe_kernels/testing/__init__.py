@@ -1,1 +1,1 @@
-"""What the project's own tests stand on, importable by users: truth, tolerances, routings, interpreter, compiler."""
+"""What judges the kernels, for `moe-kernels verify` and the trial: truth, tolerances, problems and routings."""

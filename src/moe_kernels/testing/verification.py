@@ -17,6 +17,7 @@ from moe_kernels import backends
 from moe_kernels.kernels.triton.launch import compiling_only
 from moe_kernels.moe import fused_experts
 from moe_kernels.settings import GroupSize
+from moe_kernels.shapes import LayerShape
 from moe_kernels.testing.allocations import poisoned_allocations
 from moe_kernels.testing.problems import Case, Experts, Inputs, call, eager, make_inputs, rerouted, run, truth
 from moe_kernels.testing.tolerances import assert_close_to_truth
@@ -178,3 +179,19 @@ def _judge(
 def _ours(verdict: Verdict) -> Experts:
     settings: Any = {"group_size": verdict.group_size, "persistent": verdict.persistent, "backend": verdict.backend}
     return partial(fused_experts, **settings)
+
+
+def verify_shape(
+    shape: LayerShape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    routings: Sequence[str],
+    configurations: Sequence[tuple[GroupSize, bool]] = TRITON_CONFIGURATIONS,
+    backend: str = "auto",
+) -> list[Verdict]:
+    """:func:`verify_case` of a plain SwiGLU layer of these sizes."""
+    case = Case(shape.tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, dtype)
+    return verify_case(
+        case, shape.name, device=device, routings=routings, configurations=configurations, backend=backend
+    )

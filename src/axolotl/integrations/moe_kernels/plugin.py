@@ -50,7 +50,8 @@ class MoeOptimizedPlugin(BasePlugin):
             # Axolotl's expert parallelism looks for the name to wrap in its pre_model_load, which is before ours.
             from axolotl.integrations.expert_parallel.experts_fn import get_local_implementation
 
-            from moe_kernels.integrations.transformers import register, register_wrapper
+            from moe_kernels.integrations.dispatch import register_wrapper
+            from moe_kernels.integrations.transformers import register
 
             register()
             register_wrapper("expert_parallel", get_local_implementation)

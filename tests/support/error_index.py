@@ -1,6 +1,6 @@
 """The page of every message that this package can end with, read from its sources.
 
-``python -m moe_kernels.testing.error_index --write docs/errors.md``; a test compares the page with the sources.
+``PYTHONPATH=tests python -m support.error_index --write docs/errors.md``; a test compares the page with the sources.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEAD = """# Error messages
 
 Most messages that this package can end with: those that its sources raise with a literal text. Three dots stand for
 what is filled in. What needs more words is in [Troubleshooting](troubleshooting.md).
-`python -m moe_kernels.testing.error_index --write docs/errors.md` writes this page.
+`PYTHONPATH=tests python -m support.error_index --write docs/errors.md` writes this page.
 """
 
 

@@ -1,11 +1,11 @@
 """The kernels for Hopper with random delays around their barriers: no warp that comes late may change a result.
 
 Producer and consumer warps hand each other stages of shared memory through barriers. A barrier that is missing or
-waited for too early can go unseen for years, because the timing of a GPU hardly varies. Here it does: before and
-after each operation on a barrier every warp sleeps for up to 16 microseconds, most often not at all. ``python -m
-moe_kernels.testing.delays`` runs some problems so for a while, on a Hopper GPU, and compares: with float64, and all
-runs to the bit. A kernel that does not end is ended with the process, exit code 1. Such a kernel takes the GPU from
-all other processes, so that several of these compile at the same time but run one after the other.
+waited for too early can go unseen for years, because the timing of a GPU hardly varies. Here it does: before and after
+each operation on a barrier every warp sleeps for up to 16 microseconds, most often not at all.
+``PYTHONPATH=tests python -m support.delays`` runs some problems so for a while, on a Hopper GPU, and compares: with
+float64, and all runs to the bit. A kernel that does not end is ended with the process, exit code 1. Such a kernel
+takes the GPU from all other processes, so that several of these compile at the same time but run one after the other.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 import moe_kernels
-from moe_kernels.bench.environment import environment
 from moe_kernels.kernels.hopper import down_grad, gemm, ring, wgrad
-from moe_kernels.testing.patches import patches
 from moe_kernels.testing.problems import Case, check, make_inputs, run, truth
 from moe_kernels.testing.verification import compile_variants, variants
+from moe_kernels.tools.common.machine import environment
+from support.patches import patches
 
 # 16 bits from the clock and the warp's place: the lower byte are nanoseconds, times 64 if six of the upper
 # bits are zero; 60 and less are not slept.
@@ -138,7 +138,7 @@ def main() -> int:
             print(f"{case}{name}: {runs} runs, {wrong} that differ", flush=True)
             results.append({"problem": f"{case}{name}", "runs": runs, "differ": wrong})
             if wanted.json:
-                command = " ".join(["python -m moe_kernels.testing.delays", *sys.argv[1:]])
+                command = " ".join(["PYTHONPATH=tests python -m support.delays", *sys.argv[1:]])
                 report = environment() | {"command": command, "results": results}
                 wanted.json.write_text(json.dumps(report, indent=1) + "\n")
         faulthandler.cancel_dump_traceback_later()

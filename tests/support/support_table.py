@@ -1,7 +1,7 @@
 """docs/support.md, generated from a run of the conformance suite over the installed transformers.
 
-    python -m moe_kernels.testing.support_table                       # run and print, on the GPU if there is one
-    python -m moe_kernels.testing.support_table --write docs/support.md   # also replace this version's column
+    PYTHONPATH=tests python -m support.support_table    # run and print, on the GPU if there is one
+    PYTHONPATH=tests python -m support.support_table --write docs/support.md  # replace this version's column too
 
 Each version of transformers has a column of its own; a run replaces its own and leaves the others.
 """
@@ -17,7 +17,7 @@ import transformers
 
 from moe_kernels.integrations.support import UnsupportedExperts, recipe_of
 from moe_kernels.integrations.transformers import register
-from moe_kernels.testing import conformance
+from support import conformance
 
 #: (model, class, weights, activation): what identifies a row.
 Row = tuple[str, str, str, str]
@@ -33,7 +33,7 @@ gradients; the kernels themselves ran all classes of 5.17.0 on an H100 (`benchma
 version of transformers has no such class. A class that is not listed here is found out in the same way when a model
 is loaded: `check_model` probes its activation, and refuses what it cannot reproduce before training starts.
 
-`python -m moe_kernels.testing.support_table --write docs/support.md` writes the column of the installed version.
+`PYTHONPATH=tests python -m support.support_table --write docs/support.md` writes the column of the installed version.
 """
 
 

@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from moe_kernels.integrations.transformers import dispatches
+from moe_kernels.integrations.dispatch import dispatches
 from moe_kernels.testing.routings import make_routing
 from moe_kernels.testing.tolerances import Closeness, assert_close_to_truth
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_kernels.activation import ACTIVATIONS, Activation, Gate
+from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
 from moe_kernels.kernels.triton.expert_sum import expert_sum_kernel
@@ -21,6 +21,8 @@ from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, r
 from moe_kernels.kernels.triton.up import up_kernel
 from moe_kernels.kernels.triton.wgrad import wgrad_kernel
 from moe_kernels.tuning.config import ROW_TILED, GemmConfig, loads_by_tma, table
+from support import hopper_catalog
+from support.cases import EVERY_ACTIVATION, CompileCase
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _PLAN = (
@@ -35,36 +37,6 @@ _PLAN = (
 
 
 _SILU = Activation("silu")
-# Parameters are compile-time constants; any value stands for all.
-EVERY_ACTIVATION = tuple(Activation(name, (1.7, 7.0)[: len(rule.parameters)]) for name, rule in ACTIVATIONS.items())
-
-
-@dataclass(frozen=True)
-class CompileCase:
-    """One kernel to compile.
-
-    Attributes:
-        name: unique and readable, such as "up-g128-bf16-tma".
-        fn: the ``triton.jit`` function.
-        types: Triton type of every run-time argument.
-        constants: value of every compile-time argument.
-        options: num_warps and num_stages.
-        uses_dot: the kernel must contain matrix instructions.
-        uses_tma: the kernel must contain TMA loads.
-        divisible: integer arguments are multiples of 16, as the launcher tells the compiler.
-        spills: accepted number of LDL and STL instructions. The epilogue has no register to spare for clamps, biases
-            and low-rank parts; it runs once per tile, outside the mainloop. Plain experts must not spill.
-    """
-
-    name: str
-    fn: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, int]
-    uses_dot: bool = True
-    uses_tma: bool = False
-    divisible: bool = True
-    spills: int = 0
 
 
 def _gemm_case(
@@ -188,9 +160,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     yield from _small_cases()
     yield from _router_cases()
     if capability == (9, 0):
-        from moe_kernels.kernels.hopper.catalog import compile_cases as hopper_cases  # it imports this module
-
-        yield from hopper_cases()
+        yield from hopper_catalog.compile_cases()
 
 
 def _variant_cases(configs: dict[tuple[str, int | None], GemmConfig], tma: bool) -> Iterator[CompileCase]:

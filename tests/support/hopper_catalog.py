@@ -17,9 +17,9 @@ import torch
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.hopper import down_grad, gemm, wgrad
 from moe_kernels.kernels.hopper.ring import PING_PONG, use_schedule
-from moe_kernels.kernels.triton.catalog import EVERY_ACTIVATION, CompileCase
 from moe_kernels.kernels.triton.launch import Descriptor
 from moe_kernels.routing import RoutingPlan, TokenRows
+from support.cases import EVERY_ACTIVATION, CompileCase
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
 _TOKENS, _TOP_K, _EXPERTS, _HIDDEN, _INTERMEDIATE = 16, 2, 4, 128, 64

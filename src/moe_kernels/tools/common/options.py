@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import moe_kernels
-from moe_kernels.cli.errors import MissingDependency, UsageError
+from moe_kernels.tools.common.errors import MissingDependency, UsageError
 
 #: torch takes seeds of 64 bits, some of what it passes them on to one bit less.
 MAX_SEED = 2**63 - 1

@@ -1,6 +1,6 @@
 """Compile kernels for any GPU on a machine without one, and read what the compiler made of them.
 
-Needs ``TRITON_INTERPRET`` unset when the kernels are imported. ``python -m moe_kernels.testing.aot 90`` prints
+Needs ``TRITON_INTERPRET`` unset when the kernels are imported. ``PYTHONPATH=tests python -m support.aot 90`` prints
 registers, spills, shared memory and matrix instructions of every shipped configuration for sm_90.
 """
 
@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 if TYPE_CHECKING:
-    from moe_kernels.kernels.triton.catalog import CompileCase
+    from support.cases import CompileCase
 
 #: Dynamic shared memory one program may use, in bytes, by architecture (CUDA programming guide, table of limits).
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -125,7 +125,7 @@ def compile_case(case: CompileCase, arch: int) -> Resources:
 
 def compile_all(arch: int) -> Iterator[tuple[CompileCase, Resources]]:
     """Every shipped configuration for sm_<arch>."""
-    from moe_kernels.kernels.triton.catalog import compile_cases
+    from support.catalog import compile_cases
 
     for case in compile_cases(divmod(arch, 10)):
         yield case, compile_case(case, arch)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_kernels.cli.errors import MissingDependency, UsageError
-from moe_kernels.compare.plan import base_model, load_yaml, precision, tokens_per_micro_batch
+from moe_kernels.tools.common.errors import MissingDependency, UsageError
+from moe_kernels.tools.common.runfile import base_model, load_yaml, precision, tokens_per_micro_batch
 
 if TYPE_CHECKING:
     from moe_kernels.testing.problems import Case
