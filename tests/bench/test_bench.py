@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from moe_kernels.bench import accuracy, environment, experts, layer, peers, store, timing
@@ -524,6 +526,14 @@ def test_goals_of_a_file_are_printed(tmp_path, monkeypatch, capsys):
     assert "short" in fraction
     assert "not measured" in next(line for line in lines if "geometric mean of all eleven" in line)
     assert "reached" in next(line for line in lines if "mixtral-1b: host ms" in line)
+
+
+def test_fractions_and_their_mean_are_printed():
+    text = io.StringIO()
+    rows = rows_of("mixtral-1b", dense_fraction=0.4) + rows_of("olmoe-7b", dense_fraction=0.9)
+    bench_command._summarise(Console(file=text, width=150), rows)
+    line = next(line for line in text.getvalue().splitlines() if "moe_kernels" in line)
+    assert [cell.strip() for cell in line.split("│")[2:5]] == ["0.40", "0.90", "0.600"]
 
 
 def test_means_are_geometric_and_by_routing():
