@@ -391,7 +391,8 @@ def test_an_exported_layer_is_exact(name: str, backend: str, strict: bool, devic
     with use_small_tiles():
         assert torch.equal(exported.module()(*inputs), experts(*inputs))
         other = [torch.roll(tensor, 1, 0) for tensor in inputs]
-        expected = experts(*other)  # not the first output rolled: several threads of a CPU share the rows out by place
+        # Not the first output rolled: several threads of a CPU share the rows out by place.
+        expected = experts(*other)
         backends.reset_dispatch_counts()
         assert torch.equal(exported.module()(*other), expected)
     assert backends.dispatch_counts() == {backend: 1}
