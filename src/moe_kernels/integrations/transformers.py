@@ -21,7 +21,7 @@ import torch
 
 from moe_kernels.install import pip_install
 from moe_kernels.moe import check_weights, fused_experts
-from moe_kernels.settings import ExpertsSettings, GroupSize
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, ExpertsSettings, GroupSize
 
 try:
     import transformers
@@ -60,7 +60,7 @@ _wrappers: dict[str, Callable[[], str]] = {}
 
 def register(
     *,
-    group_size: GroupSize = 128,
+    group_size: GroupSize = DEFAULT_GROUP_SIZE,
     persistent: bool = True,
     recompute: bool = False,
     backend: str = "auto",
