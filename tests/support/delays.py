@@ -1,7 +1,7 @@
 """The kernels for Hopper with random delays around their barriers: no warp that comes late may change a result.
 
 Producer and consumer warps hand each other stages of shared memory through barriers. A barrier that is missing or
-waited for too early can go unseen for years, because the timing of a GPU hardly varies. Here it does: before and after
+waited for too early can go unseen for years, as the timing of a GPU hardly varies. Here it does: before and after
 each operation on a barrier every warp sleeps for up to 16 microseconds, most often not at all.
 ``PYTHONPATH=tests python -m support.delays`` runs some problems so for a while, on a Hopper GPU, and compares: with
 float64, and all runs to the bit. A kernel that does not end is ended with the process, exit code 1. Such a kernel

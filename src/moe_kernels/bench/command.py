@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moe_kernels.install import pip_install
-from moe_kernels.settings import GROUP_SIZES, GroupSize
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, GROUP_SIZES, GroupSize
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.common.errors import CHECK_FAILED, MissingDependency
 from moe_kernels.tools.common.options import MAX_SEED, one_of, several
@@ -52,8 +52,8 @@ def bench(
     ] = "mild",
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,
     group_sizes: Annotated[
-        str, typer.Option(help="Values of moe_group_size to measure: 64, 128, 256, auto.")
-    ] = "128",
+        str, typer.Option(help=f"Values of moe_group_size to measure: {', '.join(map(str, GROUP_SIZES))}.")
+    ] = str(DEFAULT_GROUP_SIZE),
     persistent: Annotated[
         str, typer.Option(help="Values of moe_persistent_kernel to measure: true, false or both.")
     ] = "true",
