@@ -391,11 +391,7 @@ def test_an_exported_layer_is_exact(name: str, backend: str, strict: bool, devic
     with use_small_tiles():
         assert torch.equal(exported.module()(*inputs), experts(*inputs))
         other = [torch.roll(tensor, 1, 0) for tensor in inputs]
-<<<<<<< HEAD
         # Not the first output rolled: several threads of a CPU share the rows out by their place.
-=======
-        # Not the first output rolled: several threads of a CPU share the rows out by place.
->>>>>>> contrib
         expected = experts(*other)
         backends.reset_dispatch_counts()
         assert torch.equal(exported.module()(*other), expected)
