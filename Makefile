@@ -1,6 +1,7 @@
 # make compare   train each model pair with and without the kernels and write the report
 # make test      the whole test suite (no GPU needed; uses one if there is one)
-# Both create .venv on the first call (about 3 minutes) and reuse it afterwards: with Python 3.12 or newer and Axolotl
+# make check     lint, types and the quick tests: under a minute on two cores, before each commit
+# They create .venv on the first call (about 3 minutes) and reuse it afterwards: with Python 3.12 or newer and Axolotl
 # 0.21 where such a Python runs, else with 3.11 or 3.10 and Axolotl 0.19. PYTHON=python3.11: that one, in .venv-3.11.
 
 SHELL := /bin/bash
@@ -26,9 +27,9 @@ ARGS ?=
 # The newest transformers the integration is tested with, and the two packages it pins.
 NEWEST_TRANSFORMERS := transformers==5.24.0 tokenizers==0.23.3 huggingface_hub==1.33.0
 
-.PHONY: help compare test test-main test-runs test-compiled test-newest test-stack test-stack-main test-stack-runs fuzz mutants sanitize wheel lint docs clean
+.PHONY: help compare check test test-quick test-main test-runs test-compiled test-newest test-stack test-stack-main test-stack-runs fuzz mutants sanitize wheel lint docs clean
 help:
-	@sed -n '1,4p' Makefile
+	@sed -n '1,5p' Makefile
 	@echo "# make lint | docs | fuzz | mutants | sanitize | wheel"
 	@echo "# make clean     deletes .venv, .venv-* and artifacts/: models, data, trainings and reports too"
 
@@ -54,6 +55,19 @@ $(NEWEST_READY): $(READY)
 
 compare: $(READY)
 	$(BIN)/python -m moe_kernels compare $(FAMILY) $(ARGS)
+
+# Side by side unasked: mypy without its cache takes as long as the tests.
+check: $(READY)
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-quick lint
+
+# The rules and the pages, every step of the Triton backend, the layer's own numbers, the plugin's keys and the verdicts
+# of `compare`. Less what takes seconds a test.
+QUICK := tests/test_layout.py tests/test_stacks.py tests/test_shapes.py tests/cli/test_docs.py tests/cli/test_errors_page.py tests/core/test_kernels.py \
+	$(addprefix tests/core/test_experts.py::test_,activations the_partials_are_autograds integers_are_bitwise_exact hostile_routings) \
+	tests/integrations/test_axolotl_args.py tests/compare/test_compare_judge.py tests/compare/test_compare_metrics.py tests/telemetry/test_router_load.py
+
+test-quick: $(READY)
+	$(BIN)/python -m pytest -q $(QUICK) -k "not many_rows and not entry_point"
 
 # `make -j2 test` runs two of the four at a time: each keeps one core busy. The longest come first.
 test: test-runs test-main test-newest test-compiled

@@ -2,13 +2,15 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SRC = Path(__file__).parents[1] / "src"
+ROOT = Path(__file__).parents[1]
+SRC = ROOT / "src"
 PACKAGE = SRC / "moe_kernels"
 FILES = sorted(p for p in SRC.rglob("*.py") if "egg-info" not in str(p))
 PYTHON = {str(p.relative_to(SRC)): ast.parse(p.read_text(), str(p)) for p in FILES}
@@ -148,3 +150,11 @@ def test_at_most_ten_public_names():
 
     assert len(moe_kernels.__all__) <= 10
     assert all(hasattr(moe_kernels, name) for name in moe_kernels.__all__)
+
+
+def test_the_map_of_the_tests_has_each_of_them():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (`tests/.*?) \|", page, re.MULTILINE)
+    mapped = set(re.findall(r"`(tests/[\w./]+)`", " ".join(rows)))
+    files = {path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert mapped == {"/".join(path.parts[:2]) for path in files}

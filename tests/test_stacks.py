@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 try:
@@ -86,8 +87,13 @@ def test_what_is_pinned_lies_in_the_ranges(python, axolotl):
     lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
     pinned = pins(python)
     assert str(pinned["axolotl"].specifier) == f"=={axolotl}"
-    assert set(pinned) == {"torch", "triton", "axolotl", "numpy"}
+    assert set(pinned) == {"torch", "triton", "axolotl", "numpy", "ruff"}
     for range_ in map(Requirement, lines):
         if range_.name in pinned:
             (pin,) = pinned[range_.name].specifier
             assert range_.specifier.contains(pin.version), f"{range_} without {pin.version}"
+
+
+def test_the_hook_before_a_commit_is_the_ruff_of_make_lint():
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert hooks["rev"].removeprefix("v") == str(pins("3.12")["ruff"].specifier).removeprefix("==")

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from moe_kernels.settings import GroupSize
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, GroupSize
 
 logger = logging.getLogger("moe_kernels")
 
@@ -51,7 +51,7 @@ class Problem:
     hidden: int
     intermediate: int
     activation: str = "silu"
-    group_size: GroupSize = 128
+    group_size: GroupSize = DEFAULT_GROUP_SIZE
     persistent: bool = True
 
     @classmethod
@@ -60,7 +60,7 @@ class Problem:
         down: torch.Tensor,
         top_k: int,
         activation: str = "silu",
-        group_size: GroupSize = 128,
+        group_size: GroupSize = DEFAULT_GROUP_SIZE,
         persistent: bool = True,
     ) -> Problem:
         """The problem posed by weights ``down`` (E, H, I) and K experts per token."""

@@ -41,7 +41,7 @@ from moe_kernels.memory import explains_out_of_memory
 from moe_kernels.plain import batched, plain_experts, traced, transformed, without_autocast
 from moe_kernels.reference import LowRankPair
 from moe_kernels.routing import AUTO_GROUP_SIZE, RoutingPlan, plan_elements, resolve_group_size
-from moe_kernels.settings import GroupSize, check_settings
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, GroupSize, check_settings
 from moe_kernels.tuning import config
 
 logger = logging.getLogger("moe_kernels")
@@ -63,7 +63,7 @@ def fused_experts(
     down_lora: LowRankPair | None = None,
     recompute: bool = False,
     reload: Callable[[], tuple[Tensor, Tensor]] | None = None,
-    group_size: GroupSize = 128,
+    group_size: GroupSize = DEFAULT_GROUP_SIZE,
     persistent: bool = True,
     backend: str = "auto",
 ) -> Tensor:

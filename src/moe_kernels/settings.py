@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 GroupSize = int | str
 
-GROUP_SIZES: tuple[GroupSize, ...] = (64, 128, 256, "auto")
+TILE_ROWS: tuple[int, ...] = (64, 128, 256)
+GROUP_SIZES: tuple[GroupSize, ...] = (*TILE_ROWS, "auto")
+DEFAULT_GROUP_SIZE = 128
 BACKEND_NAMES: tuple[str, ...] = ("auto", "triton", "gluon", "torch")
 
 
@@ -33,7 +35,7 @@ class ExpertsSettings:
         recompute: keep X but not Z for the backward, which runs the up projection once more.
     """
 
-    group_size: GroupSize = 128
+    group_size: GroupSize = DEFAULT_GROUP_SIZE
     persistent: bool = True
     backend: str = "auto"
     recompute: bool = False

@@ -353,7 +353,7 @@ def test_relative_difference_of_rows_and_of_stacked_gradients():
 
 
 def test_candidates_are_valid_tiles():
-    for kernel, group in itertools.product(("up", "down", "dgrad", "wgrad"), tuned.GROUP_SIZES):
+    for kernel, group in itertools.product(("up", "down", "dgrad", "wgrad"), tuned.TILE_ROWS):
         found = tiles.candidates(kernel, group)
         assert len(set(found)) == len(found) > 3
         for tile in found:

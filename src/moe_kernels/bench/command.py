@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moe_kernels.install import pip_install
-from moe_kernels.settings import GROUP_SIZES, GroupSize
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, GROUP_SIZES, GroupSize
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.common.errors import CHECK_FAILED, MissingDependency
 from moe_kernels.tools.common.options import MAX_SEED, one_of, several
@@ -51,8 +52,8 @@ def bench(
     ] = "mild",
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,
     group_sizes: Annotated[
-        str, typer.Option(help="Values of moe_group_size to measure: 64, 128, 256, auto.")
-    ] = "128",
+        str, typer.Option(help=f"Values of moe_group_size to measure: {', '.join(map(str, GROUP_SIZES))}.")
+    ] = str(DEFAULT_GROUP_SIZE),
     persistent: Annotated[
         str, typer.Option(help="Values of moe_persistent_kernel to measure: true, false or both.")
     ] = "true",
@@ -138,7 +139,7 @@ def bench(
     results = [row for shape, kind in cells for row in store.find(shape.name, shape.tokens, kind)]
     for shape, kind in cells:
         _show(tables, shape, store.find(shape.name, shape.tokens, kind))
-    _summarise(tables, results, where)
+    _summarise(tables, results)
     if json_file is not None and missing:
         console.print(f"wrote {json_file}", highlight=False)
     if plots is not None:
@@ -236,10 +237,23 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _summarise(tables: Console, results: list[Row], where: str) -> None:
-    """Fractions of dense over all layers, and on a GPU the goals."""
-    from moe_kernels.bench.goals import checks, fractions_of_dense, geometric_mean
+def geometric_mean(values: list[float]) -> float | None:
+    """Of positive numbers; None of none."""
+    return statistics.geometric_mean(values) if values else None
 
+
+def fractions_of_dense(results: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """{routing: {implementation: {shape: fraction of dense}}}, forward and backward."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in results:
+        if row["implementation"] != "dense" and row["dense_fraction"] is not None:
+            of_routing = found.setdefault(row["routing"], {})
+            of_routing.setdefault(row["implementation"], {})[row["shape"]] = row["dense_fraction"]
+    return found
+
+
+def _summarise(tables: Console, results: list[Row]) -> None:
+    """Fractions of dense over all layers."""
     for kind, by_name in fractions_of_dense(results).items():
         summary = Table(
             title=f"Fraction of dense, forward + backward, {kind} routing",
@@ -257,16 +271,6 @@ def _summarise(tables: Console, results: list[Row], where: str) -> None:
                 escape(name), *(_number(by_shape.get(shape), ".2f") for shape in shapes), _number(mean, ".3f")
             )
         tables.print(summary)
-    if where != "cuda":
-        return
-    goals = Table(title="Goals, set for an H200, bf16, mild routing, each layer's own tokens", title_justify="left")
-    for column in ("goal", "measured", "wanted", ""):
-        goals.add_column(column, justify="left" if column == "goal" else "right", no_wrap=True)
-    for check in checks(results):
-        sign = "at least" if check.at_least else "at most"
-        verdict = {True: "[green]reached", False: "[red]short", None: "[dim]not measured"}[check.ok]
-        goals.add_row(check.what, _number(check.value, ".3g"), f"{sign} {check.goal:.3g}", verdict)
-    tables.print(goals)
 
 
 def _median(spread: dict[str, float] | None) -> str:

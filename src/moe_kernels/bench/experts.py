@@ -29,7 +29,7 @@ from moe_kernels.bench.timing import (
     peak_bytes,
     saved_bytes,
 )
-from moe_kernels.settings import GroupSize
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, GroupSize
 from moe_kernels.shapes import LayerShape
 
 DENSE = "dense"
@@ -102,7 +102,7 @@ def measure(
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 20,
     routing: str = "mild",
-    group_sizes: tuple[GroupSize, ...] = (128,),
+    group_sizes: tuple[GroupSize, ...] = (DEFAULT_GROUP_SIZE,),
     persistent: tuple[bool, ...] = (True,),
     recompute: tuple[bool, ...] = (False,),
     backend: str = "auto",

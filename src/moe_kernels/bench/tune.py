@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, TILE_ROWS
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.common.errors import MissingDependency
 from moe_kernels.tools.common.options import ensure_writable, several
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from moe_kernels.bench.tiles import Timing, Tuned
 
 DEFAULT_SHAPES = "mixtral-1b,qwen2-moe-1b,deepseek-v3-1b"
-GROUP_SIZES = ("64", "128", "256")
 TABLE_WIDTH = 150
 
 
@@ -31,7 +31,9 @@ def tune(
     shapes: Annotated[
         str, typer.Option(help=f"Comma-separated layers, or all. Known: {', '.join(LAYERS)}.")
     ] = DEFAULT_SHAPES,
-    group_sizes: Annotated[str, typer.Option(help="Values of moe_group_size to tune: 64, 128, 256.")] = "128",
+    group_sizes: Annotated[
+        str, typer.Option(help=f"Values of moe_group_size to tune: {', '.join(map(str, TILE_ROWS))}.")
+    ] = str(DEFAULT_GROUP_SIZE),
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per call instead of each layer's own.")] = None,
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, help="The table, instead of the one in the user's cache.")
@@ -52,7 +54,7 @@ def tune(
     import torch
 
     wanted = _shapes(shapes, tokens)
-    groups = [int(size) for size in several("group-sizes", group_sizes, GROUP_SIZES)]
+    groups = [int(size) for size in several("group-sizes", group_sizes, tuple(map(str, TILE_ROWS)))]
     if not torch.cuda.is_available():
         raise MissingDependency("tune measures on an NVIDIA GPU, and torch sees none. Cure: see `moe-kernels doctor`")
     from moe_kernels.bench.tiles import compile_ahead, time_shape

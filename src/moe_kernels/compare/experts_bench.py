@@ -22,6 +22,7 @@ from moe_kernels.compare.metrics import OURS
 from moe_kernels.compare.plan import OPTIMIZED, Plan, digest
 from moe_kernels.compare.runner import Machine, log_tail, run_command, why_ended
 from moe_kernels.integrations.support import UnsupportedExperts
+from moe_kernels.settings import DEFAULT_GROUP_SIZE
 from moe_kernels.shapes import LayerShape
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import read_json, write_json
@@ -47,7 +48,7 @@ def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[s
         "overrides": config.get(OVERRIDES) or {},
         "name": plan.layer.name if plan.layer else "",
         "tokens": tokens_per_micro_batch(config),
-        "group_size": config.get("moe_group_size") or 128,
+        "group_size": config.get("moe_group_size") or DEFAULT_GROUP_SIZE,
         "persistent": config.get("moe_persistent_kernel") is not False,
         "recompute": bool(config.get("moe_recompute")),
         "device": "cpu" if machine.device is None else "cuda",

@@ -20,7 +20,7 @@ import torch
 
 from moe_kernels.install import pip_install
 from moe_kernels.moe import check_weights, fused_experts
-from moe_kernels.settings import ExpertsSettings, GroupSize
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, ExpertsSettings, GroupSize
 
 try:
     import transformers
@@ -54,7 +54,7 @@ __all__ = ["UnsupportedExperts", "check_model", "experts_modules", "register", "
 
 def register(
     *,
-    group_size: GroupSize = 128,
+    group_size: GroupSize = DEFAULT_GROUP_SIZE,
     persistent: bool = True,
     recompute: bool = False,
     backend: str = "auto",

@@ -21,6 +21,7 @@ import torch
 import triton
 
 from moe_kernels.backends import device_capability
+from moe_kernels.settings import TILE_ROWS
 
 logger = logging.getLogger("moe_kernels")
 
@@ -30,7 +31,6 @@ SHIPPED = Path(__file__).parent
 CURE = "Remove the file, or write it again with `moe-kernels tune --fresh`."
 TILE_FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "flatten", "programs_per_sm")
 ROW_TILED = ("up", "down", "dgrad")
-GROUP_SIZES = (64, 128, 256)
 
 
 class TunedTilesError(ValueError):
@@ -194,7 +194,7 @@ def why_invalid(entry: dict[str, Any]) -> str | None:
     name = f"{kernel} g={group_size}, {entry['bucket']}"
     if kernel not in (*ROW_TILED, "wgrad"):
         return f"{name}: no such kernel"
-    if group_size not in (GROUP_SIZES if kernel in ROW_TILED else (None,)):
+    if group_size not in (TILE_ROWS if kernel in ROW_TILED else (None,)):
         return f"{name}: no such group size"
     if kernel in ROW_TILED and entry["block_m"] != group_size:
         return f"{name}: block_m={entry['block_m']} is not the group size"

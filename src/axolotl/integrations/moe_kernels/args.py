@@ -60,56 +60,60 @@ def wraps_any_experts() -> bool:
     return importlib.util.find_spec("axolotl.integrations.expert_parallel.torch_dispatch") is not None
 
 
+# The one source of the tables of keys in the documents: each description ends with "Default: value.", and
+# benchmarks/make_knob_tables.py writes the tables. The values of moe_group_size are those of moe_kernels.settings,
+# written again because a config that is refused must not import the kernels; a test compares them.
 class MoeKernelsArgs(BaseModel):
     """Keys of ``axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin``."""
 
     moe_kernels: StrictBool | None = Field(
         default=None,
-        json_schema_extra={"description": "Run the routed experts on moe-kernels. Default: false."},
+        description="Run the routed experts on moe-kernels. Default: false.",
     )
     moe_group_size: Literal[64, 128, 256, "auto"] | None = Field(
         default=None,
-        json_schema_extra={
-            "description": "Rows per tile of the grouped GEMMs (every tile of that many routed rows belongs "
-            "to one expert): 64, 128, 256, or 'auto' to choose from the rows per expert. Default: 128."
-        },
+        description=(
+            "Rows per tile of the grouped GEMMs (every tile of that many routed rows belongs to one expert); `auto` "
+            "chooses from the rows per expert. Default: 128."
+        ),
     )
     moe_persistent_kernel: StrictBool | None = Field(
         default=None,
-        json_schema_extra={
-            "description": "One program per multiprocessor walks all tiles of a grouped GEMM, instead of one "
+        description=(
+            "One program per multiprocessor walks all tiles of a grouped GEMM, instead of one "
             "program per tile. Default: true."
-        },
+        ),
     )
     moe_recompute: StrictBool | None = Field(
         default=None,
-        json_schema_extra={
-            "description": "Keep only the tokens of an expert layer for the backward pass, not the output of its up "
+        description=(
+            "Keep only the tokens of an expert layer for the backward pass, not the output of its up "
             "projection, which is computed again: less memory, more time. Default: false."
-        },
+        ),
     )
     moe_kernel_models: list[StrictStr] | None = Field(
         default=None,
         min_length=1,
-        json_schema_extra={
-            "description": "Allow-list of model types (model_type of the model's config.json, such as "
-            "mixtral); any other model fails before training. Default: all whose experts are supported."
-        },
+        description=(
+            "Allow-list of model types (`model_type` of the model's `config.json`, such as "
+            "`mixtral`); any other model fails before training. Default: all whose experts are supported."
+        ),
     )
     moe_router_telemetry: StrictBool | Literal["layers"] | None = Field(
         default=None,
-        json_schema_extra={
-            "description": "Log how evenly the routers load the experts, and write the load of every expert to "
-            "moe_router.jsonl in output_dir; 'layers' logs each layer too. Works without moe_kernels. Default: false."
-        },
+        description=(
+            "Log how evenly the routers load the experts (`train/moe/load_imbalance` and four more), and write the "
+            "load of every expert to `moe_router.jsonl` in `output_dir`; `layers` logs each layer too. Works without "
+            "`moe_kernels`. Default: false."
+        ),
     )
     moe_fused_router: StrictBool | None = Field(
         default=None,
-        json_schema_extra={
-            "description": "Choose the experts in one kernel launch a layer instead of the model's own dozen; a "
-            "router that computes something else is refused when the model is loaded. Works without moe_kernels. "
+        description=(
+            "Choose the experts in one kernel launch a layer instead of the model's own dozen; a "
+            "router that computes something else is refused when the model is loaded. Works without `moe_kernels`. "
             "Default: false."
-        },
+        ),
     )
 
     @field_validator("moe_group_size", mode="before")

@@ -156,9 +156,12 @@ def _warn_of_untried_axolotl() -> None:
 def _settings(cfg: DictDefault) -> ExpertsSettings:
     from moe_kernels.settings import ExpertsSettings
 
-    group_size = 128 if cfg.moe_group_size is None else cfg.moe_group_size
-    persistent = True if cfg.moe_persistent_kernel is None else cfg.moe_persistent_kernel
-    return ExpertsSettings(group_size=group_size, persistent=persistent, recompute=bool(cfg.moe_recompute))
+    asked = {
+        "group_size": cfg.moe_group_size,
+        "persistent": cfg.moe_persistent_kernel,
+        "recompute": cfg.moe_recompute,
+    }
+    return ExpertsSettings(**{name: value for name, value in asked.items() if value is not None})
 
 
 def _autocast(cfg: DictDefault, model: Any) -> Any:

@@ -1,17 +1,27 @@
-"""Summary of a benchmark: geometric means, and what this project set out to reach, as a check list.
+"""What this project set out to reach, as a check list of one result file of `moe-kernels bench --json`.
 
-The goals are for an H200 in bfloat16, mild routing and each layer's own tokens. Ratios are to ``dense`` and
-``grouped_mm`` of the same run, so that they hold on another day; SonicMoE's memory and errors are those that were
-measured on an H200 (torch 2.11, 2026-11-23) where the run itself has none.
+    python benchmarks/goals.py benchmarks/results/h200-layers.json
+
+Exit code 1 if a goal that was measured is not reached. The goals are for an H200 in bfloat16, mild routing and each
+layer's own tokens. Ratios are to ``dense`` and ``grouped_mm`` of the same run, so that they hold on another day;
+SonicMoE's memory and errors are those that were measured on an H200 (torch 2.11, 2026-11-23) where the run itself has
+none.
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+from moe_kernels.bench.command import geometric_mean
 from moe_kernels.bench.layer import OURS
 from moe_kernels.shapes import LAYERS
 
@@ -64,21 +74,6 @@ class Check:
         return self.value >= self.goal if self.at_least else self.value <= self.goal
 
 
-def geometric_mean(values: list[float]) -> float | None:
-    """Of positive numbers; None of none."""
-    return statistics.geometric_mean(values) if values else None
-
-
-def fractions_of_dense(results: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """{routing: {implementation: {shape: fraction of dense}}}, forward and backward."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for row in results:
-        if row["implementation"] != "dense" and row["dense_fraction"] is not None:
-            of_routing = found.setdefault(row["routing"], {})
-            of_routing.setdefault(row["implementation"], {})[row["shape"]] = row["dense_fraction"]
-    return found
-
-
 def checks(results: list[Row], routing: str = "mild") -> list[Check]:
     """Every goal that concerns a measured layer, and what was measured of it."""
     rows = {(row["shape"], row["implementation"]): row for row in results if row["routing"] == routing}
@@ -121,3 +116,29 @@ def _of_shape(shape: str, rows: dict[tuple[str, str], Row]) -> Iterator[Check]:
 def _median(row: Row | None, field: str) -> float | None:
     spread = None if row is None else row[field]
     return None if spread is None else spread["median"]
+
+
+def table(found: list[Check]) -> Table:
+    """What is printed of ``found``."""
+    goals = Table(title="Goals, set for an H200, bf16, mild routing, each layer's own tokens", title_justify="left")
+    for column in ("goal", "measured", "wanted", ""):
+        goals.add_column(column, justify="left" if column == "goal" else "right", no_wrap=True)
+    for check in found:
+        sign = "at least" if check.at_least else "at most"
+        verdict = {True: "[green]reached", False: "[red]short", None: "[dim]not measured"}[check.ok]
+        value = "" if check.value is None else format(check.value, ".3g")
+        goals.add_row(check.what, value, f"{sign} {check.goal:.3g}", verdict)
+    return goals
+
+
+def main() -> int:
+    """Print the goals of the layers in one file."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("file", type=Path, help="written by `moe-kernels bench --json` on a GPU")
+    found = checks(json.loads(parser.parse_args().file.read_text())["results"])
+    Console(width=150).print(table(found))
+    return int(any(check.ok is False for check in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
