@@ -16,7 +16,7 @@ import torch
 from moe_kernels import backends
 from moe_kernels.kernels.triton.launch import compiling_only
 from moe_kernels.moe import fused_experts
-from moe_kernels.settings import GroupSize
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, TILE_ROWS, GroupSize
 from moe_kernels.shapes import LayerShape
 from moe_kernels.testing.allocations import poisoned_allocations
 from moe_kernels.testing.problems import Case, Experts, Inputs, call, eager, make_inputs, rerouted, run, truth
@@ -24,9 +24,9 @@ from moe_kernels.testing.tolerances import assert_close_to_truth
 
 #: The plain-torch backend has no tiles and no programs: one configuration says it all.
 TRITON_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = tuple(
-    (size, walk) for size in (64, 128, 256) for walk in (True, False)
+    (size, walk) for size in TILE_ROWS for walk in (True, False)
 )
-TORCH_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = ((128, True),)
+TORCH_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = ((DEFAULT_GROUP_SIZE, True),)
 
 
 @dataclass
