@@ -73,6 +73,7 @@ def measure(router: tuple[Any, ...], tokens: int, autocast: bool, repeats: int) 
             result[f"{who}_{what}"] = {
                 "ms": times.total.median,
                 "gpu_ms": times.queued.median if times.queued else None,
+                "gpu_ms_p20_p80": (times.queued.p20, times.queued.p80) if times.queued else None,
                 "host_ms": times.host.median,
                 "launches": launches.kernels if launches else None,
             }
