@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from moe_kernels.settings import BACKEND_NAMES, ExpertsSettings
+from moe_kernels.registry import names
+from moe_kernels.settings import ExpertsSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = "src/axolotl/integrations/moe_kernels"
@@ -64,7 +65,7 @@ def choices(fields: dict[str, Any]) -> str:
          meaning(key, field)[1])
         for key, field in fields.items()
     ]  # fmt: skip
-    rows.append(("", "`backend`", ", ".join(BACKEND_NAMES), ExpertsSettings.backend))
+    rows.append(("", "`backend`", ", ".join(names()), ExpertsSettings.backend))
     return _table(("YAML key", "argument of `register` and `fused_experts`", "values", "default"), rows)
 
 

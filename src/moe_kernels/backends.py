@@ -1,29 +1,23 @@
 """Which backend runs an expert layer, why, and proof that it ran.
 
-A backend is a module with ``why_not(problem)`` and the steps called by :mod:`moe_kernels.moe`. Nothing falls
-back in silence: :func:`select` returns the reason for its choice, and every expert call is counted.
+A backend is a module of :mod:`moe_kernels.registry` with ``why_not(problem)`` and the steps called by
+:mod:`moe_kernels.moe`. Nothing falls back in silence: :func:`select` returns the reason for its choice, and every
+expert call is counted.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
-import importlib
 import logging
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
+from moe_kernels.registry import load, modules
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, GroupSize
 
 logger = logging.getLogger("moe_kernels")
-
-BACKENDS: dict[str, str] = {
-    "gluon": "moe_kernels.gluon_backend",
-    "triton": "moe_kernels.triton_backend",
-    "torch": "moe_kernels.torch_backend",
-}
 
 
 class UnsupportedProblem(ValueError):
@@ -85,20 +79,15 @@ def device_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-@functools.cache
-def load(name: str) -> ModuleType:
-    """Import the backend ``name``."""
-    return importlib.import_module(BACKENDS[name])
-
-
 def why_not(name: str, problem: Problem) -> str | None:
     """None if backend ``name`` runs ``problem``, else the reason and the cure in one sentence."""
-    return load(name).why_not(problem)
+    reason: str | None = load(name).why_not(problem)
+    return reason
 
 
 def explain(problem: Problem) -> list[tuple[str, str | None]]:
-    """``why_not`` of every backend, in order of preference."""
-    return [(name, why_not(name, problem)) for name in BACKENDS]
+    """``why_not`` of every backend: the package's own in order of preference, then those that were added."""
+    return [(name, why_not(name, problem)) for name in modules()]
 
 
 @functools.lru_cache(maxsize=256)

@@ -29,9 +29,11 @@ if _LACKS is None:  # else `why_not` says so, and nothing below is called
     from moe_kernels.kernels.hopper import wgrad as hopper_wgrad
 
 NAME = "gluon"
+COMPILES = True  # before its first launch: its kernels are compiled side by side ahead of that
 GROUP_SIZE = 128  # rows per tile
 ALIGNMENT = 64  # of hidden and intermediate sizes: the length of a k block, and the columns per store
 __all__ = [
+    "COMPILES",
     "NAME",
     "combine",
     "combine_grad",

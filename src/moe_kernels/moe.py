@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels import backends
+from moe_kernels import backends, registry
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.triton.launch import by_rows, compiling_only
 from moe_kernels.kernels.triton.replay import replayed
@@ -45,6 +45,9 @@ from moe_kernels.settings import DEFAULT_GROUP_SIZE, GroupSize, check_settings
 from moe_kernels.tuning import config
 
 logger = logging.getLogger("moe_kernels")
+
+# torch.compile would look into the files of the installed packages.
+_backend_names = torch.compiler.assume_constant_result(registry.names)
 
 
 def fused_experts(
@@ -106,7 +109,7 @@ def fused_experts(
         UnsupportedProblem: the backend cannot run it; the message names the cure.
     """
     chosen = Activation.of(activation)
-    check_settings(group_size, persistent, backend, recompute)
+    check_settings(group_size, persistent, backend, recompute, _backend_names())
     _check_inputs(x, topk_ids, topk_weights, gate_up, down, reduce)
     _check_experts(gate_up, down, gate_up_bias, down_bias, chosen, interleaved)
     _check_low_rank("gate_up", gate_up, gate_up_lora)
@@ -534,7 +537,7 @@ def _compile(*inputs: Any) -> None:
     layouts = [None if t is None else (t.dtype, t.stride(), t.shape[1:]) for t in tensors]
     plain = (tuple(value) if isinstance(value, list) else value for value in settings)
     key = (tensors[3].shape, *layouts, *needs, *plain)
-    if key in _compiled or (backend := _backend(*inputs[1:])) == "torch":
+    if key in _compiled or not backends.load(backend := _backend(*inputs[1:])).COMPILES:
         return
     _compiled.add(key)
     began = time.perf_counter()

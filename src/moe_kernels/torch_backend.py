@@ -18,6 +18,7 @@ from moe_kernels.routing import RoutingPlan
 LowRank = tuple[torch.Tensor, torch.Tensor]
 
 NAME = "torch"
+COMPILES = False  # nothing
 
 
 def why_not(problem: Problem) -> str | None:

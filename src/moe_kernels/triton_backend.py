@@ -21,8 +21,10 @@ from moe_kernels.kernels.triton.wgrad import wgrad
 from moe_kernels.routing import RoutingPlan
 
 NAME = "triton"
+COMPILES = True  # before its first launch: its kernels are compiled side by side ahead of that
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 __all__ = [
+    "COMPILES",
     "NAME",
     "combine",
     "combine_grad",

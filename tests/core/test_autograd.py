@@ -278,7 +278,7 @@ def test_bad_inputs_are_named(experts, device, what):
         ({"persistent": "yes"}, "true or false"),
         ({"activation": "tanh"}, "silu"),
         ({"activation": "clamped_glu"}, r"takes the parameters \(alpha, limit\)"),
-        ({"backend": "cuda"}, "auto, triton, gluon, torch"),
+        ({"backend": "cuda"}, "auto, gluon, triton, torch"),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moe_kernels.settings import BACKEND_NAMES
+from moe_kernels.registry import names
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.common.errors import CHECK_FAILED, MissingDependency, UsageError
 from moe_kernels.tools.common.options import ensure_writable, one_of, several
@@ -84,7 +84,7 @@ def verify(
     console = Console(stderr=True)
     if dtype is not None:
         one_of("dtype", dtype, tuple(DTYPES))
-    one_of("backend", backend, BACKEND_NAMES)
+    one_of("backend", backend, names())
     where = _device(device)
     if target is not None and shapes is not None:
         raise UsageError("Name a run file or a model, or --shapes, not both.")

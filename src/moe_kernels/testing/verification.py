@@ -108,7 +108,7 @@ def _select(verdict: Verdict, inputs: Inputs, backend: str) -> bool:
 
 def compile_variants(ours: Experts, backend: str, inputs: Inputs) -> None:
     """Compile what ``ours``, which runs on ``backend``, needs for ``inputs``, all side by side; launch nothing."""
-    if backend == "torch" or not inputs.x.is_cuda:  # Triton's interpreter compiles nothing
+    if not backends.load(backend).COMPILES or not inputs.x.is_cuda:  # Triton's interpreter compiles nothing
         return
     leaves = inputs.with_own_leaves()
     with compiling_only(inputs.x.device):

@@ -1,0 +1,114 @@
+"""docs/add-a-backend.md does what it says: its module, added without a change to the package."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_kernels import backends, fused_experts, registry
+from moe_kernels.settings import ExpertsSettings
+from moe_kernels.testing.problems import Case, make_inputs
+
+PAGE = (Path(__file__).parents[2] / "docs" / "add-a-backend.md").read_text()
+MODULE, USE = re.findall(r"```python\n(.*?)```", PAGE, re.S)[:2]
+CASE = Case(tokens=37, top_k=2, experts=5, hidden=32, intermediate=24, dtype=torch.float32, routing="sentinels")
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """The page's module, registered for one test as the page says."""
+    (tmp_path / "my_backend.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_registered", {})
+    exec(USE.partition("out = ")[0], {})
+    yield
+    registry.load.cache_clear()
+    backends.select.cache_clear()
+    sys.modules.pop("my_backend", None)
+
+
+def arguments():
+    inputs = make_inputs(CASE, torch.device("cpu"))
+    tensors = [inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.gate_up, inputs.down]
+    return [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+
+
+def results(call):
+    given = arguments()
+    out = call(*given)
+    out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+    return [out.detach(), *(t.grad for t in given if t.requires_grad)]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_pages_backend_runs(mine, compiled):
+    def call(*given):
+        return fused_experts(*given, backend="mine")
+
+    backends.reset_dispatch_counts()
+    ours = results(torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)
+    assert backends.dispatch_counts() == {"mine": 1}
+    for one, other in zip(ours, results(lambda *given: fused_experts(*given, backend="torch")), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_its_step_is_the_one_that_ran(mine, monkeypatch):
+    module = registry.load("mine")
+    monkeypatch.setattr(module, "combine", lambda y, topk_weights, plan: torch.full((plan.tokens, y.shape[1]), 7.0))
+    assert (fused_experts(*arguments(), backend="mine") == 7.0).all()
+
+
+def test_it_refuses_and_is_explained(mine):
+    given = [t.double() if t.is_floating_point() else t for t in arguments()]
+    with pytest.raises(backends.UnsupportedProblem, match=r"mine.*float64 is not float32: use backend='torch'"):
+        fused_experts(*given, backend="mine")
+    assert dict(backends.explain(backends.Problem.of(given[4], 2)))["mine"].startswith("dtype torch.float64")
+    assert ExpertsSettings(backend="mine").backend == "mine"
+
+
+def test_auto_never_takes_it(mine):
+    assert backends.select(backends.Problem.of(arguments()[4], 2))[0] == "torch"
+
+
+@pytest.mark.parametrize("name", ["auto", "torch", "mine"])
+def test_a_name_that_is_taken(mine, name):
+    with pytest.raises(ValueError, match=f"backend '{name}' is .* already: take another name"):
+        registry.register_backend(name, "somewhere.else")
+    registry.register_backend("mine", "my_backend")  # again, the same
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text + "\ndel wgrad, up\n", "my_backend has no up, wgrad"),
+        (lambda text: text.replace('"mine"', '"other"'), "my_backend has NAME = 'other'; they must be the same"),
+    ],
+)
+def test_a_module_that_is_none(mine, tmp_path, change, message):
+    (tmp_path / "my_backend.py").write_text(change(MODULE))
+    with pytest.raises(ValueError, match=message):
+        fused_experts(*arguments(), backend="mine")
+
+
+ENTRY = """
+import torch
+from moe_kernels import fused_experts
+out = fused_experts(torch.ones(3, 16), torch.tensor([[0], [1], [0]]), torch.ones(3, 1), torch.ones(2, 32, 16),
+                    torch.ones(2, 16, 16), backend=NAME)
+print(out.shape)
+"""
+
+
+@pytest.mark.parametrize(("name", "ending"), [("mine", "torch.Size([3, 16])"), ("torch", "which there is already")])
+def test_an_installed_package_declares_it(tmp_path, name, ending):
+    (tmp_path / "my_backend.py").write_text(MODULE)
+    info = tmp_path / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[moe_kernels.backends]\n{name} = my_backend\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); NAME = {name!r}\n{ENTRY}"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ending in ran.stdout + ran.stderr, ran.stderr
