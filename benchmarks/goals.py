@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_kernels.bench.command import geometric_mean
-from moe_kernels.bench.layer import OURS
 from moe_kernels.shapes import LAYERS
+from moe_kernels.tools.bench.command import geometric_mean
+from moe_kernels.tools.bench.layer import OURS
 
 Row = dict[str, Any]
 

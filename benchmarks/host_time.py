@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 import moe_kernels
-from moe_kernels.bench.timing import Spread
 from moe_kernels.kernels.triton.launch import LAUNCHERS, choose_launcher, launch_counts, refusal
 from moe_kernels.shapes import FAMILIES, LayerShape
+from moe_kernels.tools.bench.timing import Spread
 from moe_kernels.tools.common.machine import environment
 
 Step = Callable[[], None]

@@ -39,15 +39,15 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import backends
-from moe_kernels.bench.accuracy import what_is_wrong
-from moe_kernels.bench.layer import Layer, make_layer, our_variants, transformers_experts
-from moe_kernels.bench.peers import PEER_FAILURES, PEERS, failure
-from moe_kernels.bench.timing import MIB, Call, Clock, Times, peak_bytes, saved_bytes
 from moe_kernels.integrations import quantized
 from moe_kernels.integrations.peft import fuse_lora
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LAYERS, LayerShape
-from moe_kernels.testing.tolerances import RMS_FACTOR
+from moe_kernels.tools.bench.accuracy import what_is_wrong
+from moe_kernels.tools.bench.layer import Layer, make_layer, our_variants, transformers_experts
+from moe_kernels.tools.bench.peers import PEER_FAILURES, PEERS, failure
+from moe_kernels.tools.bench.timing import MIB, Call, Clock, Times, peak_bytes, saved_bytes
+from moe_kernels.tools.check.tolerances import RMS_FACTOR
 from moe_kernels.tools.common.machine import environment, installed_version
 
 OURS, PEFT, AXOLOTL, PLAIN = "moe_kernels", "peft_grouped_mm", "scattermoe", "peft_eager"

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from moe_kernels.bench.timing import Clock, count_launches
 from moe_kernels.integrations.router import install_fused_router
+from moe_kernels.tools.bench.timing import Clock, count_launches
 from moe_kernels.tools.common.machine import environment
 
 # family, class, hidden size, experts, experts a token, groups, groups kept

@@ -49,8 +49,8 @@ from moe_kernels import router
 from moe_kernels.activation import Activation
 from moe_kernels.kernels.triton.launch import interpreting
 from moe_kernels.moe import fused_experts
-from moe_kernels.testing.problems import Case, make_inputs, run
-from moe_kernels.testing.verification import variants
+from moe_kernels.tools.check.problems import Case, make_inputs, run
+from moe_kernels.tools.check.verification import variants
 from moe_kernels.tools.common.machine import environment
 from moe_kernels.tools.common.options import ensure_writable
 

@@ -40,15 +40,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_kernels.bench.timing import Spread
-from moe_kernels.compare.command import prepare_missing
-from moe_kernels.compare.environment import versions
-from moe_kernels.compare.judge import smooth
-from moe_kernels.compare.metrics import run_metrics
-from moe_kernels.compare.plan import CONFIG_FOLDER, Options, RunSpec, plan_family
-from moe_kernels.compare.runner import FINISHED, OFFLINE, Machine, run_training
-from moe_kernels.prepare import tiny_overrides
 from moe_kernels.shapes import FAMILIES
+from moe_kernels.tools.bench.timing import Spread
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import read_json, write_json
 from moe_kernels.tools.common.files import read_object as read_results
@@ -56,6 +49,13 @@ from moe_kernels.tools.common.machine import environment
 from moe_kernels.tools.common.options import shipped
 from moe_kernels.tools.common.runfile import load_yaml
 from moe_kernels.tools.common.runfile import tokens_per_micro_batch as tokens_of
+from moe_kernels.tools.compare.command import prepare_missing
+from moe_kernels.tools.compare.environment import versions
+from moe_kernels.tools.compare.judge import smooth
+from moe_kernels.tools.compare.metrics import run_metrics
+from moe_kernels.tools.compare.plan import CONFIG_FOLDER, Options, RunSpec, plan_family
+from moe_kernels.tools.compare.runner import FINISHED, OFFLINE, Machine, run_training
+from moe_kernels.tools.prepare import tiny_overrides
 
 STOCK, OURS = "grouped_mm", "moe_kernels"
 ENGINES = ONE, FSDP2, EP, TRAINER = "one GPU", "fsdp2", "ep", "trainer"

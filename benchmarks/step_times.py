@@ -24,9 +24,9 @@ import torch
 
 from moe_kernels import backends
 from moe_kernels.backends import Problem
-from moe_kernels.bench.tiles import layer_tensors
-from moe_kernels.bench.timing import Clock
 from moe_kernels.shapes import LAYERS, LayerShape
+from moe_kernels.tools.bench.tiles import layer_tensors
+from moe_kernels.tools.bench.timing import Clock
 from moe_kernels.tools.common.machine import environment
 
 BACKENDS = ("triton", "gluon")

@@ -30,17 +30,17 @@ from typing import Any
 
 from rich.console import Console
 
-from moe_kernels.compare.command import prepare_missing
-from moe_kernels.compare.environment import versions
-from moe_kernels.compare.gpu import visible_gpu
-from moe_kernels.compare.plan import OPTIMIZED, Options, plan_family
-from moe_kernels.compare.runner import FINISHED, Machine, run_training
-from moe_kernels.prepare import tiny_overrides
-from moe_kernels.router_load import FILE_NAME, read_history
 from moe_kernels.shapes import FAMILIES
+from moe_kernels.telemetry.load import FILE_NAME, read_history
 from moe_kernels.tools.common.files import write_json
 from moe_kernels.tools.common.machine import environment
 from moe_kernels.tools.common.options import ensure_writable
+from moe_kernels.tools.compare.command import prepare_missing
+from moe_kernels.tools.compare.environment import versions
+from moe_kernels.tools.compare.gpu import visible_gpu
+from moe_kernels.tools.compare.plan import OPTIMIZED, Options, plan_family
+from moe_kernels.tools.compare.runner import FINISHED, Machine, run_training
+from moe_kernels.tools.prepare import tiny_overrides
 
 GROUP = 4
 SWITCH = "telemetry_switch.TelemetrySwitch"

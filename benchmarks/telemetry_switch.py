@@ -13,7 +13,7 @@ from telemetry_cost import PARTS, TIMES, telemetry_is_on
 from transformers import TrainerCallback
 
 from axolotl.integrations.moe_kernels.telemetry import RouterCallback
-from moe_kernels.integrations.router_counter import RouterCounter
+from moe_kernels.telemetry.counter import RouterCounter
 
 
 class TelemetrySwitch(BasePlugin):

@@ -58,7 +58,7 @@ def device():
 @pytest.fixture(autouse=True)
 def poisoned_memory(request):
     """What the package allocates without filling is NaN or a huge integer, never an accidental zero."""
-    from moe_kernels.testing.allocations import poisoned_allocations
+    from moe_kernels.tools.check.allocations import poisoned_allocations
 
     if request.node.get_closest_marker("plain_memory"):
         yield

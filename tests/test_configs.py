@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_kernels.prepare import tiny_overrides
 from moe_kernels.shapes import FAMILIES, TOKENS_PER_STEP, Family
+from moe_kernels.tools.prepare import tiny_overrides
 
 FOLDER = Path(__file__).parents[1] / "configs" / "moe"
 PLUGIN = "axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin"

@@ -16,7 +16,7 @@ FILES = sorted(p for p in SRC.rglob("*.py") if "egg-info" not in str(p))
 PYTHON = {str(p.relative_to(SRC)): ast.parse(p.read_text(), str(p)) for p in FILES}
 
 #: The tools stand on the core; the core knows none of them.
-TOOLS = ("integrations", "tools", "compare", "bench", "cli", "cluster", "prepare", "testing")
+TOOLS = ("integrations", "telemetry", "tools")
 HEAVY = ("transformers", "axolotl", "wandb", "matplotlib", "jinja2", "peft", "trl", "datasets")
 
 
@@ -85,8 +85,8 @@ def test_what_only_tests_use_does_not_ship():
     from moe_kernels.trial import CHECK
 
     used = {name for tree in PYTHON.values() for name in imported(tree)} | {CHECK}
-    shipped = {path[:-3].replace("/", ".") for path in PYTHON if path.startswith("moe_kernels/testing/")}
-    assert shipped - used == {"moe_kernels.testing.__init__"}
+    shipped = {path[:-3].replace("/", ".") for path in PYTHON if path.startswith("moe_kernels/tools/check/")}
+    assert shipped - used == {"moe_kernels.tools.check.__init__"}
     assert not {name for name in used if name.split(".")[0] == "support"}
 
 

@@ -18,15 +18,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
-from moe_kernels.cli.app import app
-from moe_kernels.prepare import cache, prepare_data, prepare_model, text, tiny_overrides
-from moe_kernels.prepare.cache import MANIFEST, NotEnoughSpace
-from moe_kernels.prepare.command import wanted
-from moe_kernels.prepare.models import build_model, count_parameters, model_config
-from moe_kernels.prepare.text import EOS, rows
 from moe_kernels.shapes import FAMILIES, SIZES
+from moe_kernels.tools.app import app
 from moe_kernels.tools.common import files
 from moe_kernels.tools.common.errors import MISSING, WRONG_USAGE, MissingDependency, UsageError
+from moe_kernels.tools.prepare import cache, prepare_data, prepare_model, text, tiny_overrides
+from moe_kernels.tools.prepare.cache import MANIFEST, NotEnoughSpace
+from moe_kernels.tools.prepare.command import wanted
+from moe_kernels.tools.prepare.models import build_model, count_parameters, model_config
+from moe_kernels.tools.prepare.text import EOS, rows
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 

@@ -56,7 +56,7 @@ def test_commands_are_lists(file: str) -> None:
 
 
 def test_templates_escape() -> None:
-    template = (SRC / "moe_kernels/compare/report.html.j2").read_text()
+    template = (SRC / "moe_kernels/tools/compare/report.html.j2").read_text()
     # The plots are our own SVG; the class is a constant.
     assert template.count("| safe") == 2
     assert "plot.svg | safe" in template
@@ -105,7 +105,7 @@ def test_a_data_set_that_is_asked_for_asks_the_network_and_says_so(guarded: dict
 
 def test_a_model_that_brings_code_is_not_run(tmp_path: Path) -> None:
     """A config that names Python files of its own, and weights that are a pickle."""
-    from moe_kernels.compare.experts_bench import inspect_model
+    from moe_kernels.tools.compare.experts_bench import inspect_model
 
     folder, ran = tmp_path / "model", tmp_path / "ran"
     folder.mkdir()

@@ -27,7 +27,7 @@ from moe_kernels.tuning import tuned
 logger = logging.getLogger("moe_kernels")
 
 #: The process that checks: exit code 0 if all is right, else its last line on stderr is the reason.
-CHECK = "moe_kernels.testing.trial"
+CHECK = "moe_kernels.tools.check.trial"
 PATIENCE = 600.0  # seconds; compiling on few cores takes most of them
 OUT_OF_MEMORY = 3  # its exit code where that says nothing about the kernels
 _SOURCES = Path(__file__).parent

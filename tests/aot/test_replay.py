@@ -11,7 +11,7 @@ import moe_kernels
 from moe_kernels.activation import Activation
 from moe_kernels.kernels.triton import launch as module
 from moe_kernels.kernels.triton import replay
-from moe_kernels.testing.problems import DIFFERENTIABLE, Case, call, make_inputs
+from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, call, make_inputs
 from support import fake_cuda
 
 pytestmark = [

@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from moe_kernels.bench import accuracy, experts, layer, peers, store, timing
-from moe_kernels.bench import command as bench_command
-from moe_kernels.bench.plots import bytes_moved
-from moe_kernels.cli.app import app
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LayerShape
+from moe_kernels.tools.app import app
+from moe_kernels.tools.bench import accuracy, experts, layer, peers, store, timing
+from moe_kernels.tools.bench import command as bench_command
+from moe_kernels.tools.bench.plots import bytes_moved
 from moe_kernels.tools.common import machine
 
 pytest.importorskip("transformers")
@@ -424,12 +424,12 @@ def test_what_two_calls_write_to_one_file_at_once_is_all_kept(tmp_path):
 
 def test_the_hash_of_the_environment_sees_files_that_git_does_not_know(tmp_path, monkeypatch):
     package = tmp_path / "moe_kernels"
-    (package / "bench").mkdir(parents=True)
+    (package / "tools" / "bench").mkdir(parents=True)
     (package / "__init__.py").write_text("")
     monkeypatch.setattr(machine.moe_kernels, "__file__", str(package / "__init__.py"))
     names = ("sources", "bench_sources")
     seen = [machine.environment()]
-    for file in ("moe.py", "bench/timing.py"):
+    for file in ("moe.py", "tools/bench/timing.py"):
         (package / file).write_text("1")
         seen.append(machine.environment())
     changed = [[a[name] != b[name] for name in names] for a, b in itertools.pairwise(seen)]

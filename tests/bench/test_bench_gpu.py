@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moe_kernels.bench import ceilings, experts, layer, peers, timing
 from moe_kernels.shapes import LayerShape
+from moe_kernels.tools.bench import ceilings, experts, layer, peers, timing
 
 pytestmark = pytest.mark.gpu
 SHAPE = LayerShape("gpu-tiny", 512, 256, 192, 8, 2)

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from moe_kernels.bench.timing import Spread, Times
 from moe_kernels.integrations import peft as mk_peft
+from moe_kernels.tools.bench.timing import Spread, Times
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "lora_cost.py"
 spec = importlib.util.spec_from_file_location("lora_cost", SCRIPT)

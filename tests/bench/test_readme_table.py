@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_kernels.bench import experts
 from moe_kernels.shapes import LayerShape
+from moe_kernels.tools.bench import experts
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "make_readme_table.py"

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from moe_kernels.bench import store
+from moe_kernels.tools.bench import store
 from moe_kernels.tools.common import files
 
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import moe_kernels
 from moe_kernels.backends import UnsupportedProblem
-from moe_kernels.cli import app as cli
 from moe_kernels.install import pip_install
+from moe_kernels.tools import app as cli
 from moe_kernels.tools.common.errors import CommandError, MissingDependency, UsageError, missing_module
 
 try:
@@ -46,7 +46,7 @@ def test_each_command_has_help_with_examples(runner, name):
 def test_overview_and_version_import_no_torch():
     code = (
         "import sys\n"
-        "from moe_kernels.cli.app import app\n"
+        "from moe_kernels.tools.app import app\n"
         "for args in (['--help'], ['--version']):\n"
         "    try: app(args)\n"
         "    except SystemExit as end: assert end.code == 0\n"
@@ -85,7 +85,7 @@ def test_version(runner):
     ],
 )
 def test_expected_failures_become_a_sentence_and_a_code(runner, monkeypatch, error, code):
-    monkeypatch.setattr("moe_kernels.cli.doctor.examine", _raiser(error))
+    monkeypatch.setattr("moe_kernels.tools.doctor.examine", _raiser(error))
     result = runner.invoke(cli.app, ["doctor"])
     assert result.exit_code == code
     assert "Traceback" not in result.output
@@ -96,7 +96,7 @@ def test_expected_failures_become_a_sentence_and_a_code(runner, monkeypatch, err
     "error", [ValueError("a bug"), KeyError("a bug"), OSError("a bug"), ModuleNotFoundError("x", name="nonesuch")]
 )
 def test_bugs_keep_their_traceback(runner, monkeypatch, error):
-    monkeypatch.setattr("moe_kernels.cli.doctor.examine", _raiser(error))
+    monkeypatch.setattr("moe_kernels.tools.doctor.examine", _raiser(error))
     result = runner.invoke(cli.app, ["doctor"])
     assert result.exception is error
 

@@ -10,8 +10,8 @@ import yaml
 
 import moe_kernels
 from moe_kernels import torch_backend, triton_backend
-from moe_kernels.cli.app import COMMANDS
 from moe_kernels.shapes import FAMILIES, LAYERS
+from moe_kernels.tools.app import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "src" / "moe_kernels"

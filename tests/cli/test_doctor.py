@@ -8,8 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moe_kernels.cli import doctor
-from moe_kernels.cli.app import app
+from moe_kernels.tools import doctor
+from moe_kernels.tools.app import app
 
 try:
     import tomllib

@@ -8,13 +8,13 @@ import torch
 from typer.testing import CliRunner
 
 from moe_kernels import backends, torch_backend
-from moe_kernels.cli import verify
-from moe_kernels.cli.app import app
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LayerShape
-from moe_kernels.testing import verification
-from moe_kernels.testing.problems import Case, make_inputs, rerouted
-from moe_kernels.testing.verification import TORCH_CONFIGURATIONS, verify_shape
+from moe_kernels.tools import verify
+from moe_kernels.tools.app import app
+from moe_kernels.tools.check import verification
+from moe_kernels.tools.check.problems import Case, make_inputs, rerouted
+from moe_kernels.tools.check.verification import TORCH_CONFIGURATIONS, verify_shape
 
 SHAPE = LayerShape("tiny", 33, 40, 24, 5, 2)
 ROUTINGS = ("random", "sentinels", "empty_first_middle_last")
@@ -127,7 +127,7 @@ def test_command_passes_and_writes_json(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("moe_kernels.testing.verification.verify_case", None)  # not called
+    monkeypatch.setattr("moe_kernels.tools.check.verification.verify_case", None)  # not called
     (tmp_path / "file").touch()
     result = CliRunner().invoke(app, ["verify", "--device", "cpu", "--json", str(tmp_path / "file" / "verify.json")])
     assert result.exit_code == 2

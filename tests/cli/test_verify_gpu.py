@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-from moe_kernels.cli.app import app
+from moe_kernels.tools.app import app
 
 pytestmark = pytest.mark.gpu
 

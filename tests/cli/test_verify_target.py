@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="needs the extra [transformers]")
 from transformers import AutoConfig
 
 from moe_kernels import torch_backend
-from moe_kernels.cli.app import app
+from moe_kernels.tools.app import app
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.layers import Target, expert_layers, read_target
 

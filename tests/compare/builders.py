@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_kernels.compare.comparison import Comparison
-from moe_kernels.compare.gpu import Samples
-from moe_kernels.compare.runner import RunResult
+from moe_kernels.tools.compare.comparison import Comparison
+from moe_kernels.tools.compare.gpu import Samples
+from moe_kernels.tools.compare.runner import RunResult
 
 STEPS, WARMUP, START = 40, 10, 1_700_000_000.0
 

@@ -13,10 +13,10 @@ import yaml
 from test_compare_runner import BASE, FAKE
 from typer.testing import CliRunner, Result
 
-from moe_kernels.cli.app import app
-from moe_kernels.compare import command
-from moe_kernels.compare.gpu import Gpu
-from moe_kernels.compare.runner import Machine
+from moe_kernels.tools.app import app
+from moe_kernels.tools.compare import command
+from moe_kernels.tools.compare.gpu import Gpu
+from moe_kernels.tools.compare.runner import Machine
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_kernels.prepare import tiny_overrides
 from moe_kernels.shapes import FAMILIES
+from moe_kernels.tools.prepare import tiny_overrides
 from network_guard import asked, guarded_environment
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import moe_kernels
-from moe_kernels.compare import environment
-from moe_kernels.compare.environment import (
+from moe_kernels.tools.compare import environment
+from moe_kernels.tools.compare.environment import (
     BENCH,
     COMMIT,
     LAUNCHER,
@@ -38,7 +38,7 @@ def test_versions_tell_how_our_kernels_run(tmp_path: Path, monkeypatch: pytest.M
     after = versions()
     assert len(after[TILES]) == 12
     assert {name for name in before if before[name] != after[name]} == {TILES}
-    monkeypatch.setattr(environment, "BENCH_SOURCES", ("compare",))
+    monkeypatch.setattr(environment, "BENCH_SOURCES", ("tools/compare",))
     assert versions()[BENCH] != before[BENCH]
     for variable in ("MOE_KERNELS_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(variable, raising=False)
@@ -48,7 +48,7 @@ def test_versions_tell_how_our_kernels_run(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("name", "counts"),
-    [("moe.py", True), ("kernels/triton/new.py", True), ("tuning/new.json", True), ("compare/new.py", False)],
+    [("moe.py", True), ("kernels/triton/new.py", True), ("tuning/new.json", True), ("tools/compare/new.py", False)],
 )
 def test_the_hash_is_of_the_kernels_not_of_the_tools(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, counts: bool

@@ -21,12 +21,12 @@ from test_compare_runner import BASE, machine, make_plan
 pytest.importorskip("transformers", reason="needs the extra [transformers]")
 from transformers import AutoConfig
 
-from moe_kernels.bench import experts as bench
-from moe_kernels.compare import experts_bench
-from moe_kernels.compare.environment import BENCH, SOURCES
-from moe_kernels.compare.experts_bench import _answer, inspect_model, measure_experts
-from moe_kernels.compare.gpu import Gpu
+from moe_kernels.tools.bench import experts as bench
 from moe_kernels.tools.common.layers import read_target
+from moe_kernels.tools.compare import experts_bench
+from moe_kernels.tools.compare.environment import BENCH, SOURCES
+from moe_kernels.tools.compare.experts_bench import _answer, inspect_model, measure_experts
+from moe_kernels.tools.compare.gpu import Gpu
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -140,7 +140,7 @@ def test_a_terminated_command_leaves_no_measurement_behind(monkeypatch: pytest.M
         import sys; sys.path.insert(0, {here!r})
         from functools import partial
         from test_compare_runner import FAKE
-        from moe_kernels.compare import command, experts_bench
+        from moe_kernels.tools.compare import command, experts_bench
         hang = "import os, time; print(os.getpid(), flush=True); time.sleep(120)"
         real = experts_bench.run_command
         experts_bench.run_command = lambda command, *rest: real([sys.executable, "-c", hang], *rest)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from moe_kernels.compare import gpu
+from moe_kernels.tools.compare import gpu
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import math
 import pytest
 from builders import comparison, experts, losses, run
 
-from moe_kernels.compare.comparison import Analysis
-from moe_kernels.compare.judge import CONFIRMED, NOT_CONFIRMED, NOT_JUDGED, smooth
-from moe_kernels.compare.report import layer_table, problems
+from moe_kernels.tools.compare.comparison import Analysis
+from moe_kernels.tools.compare.judge import CONFIRMED, NOT_CONFIRMED, NOT_JUDGED, smooth
+from moe_kernels.tools.compare.report import layer_table, problems
 
 
 def verdicts(analysis: Analysis) -> dict[str, str]:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from moe_kernels.cli.app import app
-from moe_kernels.compare import command
-from moe_kernels.compare.adapter import make_adapter
-from moe_kernels.compare.plan import Options, Plan, lora_overrides, plan_family
-from moe_kernels.prepare import tiny_overrides
 from moe_kernels.shapes import FAMILIES
+from moe_kernels.tools.app import app
+from moe_kernels.tools.compare import command
+from moe_kernels.tools.compare.adapter import make_adapter
+from moe_kernels.tools.compare.plan import Options, Plan, lora_overrides, plan_family
+from moe_kernels.tools.prepare import tiny_overrides
 
 KERNEL_KEYS = {"plugins", "moe_kernels", "moe_group_size", "moe_persistent_kernel", "experts_implementation"}
 NAMES = {"output_dir", "wandb_project", "wandb_name", "moe_router_telemetry"}

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from builders import STEPS, WARMUP, comparison, experts, run
 
-from moe_kernels.compare.comparison import Analysis
-from moe_kernels.compare.metrics import expert_calls, run_metrics
-from moe_kernels.compare.report import write_report
+from moe_kernels.tools.compare.comparison import Analysis
+from moe_kernels.tools.compare.metrics import expert_calls, run_metrics
+from moe_kernels.tools.compare.report import write_report
 
 
 def test_times_leave_the_warm_up_out() -> None:

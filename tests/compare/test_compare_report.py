@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from builders import STEPS, comparison, losses, run
 
-from moe_kernels.compare import figures
-from moe_kernels.compare.comparison import Analysis, Comparison, load, save
-from moe_kernels.compare.report import banner, router_table, write_report
-from moe_kernels.router_load import RouterHistory
+from moe_kernels.telemetry.load import RouterHistory
 from moe_kernels.tools.common.errors import UsageError
+from moe_kernels.tools.compare import figures
+from moe_kernels.tools.compare.comparison import Analysis, Comparison, load, save
+from moe_kernels.tools.compare.report import banner, router_table, write_report
 
 EVIL = "<script>alert('x')</script>"
 VOID = {"meta", "br", "hr", "img", "link", "input"}

@@ -16,10 +16,15 @@ import huggingface_hub.constants
 import pytest
 import yaml
 
-from moe_kernels.compare.environment import LAUNCHER, SOURCES, TILES
-from moe_kernels.compare.gpu import Gpu
-from moe_kernels.compare.plan import Options, Plan, plan_family, plan_files
-from moe_kernels.compare.runner import (
+from moe_kernels.shapes import FAMILIES
+from moe_kernels.tools.common.errors import MissingDependency, UsageError
+from moe_kernels.tools.common.files import write_text
+from moe_kernels.tools.common.options import shipped
+from moe_kernels.tools.common.runfile import load_yaml, precision
+from moe_kernels.tools.compare.environment import LAUNCHER, SOURCES, TILES
+from moe_kernels.tools.compare.gpu import Gpu
+from moe_kernels.tools.compare.plan import Options, Plan, plan_family, plan_files
+from moe_kernels.tools.compare.runner import (
     LogReader,
     Machine,
     Progress,
@@ -34,11 +39,6 @@ from moe_kernels.compare.runner import (
     run_training,
     tokens_folder,
 )
-from moe_kernels.shapes import FAMILIES
-from moe_kernels.tools.common.errors import MissingDependency, UsageError
-from moe_kernels.tools.common.files import write_text
-from moe_kernels.tools.common.options import shipped
-from moe_kernels.tools.common.runfile import load_yaml, precision
 
 CACHED = "hub/models--some--model/snapshots/0123abc/tokenizer.json"
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_trainer.py"))
@@ -280,7 +280,7 @@ def test_two_comparisons_do_not_share_a_folder() -> None:
     plan = make_plan()
     code = f"""
         from pathlib import Path
-        from moe_kernels.compare.runner import claimed
+        from moe_kernels.tools.compare.runner import claimed
         with claimed(Path({str(plan.folder)!r})):
             print("mine", flush=True)
             input()
@@ -440,7 +440,7 @@ def test_a_terminated_command_leaves_no_trainer_behind(tmp_path: Path) -> None:
     script = f"""
         import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
         from functools import partial
-        from moe_kernels.compare import command
+        from moe_kernels.tools.compare import command
         command.Machine = partial(command.Machine, trainer={FAKE!r})
         command.compare(targets=["a.yml", "b.yml"], warmup_steps=2, out=None)
     """

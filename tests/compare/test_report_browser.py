@@ -11,9 +11,9 @@ from pathlib import Path
 import builders
 import pytest
 
-from moe_kernels.compare.comparison import Analysis
-from moe_kernels.compare.report import write_report
-from moe_kernels.router_load import RouterHistory
+from moe_kernels.telemetry.load import RouterHistory
+from moe_kernels.tools.compare.comparison import Analysis
+from moe_kernels.tools.compare.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from wandb_files import run_file
 
-from moe_kernels.compare.wandb_reader import NotAWandbRun, find_run, read_run
+from moe_kernels.tools.compare.wandb_reader import NotAWandbRun, find_run, read_run
 
 ROWS = [{"train/loss": 7.0 - i / 3, "_timestamp": 1.7e9 + i / 7, "note": "x" * (i * 50)} for i in range(60)]
 

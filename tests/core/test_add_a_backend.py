@@ -10,7 +10,7 @@ import torch
 
 from moe_kernels import backends, fused_experts, registry
 from moe_kernels.settings import ExpertsSettings
-from moe_kernels.testing.problems import Case, make_inputs
+from moe_kernels.tools.check.problems import Case, make_inputs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-backend.md").read_text()
 MODULE, USE = re.findall(r"```python\n(.*?)```", PAGE, re.S)[:2]

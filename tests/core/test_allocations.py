@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
-from moe_kernels.testing.allocations import poisoned_allocations
+from moe_kernels.tools.check.allocations import poisoned_allocations
 
 
 @pytest.mark.plain_memory

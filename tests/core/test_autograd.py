@@ -12,8 +12,8 @@ import moe_kernels
 from moe_kernels import backends
 from moe_kernels.activation import Activation
 from moe_kernels.routing import plan_elements
-from moe_kernels.testing.problems import DIFFERENTIABLE, Case, call, eager, make_inputs, run, truth
-from moe_kernels.testing.tolerances import assert_close_to_truth
+from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, call, eager, make_inputs, run, truth
+from moe_kernels.tools.check.tolerances import assert_close_to_truth
 
 MIXED_EXTRAS = ("gate_up_bias", "down_bias", "gate_up_left", "gate_up_right", "down_left", "down_right")
 SMALL = Case(tokens=9, top_k=2, experts=3, hidden=32, intermediate=16, dtype=torch.bfloat16)

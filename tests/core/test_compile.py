@@ -6,7 +6,7 @@ import torch._dynamo.testing
 
 import moe_kernels.moe
 from moe_kernels.routing import RoutingPlan
-from moe_kernels.testing.problems import Case, make_inputs
+from moe_kernels.tools.check.problems import Case, make_inputs
 
 SMALL = Case(tokens=7, top_k=2, experts=3, hidden=32, intermediate=16, dtype=torch.bfloat16)
 DTYPES = (torch.float32, torch.bfloat16)

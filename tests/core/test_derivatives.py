@@ -10,8 +10,8 @@ import moe_kernels
 from moe_kernels import backends, plain
 from moe_kernels.activation import Activation
 from moe_kernels.reference import reference_experts
-from moe_kernels.testing.problems import Case, call, make_inputs
-from moe_kernels.testing.routings import make_routing
+from moe_kernels.tools.check.problems import Case, call, make_inputs
+from moe_kernels.tools.check.routings import make_routing
 
 SMALL = Case(tokens=7, top_k=2, experts=3, hidden=16, intermediate=8, routing="sentinels")
 CLAMPED = Activation("clamped_glu", (1.702, 0.7))

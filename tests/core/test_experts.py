@@ -8,8 +8,8 @@ import torch
 
 import moe_kernels
 from moe_kernels.activation import ACTIVATIONS, PLAIN, Activation
-from moe_kernels.testing.problems import DIFFERENTIABLE, Case, check, eager, make_inputs, run, truth
-from moe_kernels.testing.routings import ROUTINGS
+from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, check, eager, make_inputs, run, truth
+from moe_kernels.tools.check.routings import ROUTINGS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = Case(tokens=11, top_k=2, experts=4, hidden=48, intermediate=32)

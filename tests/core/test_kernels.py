@@ -10,9 +10,9 @@ import torch
 from moe_kernels import UnsupportedProblem, fused_experts, torch_backend
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.triton import launch
-from moe_kernels.testing.problems import Case, make_inputs, run
-from moe_kernels.testing.routings import ROUTINGS, make_routing
-from moe_kernels.testing.tolerances import assert_close_to_truth
+from moe_kernels.tools.check.problems import Case, make_inputs, run
+from moe_kernels.tools.check.routings import ROUTINGS, make_routing
+from moe_kernels.tools.check.tolerances import assert_close_to_truth
 
 triton_backend = pytest.importorskip("moe_kernels.triton_backend")
 

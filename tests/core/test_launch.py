@@ -35,11 +35,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import moe_kernels
 import support
 from moe_kernels.activation import Activation
-from moe_kernels.cli import doctor
 from moe_kernels.kernels.triton import launch as module
 from moe_kernels.kernels.triton import replay
 from moe_kernels.kernels.triton.launch import Descriptor, descriptor, launch, launch_counts, launcher, refusal
-from moe_kernels.testing.problems import Case, make_inputs, run
+from moe_kernels.tools import doctor
+from moe_kernels.tools.check.problems import Case, make_inputs, run
 from moe_kernels.tuning import config
 from support import fake_cuda
 
@@ -527,7 +527,7 @@ def test_the_cpu_needs_no_driver(tmp_path):
     """The torch backend asks nothing of Triton, which has no driver on a machine without a GPU."""
     code = """if True:
         import torch, moe_kernels
-        from moe_kernels.testing.problems import Case, make_inputs, run
+        from moe_kernels.tools.check.problems import Case, make_inputs, run
         for _ in range(4):
             run(moe_kernels.fused_experts, make_inputs(Case(8, 2, 4, 16, 16)))
     """
@@ -818,7 +818,7 @@ from triton.runtime.jit import JITFunction
 import moe_kernels
 from moe_kernels import backends
 from support import fake_cuda
-from moe_kernels.testing.problems import Case, make_inputs
+from moe_kernels.tools.check.problems import Case, make_inputs
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 compiled, real = [], JITFunction._do_compile
@@ -871,8 +871,8 @@ import moe_kernels
 from moe_kernels import backends
 from moe_kernels.kernels.hopper import gluon_names
 from moe_kernels.kernels.triton.launch import compiling_only
-from moe_kernels.testing import verification
-from moe_kernels.testing.problems import Case, make_inputs, run
+from moe_kernels.tools.check import verification
+from moe_kernels.tools.check.problems import Case, make_inputs, run
 from support import fake_cuda
 
 compiled, real = [], JITFunction._do_compile

@@ -9,7 +9,7 @@ import torch
 
 import moe_kernels
 from moe_kernels import memory, torch_backend
-from moe_kernels.testing.problems import DIFFERENTIABLE, Case, make_inputs, run
+from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, make_inputs, run
 
 CASE = Case(tokens=11, top_k=3, experts=5, hidden=48, intermediate=32, dtype=torch.bfloat16)
 CUDA_SAYS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB."

@@ -8,7 +8,7 @@ import torch
 
 import moe_kernels
 from moe_kernels.activation import Activation
-from moe_kernels.testing.problems import Case, make_inputs, run, truth
+from moe_kernels.tools.check.problems import Case, make_inputs, run, truth
 from support.tiles import use_small_tiles
 
 BF16 = torch.bfloat16

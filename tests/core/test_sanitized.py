@@ -13,8 +13,8 @@ import moe_kernels
 from moe_kernels import torch_backend
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.routing import RoutingPlan
-from moe_kernels.testing.problems import Case, check, make_inputs, run
-from moe_kernels.testing.routings import make_routing
+from moe_kernels.tools.check.problems import Case, check, make_inputs, run
+from moe_kernels.tools.check.routings import make_routing
 from moe_kernels.tuning.config import GemmConfig, use_config
 from support import interpreter
 

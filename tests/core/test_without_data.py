@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moe_kernels.testing.problems import Case, call, make_inputs
+from moe_kernels.tools.check.problems import Case, call, make_inputs
 
 SMALL = Case(tokens=9, top_k=2, experts=3, hidden=32, intermediate=16, dtype=torch.bfloat16)
 CASES = {

@@ -8,9 +8,9 @@ import torch
 
 import moe_kernels
 from moe_kernels.activation import Activation
-from moe_kernels.testing.problems import DIFFERENTIABLE, Case, check, eager, make_inputs, run, truth
-from moe_kernels.testing.routings import ROUTINGS
-from moe_kernels.testing.tolerances import assert_close_to_truth
+from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, check, eager, make_inputs, run, truth
+from moe_kernels.tools.check.routings import ROUTINGS
+from moe_kernels.tools.check.tolerances import assert_close_to_truth
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
 BF16 = torch.bfloat16

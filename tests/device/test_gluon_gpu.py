@@ -11,9 +11,9 @@ import torch
 import moe_kernels
 from moe_kernels import backends
 from moe_kernels.activation import Activation
-from moe_kernels.testing.problems import Case, check, make_inputs, run
-from moe_kernels.testing.routings import ROUTINGS
-from moe_kernels.testing.verification import variants
+from moe_kernels.tools.check.problems import Case, check, make_inputs, run
+from moe_kernels.tools.check.routings import ROUTINGS
+from moe_kernels.tools.check.verification import variants
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
 if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:

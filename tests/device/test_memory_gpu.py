@@ -9,7 +9,7 @@ import torch
 
 import moe_kernels
 from moe_kernels import memory
-from moe_kernels.testing.problems import DIFFERENTIABLE, Case, make_inputs, run
+from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, make_inputs, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
 BF16, CUDA = torch.bfloat16, "cuda"

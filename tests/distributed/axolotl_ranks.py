@@ -24,8 +24,8 @@ from workers import BASELINE, GPT_OSS, Batch, adapted, batches, build, gradients
 import moe_kernels.integrations.transformers as mk
 from moe_kernels import backends
 from moe_kernels.integrations.peft import check_lora
-from moe_kernels.integrations.router_counter import RouterCounter
 from moe_kernels.shapes import FAMILIES
+from moe_kernels.telemetry.counter import RouterCounter
 
 PLUGIN = "axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin"
 

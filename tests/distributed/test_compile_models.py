@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import backends
-from moe_kernels.prepare.models import model_config
 from moe_kernels.shapes import FAMILIES
+from moe_kernels.tools.prepare.models import model_config
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [transformers]")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")

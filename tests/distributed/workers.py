@@ -25,9 +25,9 @@ from transformers.distributed import DistributedConfig
 
 import moe_kernels.integrations.transformers as mk
 from moe_kernels import backends
-from moe_kernels.prepare.models import model_config
 from moe_kernels.shapes import FAMILIES
-from moe_kernels.testing.allocations import poisoned_allocations
+from moe_kernels.tools.check.allocations import poisoned_allocations
+from moe_kernels.tools.prepare.models import model_config
 
 STEPS = 4
 BASELINE, OURS = "grouped_mm", "moe_kernels"

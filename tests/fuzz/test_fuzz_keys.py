@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutate import JUNK, mutated, mutated_bytes
 
-from moe_kernels.compare.plan import Options, plan_files
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.runfile import dump_yaml, load_yaml
+from moe_kernels.tools.compare.plan import Options, plan_files
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "moe"
 BASELINE, OPTIMIZED = CONFIGS / "mixtral-1b-baseline.yml", CONFIGS / "mixtral-8x7b-moe-optimized.yml"

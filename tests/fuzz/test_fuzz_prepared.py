@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutate import mutated_bytes, mutated_json
 
-from moe_kernels.prepare.cache import MANIFEST, file_sizes, made_with, write_manifest
+from moe_kernels.tools.prepare.cache import MANIFEST, file_sizes, made_with, write_manifest
 
 FILES = {"model.safetensors": b"weights" * 100, "config.json": b"{}", "tokenizer.json": b"[]", "sub/part": b"x"}
 RECIPE = {"shape": {"hidden": 64, "name": "mixtral-tiny"}, "seed": 0, "context": 4096, "text": "0123"}

@@ -22,16 +22,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "compare"))
 import builders
 from wandb_files import run_file
 
-from moe_kernels import router_load
-from moe_kernels.compare import report
-from moe_kernels.compare.comparison import Analysis, Comparison, load, save
-from moe_kernels.compare.experts_bench import _stored
-from moe_kernels.compare.plan import RunSpec
-from moe_kernels.compare.runner import LogReader, Machine, RunResult, fingerprint, finished_result
-from moe_kernels.compare.wandb_reader import NotAWandbRun, read_run
-from moe_kernels.router_load import LayerLoad, RouterHistory, read_history
+from moe_kernels.telemetry import load as router_load
+from moe_kernels.telemetry.load import LayerLoad, RouterHistory, read_history
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import write_json
+from moe_kernels.tools.compare import report
+from moe_kernels.tools.compare.comparison import Analysis, Comparison, load, save
+from moe_kernels.tools.compare.experts_bench import _stored
+from moe_kernels.tools.compare.plan import RunSpec
+from moe_kernels.tools.compare.runner import LogReader, Machine, RunResult, fingerprint, finished_result
+from moe_kernels.tools.compare.wandb_reader import NotAWandbRun, read_run
 
 randoms = st.randoms(use_true_random=False)
 ROWS = [{"train/loss": 7.0 - i / 3, "_timestamp": 1.7e9 + i / 7, "note": "x" * (i * 50)} for i in range(60)]

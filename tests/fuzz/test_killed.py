@@ -21,12 +21,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "compare"))
 import builders
 
-from moe_kernels.compare import report
-from moe_kernels.compare.comparison import Analysis, load, save
-from moe_kernels.prepare import models, prepare_data, prepare_model, text
-from moe_kernels.prepare.cache import made_with, recover
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import write_text
+from moe_kernels.tools.compare import report
+from moe_kernels.tools.compare.comparison import Analysis, load, save
+from moe_kernels.tools.prepare import models, prepare_data, prepare_model, text
+from moe_kernels.tools.prepare.cache import made_with, recover
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 FAKE = (sys.executable, str(Path(__file__).parents[1] / "compare" / "fake_trainer.py"))
@@ -236,7 +236,7 @@ def test_the_command_line_says_that_the_disk_is_full(tmp_path: Path) -> None:
         code = (
             f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
-            "from moe_kernels.cli.app import main; main()"
+            "from moe_kernels.tools.app import main; main()"
         )
         command = [sys.executable, "-B", "-c", code, "prepare", "mixtral-tiny"]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -272,10 +272,10 @@ def compare_script() -> list[str]:
     script = f"""
         import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / "compare")!r})
         from functools import partial
-        from moe_kernels.compare import command
+        from moe_kernels.tools.compare import command
         command.Machine = partial(command.Machine, trainer={FAKE!r})
         command.measure_experts = lambda *args: {{"measurements": [], "error": ""}}
-        from moe_kernels.cli.app import main
+        from moe_kernels.tools.app import main
         sys.argv = ["moe-kernels", "compare", "a.yml", "b.yml", "--warmup-steps", "2", "--no-noise"]
         main()
     """
@@ -324,7 +324,7 @@ def test_a_training_that_is_killed_is_named_and_run_again(tmp_path: Path) -> Non
 
 
 def test_half_tokenised_data_is_removed_before_a_training(tmp_path: Path) -> None:
-    from moe_kernels.compare.runner import _drop_half_tokenised
+    from moe_kernels.tools.compare.runner import _drop_half_tokenised
 
     for name, whole in (("half", False), ("whole", True)):
         folder = tmp_path / "prepared" / name

@@ -353,7 +353,7 @@ def test_a_config_that_does_not_mention_the_plugin_hears_nothing(plugin: Any, lo
 
 def test_the_tried_axolotls_are_those_of_the_doctor() -> None:
     from axolotl.integrations.moe_kernels.plugin import TRIED
-    from moe_kernels.cli.doctor import TESTED
+    from moe_kernels.tools.doctor import TESTED
 
     assert TESTED["axolotl"] == TRIED
 

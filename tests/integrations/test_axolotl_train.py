@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from moe_kernels.compare import runner
-from moe_kernels.router_load import FILE_NAME, RouterHistory, read_history
 from moe_kernels.shapes import FAMILIES, ModelShape
+from moe_kernels.telemetry.load import FILE_NAME, RouterHistory, read_history
+from moe_kernels.tools.compare import runner
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
     pytest.skip("axolotl is not installed: needs the extra [axolotl]", allow_module_level=True)
@@ -52,7 +52,7 @@ class Training:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``moe-kernels prepare`` makes, in a directory of the tests' own."""
-    from moe_kernels.prepare import prepare_data, prepare_model
+    from moe_kernels.tools.prepare import prepare_data, prepare_model
 
     root = tmp_path_factory.mktemp("train")
     prepare_data(root)
@@ -70,7 +70,7 @@ def load_config(name: str) -> dict[str, Any]:
 def train(folder: Path, name: str, config: dict[str, Any], **variables: str) -> Training:
     import yaml
 
-    from moe_kernels.compare.wandb_reader import find_run, read_run
+    from moe_kernels.tools.compare.wandb_reader import find_run, read_run
 
     run_folder = folder / "runs" / name
     run_folder.mkdir(parents=True)
@@ -99,7 +99,7 @@ def train(folder: Path, name: str, config: dict[str, Any], **variables: str) -> 
 
 
 def tiny(name: str, family: str) -> dict[str, Any]:
-    from moe_kernels.prepare import tiny_overrides
+    from moe_kernels.tools.prepare import tiny_overrides
 
     return load_config(name) | tiny_overrides(family) | {"max_steps": STEPS}
 
@@ -412,7 +412,7 @@ def test_wheel_adds_one_package_to_axolotl(tmp_path: Path, installed: Path) -> N
     # Either of these would take the place of Axolotl's own.
     assert not names & {"axolotl/__init__.py", "axolotl/integrations/__init__.py"}
     assert {"moe_kernels/py.typed", "moe_kernels/moe.py", f"{plugin}/telemetry.py", f"{plugin}/callback.py"} <= names
-    assert {f"moe_kernels/compare/report.{kind}" for kind in ("html.j2", "md.j2", "css")} <= names
+    assert {f"moe_kernels/tools/compare/report.{kind}" for kind in ("html.j2", "md.j2", "css")} <= names
     source_files = {path.relative_to(REPOSITORY / "src").as_posix() for path in (REPOSITORY / "src").rglob("*.py")}
     assert source_files <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "configs"))]

@@ -10,7 +10,7 @@ from moe_kernels import router
 from moe_kernels.backends import UnsupportedProblem
 from moe_kernels.kernels.triton import router as kernels
 from moe_kernels.kernels.triton.launch import interpreting
-from moe_kernels.testing.tolerances import assert_close_to_truth
+from moe_kernels.tools.check.tolerances import assert_close_to_truth
 from support import interpreter
 
 pytest.importorskip("transformers")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_kernels import router
-from moe_kernels.bench.timing import count_launches
+from moe_kernels.tools.bench.timing import count_launches
 
 pytestmark = pytest.mark.gpu
 TOKENS = 16384

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from moe_kernels.integrations.dispatch import dispatches
-from moe_kernels.testing.routings import make_routing
-from moe_kernels.testing.tolerances import Closeness, assert_close_to_truth
+from moe_kernels.tools.check.routings import make_routing
+from moe_kernels.tools.check.tolerances import Closeness, assert_close_to_truth
 
 #: Every expert busy; one that all tokens use; three without a token.
 ROUTINGS = ("random", "one_hot_expert", "empty_first_middle_last")

@@ -29,8 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 import moe_kernels
 from moe_kernels.kernels.hopper import down_grad, gemm, ring, wgrad
-from moe_kernels.testing.problems import Case, check, make_inputs, run, truth
-from moe_kernels.testing.verification import compile_variants, variants
+from moe_kernels.tools.check.problems import Case, check, make_inputs, run, truth
+from moe_kernels.tools.check.verification import compile_variants, variants
 from moe_kernels.tools.common.machine import environment
 from support.patches import patches
 

@@ -14,15 +14,16 @@ import moe_kernels
 
 SOURCES = Path(moe_kernels.__file__).parents[1]
 #: Raised by tests' helpers, or passed on to one of the others.
-LEFT_OUT = ("moe_kernels/testing/", "moe_kernels/compare/decode.py")
+LEFT_OUT = ("moe_kernels/tools/check/", "moe_kernels/tools/compare/decode.py")
 NOT_FOR_USERS = ("AssertionError", "AttributeError", "Exit", "KeyboardInterrupt", "Misfit")
 AREAS = {
     "axolotl/": "While a run file is read, or in a training",
     "moe_kernels/integrations/": "While a model is loaded, or in its forward",
-    "moe_kernels/compare/": "moe-kernels compare",
-    "moe_kernels/prepare/": "moe-kernels prepare",
-    "moe_kernels/bench/": "moe-kernels bench and tune",
-    "moe_kernels/cli/": "Other commands",
+    "moe_kernels/telemetry/": "While a model is loaded, or in its forward",
+    "moe_kernels/tools/compare/": "moe-kernels compare",
+    "moe_kernels/tools/prepare/": "moe-kernels prepare",
+    "moe_kernels/tools/bench/": "moe-kernels bench and tune",
+    "moe_kernels/tools/": "Other commands",
     "moe_kernels/": "In fused_experts and the other functions",
 }
 HEAD = """# Error messages
@@ -45,7 +46,7 @@ def messages() -> dict[str, list[tuple[str, str]]]:
             text = _message(node)
             if text:
                 found.setdefault(area, set()).add((text, file))
-    areas = [area for area in AREAS.values() if area in found]
+    areas = [area for area in dict.fromkeys(AREAS.values()) if area in found]
     return {area: sorted(found[area], key=lambda pair: (pair[0].lower(), pair)) for area in areas}
 
 

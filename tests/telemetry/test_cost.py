@@ -90,7 +90,7 @@ def test_the_switch_counts_and_times_half_the_steps(tmp_path):
     transformers = pytest.importorskip("transformers")
     switch_module = load("telemetry_switch")
     from axolotl.integrations.moe_kernels.telemetry import RouterCallback
-    from moe_kernels.integrations.router_counter import RouterCounter
+    from moe_kernels.telemetry.counter import RouterCounter
 
     config = transformers.MixtralConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_kernels.router_load import FILE_NAME, LayerLoad, Loads, read_history
+from moe_kernels.telemetry.load import FILE_NAME, LayerLoad, Loads, read_history
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
     pytest.skip("axolotl is not installed: needs the extra [axolotl]", allow_module_level=True)
@@ -284,7 +284,7 @@ def test_a_real_training_that_resumes_loses_no_row(tmp_path: Path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
     from axolotl.integrations.moe_kernels.telemetry import RouterCallback
-    from moe_kernels.integrations.router_counter import RouterCounter
+    from moe_kernels.telemetry.counter import RouterCounter
 
     config = MixtralConfig(
         vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,

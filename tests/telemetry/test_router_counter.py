@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe_kernels.integrations.router_counter import _MOST, RouterCounter, _Layer, _layer
 from moe_kernels.integrations.transformers import experts_modules
-from moe_kernels.router_load import LayerLoad
+from moe_kernels.telemetry.counter import _MOST, RouterCounter, _Layer, _layer
+from moe_kernels.telemetry.load import LayerLoad
 
 E, K, LAYERS = 4, 2, 3
 

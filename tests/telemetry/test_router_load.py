@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moe_kernels import router_load
-from moe_kernels.router_load import LayerLoad, read_history
+from moe_kernels.telemetry import load as router_load
+from moe_kernels.telemetry.load import LayerLoad, read_history
 
 NAMES, EXPERTS = ["a", "b"], [2, 3]
 

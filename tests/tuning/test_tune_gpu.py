@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import moe_kernels
-from moe_kernels.bench import tiles, tune
 from moe_kernels.shapes import LayerShape
-from moe_kernels.testing.problems import Case, check, make_inputs
+from moe_kernels.tools.bench import tiles, tune
+from moe_kernels.tools.check.problems import Case, check, make_inputs
 from moe_kernels.tuning import config, tuned
 
 pytestmark = pytest.mark.gpu

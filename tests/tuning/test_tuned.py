@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import moe_kernels
 from moe_kernels import triton_backend
-from moe_kernels.bench import tiles, tune
-from moe_kernels.cli.app import app
 from moe_kernels.kernels.triton import grouped_gemm, up, wgrad
 from moe_kernels.shapes import LAYERS, LayerShape
-from moe_kernels.testing.problems import Case, make_inputs, run
+from moe_kernels.tools.app import app
+from moe_kernels.tools.bench import tiles, tune
+from moe_kernels.tools.check.problems import Case, make_inputs, run
 from moe_kernels.tools.common import machine
 from moe_kernels.tuning import config, tuned
 from moe_kernels.tuning.config import GemmConfig, select_config, table, use_config

@@ -128,7 +128,7 @@ class MoeOptimizedPlugin(BasePlugin):
 
             callbacks.append(DispatchCallback(trainer, _settings(cfg), self.expert_layers))
         if cfg.moe_router_telemetry:
-            from moe_kernels.integrations.router_counter import RouterCounter
+            from moe_kernels.telemetry.counter import RouterCounter
 
             from .telemetry import RouterCallback
 

@@ -10,9 +10,9 @@ import torch
 from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback
 
-from moe_kernels import router_load
-from moe_kernels.integrations.router_counter import RouterCounter
-from moe_kernels.router_load import Loads
+from moe_kernels.telemetry import load as router_load
+from moe_kernels.telemetry.counter import RouterCounter
+from moe_kernels.telemetry.load import Loads
 
 LOG = get_logger(__name__)
 #: Between two writings: what a killed training loses of its records, at most, since its last checkpoint.

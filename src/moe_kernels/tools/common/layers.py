@@ -12,7 +12,7 @@ from moe_kernels.tools.common.errors import MissingDependency, UsageError
 from moe_kernels.tools.common.runfile import base_model, load_yaml, precision, tokens_per_micro_batch
 
 if TYPE_CHECKING:
-    from moe_kernels.testing.problems import Case
+    from moe_kernels.tools.check.problems import Case
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
 DEFAULT_TOKENS = 4096
@@ -105,7 +105,7 @@ def kinds_of_layers(model: Any, target: Target) -> dict[Case, list[str]]:
     """
     from moe_kernels.integrations.support import recipe_of
     from moe_kernels.integrations.transformers import experts_modules
-    from moe_kernels.testing.problems import Case
+    from moe_kernels.tools.check.problems import Case
 
     text = model.config.get_text_config()
     top_k = next((value for key in _TOP_K if isinstance(value := getattr(text, key, None), int)), 2)

@@ -27,7 +27,7 @@ PACKAGES: tuple[str, ...] = (
     "apache-tvm-ffi",
 )
 #: What decides how an expert layer runs. The tools around it do not.
-KERNEL_SOURCES = ("*.py", "kernels", "tuning", "integrations")
+KERNEL_SOURCES = ("*.py", "kernels", "tuning", "integrations", "telemetry")
 
 
 def installed_version(package: str) -> str | None:
@@ -128,7 +128,7 @@ def environment() -> dict[str, str | int | None]:
         "commit": commit(),
         # In a checkout with changes, and of files that git does not know, the commit says nothing.
         "sources": source_hash(),
-        "bench_sources": source_hash(("bench",)),
+        "bench_sources": source_hash(("tools/bench",)),
         "tuned_tiles": tuned_tiles(),
         "command": " ".join([_program(), *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

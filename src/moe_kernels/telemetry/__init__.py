@@ -1,0 +1,1 @@
+"""How the routers of a model spread tokens over experts: counted in training, read by the report."""

@@ -1,0 +1,281 @@
+"""`moe-kernels bench`: arguments in, a table and a JSON file out."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from moe_kernels.install import pip_install
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, GROUP_SIZES, GroupSize
+from moe_kernels.shapes import LAYERS, LayerShape
+from moe_kernels.tools.common.errors import CHECK_FAILED, MissingDependency
+from moe_kernels.tools.common.options import MAX_SEED, one_of, several
+
+Row = dict[str, Any]
+TABLE_WIDTH = 150
+DEFAULT_SHAPES = "mixtral-1b,qwen2-moe-1b,deepseek-v3-1b"
+DEFAULT_PEERS = "eager,grouped_mm"
+ROUTINGS = ("balanced", "mild", "heavy")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+CPU_SHAPE = LayerShape("cpu-demo", 64, 64, 48, 8, 2)
+CPU_WARNING = "On the CPU this shows that the benchmark works, nothing about speed."
+
+
+def bench(
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Comma-separated layers, or all. Known: {', '.join(LAYERS)}.",
+            show_default=f"{DEFAULT_SHAPES}; on a CPU one small layer",
+        ),
+    ] = None,
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="What to compare with, comma-separated, all or none: eager, grouped_mm, batched_mm, "
+            "scattermoe, liger, sonicmoe."
+        ),
+    ] = DEFAULT_PEERS,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per call instead of each layer's own.")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    routing: Annotated[
+        str, typer.Option(help="How uneven the router is, comma-separated or all: balanced, mild, heavy.")
+    ] = "mild",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,
+    group_sizes: Annotated[
+        str, typer.Option(help=f"Values of moe_group_size to measure: {', '.join(map(str, GROUP_SIZES))}.")
+    ] = str(DEFAULT_GROUP_SIZE),
+    persistent: Annotated[
+        str, typer.Option(help="Values of moe_persistent_kernel to measure: true, false or both.")
+    ] = "true",
+    recompute: Annotated[
+        str, typer.Option(help="Values of moe_recompute to measure: true, false or both.")
+    ] = "false",
+    device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the random tensors.", min=0, max=MAX_SEED)] = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", dir_okay=False, help="Write the results to this file, and go on where it ends."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file already holds.")] = False,
+    plots: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Write bars and a roofline as PNG into this folder.")
+    ] = None,
+) -> None:
+    """Time one expert layer against other implementations, correctness first.
+
+    Every implementation runs in this process on the same tensors, round-robin, and computes every gradient. The
+    L2 cache is flushed before each call; times are medians. An implementation whose error is more
+    than three times that of grouped_mm is called wrong and is not timed; one that cannot run here says why. The
+    time of the same GEMMs through dense torch.mm is the ceiling. The file of --json is written after every layer,
+    and a call that was interrupted goes on from it. Exit code 1 if an implementation was wrong or failed.
+    """
+    chosen_dtype = one_of("dtype", dtype, tuple(DTYPES))
+    routings = several("routing", routing, ROUTINGS)
+    layers = [LAYERS[name] for name in several("shapes", DEFAULT_SHAPES if shapes is None else shapes, tuple(LAYERS))]
+    knobs = _group_sizes(group_sizes)
+    walks, again = _switch("persistent", persistent), _switch("recompute", recompute)
+
+    if plots is not None and importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependency(f"--plots needs matplotlib. Cure: {pip_install('report')}")
+    console = Console(stderr=True)
+    with console.status("loading torch and transformers"):
+        import torch
+
+        from moe_kernels.tools.bench.ceilings import measure_ceilings
+        from moe_kernels.tools.bench.experts import OURS, measure
+        from moe_kernels.tools.bench.peers import PEERS
+        from moe_kernels.tools.bench.store import Store
+        from moe_kernels.tools.common.machine import environment
+    names = () if peers == "none" else several("peers", peers, tuple(PEERS))
+    where = _device(device)
+    if where == "cpu":
+        console.print(CPU_WARNING, style="yellow")
+        if shapes is None:
+            layers = [CPU_SHAPE]
+    wanted = [replace(layer, tokens=tokens or layer.tokens) for layer in layers]
+    torch_dtype = getattr(torch, DTYPES[chosen_dtype])
+    arguments = {"peers": list(names), "dtype": chosen_dtype, "repeats": repeats, "device": where, "seed": seed,
+                 "group_sizes": list(knobs), "persistent": list(walks), "recompute": list(again)}  # fmt: skip
+    store = Store(json_file, environment(), arguments, fresh)
+    cells = [(shape, routing) for shape in wanted for routing in routings]
+    missing = [cell for cell in cells if not store.find(cell[0].name, cell[0].tokens, cell[1])]
+    if len(missing) < len(cells):
+        console.print(
+            f"{json_file} holds {len(cells) - len(missing)} of {len(cells)} layers already.", highlight=False
+        )
+    tables = Console()
+    tables.width = max(tables.width, TABLE_WIDTH)
+    with _progress(console) as bar:
+        task = bar.add_task("", total=len(cells), completed=len(cells) - len(missing))
+        if store.report["ceilings"] is None:
+            bar.update(task, description="measuring the ceilings of this machine")
+            store.report["ceilings"] = asdict(measure_ceilings(torch.device(where), torch_dtype))
+        for shape, kind in missing:
+            found = measure(
+                shape,
+                implementations=(*names, OURS),
+                device=where,
+                dtype=torch_dtype,
+                repeats=repeats,
+                routing=kind,
+                group_sizes=knobs,
+                persistent=walks,
+                recompute=again,
+                seed=seed,
+                progress=lambda message: bar.update(task, description=escape(message)),
+            )
+            store.add([result.to_json() for result in found])
+            bar.advance(task)
+    results = [row for shape, kind in cells for row in store.find(shape.name, shape.tokens, kind)]
+    for shape, kind in cells:
+        _show(tables, shape, store.find(shape.name, shape.tokens, kind))
+    _summarise(tables, results)
+    if json_file is not None and missing:
+        console.print(f"wrote {json_file}", highlight=False)
+    if plots is not None:
+        from moe_kernels.tools.bench.plots import write_plots
+
+        for file in write_plots({**store.report, "results": results}, plots):
+            console.print(f"wrote {file}", highlight=False)
+    if where == "cpu":
+        console.print(CPU_WARNING, style="yellow")
+    if not all(row["ok"] for row in results if row["available"]):
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    return Progress(*columns, console=console, transient=True)
+
+
+def _switch(option: str, value: str) -> tuple[bool, ...]:
+    values = {"true": (True,), "false": (False,), "both": (True, False)}
+    return values[one_of(option, value, tuple(values))]
+
+
+def _group_sizes(values: str) -> tuple[GroupSize, ...]:
+    valid = {str(size): size for size in GROUP_SIZES}
+    return tuple(valid[name] for name in several("group-sizes", values, tuple(valid)))
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    one_of("device", wanted, ("auto", "cuda", "cpu"))
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise MissingDependency("torch sees no NVIDIA GPU. Cure: see `moe-kernels doctor`, or use --device cpu")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+COLUMNS = ("forward ms", "f+b ms", "p20-p80", "f+b GPU", "f+b host", "TFLOP/s", "of dense", "launches",
+           "saved", "peak", "err out", "err grad")  # fmt: skip
+CAPTION = """ms: from the call to its last kernel. GPU: launches queued ahead. host: until the call returns.
+Medians. launches: forward / forward + backward. Memory in MiB.
+Errors: relative L2 against float32, of fp32 against float64."""
+
+
+def _show(tables: Console, shape: LayerShape, rows: list[Row]) -> None:
+    tables.print(_table(shape, rows))
+    for row in rows:
+        if not row["available"]:
+            tables.print(f"{row['implementation']} was not measured: {row['note']}", style="yellow", markup=False)
+        elif not row["ok"]:
+            tables.print(f"{row['implementation']}: {row['note']}", style="red", markup=False)
+
+
+def _table(shape: LayerShape, rows: list[Row]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"{shape.name}: T={shape.tokens} H={shape.hidden} I={shape.intermediate} E={shape.experts} "
+        f"K={shape.top_k}, {first['dtype']}, {first['routing']} routing (busiest expert {first['imbalance']:.1f}x)",
+        title_justify="left",
+        caption=CAPTION,
+        caption_justify="left",
+    )
+    table.add_column("implementation", no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for row in rows:
+        name = escape(row["implementation"])
+        if row["ok"]:
+            table.add_row(name, *_cells(row))
+        elif row["available"]:
+            table.add_row(f"[red]{name}", "[red]wrong" if row["rel_error"] else "[red]failed")
+        else:
+            table.add_row(f"[dim]{name}", "[dim]-")
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    both, launches = row["forward_backward_ms"], row["launches_forward"]
+    gradients = [error for name, error in row["rel_error"].items() if name != "out"]
+    return [
+        _median(row["forward_ms"]),
+        _median(both),
+        f"{both['p20']:.4g}-{both['p80']:.4g}" if both else "",
+        _median(row["forward_backward_queued_ms"]),
+        _median(row["forward_backward_host_ms"]),
+        _number(row["forward_backward_tflops"], ".3g"),
+        _number(row["dense_fraction"], ".2f"),
+        "" if launches is None else f"{launches} / {row['launches_forward_backward']}",
+        _number(row["saved_mb"], ".4g"),
+        _number(row["peak_mb"], ".4g"),
+        _number(row["rel_error"].get("out"), ".1e"),
+        _number(max(gradients, default=None), ".1e"),
+    ]
+
+
+def geometric_mean(values: list[float]) -> float | None:
+    """Of positive numbers; None of none."""
+    return statistics.geometric_mean(values) if values else None
+
+
+def fractions_of_dense(results: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """{routing: {implementation: {shape: fraction of dense}}}, forward and backward."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in results:
+        if row["implementation"] != "dense" and row["dense_fraction"] is not None:
+            of_routing = found.setdefault(row["routing"], {})
+            of_routing.setdefault(row["implementation"], {})[row["shape"]] = row["dense_fraction"]
+    return found
+
+
+def _summarise(tables: Console, results: list[Row]) -> None:
+    """Fractions of dense over all layers."""
+    for kind, by_name in fractions_of_dense(results).items():
+        summary = Table(
+            title=f"Fraction of dense, forward + backward, {kind} routing",
+            title_justify="left",
+            caption="mean: geometric, over the layers that the implementation was measured on",
+            caption_justify="left",
+        )
+        summary.add_column("implementation", no_wrap=True)
+        shapes = list(dict.fromkeys(shape for by_shape in by_name.values() for shape in by_shape))
+        for shape in (*shapes, "mean"):
+            summary.add_column(shape, justify="right")
+        for name, by_shape in by_name.items():
+            mean = geometric_mean(list(by_shape.values()))
+            summary.add_row(
+                escape(name), *(_number(by_shape.get(shape), ".2f") for shape in shapes), _number(mean, ".3f")
+            )
+        tables.print(summary)
+
+
+def _median(spread: dict[str, float] | None) -> str:
+    return "" if spread is None else f"{spread['median']:.3f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

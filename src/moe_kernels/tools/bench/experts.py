@@ -1,0 +1,324 @@
+"""Measure one expert layer: every implementation in one process, on the same tensors, correctness first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, GroupSize
+from moe_kernels.shapes import LayerShape
+from moe_kernels.tools.bench.accuracy import relative_errors, what_is_wrong
+from moe_kernels.tools.bench.layer import (
+    OURS,
+    Experts,
+    Layer,
+    make_layer,
+    our_variants,
+    transformers_experts,
+)
+from moe_kernels.tools.bench.peers import PEER_FAILURES, PEERS, failure
+from moe_kernels.tools.bench.timing import (
+    MIB,
+    Call,
+    Clock,
+    Launches,
+    Spread,
+    Times,
+    count_launches,
+    peak_bytes,
+    saved_bytes,
+)
+
+DENSE = "dense"
+Progress = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the benchmark. Times in ms, memory in MiB, rates in TFLOP/s; None where not measured.
+
+    Attributes:
+        implementation: a peer, moe_kernels, moe_kernels[g=..,p=..] or dense, which is the same six GEMMs with
+            R = T*K rows and one weight matrix through torch.mm: the ceiling.
+        available: it could be tried; if not, ``note`` says why.
+        forward_ms, forward_backward_ms: start of the call to the end of its last kernel.
+        forward_queued_ms, forward_backward_queued_ms: GPU time alone, launches queued ahead. A call that
+            waits for the GPU inside (eager does) cannot be queued: there the two agree.
+        forward_host_ms, forward_backward_host_ms: until the call returns, nothing awaited.
+        launches_*: kernels in one call; copies_*: memcpy and memset.
+        saved_mb: distinct storages kept for the backward, x included, weights not.
+        peak_mb: highest memory of forward + backward above inputs, weights and weight gradients, the output let
+            go before the backward.
+        dense_fraction, dense_fraction_forward: dense time over ours.
+        rel_error: relative L2 error of out, dx, dgate_up, ddown and dw, against float32 (of float32: float64).
+        ok: the errors are finite and at most three times those of grouped_mm (or eager).
+    """
+
+    implementation: str
+    shape: str
+    tokens: int
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    routing: str
+    imbalance: float
+    dtype: str
+    device: str
+    ok: bool
+    available: bool = True
+    note: str = ""
+    forward_ms: Spread | None = None
+    forward_backward_ms: Spread | None = None
+    forward_queued_ms: Spread | None = None
+    forward_backward_queued_ms: Spread | None = None
+    forward_host_ms: Spread | None = None
+    forward_backward_host_ms: Spread | None = None
+    forward_tflops: float | None = None
+    forward_backward_tflops: float | None = None
+    dense_fraction_forward: float | None = None
+    dense_fraction: float | None = None
+    launches_forward: int | None = None
+    launches_forward_backward: int | None = None
+    copies_forward: int | None = None
+    copies_forward_backward: int | None = None
+    saved_mb: float | None = None
+    peak_mb: float | None = None
+    rel_error: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON values; a spread becomes {median, p20, p80}."""
+        return asdict(self)
+
+
+def measure(
+    shape: LayerShape,
+    *,
+    implementations: tuple[str, ...] = ("eager", "grouped_mm", OURS),
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    repeats: int = 20,
+    routing: str = "mild",
+    group_sizes: tuple[GroupSize, ...] = (DEFAULT_GROUP_SIZE,),
+    persistent: tuple[bool, ...] = (True,),
+    recompute: tuple[bool, ...] = (False,),
+    backend: str = "auto",
+    seed: int = 0,
+    progress: Progress = lambda message: None,
+) -> list[Measurement]:
+    """Measure ``implementations`` and the dense ceiling on ``shape``.
+
+    Args:
+        shape: sizes of the layer and the number of tokens.
+        implementations: names of :data:`moe_kernels.tools.bench.peers.PEERS`, and moe_kernels.
+        device, dtype: where, and the dtype of x and the weights.
+        repeats: timed calls of each implementation; medians are of these.
+        routing: balanced, mild or heavy.
+        group_sizes, persistent, recompute: knobs of moe_kernels; each combination becomes a row.
+        backend: of moe_kernels: auto, triton, gluon or torch.
+        seed: of the random tensors.
+        progress: called with what is being done.
+
+    Returns:
+        One measurement an implementation, in the order given, then ``dense``. An implementation that is wrong,
+        fails or is not available comes back with ``ok=False`` and the reason in ``note``, and is not timed.
+
+    Raises:
+        ValueError: an unknown implementation.
+    """
+    unknown = sorted(set(implementations) - {*PEERS, OURS})
+    if unknown:
+        raise ValueError(f"unknown implementation {', '.join(unknown)}: choose from {', '.join((*PEERS, OURS))}")
+    device = torch.device(device)
+    progress(f"{shape.name}: making tensors")
+    layer = make_layer(shape, routing, device, dtype, seed)
+    rows: list[str] = []
+    runners: dict[str, Experts] = {}
+    absent: dict[str, str] = {}
+    for name in implementations:
+        if name == OURS:
+            ours = our_variants(group_sizes, persistent, backend, recompute)
+            rows += ours
+            runners |= {row: transformers_experts(layer, registered) for row, registered in ours.items()}
+            continue
+        rows.append(name)
+        reason = PEERS[name].why_not(shape, device, dtype)
+        if reason is None:
+            try:
+                runners[name] = PEERS[name].experts(layer)
+            except PEER_FAILURES as error:
+                reason = f"it cannot be set up: {failure(error)}"
+        if reason is not None:
+            absent[name] = reason
+
+    errors: dict[str, dict[str, float]] = {}
+    faults: dict[str, str] = {}
+    for row, runner in runners.items():
+        progress(f"{shape.name}: checking {row}")
+        try:
+            errors[row] = relative_errors(layer, runner)
+        except torch.OutOfMemoryError:
+            faults[row] = "out of GPU memory"
+        except PEER_FAILURES as error:
+            if row not in PEERS:
+                raise
+            faults[row] = f"it failed: {failure(error)}"
+        if row in faults:
+            layer.clear_gradients()
+            torch.cuda.empty_cache()
+    yardstick = errors.get("grouped_mm") or errors.get("eager") or {}
+    floor = torch.finfo(dtype).eps
+    for row, found in errors.items():
+        fault = what_is_wrong(found, yardstick, floor)
+        if fault is not None:
+            faults[row] = fault
+
+    good = {row: runner for row, runner in runners.items() if row not in faults}
+    timed = _time(layer, good, repeats, progress)
+    dense = timed[DENSE]
+    results = []
+    for row in rows:
+        if row in absent:
+            results.append(_measurement(layer, row, ok=False, available=False, note=absent[row]))
+            continue
+        if row in faults:
+            results.append(_measurement(layer, row, ok=False, note=faults[row], rel_error=errors.get(row, {})))
+            continue
+        progress(f"{shape.name}: launches and memory of {row}")
+        results.append(_measurement(layer, row, rel_error=errors[row], **_counts(layer, runners[row]),
+                                    **_rates(shape, timed[row], dense)))  # fmt: skip
+    note = "six GEMMs of R rows, torch.mm"
+    return [*results, _measurement(layer, DENSE, note=note, **_rates(shape, dense, dense))]
+
+
+def _forward(layer: Layer, experts: Experts) -> Call:
+    return lambda: experts(layer.x, layer.topk_ids, layer.topk_weights)
+
+
+def _forward_backward(layer: Layer, experts: Experts) -> Call:
+    return lambda: experts(layer.x, layer.topk_ids, layer.topk_weights).backward(layer.grad_out)
+
+
+class _Loss(torch.autograd.Function):
+    """A loss with the layer's ``grad_out`` that keeps nothing: in a model too, nobody holds the experts' output."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
+        ctx.grad_out = grad_out
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _one: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.grad_out, None
+
+
+def _loss_backward(layer: Layer, experts: Experts) -> Call:
+    return lambda: _Loss.apply(experts(layer.x, layer.topk_ids, layer.topk_weights), layer.grad_out).backward()
+
+
+def _dense_calls(layer: Layer) -> tuple[Call, Call]:
+    """The GEMMs of the layer with R rows and one expert's weights: 2 forward, 6 forward and backward."""
+    shape = layer.shape
+    like: dict[str, Any] = {"device": layer.x.device, "dtype": layer.x.dtype}
+    rows = torch.randn(shape.rows, shape.hidden, **like)
+    wide = torch.randn(shape.rows, 2 * shape.intermediate, **like)
+    narrow = torch.randn(shape.rows, shape.intermediate, **like)
+    first, second = layer.gate_up.detach()[0], layer.down.detach()[0]
+
+    def forward() -> None:
+        torch.mm(rows, first.T)
+        torch.mm(narrow, second.T)
+
+    def forward_backward() -> None:
+        forward()
+        torch.mm(rows, second)
+        torch.mm(rows.T, narrow)
+        torch.mm(wide, first)
+        torch.mm(wide.T, rows)
+
+    return forward, forward_backward
+
+
+def _time(
+    layer: Layer, runners: dict[str, Experts], repeats: int, progress: Progress
+) -> dict[str, tuple[Times, Times]]:
+    """(forward, forward + backward) of every runner and of the dense GEMMs."""
+    dense_forward, dense_both = _dense_calls(layer)
+    forward = {row: _forward(layer, runner) for row, runner in runners.items()} | {DENSE: dense_forward}
+    both = {row: _forward_backward(layer, runner) for row, runner in runners.items()} | {DENSE: dense_both}
+    clock = Clock(layer.x.device)
+    times = []
+    for what, calls in (("forward", forward), ("forward + backward", both)):
+        progress(f"{layer.shape.name}: warming up {what}")
+        for call in calls.values():
+            for _ in range(2):
+                call()
+                layer.clear_gradients()
+        done = 0
+
+        def tick(what: str = what) -> None:
+            nonlocal done
+            done += 1
+            progress(f"{layer.shape.name}: timing {what}, round {done} of {repeats}")
+
+        times.append(clock.compare(calls, repeats, layer.clear_gradients, tick))
+    return {row: (times[0][row], times[1][row]) for row in forward}
+
+
+def _rates(shape: LayerShape, times: tuple[Times, Times], dense: tuple[Times, Times]) -> dict[str, Any]:
+    forward, both = times
+    return {
+        "forward_ms": forward.total,
+        "forward_backward_ms": both.total,
+        "forward_queued_ms": forward.queued,
+        "forward_backward_queued_ms": both.queued,
+        "forward_host_ms": forward.host,
+        "forward_backward_host_ms": both.host,
+        "forward_tflops": shape.forward_flops / forward.total.median * 1e-9,
+        "forward_backward_tflops": shape.forward_backward_flops / both.total.median * 1e-9,
+        "dense_fraction_forward": dense[0].total.median / forward.total.median,
+        "dense_fraction": dense[1].total.median / both.total.median,
+    }
+
+
+def _counts(layer: Layer, experts: Experts) -> dict[str, Any]:
+    forward, both = _forward(layer, experts), _forward_backward(layer, experts)
+    found: dict[str, Any] = {"saved_mb": saved_bytes(forward, (layer.gate_up, layer.down)) / MIB}
+    if layer.x.device.type != "cuda":
+        return found
+    layer.clear_gradients()
+    weight_gradients = layer.gate_up.nbytes + layer.down.nbytes
+    found["peak_mb"] = (peak_bytes(_loss_backward(layer, experts)) - weight_gradients) / MIB
+    layer.clear_gradients()
+    for what, launches in (("forward", count_launches(forward)), ("forward_backward", count_launches(both))):
+        found |= _launches(what, launches)
+    layer.clear_gradients()
+    return found
+
+
+def _launches(what: str, launches: Launches | None) -> dict[str, Any]:
+    if launches is None:
+        return {}
+    return {f"launches_{what}": launches.kernels, f"copies_{what}": launches.copies}
+
+
+def _measurement(layer: Layer, row: str, *, ok: bool = True, **values: Any) -> Measurement:
+    shape, device = layer.shape, layer.x.device
+    return Measurement(
+        implementation=row,
+        shape=shape.name,
+        tokens=shape.tokens,
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+        experts=shape.experts,
+        top_k=shape.top_k,
+        routing=layer.routing,
+        imbalance=layer.imbalance(),
+        dtype=str(layer.x.dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        ok=ok,
+        **values,
+    )

@@ -1,0 +1,333 @@
+"""Measuring tiles: every candidate of every GEMM kernel on one layer, checked before it is timed.
+
+The winner of a bucket is verified on hostile problems before it may enter a table: output and every gradient against
+float64, unwritten memory poisoned, twice and bitwise equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+
+from moe_kernels import triton_backend as steps
+from moe_kernels.activation import Activation, Gate
+from moe_kernels.kernels.triton.launch import interpreting
+from moe_kernels.shapes import LAYERS, LayerShape
+from moe_kernels.tools.check.verification import verify_shape
+from moe_kernels.tuning.config import GemmConfig, table, use_config
+from moe_kernels.tuning.tuned import Key, Sizes, bucket
+
+#: The six GEMMs of a layer, and the kernel that runs each.
+CALLS = {
+    "up": "up",
+    "down": "down",
+    "dgrad": "dgrad",
+    "dgrad (dA0)": "dgrad",
+    "wgrad": "wgrad",
+    "wgrad (dW2)": "wgrad",
+}
+#: A candidate whose result differs by more from that of the tile in use is wrong: both round the same sums once.
+LARGEST_DIFFERENCE = 1e-2
+#: A tile must be this much faster than the one in use to replace it: less is noise.
+GAIN = 0.98
+#: Multiples of 16, so that they load as the layers do, and of no tile: ragged in every direction.
+VERIFY_SHAPES = (LayerShape("ragged", 257, 144, 80, 16, 4), LayerShape("uneven", 130, 272, 208, 3, 2))
+VERIFY_ROUTINGS = ("random", "one_hot_expert", "sentinels")
+VERIFY_TOKENS, VERIFY_EXPERTS = 1024, 8
+
+# block_n, block_k, warps, stages: candidates of the row-tiled kernels, whose block_m is the group size.
+_UP = [(128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4), (64, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 4)]
+_ROWS = [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 8, 4), (128, 64, 4, 4), (128, 128, 8, 3), (128, 64, 4, 3)]
+_WGRAD = [
+    GemmConfig(128, 256, 64, 8, 3),
+    GemmConfig(256, 128, 64, 8, 3),
+    GemmConfig(128, 256, 64, 8, 4),
+    GemmConfig(256, 128, 64, 8, 4),
+    GemmConfig(128, 256, 32, 8, 4),
+    GemmConfig(128, 128, 64, 8, 4),
+    GemmConfig(128, 128, 64, 4, 4),
+    GemmConfig(128, 128, 64, 4, 3),
+    GemmConfig(64, 256, 64, 4, 3),
+]
+Progress = Callable[[str], object]
+
+
+def candidates(kernel: str, group: int) -> list[GemmConfig]:
+    """Configurations worth trying for ``kernel`` with ``group`` rows per tile."""
+    if kernel == "wgrad":
+        return _WGRAD
+    tiles = _UP if kernel == "up" else _ROWS
+    if group == 256:
+        tiles = [(n // 2, k, warps, stages) for n, k, warps, stages in tiles if warps == 8]
+    return [
+        GemmConfig(group, n, k, warps, stages, flatten=flatten, programs_per_sm=per_sm)
+        for n, k, warps, stages in tiles
+        for per_sm in ((1, 2) if warps == 4 else (1,))
+        for flatten in ((False,) if kernel == "up" else (False, True))
+    ]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One candidate on one GEMM of one layer.
+
+    Attributes:
+        shape, call: which GEMM, of which layer.
+        key: the line of the table it stands for.
+        config: the tile.
+        ms: median time; None if it was not timed.
+        default_ms: of the tile in use without tuning, timed before and after this one.
+        fault: why it was not timed: it does not fit the GPU, or its result is wrong.
+        wrong: it ran, and its result is wrong.
+    """
+
+    shape: str
+    call: str
+    key: Key
+    config: GemmConfig
+    ms: float | None
+    default_ms: float
+    fault: str = ""
+    wrong: bool = False
+
+
+def sizes_of(call: str, shape: LayerShape) -> Sizes:
+    """Rows per expert, columns and inner length of one GEMM of ``shape``."""
+    hidden, intermediate = shape.hidden, shape.intermediate
+    width, depth = {
+        "up": (intermediate, hidden),
+        "down": (hidden, intermediate),
+        "dgrad": (hidden, 2 * intermediate),
+        "dgrad (dA0)": (intermediate, hidden),
+        "wgrad": (hidden, 2 * intermediate),
+        "wgrad (dW2)": (intermediate, hidden),
+    }[call]
+    return Sizes(shape.rows // shape.experts, width, depth)
+
+
+def loads(shape: LayerShape, device: torch.device) -> str:
+    """How the kernels load ``shape`` in 16 bits on ``device``: "tma" or "pointer"."""
+    modern = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return "tma" if modern and shape.hidden % 16 == 0 and shape.intermediate % 16 == 0 else "pointer"
+
+
+def layer_tensors(shape: LayerShape, group: int, device: torch.device) -> SimpleNamespace:
+    """A layer's plan, inputs and intermediate tensors: random bf16 data, mildly skewed routing."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*size: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*size, device=device, generator=generator) * scale).bfloat16()
+
+    tokens, hidden, intermediate, experts = shape.tokens, shape.hidden, shape.intermediate, shape.experts
+    t = SimpleNamespace(x=randn(tokens, hidden), dout=randn(tokens, hidden), experts=experts)
+    t.gate_up = randn(experts, 2 * intermediate, hidden, scale=hidden**-0.5)
+    t.down = randn(experts, hidden, intermediate, scale=intermediate**-0.5)
+    skew = 0.3 * torch.randn(experts, device=device, generator=generator)
+    logits = torch.randn(tokens, experts, device=device, generator=generator) + skew
+    t.weights, t.ids = logits.softmax(-1).topk(shape.top_k)
+    t.gate = Gate(Activation("silu"))
+    t.plan = steps.make_plan(t.ids, experts, group)
+    t.z, t.a = steps.up(t.x, t.gate_up, t.plan, t.gate, True, True)
+    t.dout_rows, t.x_rows = steps.gather(t.dout, t.plan), steps.gather(t.x, t.plan)
+    t.dz, t.wa, _ = steps.down_grad(t.dout_rows, t.down, t.z, t.weights, t.plan, t.gate, True)
+    return t
+
+
+def gemms(shape: LayerShape, group: int, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
+    """The six GEMMs of a layer on the tensors above: name of the call -> a call of it."""
+    t = layer_tensors(shape, group, device)
+    return {
+        "up": lambda: steps.up(t.x, t.gate_up, t.plan, t.gate, True, True)[1],
+        "down": lambda: steps.down(t.a, t.down, t.plan, True),
+        "dgrad": lambda: steps.dgrad(t.dz, t.gate_up, t.plan, True),
+        "dgrad (dA0)": lambda: steps.dgrad(t.dout_rows, t.down, t.plan, True),
+        "wgrad": lambda: steps.wgrad(t.dz, t.x_rows, t.plan),
+        "wgrad (dW2)": lambda: steps.wgrad(t.dout_rows, t.wa, t.plan),
+    }
+
+
+def relative_difference(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """||result - expected|| / ||expected||, in float32 a slice at a time: gradients of all experts are large."""
+    slices = list(zip(result.split(1), expected.split(1), strict=True)) if result.dim() == 3 else [(result, expected)]
+    difference = sum(float((a.float() - b.float()).square().sum()) for a, b in slices)
+    return (difference / sum(float(b.float().square().sum()) for _, b in slices)) ** 0.5
+
+
+def attempt(call: Callable[[], torch.Tensor], kernel: str, config: GemmConfig) -> torch.Tensor | str:
+    """The result with this tile, or why the tile does not run on this GPU."""
+    try:
+        with use_config(kernel, config):
+            return call()
+    except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as error:
+        return f"does not fit: {str(error).splitlines()[0]}"
+    except RuntimeError as error:
+        if "PassManager" not in str(error):
+            raise
+        return "Triton's compiler fails on it"
+
+
+def default_tile(kernel: str, group: int, loads: str, device: torch.device) -> GemmConfig:
+    """The tile in use without tuning."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return table(capability, torch.bfloat16, loads == "tma")[kernel, None if kernel == "wgrad" else group]
+
+
+def median_ms(call: Callable[[], object]) -> float:
+    """Time of one call in milliseconds; where there is no GPU, of the interpreter."""
+    if interpreting():
+        begin = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - begin)
+    return float(triton.testing.do_bench(call, warmup=5, rep=25, return_mode="median"))
+
+
+def time_shape(shape: LayerShape, group: int, device: torch.device, progress: Progress) -> list[Timing]:
+    """Check every candidate of every GEMM of ``shape`` against the tile in use, and time those that are right."""
+    found = []
+    how = loads(shape, device)
+    for name, call in gemms(shape, group, device).items():
+        kernel = CALLS[name]
+        key = Key(kernel, None if kernel == "wgrad" else group, how, bucket(sizes_of(name, shape)))
+        default = default_tile(kernel, group, how, device)
+        with use_config(kernel, default):
+            expected = call()
+            default_ms = [median_ms(call)]
+        for config in candidates(kernel, group):
+            if config == default:
+                continue
+            progress(f"{shape.name}, group size {group}: {name} {describe(config)}")
+            timing = functools.partial(Timing, shape.name, name, key, config, default_ms=default_ms[-1])
+            result = attempt(call, kernel, config)
+            if isinstance(result, str):
+                found.append(timing(ms=None, fault=result))
+                continue
+            difference = relative_difference(result, expected)
+            if not difference <= LARGEST_DIFFERENCE:
+                fault = f"differs from the tile in use by {difference:.1e}"
+                found.append(timing(ms=None, fault=fault, wrong=True))
+                continue
+            # The GPU's clocks drift with its temperature: the tile in use is timed before and after each candidate.
+            with use_config(kernel, config):
+                ms = median_ms(call)
+            with use_config(kernel, default):
+                default_ms.append(median_ms(call))
+            found.append(timing(ms=ms, default_ms=statistics.mean(default_ms[-2:])))
+    return found
+
+
+def ranking(timings: Iterable[Timing]) -> dict[Key, list[tuple[float, GemmConfig]]]:
+    """For each key the tiles that ran right on all its GEMMs and pay: (time over that of the tile in use, tile)."""
+    by_key: dict[Key, list[Timing]] = {}
+    for timing in timings:
+        by_key.setdefault(timing.key, []).append(timing)
+    ranks = {}
+    for key, members in by_key.items():
+        gemm_count = len({(timing.shape, timing.call) for timing in members})
+        ratios: dict[GemmConfig, list[float]] = {}
+        for timing in members:
+            if timing.ms is not None:
+                ratios.setdefault(timing.config, []).append(timing.ms / timing.default_ms)
+        means = [(statistics.geometric_mean(r), config) for config, r in ratios.items() if len(r) == gemm_count]
+        ranks[key] = sorted((mean for mean in means if mean[0] <= GAIN), key=lambda mean: mean[0])
+    return ranks
+
+
+def verify_tile(key: Key, config: GemmConfig, shapes: Iterable[LayerShape], device: torch.device) -> list[str]:
+    """What is wrong with a tile on hostile problems and on small versions of ``shapes``; empty if nothing is."""
+    small = [
+        dataclasses.replace(shape, tokens=min(shape.tokens, VERIFY_TOKENS), experts=experts,
+                            top_k=min(shape.top_k, experts))
+        for shape in shapes
+        for experts in (min(shape.experts, VERIFY_EXPERTS),)
+    ]  # fmt: skip
+    group: Any = key.group_size or 128
+    failures = []
+    with use_config(key.kernel, config):
+        for shape in (*VERIFY_SHAPES, *small):
+            for verdict in verify_shape(
+                shape,
+                device=device,
+                dtype=torch.bfloat16,
+                routings=VERIFY_ROUTINGS,
+                configurations=((group, True), (group, False)),
+                backend="triton",
+            ):
+                failures += [f"{shape.name}: {failure}" for failure in verdict.failures]
+    return failures
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The outcome for one key: the tile accepted (None: the one in use stays), and those that were refused."""
+
+    key: Key
+    config: GemmConfig | None
+    ratio: float
+    refused: tuple[tuple[GemmConfig, str], ...]
+
+
+def choose(timings: list[Timing], shapes: list[LayerShape], device: torch.device, progress: Progress) -> list[Tuned]:
+    """For each key the fastest tile that passes :func:`verify_tile`."""
+    chosen = []
+    for key, ranked in ranking(timings).items():
+        members = {timing.shape for timing in timings if timing.key == key}
+        refused: list[tuple[GemmConfig, str]] = []
+        accepted, ratio = None, 1.0
+        for speed, config in ranked:
+            progress(f"verifying {key.kernel}, {key.bucket}: {describe(config)}")
+            failures = verify_tile(key, config, [shape for shape in shapes if shape.name in members], device)
+            if not failures:
+                accepted, ratio = config, speed
+                break
+            refused.append((config, failures[0]))
+        chosen.append(Tuned(key, accepted, ratio, tuple(refused)))
+    return chosen
+
+
+def describe(config: GemmConfig) -> str:
+    """A tile in one short phrase."""
+    flags = " flat" * config.flatten + f" x{config.programs_per_sm}" * (config.programs_per_sm > 1)
+    return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}{flags}"
+
+
+def compile_ahead(shapes: list[str], groups: list[int], jobs: int) -> None:
+    """Fill Triton's cache with every candidate, by ``jobs`` processes."""
+    command = [
+        sys.executable,
+        "-m",
+        "moe_kernels.tools.bench.tiles",
+        ",".join(shapes),
+        ",".join(map(str, groups)),
+        str(jobs),
+    ]
+    workers = [subprocess.Popen([*command, str(share)]) for share in range(jobs)]
+    if sum(worker.wait() != 0 for worker in workers):
+        raise RuntimeError("a compile worker failed; its error is above")
+
+
+def main() -> None:
+    """One compile worker: SHAPES GROUPS JOBS SHARE. Few tokens and experts will do: the kernels are the same."""
+    shapes, groups, jobs, share = sys.argv[1:]
+    device = torch.device("cuda")
+    for name, group in itertools.product(shapes.split(","), map(int, groups.split(","))):
+        layer = LAYERS[name]
+        calls = gemms(dataclasses.replace(layer, tokens=256, experts=min(layer.experts, 16)), group, device)
+        runs = [(call, config) for call, kernel in CALLS.items() for config in candidates(kernel, group)]
+        for call, config in runs[int(share) :: int(jobs)]:
+            attempt(calls[call], CALLS[call], config)
+
+
+if __name__ == "__main__":
+    main()

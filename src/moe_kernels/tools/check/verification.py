@@ -1,0 +1,197 @@
+"""Is a kernel configuration right? Output and every gradient, hostile routings, poisoned memory, twice bit by bit.
+
+Used by ``moe-kernels verify`` and by ``moe-kernels tune``, which accepts no tile that fails here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from moe_kernels import backends
+from moe_kernels.kernels.triton.launch import compiling_only
+from moe_kernels.moe import fused_experts
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, TILE_ROWS, GroupSize
+from moe_kernels.shapes import LayerShape
+from moe_kernels.tools.check.allocations import poisoned_allocations
+from moe_kernels.tools.check.problems import Case, Experts, Inputs, call, eager, make_inputs, rerouted, run, truth
+from moe_kernels.tools.check.tolerances import assert_close_to_truth
+
+#: The plain-torch backend has no tiles and no programs: one configuration says it all.
+TRITON_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = tuple(
+    (size, walk) for size in TILE_ROWS for walk in (True, False)
+)
+TORCH_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = ((DEFAULT_GROUP_SIZE, True),)
+
+
+@dataclass
+class Verdict:
+    """What one configuration did on one shape: the worst over all routings and tensors.
+
+    Attributes:
+        backend: what ran.
+        rms_ratio, max_ratio: error over that of plain PyTorch in the same dtype, both against float64.
+        slope_error: largest relative scale error.
+        repeatable: two runs gave bitwise equal output and gradients.
+        failures: sentences; empty when the configuration is right.
+    """
+
+    shape: str
+    dtype: str
+    backend: str
+    group_size: GroupSize
+    persistent: bool
+    routings: int = 0
+    rms_ratio: float = 0.0
+    max_ratio: float = 0.0
+    slope_error: float = 0.0
+    repeatable: bool = True
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Right on every routing, and repeatable."""
+        return not self.failures
+
+
+def verify_case(
+    case: Case,
+    name: str,
+    *,
+    device: torch.device,
+    routings: Sequence[str],
+    configurations: Sequence[tuple[GroupSize, bool]] = TRITON_CONFIGURATIONS,
+    backend: str = "auto",
+    progress: Callable[[str], object] = lambda message: None,
+) -> list[Verdict]:
+    """Judge the output and every gradient of every (group_size, persistent) on every routing.
+
+    The truth is the reference in float64, the yardstick the reference in the dtype of ``case``, the rule that of
+    :mod:`moe_kernels.tools.check.tolerances`. What the package allocates without filling is NaN meanwhile.
+    """
+    dtype = str(case.dtype).removeprefix("torch.")
+    verdicts = [Verdict(name, dtype, backend, size, walk) for size, walk in configurations]
+    inputs = make_inputs(case, device)
+    supported = [verdict for verdict in verdicts if _select(verdict, inputs, backend)]
+    progress(f"{name}, compiling")
+    # One configuration after the other takes most of the time of a check.
+    with compiling_only(device):
+        for verdict in supported:
+            compile_variants(_ours(verdict), verdict.backend, inputs)
+    for routing in routings:
+        inputs = rerouted(inputs, replace(case, routing=routing))
+        expected, plain = truth(inputs), eager(inputs)
+        for verdict in supported:
+            progress(f"{name}, {routing}, group_size={verdict.group_size}, persistent={verdict.persistent}")
+            verdict.routings += 1
+            for variant, chosen in variants(verdict.backend).items():
+                with chosen:
+                    _judge(verdict, routing + variant, inputs, expected, plain)
+    return verdicts
+
+
+def _select(verdict: Verdict, inputs: Inputs, backend: str) -> bool:
+    """Whether a backend can run this; which one, or why none, is written into ``verdict``."""
+    top_k, (group_size, persistent) = inputs.topk_ids.shape[1], (verdict.group_size, verdict.persistent)
+    problem = backends.Problem.of(inputs.down, top_k, group_size=group_size, persistent=persistent)
+    try:
+        verdict.backend, _ = backends.select(problem, backend)
+    except backends.UnsupportedProblem as error:
+        verdict.failures = [str(error)]
+    return verdict.ok
+
+
+def compile_variants(ours: Experts, backend: str, inputs: Inputs) -> None:
+    """Compile what ``ours``, which runs on ``backend``, needs for ``inputs``, all side by side; launch nothing."""
+    if not backends.load(backend).COMPILES or not inputs.x.is_cuda:  # Triton's interpreter compiles nothing
+        return
+    leaves = inputs.with_own_leaves()
+    with compiling_only(inputs.x.device):
+        for chosen in variants(backend).values():
+            with chosen:
+                call(ours, leaves)
+            backends.count_dispatch(backend, -1)  # nothing ran
+
+
+def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
+    """What sizes and card choose, and those of a check may not: what to add to the routing, and how."""
+    if backend != "gluon":
+        return {"": nullcontext()}
+    from moe_kernels.kernels.hopper.ring import COOPERATIVE, PING_PONG
+
+    return {
+        ", cooperative tiles, dO gathered inside": _hopper(COOPERATIVE, 1, True),
+        ", ping-pong tiles, two k blocks at a time": _hopper(PING_PONG, 2, False),
+    }
+
+
+@contextmanager
+def _hopper(schedule: Any, together: int, gathered: bool) -> Iterator[None]:
+    from moe_kernels.gluon_backend import use_gathered
+    from moe_kernels.kernels.hopper.gemm import use_k_blocks_per_wait
+    from moe_kernels.kernels.hopper.ring import use_schedule
+
+    with (
+        use_schedule("down", schedule),
+        use_schedule("dgrad", schedule),
+        use_k_blocks_per_wait(together),
+        use_gathered(gathered),
+    ):
+        yield
+
+
+def _judge(
+    verdict: Verdict,
+    routing: str,
+    inputs: Inputs,
+    expected: dict[str, torch.Tensor],
+    plain: dict[str, torch.Tensor],
+) -> None:
+    ours = _ours(verdict)
+    before = backends.dispatch_counts().get(verdict.backend, 0)
+    with poisoned_allocations():
+        first, second = run(ours, inputs), run(ours, inputs)
+    if backends.dispatch_counts().get(verdict.backend, 0) != before + 2:
+        verdict.failures.append(f"{routing}: backend {verdict.backend} was asked for and did not run")
+    for name, right in expected.items():
+        value, again = first[name], second[name]
+        if value is None or again is None:
+            verdict.failures.append(f"{routing}: {name} is missing")
+            continue
+        if not torch.equal(value, again):
+            verdict.repeatable = False
+            verdict.failures.append(f"{routing}: {name} differs between two runs on the same input")
+        try:
+            close = assert_close_to_truth(value, right, plain[name], f"{routing}: {name}")
+        except AssertionError as error:
+            verdict.failures.append(str(error))
+            continue
+        verdict.rms_ratio = max(verdict.rms_ratio, close.rms_ratio)
+        verdict.max_ratio = max(verdict.max_ratio, close.max_ratio)
+        verdict.slope_error = max(verdict.slope_error, abs(close.slope_error))
+
+
+def _ours(verdict: Verdict) -> Experts:
+    settings: Any = {"group_size": verdict.group_size, "persistent": verdict.persistent, "backend": verdict.backend}
+    return partial(fused_experts, **settings)
+
+
+def verify_shape(
+    shape: LayerShape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    routings: Sequence[str],
+    configurations: Sequence[tuple[GroupSize, bool]] = TRITON_CONFIGURATIONS,
+    backend: str = "auto",
+) -> list[Verdict]:
+    """:func:`verify_case` of a plain SwiGLU layer of these sizes."""
+    case = Case(shape.tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, dtype)
+    return verify_case(
+        case, shape.name, device=device, routings=routings, configurations=configurations, backend=backend
+    )

@@ -1,0 +1,328 @@
+"""``moe-kernels compare``: train each pair, measure the layer, judge, and write the report."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Display
+
+from moe_kernels.shapes import FAMILIES, SIZES
+from moe_kernels.tools.common.errors import CHECK_FAILED, CommandError, MissingDependency, UsageError
+from moe_kernels.tools.common.files import write_json
+from moe_kernels.tools.common.runfile import dump_yaml
+from moe_kernels.tools.compare.adapter import adapter_made
+from moe_kernels.tools.compare.comparison import Analysis, Comparison, load, number_names, save
+from moe_kernels.tools.compare.environment import versions, with_commit
+from moe_kernels.tools.compare.experts_bench import measure_experts
+from moe_kernels.tools.compare.gpu import describe, visible_gpu
+from moe_kernels.tools.compare.plan import (
+    FOLDERS,
+    LONGEST_NAME,
+    Options,
+    Plan,
+    RunSpec,
+    label,
+    plan_family,
+    plan_files,
+)
+from moe_kernels.tools.compare.report import show_comparison, show_failures, write_report
+from moe_kernels.tools.compare.runner import (
+    Machine,
+    Progress,
+    RunResult,
+    claimed,
+    drop_old_tokens,
+    finished_result,
+    run_training,
+)
+
+REPORT_FOLDER = Path("artifacts") / "compare"
+
+
+class PreparationFailed(CommandError):
+    """`moe-kernels prepare` failed; it has printed why."""
+
+
+def compare(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="mixtral, qwen2-moe, deepseek-v3, all, or two Axolotl run files: BASELINE.yml OPTIMIZED.yml."
+        ),
+    ] = None,
+    size: Annotated[str, typer.Option(help="1b, tiny, or auto: 1b with a GPU, tiny without.")] = "auto",
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of each run; the run file's own if left out.")
+    ] = None,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps at the start that give no times.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Run the pair this often, in turn: A B A B ...")] = 1,
+    noise: Annotated[
+        bool, typer.Option(help="Run the baseline once more, to know how far two equal runs differ.")
+    ] = True,
+    with_eager: Annotated[
+        bool, typer.Option("--with-eager", help="Also run the baseline with the eager loop over experts.")
+    ] = False,
+    router: Annotated[
+        bool, typer.Option(help="Record the load of every expert in the runs with moe-kernels, for the heat map.")
+    ] = True,
+    lora: Annotated[
+        int,
+        typer.Option(min=0, max=128, help="Train adapters of this rank on attention and experts, the rest frozen."),
+    ] = 0,
+    qlora: Annotated[
+        bool,
+        typer.Option("--qlora", help="With --lora: keep the frozen weights in 4 bits. Needs a GPU, bitsandbytes."),
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is finished already.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report.", show_default="artifacts/compare/NAME")
+    ] = None,
+    wandb: Annotated[str, typer.Option(help="offline, or online for those with an account.")] = "offline",
+    timeout: Annotated[
+        float, typer.Option(help="Minutes after which one training, or the layer's measurement, is stopped.")
+    ] = 30.0,
+    keep_weights: Annotated[
+        bool, typer.Option("--keep-weights", help="Keep the trained weights (2 GB a run).")
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Also exit with 1 where a speed or memory claim does not hold here."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run, and run nothing.")] = False,
+    report_only: Annotated[
+        bool,
+        typer.Option(
+            "--report-only",
+            help="Train nothing: merge finished reports. The targets are their folders or JSON files.",
+        ),
+    ] = False,
+) -> None:
+    """Train each model pair with and without the kernels, and write the side-by-side report.
+
+    Each run is a real `axolotl train` in a process of its own. What is missing (models, tokenizer, data) is
+    made first, offline. A finished run is not repeated unless its settings, a version or the kernels changed.
+
+    Exit codes: 0 the trainings ran, with the kernels, and the losses agree; 1 one of these does not hold;
+    2 wrong usage; 3 something is missing here.
+    """
+    console = Console(highlight=False)
+    names = targets or ["all"]
+    if report_only:
+        comparisons = [found for target in names for found in load(Path(target))]
+        number_names(comparisons)
+        folder = out or REPORT_FOLDER / "-".join(found.label for found in comparisons)[:LONGEST_NAME]
+        _make_folder(folder)
+        for comparison in comparisons:
+            comparison.versions = with_commit(comparison.versions)
+            save(comparison, folder / f"{comparison.label}.json")
+        raise typer.Exit(_finish(comparisons, folder, strict, console))
+    if wandb not in ("offline", "online"):
+        raise UsageError(f"--wandb is offline or online, not {wandb!r}.")
+    device = visible_gpu()
+    if size not in ("auto", *SIZES):
+        raise UsageError(f"--size is auto, {' or '.join(SIZES)}, not {size!r}.")
+    if size == "1b" and device is None:
+        raise MissingDependency("The 1B models need an NVIDIA GPU and none is visible. Cure: --size tiny.")
+    if qlora and (not lora or device is None):
+        raise UsageError("--qlora needs --lora and an NVIDIA GPU: Axolotl makes 4-bit experts on a GPU alone.")
+    options = Options(
+        size=("1b" if device else "tiny") if size == "auto" else size,
+        steps=steps,
+        warmup_steps=warmup_steps,
+        repeats=repeats,
+        noise=noise,
+        with_eager=with_eager,
+        wandb=wandb,
+        router=router,
+        lora=lora,
+        qlora=qlora,
+    )
+    plans = make_plans(names, options)
+    folder = out or REPORT_FOLDER / (label("all", plans[0].size) if len(plans) > 1 else plans[0].label)
+    for plan in plans:
+        _show_plan(plan, dry_run, console)
+    if dry_run:
+        return
+    _make_folder(folder)
+    machine = Machine(
+        device=device,
+        gpu=describe(device),
+        versions=versions(),
+        wandb=wandb,
+        timeout_s=60 * timeout,
+        keep_weights=keep_weights,
+    )
+    comparisons = []
+    with _sigterm_as_interrupt(), ExitStack() as claims:
+        for plan in plans:  # all of them before anything is trained
+            claims.enter_context(claimed(plan.folder))
+        for plan in plans:
+            comparison = run_plan(plan, machine, fresh, console)
+            save(comparison, folder / f"{plan.label}.json")
+            comparisons.append(comparison)
+            show_comparison(Analysis(comparison), console)
+    raise typer.Exit(_finish(comparisons, folder, strict, console))
+
+
+def make_plans(names: list[str], options: Options) -> list[Plan]:
+    """What the targets of the command line ask for.
+
+    Raises:
+        UsageError: neither families nor two files.
+    """
+    from moe_kernels.tools.prepare import tiny_overrides
+
+    if len(names) == 2 and all(name.endswith((".yml", ".yaml")) for name in names):
+        return [plan_files(Path(names[0]), Path(names[1]), options)]
+    unknown = [name for name in names if name not in (*FAMILIES, "all")]
+    if unknown:
+        raise UsageError(
+            f"There is nothing called {', '.join(unknown)} to compare. "
+            f"Name {', '.join(FAMILIES)} or all, or a baseline and an optimised .yml file."
+        )
+    return [
+        plan_family(name, options, tiny_overrides(name) if options.size == "tiny" else None)
+        for name in (FAMILIES if "all" in names else dict.fromkeys(names))
+    ]
+
+
+def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Comparison:
+    """Make what is missing, run every training that is not finished, measure the layer."""
+    prepare_missing(plan, console)
+    drop_old_tokens(plan, machine)
+    comparison = Comparison(
+        name=plan.name,
+        size=plan.size,
+        warmup_steps=plan.warmup_steps,
+        yaml_diff=plan.yaml_diff,
+        files=[str(plan.runs[0].source), str(plan.runs[1].source)],
+        planned=[run.run_id for run in plan.runs],
+        command=shlex.join(["moe-kernels", *sys.argv[1:]]),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=machine.versions,
+        gpu=asdict(machine.gpu) if machine.gpu else None,
+        cpu=machine.cpu,
+    )
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    with Display(*columns, console=console) as display:
+        for run in plan.runs:
+            comparison.runs.append(_run(plan, run, machine, fresh, display))
+            if not console.is_terminal:
+                # Nobody sees the live display in a log file.
+                result = comparison.runs[-1]
+                console.print(
+                    f"{plan.name} {run.run_id}: {result.status}, {result.ended_at - result.started_at:.0f} s"
+                )
+        task = display.add_task(f"{plan.name} expert layer", total=1, note="starting")
+        comparison.experts = measure_experts(plan, machine, fresh, lambda line: display.update(task, note=line[:60]))
+        note = comparison.experts["error"] or comparison.experts.get("note") or "measured"
+        display.update(task, completed=1, note=note)
+    show_failures(comparison, console)
+    return comparison
+
+
+def _run(plan: Plan, run: RunSpec, machine: Machine, fresh: bool, display: Display) -> RunResult:
+    task = display.add_task(f"{plan.name} {run.run_id}", total=run.steps, note="starting")
+    stored = None if fresh else finished_result(run, machine)
+    if stored is not None:
+        display.update(task, completed=run.steps, note="finished before")
+        return stored
+
+    def show(progress: Progress) -> None:
+        note = f"{progress.phase}, loss {progress.loss}" if progress.loss else progress.phase
+        display.update(task, completed=progress.step, note=note)
+
+    result = run_training(run, machine, show)
+    display.update(task, note="finished" if not result.error else f"[red]failed[/red], see {result.log}")
+    return result
+
+
+def prepare_missing(plan: Plan, console: Console) -> None:
+    """Make a missing model or data set, in a process of its own so that the GPU is free afterwards."""
+    if plan.family is None:
+        return
+    config = plan.runs[0].config
+    data = [Path(dataset["path"]) for dataset in config["datasets"]]
+    if not ((Path(config["base_model"]) / "config.json").is_file() and all(path.exists() for path in data)):
+        console.print(f"Making {config['base_model']} and its data")
+        _make([sys.executable, "-m", "moe_kernels", "prepare", FAMILIES[plan.family].sizes[plan.size].name])
+    if config.get("lora_model_dir") and not adapter_made(config):
+        console.print(f"Making {config['lora_model_dir']}")
+        request = plan.folder / "adapter.json"
+        write_json(request, config)
+        _make([sys.executable, "-m", "moe_kernels.tools.compare.adapter", str(request)])
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the report's folder before anything is trained for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{folder} cannot be the report's folder: a file is in its place. Cure: --out.") from None
+
+
+def _make(command: list[str]) -> None:
+    if subprocess.run(command, check=False).returncode != 0:
+        raise PreparationFailed(f"{shlex.join(command)} failed, see above.")
+
+
+def _finish(comparisons: list[Comparison], folder: Path, strict: bool, console: Console) -> int:
+    analyses = [Analysis(comparison) for comparison in comparisons]
+    page = write_report(analyses, folder)
+    console.print(f"\nReport: {page} (also .md beside it; one .json for each comparison)", soft_wrap=True)
+    sound = all(analysis.sound for analysis in analyses)
+    contradicted = any(analysis.unconfirmed for analysis in analyses)
+    return 0 if sound and not (strict and contradicted) else CHECK_FAILED
+
+
+def _show_plan(plan: Plan, details: bool, console: Console) -> None:
+    console.print(f"[bold]{plan.name}[/bold] ({plan.size}), {plan.warmup_steps} warm-up steps, in this order:")
+    for run in plan.runs:
+        console.print(f"  {run.run_id}: {run.source}, {run.steps} steps", soft_wrap=True)
+    if not details:
+        return
+    console.print("  what differs between the two files:")
+    console.print(_indented(plan.yaml_diff), markup=False, soft_wrap=True)
+    console.print("  what is changed in them for this comparison:")
+    for run in plan.runs[:2]:
+        shown = {key: value for key, value in run.overrides.items() if key not in FOLDERS}
+        text = dump_yaml({run.role: shown} if shown else {run.role: f"nothing but {' and '.join(FOLDERS)}"})
+        console.print(_indented(text), markup=False, soft_wrap=True)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """`kill` and `timeout` end the running child like Ctrl-C does, instead of leaving it on the GPU."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

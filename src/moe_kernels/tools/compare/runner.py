@@ -1,0 +1,471 @@
+"""Runs one training as a subprocess of the real ``axolotl train``, watches it, and keeps what it left."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_kernels.telemetry.load import FILE_NAME, RouterHistory, read_history, thinned
+from moe_kernels.tools.common.errors import UsageError
+from moe_kernels.tools.common.files import locked, read_json, write_json
+from moe_kernels.tools.common.runfile import dump_yaml
+from moe_kernels.tools.compare.decode import Misfit, decode
+from moe_kernels.tools.compare.environment import NOT_FOR_OURS, NOT_FOR_STOCK, cpu_name, inputs, token_inputs
+from moe_kernels.tools.compare.gpu import Gpu, Sampler, Samples
+from moe_kernels.tools.compare.plan import ROLES, Plan, RunSpec, digest
+from moe_kernels.tools.compare.wandb_reader import NotAWandbRun, Row, find_run, read_run
+
+TRAINER: tuple[str, ...] = (sys.executable, "-m", "moe_kernels.tools.compare.trainer", "train")
+LAUNCHER: tuple[str, ...] = ("--launcher", "python")
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
+# The same allocator for every run; expandable segments keep fragmentation out of the memory figures.
+ALLOCATOR = "expandable_segments:True"
+# Of a comparison's folder: its tokenised data.
+TOKENISED = "prepared"
+POLL_S = 0.1
+KILL_AFTER_S = 10.0
+PR_SET_PDEATHSIG = 1
+TAIL_LINES = 40
+# Points in time of a router's history that a report keeps: more than a screen can show.
+ROUTER_RECORDS = 240
+
+FINISHED, FAILED = "finished", "failed"
+# What is read from the rows of the trainer's log, all of it numbers.
+LOGGED = {
+    "train/loss",
+    "train/grad_norm",
+    "train/tokens/trainable",
+    "train/tokens/train_per_sec_per_gpu",
+    "train/memory/max_allocated (GiB)",
+    "train/memory/max_active (GiB)",
+    "train/memory/device_reserved (GiB)",
+    "train/moe/expert_calls",
+}
+
+_STEP = re.compile(r"\{'loss': '?([-+.\w]+)'?")
+_TRAINER_STARTED = "Starting trainer"
+_EXPERTS_LINE = re.compile(r"moe-kernels compare: the experts run on (.+)")
+_PLUGIN_LINE = re.compile(r"moe_kernels: backend=.*")
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_ERROR = re.compile(
+    r"^(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b.*|.*\b(CUDA out of memory|Killed)\b.*|.*\[ERROR\].*"
+)
+
+
+@dataclass
+class RunResult:
+    """One training as it was run, raw: nothing is judged or averaged here.
+
+    Attributes:
+        run_id, role: as in the plan.
+        status: ``"finished"`` or ``"failed"``.
+        command: what was run.
+        config: the derived YAML, and ``overrides`` what differs from the user's ``source``.
+        started_at: Unix seconds; ``trainer_started_at`` when Axolotl began to train, ``ended_at`` at its end.
+        exit_code: the trainer's; None where it was stopped by the time limit.
+        rows: W&B history rows of training steps.
+        samples: NVML samples.
+        wandb: project, run id, name and file of the offline run.
+        plugin_line: what the plugin said about the first step; empty for stock kernels.
+        experts: what ran the experts in the first step, as the trainer found it; empty where it did not say.
+        error: the last meaningful line of a failed run, and ``tail`` the end of its log; else empty.
+        fingerprint: hash of all that the run depended on.
+        router: load of every expert over time, from the plugin's telemetry; empty without it.
+    """
+
+    run_id: str
+    role: str
+    status: str
+    command: list[str]
+    source: str
+    config: dict[str, Any]
+    overrides: dict[str, Any]
+    uses_kernels: bool
+    log: str
+    started_at: float = 0.0
+    trainer_started_at: float | None = None
+    ended_at: float = 0.0
+    exit_code: int | None = None
+    rows: list[Row] = field(default_factory=list)
+    samples: Samples = field(default_factory=Samples)
+    wandb: dict[str, str] = field(default_factory=dict)
+    plugin_line: str = ""
+    experts: str = ""
+    error: str = ""
+    tail: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    router: RouterHistory = field(default_factory=RouterHistory)
+
+    def check(self) -> None:
+        """Raise Misfit where the parts do not belong together."""
+        if self.role not in ROLES or self.status not in (FINISHED, FAILED):
+            raise Misfit(f"{self.run_id} has the role {self.role!r:.40} and the status {self.status!r:.40}")
+        if self.status == FINISHED and not self.rows:
+            raise Misfit(f"{self.run_id} finished without a step")
+        self.samples.check()
+        self.router.check()
+        before = -math.inf
+        for index, row in enumerate(self.rows):
+            time_stamp = decode(float, row.get("_timestamp"), f"{self.run_id}: rows[{index}]._timestamp")
+            if not before < time_stamp < math.inf:
+                raise Misfit(f"{self.run_id}: rows[{index}]._timestamp does not rise")
+            before = time_stamp
+            if self.status == FINISHED:
+                decode(float, row.get("train/loss"), f"{self.run_id}: rows[{index}].train/loss")
+            for key in LOGGED & row.keys():
+                decode(float | None, row[key], f"{self.run_id}: rows[{index}].{key}")
+        for key in ("gradient_accumulation_steps", "micro_batch_size", "sequence_len"):
+            if self.config.get(key) is not None:
+                decode(int, self.config[key], f"{self.run_id}: config.{key}")
+
+
+@dataclass
+class Progress:
+    """Where a running training stands: what the live display shows."""
+
+    phase: str = "starting"
+    step: int = 0
+    loss: str = ""
+
+
+class LogReader:
+    """Follows a growing log: which step, which phase, what the plugin said."""
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self.trainer_started_at: float | None = None
+        self.plugin_line = ""
+        self.experts = ""
+        self._rest = ""
+
+    def feed(self, text: str) -> None:
+        """Take in new text; progress bars end their lines with a carriage return."""
+        *lines, self._rest = re.split(r"[\r\n]", self._rest + text)
+        for line in lines:
+            self._line(_ESCAPES.sub("", line))
+
+    def _line(self, line: str) -> None:
+        if _TRAINER_STARTED in line and self.trainer_started_at is None:
+            self.trainer_started_at = time.time()
+            self.progress.phase = "compiling and first step"
+        elif "Loading dataset" in line or "Loading raw datasets" in line:
+            self.progress.phase = "tokenising"
+        elif "Loading model" in line or "Loading weights" in line or "loaders.model" in line:
+            self.progress.phase = "loading the model"
+        elif "Training completed" in line:
+            self.progress.phase = "saving"
+        if match := _STEP.search(line):
+            self.progress.step += 1
+            self.progress.loss = match.group(1)
+            self.progress.phase = "training"
+        if match := _EXPERTS_LINE.search(line):
+            self.experts = match.group(1).strip()
+        if match := _PLUGIN_LINE.search(line):
+            self.plugin_line = self.plugin_line or match.group(0).strip()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What every run of a comparison shares.
+
+    ``device`` names one GPU, and ``gpu`` says what it is; None leaves to the trainer what it sees. ``launcher``: how
+    Axolotl starts processes.
+    """
+
+    device: str | None
+    versions: dict[str, str]
+    gpu: Gpu | None = None
+    cpu: str = field(default_factory=cpu_name)
+    wandb: str = "offline"
+    timeout_s: float = 1800.0
+    keep_weights: bool = False
+    trainer: Sequence[str] = TRAINER
+    launcher: Sequence[str] = LAUNCHER
+
+    def identity(self, ignored: Sequence[str]) -> list[Any]:
+        """What a measurement here depends on, but for the versions ``ignored``: another GPU is another machine."""
+        versions = {name: version for name, version in self.versions.items() if name not in ignored}
+        return [versions, asdict(self.gpu) if self.gpu else self.device, self.cpu]
+
+
+def fingerprint(run: RunSpec, machine: Machine) -> str:
+    """Hash of what a run depends on; what only our kernels depend on counts only for a run that uses them."""
+    ignored = NOT_FOR_OURS if run.uses_kernels else NOT_FOR_STOCK
+    return digest(run.config, machine.identity(ignored), inputs(run.config))
+
+
+def finished_result(run: RunSpec, machine: Machine) -> RunResult | None:
+    """The stored result of this very run, or None where it must be run."""
+    path = run.folder / "result.json"
+    if not path.is_file():
+        return None
+    try:
+        result = decode(RunResult, read_json(path))
+        result.check()
+    except ValueError:
+        # Of another version, or damaged: the training runs again.
+        return None
+    return result if result.fingerprint == fingerprint(run, machine) else None
+
+
+def environment(run: RunSpec, machine: Machine) -> dict[str, str]:
+    """The child's environment: the caller's, offline, W&B inside the run's folder, one GPU."""
+    env = {**os.environ, **OFFLINE}
+    env.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
+    env["WANDB_MODE"] = machine.wandb
+    env["WANDB_DIR"] = str(run.folder.resolve())
+    if machine.wandb == "offline":
+        env["WANDB_SILENT"] = "true"
+    if machine.device is not None:
+        # With several GPUs visible, one process would split the model over them.
+        env["CUDA_VISIBLE_DEVICES"] = machine.device
+    return env
+
+
+def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None]) -> RunResult:
+    """Run one training and return what it left; ``result.json`` is written last, and only on success.
+
+    Ctrl-C ends the child and is raised again. A failing trainer is a result with ``status == "failed"``.
+    """
+    if run.folder.exists():
+        shutil.rmtree(run.folder)
+    run.folder.mkdir(parents=True)
+    derived, log = run.folder / "derived.yml", run.folder / "train.log"
+    prepared = tokens_folder(run, machine)
+    _drop_half_tokenised(prepared)
+    own = {"dataset_prepared_path": str(prepared)}
+    config = {**run.config, **own}
+    derived.write_text(dump_yaml(config))
+    command = [*machine.trainer, str(derived), *machine.launcher]
+    shown = ["python" if part == sys.executable else part for part in command]
+    result = RunResult(
+        run_id=run.run_id,
+        role=run.role,
+        status=FAILED,
+        command=shown,
+        source=str(run.source),
+        config=config,
+        overrides={**run.overrides, **own},
+        uses_kernels=run.uses_kernels,
+        log=str(log),
+        fingerprint=fingerprint(run, machine),
+        versions=machine.versions,
+    )
+    reader = LogReader()
+
+    def feed(text: str) -> None:
+        reader.feed(text)
+        show(reader.progress)
+
+    result.started_at = time.time()
+    with Sampler(machine.device) as sampler:
+        result.exit_code = run_command(command, environment(run, machine), log, machine.timeout_s, feed)
+    result.ended_at = time.time()
+    result.trainer_started_at, result.plugin_line = reader.trainer_started_at, reader.plugin_line
+    result.experts = reader.experts
+    result.samples = sampler.samples
+    _collect(run, result, machine)
+    if not machine.keep_weights:
+        for weights in (run.folder / "output").rglob("*.safetensors"):
+            weights.unlink()
+    if result.status == FINISHED:
+        write_json(run.folder / "result.json", asdict(result))
+    return result
+
+
+def tokens_folder(run: RunSpec, machine: Machine) -> Path:
+    """Where a run's tokenised data is kept: inside its comparison's folder, which one process at a time works in.
+
+    Runs of equal data share it. Axolotl itself finds tokens by names and settings, also those of files changed since.
+    """
+    tools = [machine.versions.get(name) for name in ("axolotl", "transformers")]
+    return run.folder.parent / TOKENISED / digest(token_inputs(run.config), tools)
+
+
+def drop_old_tokens(plan: Plan, machine: Machine) -> None:
+    """Remove what this comparison tokenised of other data, or with other settings."""
+    wanted = {tokens_folder(run, machine) for run in plan.runs}
+    for folder in set((plan.folder / TOKENISED).glob("*")) - wanted:
+        shutil.rmtree(folder)
+
+
+def _drop_half_tokenised(prepared: Path) -> None:
+    """Remove tokenised data that a killed run left half written.
+
+    Axolotl takes whatever is there for whole. `datasets` writes dataset_info.json last.
+    """
+    for arrow in {path.parent for path in prepared.glob("*/*.arrow")}:
+        if not (arrow / "dataset_info.json").is_file():
+            shutil.rmtree(arrow)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes of this command out of a folder of runs.
+
+    Raises:
+        UsageError: another one is at work there.
+    """
+
+    def refuse() -> None:
+        raise UsageError(
+            f"Another `moe-kernels compare` is at work in {folder}. "
+            "Cure: wait until it has ended, or start this one from another current directory."
+        )
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, so that removing the folder leaves the lock.
+    with locked(folder.with_name(f".{folder.name}.lock"), refuse):
+        yield
+
+
+def run_command(
+    command: Sequence[str],
+    env: dict[str, str],
+    log: Path,
+    timeout_s: float,
+    feed: Callable[[str], object],
+) -> int | None:
+    """Run a command until it ends or its time is up (None); its output goes to ``log`` and, as it comes, to ``feed``.
+
+    Whatever ends this process, or is raised here, ends the command too.
+    """
+    end = time.monotonic() + timeout_s
+    with log.open("wb") as sink, log.open("rb") as source:
+        # A session of its own, so that the trainer's own children end with it.
+        child = subprocess.Popen(
+            command,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+        try:
+            while child.poll() is None and time.monotonic() < end:
+                time.sleep(POLL_S)
+                feed(source.read().decode(errors="replace"))
+            stopped = child.poll() is None
+        finally:
+            _end(child)
+        feed(source.read().decode(errors="replace") + "\n")
+    return None if stopped else child.returncode
+
+
+def _end_with_parent() -> None:
+    """In the child: have Linux end it when this process is killed, so that no training goes on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child and whatever it started; nothing happens where it ended by itself."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        if child.poll() is not None:
+            return
+        os.killpg(child.pid, sign)
+        try:
+            child.wait(KILL_AFTER_S)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _collect(run: RunSpec, result: RunResult, machine: Machine) -> None:
+    """Fill in the W&B history, decide whether the run finished, and keep the log's end where it did not."""
+    problem = _read_wandb(run, result) or _read_router(run, result)
+    tail = log_tail(Path(result.log))
+    if result.exit_code != 0:
+        result.error = why_ended("the trainer", result.exit_code, tail, machine)
+    elif len(result.rows) < run.steps:
+        result.error = (
+            f"W&B holds {len(result.rows)} of {run.steps} steps. "
+            "Cure: the YAML file needs logging_steps: 1 and a wandb_project."
+        )
+    elif problem:
+        result.error = problem
+    else:
+        result.status = FINISHED
+        return
+    result.tail = tail
+
+
+def _read_wandb(run: RunSpec, result: RunResult) -> str:
+    """Fill in the W&B history; what is wrong with it, or nothing."""
+    found = find_run(run.folder)
+    if found is None:
+        return ""
+    try:
+        offline = read_run(found)
+    except NotAWandbRun as error:
+        return str(error)
+    # The row that sums up the training carries no loss of a step.
+    result.rows = [row for row in offline.history if "train/loss" in row]
+    result.wandb = {
+        "project": offline.project,
+        "id": offline.run_id,
+        "name": offline.name,
+        "file": str(found),
+        "complete": "no, the file ends early" if offline.truncated else "yes",
+    }
+    try:
+        result.check()
+    except Misfit as error:
+        result.rows = []
+        return f"the W&B history is damaged: {error}"
+    return ""
+
+
+def _read_router(run: RunSpec, result: RunResult) -> str:
+    """Fill in what the telemetry wrote, if it was on; what is wrong with it, or nothing."""
+    path = Path(run.config["output_dir"], FILE_NAME)
+    if not path.is_file():
+        return ""
+    try:
+        result.router = thinned(read_history(path), ROUTER_RECORDS)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def why_ended(what: str, exit_code: int | None, tail: Sequence[str], machine: Machine) -> str:
+    """Why a command that :func:`run_command` ran gave another exit code than 0."""
+    if exit_code is None:
+        return f"stopped after the time limit of {machine.timeout_s:.0f} s (--timeout sets it)"
+    if exit_code < 0:
+        return f"{what} was ended by {signal.Signals(-exit_code).name}, as the system does where memory runs out"
+    return last_error(tail) or f"{what} ended with exit code {exit_code}"
+
+
+def log_tail(log: Path) -> list[str]:
+    """The last lines of a log."""
+    text = _ESCAPES.sub("", log.read_text(errors="replace"))
+    return [line for line in re.split(r"[\r\n]+", text) if line.strip()][-TAIL_LINES:]
+
+
+def last_error(tail: Sequence[str]) -> str:
+    """The last line of a log that says what went wrong; empty where none does."""
+    for line in reversed(tail):
+        if _ERROR.match(line):
+            return line.strip()
+    return ""

@@ -1,0 +1,54 @@
+"""``axolotl`` as it is, and one line in its log that says what the experts of the model really ran on.
+
+Run as ``python -m moe_kernels.tools.compare.trainer train CONFIG.yml --launcher python``. A run file does not tell:
+plugins choose an implementation of their own, or replace the class, and then the model's config still names another
+one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.cli.main import main  # first: it sets what later imports read
+from transformers import TrainerCallback, trainer
+
+from moe_kernels.integrations.dispatch import dispatches, runs_on
+
+LINE = "moe-kernels compare: the experts run on "
+
+
+class ExpertsRecorder(TrainerCallback):
+    """Prints, after the first step, what ran the experts that were called in it."""
+
+    def __init__(self) -> None:
+        self.called: set[str] = set()
+        self.hooks: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        for module in model.modules():
+            if (name := implementation(module)) is None:
+                continue
+            if args.torch_compile:  # whose graphs a hook would change
+                self.called.add(name)
+            else:
+                self.hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.called.add(name)))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1 and state.is_world_process_zero:
+            print(LINE + (", ".join(sorted(self.called)) or "no experts module"), flush=True)
+        while self.hooks:
+            self.hooks.pop().remove()
+
+
+def implementation(module: Any) -> str | None:
+    """What runs ``module`` if it holds the weights of all experts of a layer, else None."""
+    if dispatches(type(module)) is not None:
+        return runs_on(module)
+    weights = [module._parameters.get(name) for name in ("gate_up_proj", "up_proj")]
+    return type(module).__name__ if any(weight is not None and weight.dim() == 3 for weight in weights) else None
+
+
+if __name__ == "__main__":
+    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
+    callbacks.append(ExpertsRecorder)
+    main()

@@ -1,0 +1,108 @@
+"""``moe-kernels prepare``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from moe_kernels.shapes import FAMILIES, SIZES
+from moe_kernels.tools.common.errors import UsageError
+from moe_kernels.tools.common.network import go_online
+from moe_kernels.tools.common.options import MAX_SEED
+from moe_kernels.tools.prepare.cache import in_turn
+from moe_kernels.tools.prepare.models import prepare_model
+from moe_kernels.tools.prepare.text import BUILDERS, prepare_data
+
+
+def wanted(models: list[str], size: str | None) -> list[tuple[str, str]]:
+    """Families and sizes of the models that a user names, each once.
+
+    Args:
+        models: ``mixtral-1b``, ``mixtral-tiny``, ``mixtral`` (its 1b) or ``all`` (the three 1b).
+        size: takes the place of the sizes in the names, unless it is None.
+
+    Raises:
+        UsageError: a name or a size is unknown.
+    """
+    if size is not None and size not in SIZES:
+        raise UsageError(f"There is no size {size!r}. Name one of {', '.join(SIZES)}.")
+    known = {f"{family}-{each}": [(family, each)] for family in FAMILIES for each in SIZES}
+    known |= {family: [(family, "1b")] for family in FAMILIES}
+    known["all"] = [(family, "1b") for family in FAMILIES]
+    if unknown := [model for model in models if model not in known]:
+        raise UsageError(f"There is no model {unknown[0]!r}. Name one of {', '.join(known)}.")
+    pairs = [(family, size or each) for model in models for family, each in known[model]]
+    return [*dict.fromkeys(pairs)]
+
+
+def prepare(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="mixtral-1b, qwen2-moe-1b, deepseek-v3-1b, or all; -tiny for a CPU."),
+    ],
+    size: Annotated[
+        str | None,
+        typer.Option(help="1b (for a GPU, 2 GB each) or tiny (for a CPU, 3 MB each).", show_default="1b"),
+    ] = None,
+    root: Annotated[Path, typer.Option(help="Folder that gets artifacts/.")] = Path(),
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Train on this instead of the Python standard library: a .jsonl, .json, .txt or .parquet "
+            "file, or a Hugging Face data set as NAME or NAME:CONFIGURATION."
+        ),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Column of the data set that holds the text.")] = "text",
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of the weights; a finished model of another seed is made again.",
+            show_default="0",
+            min=0,
+            max=MAX_SEED,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Make again what is there already.")] = False,
+) -> None:
+    """Make the models, the tokenizer and the data that the run files of configs/moe name.
+
+    MODELS are mixtral-1b, qwen2-moe-1b, deepseek-v3-1b, or all; -tiny for a CPU.
+
+    Nothing is downloaded unless --dataset names a Hugging Face data set.
+
+    What is finished is kept: a command that was stopped goes on where it was.
+    """
+    todo = wanted(models, size)
+    if dataset is not None and Path(dataset).suffix not in BUILDERS:
+        go_online()
+    # transformers' own progress bars would break ours; it reads this when it is imported, further down.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    console = Console()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=len(todo) + 1)
+
+        def report(message: str) -> None:
+            progress.update(task, description=message)
+            console.print(message, highlight=False, soft_wrap=True)
+
+        with in_turn(root / "artifacts", report):
+            data = prepare_data(root, dataset, text_field=text_field, force=force, report=report)
+            progress.advance(task)
+            for family, model_size in todo:
+                prepare_model(family, model_size, root, seed, force=force, report=report)
+                progress.advance(task)
+    if dataset is not None:
+        console.print(f"To train on it, set in the run file, under datasets: path: {data}", soft_wrap=True)
