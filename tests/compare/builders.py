@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_kernels.tools.compare.comparison import Comparison
-from moe_kernels.tools.compare.gpu import Samples
+from moe_kernels.tools.compare.gpu import Gpu, Samples
 from moe_kernels.tools.compare.runner import RunResult
 
 STEPS, WARMUP, START = 40, 10, 1_700_000_000.0
@@ -145,7 +145,7 @@ def comparison(**changes: Any) -> Comparison:
         "command": "moe-kernels compare mixtral",
         "created": "2026-01-01T00:00:00+00:00",
         "versions": {"python": "3.12", "torch": "2.11"},
-        "gpu": {"name": "NVIDIA H200", "driver": "580", "memory_gib": 140.0},
+        "gpu": Gpu("NVIDIA H200", "580", 140.0),
         "cpu": "a processor",
         "runs": runs,
         "experts": experts(),

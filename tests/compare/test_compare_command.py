@@ -163,9 +163,9 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing() -> None:
     [
         (("llama",), 2, "There is nothing called llama to compare"),
         (("a.yml", "nothing.yml", "--steps", "20"), 2, "There is no file"),
-        (("mixtral", "--size", "7b"), 2, "--size is auto, 1b or tiny"),
+        (("mixtral", "--size", "7b"), 2, "--size 7b: choose from auto, 1b, tiny"),
         (("mixtral", "--size", "1b"), 3, "need an NVIDIA GPU"),
-        (("mixtral", "--wandb", "on"), 2, "--wandb is offline or online"),
+        (("mixtral", "--wandb", "on"), 2, "--wandb on: choose from offline, online"),
         (("mixtral", "--steps", "5", "--dry-run"), 2, "leave nothing to time"),
         (("all", "llama", "--dry-run"), 2, "There is nothing called llama to compare"),
         (

@@ -56,9 +56,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 
 def sampled(device: str | None = "0") -> gpu.Samples:
-    with gpu.Sampler(device) as sampler:
+    with gpu.sampled(device) as samples:
         time.sleep(0.3)
-    return sampler.samples
+    return samples
 
 
 def test_samples_and_counters(driver: dict[str, object]) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -233,7 +233,7 @@ def test_pages_escape_what_they_show(
     hostile.experts["error"] = words[3]
     hostile.experts["measurements"][0] |= {"ok": False, "note": words[4], "dtype": words[5]}
     assert hostile.gpu is not None
-    hostile.gpu["name"] = words[6]
+    hostile.gpu = replace(hostile.gpu, name=words[6])
     report.write_report([Analysis(hostile)], folder)
     after = structure((folder / "report.html").read_text())
     assert after.tags <= before.tags | {"section", "ul", "li", "p", "nav"}

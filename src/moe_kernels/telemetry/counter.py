@@ -1,4 +1,4 @@
-"""Counts what each expert of a model is given, on the device, without waiting for it."""
+"""Counts the rows of each expert of a model on the device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from moe_kernels.integrations.transformers import experts_modules
 from moe_kernels.telemetry.load import Loads
 
-# Names under which model configurations keep the number of routed experts.
+# Keys of model configurations for the number of routed experts.
 _EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Histograms that are kept before they are added up: each is some kilobytes.
 _MOST = 32
@@ -25,33 +25,28 @@ _MOST = 32
 class _Layer:
     """One expert layer.
 
-    Attributes:
-        name: of the module.
-        experts: of the whole layer, on all ranks.
-        seen: ids that its experts function can be given: ``experts``, or this rank's own under transformers'
-            expert parallelism, which hands it ids of its own and one id for all others.
-        rows: tokens x K since the last reading, counted on the host from shapes.
-        counted: whether a call outside a backward pass was counted since then.
+    ``seen``: ids that its experts function can be given: ``experts``, or under transformers' expert parallelism those
+    of this rank, with one more id for all others.
     """
 
-    name: str
-    experts: int
+    name: str  # of the module
+    experts: int  # of the whole layer, on all ranks
     seen: int
-    rows: int = 0
-    counted: bool = False
+    rows: int = 0  # tokens x K since the last reading, counted on the host from shapes
+    counted: bool = False  # whether a call outside a backward pass was counted since then
 
 
 class RouterCounter:
     """Counts the routed rows of every expert of a model, once for each row that is trained on.
 
-    A hook of each experts module keeps the ids that the router gives it, whichever implementation runs the experts.
-    When every layer was called one histogram of all of them is made on the device: no copy to the host, no wait, and
-    few operations, for the host pays for each. Padding counts, for the experts work on it. Under ``torch.compile``
-    each layer costs a graph break.
+    A hook of each experts module keeps the router's ids, whichever implementation runs the experts. Once every layer
+    was called, one histogram of all of them is made on the device: no copy to the host, no wait, and few operations,
+    each of which costs host time. Padding counts: the experts compute it. Under ``torch.compile`` each layer costs a
+    graph break.
 
-    Calls in evaluation mode or without gradients (the reference of DPO) do not count. Nor does a call inside a
-    backward pass, a recomputation of gradient checkpointing, except in a layer whose first call was without
-    gradients: so works reentrant checkpointing, which therefore counts no layer that the backward does not reach.
+    Calls in evaluation mode or without gradients (the reference of DPO) do not count, nor do calls inside a backward
+    pass (recomputation by gradient checkpointing). Reentrant checkpointing calls a layer first without gradients:
+    then the call in the backward pass counts, so that a layer which the backward does not reach is not counted.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

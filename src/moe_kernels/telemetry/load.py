@@ -1,7 +1,7 @@
 """How a router spreads tokens over experts: the numbers of one layer, and the file of one training.
 
-The file holds JSON lines: a head for each start of the training, then records of what was given since the record
-before: when the trainer logged (not each time in a long training) or saved, and at its end.
+The file holds JSON lines: a head for each start of the training, then records, each of what was counted since the
+record before. A record is made when the trainer logs (in a long training not each time) or saves, and at the end.
 """
 
 from __future__ import annotations
@@ -25,15 +25,10 @@ MOST_ROWS = 2**63  # of one layer over a whole training: sums over records fit i
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """What one expert layer was given over some steps.
+    """The rows that one expert layer was given over some steps."""
 
-    Attributes:
-        tokens: routed rows of each expert; a token counts once for each expert it was sent to.
-        rows: tokens x K, those without an expert too (ids outside ``[0, E)``); less than ``MOST_ROWS``.
-    """
-
-    tokens: tuple[int, ...]
-    rows: int
+    tokens: tuple[int, ...]  # routed rows of each expert; a token counts once for each expert it was sent to
+    rows: int  # tokens x K, those without an expert too (ids outside [0, E)); less than MOST_ROWS
 
     @property
     def imbalance(self) -> float:
@@ -67,17 +62,11 @@ class LoadNumbers(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Loads:
-    """What several expert layers were given, all in one array: a training waits while it is looked at.
+    """The loads of several expert layers in one array, for speed: the training waits meanwhile."""
 
-    Attributes:
-        tokens: (sum of the layers' experts,) int64, routed rows of each expert, layer after layer.
-        experts: of each layer.
-        rows: of each layer, see :class:`LayerLoad`.
-    """
-
-    tokens: NDArray[np.int64]
-    experts: tuple[int, ...]
-    rows: tuple[int, ...]
+    tokens: NDArray[np.int64]  # (sum of the layers' experts,), routed rows of each expert, layer after layer
+    experts: tuple[int, ...]  # of each layer
+    rows: tuple[int, ...]  # of each layer, see LayerLoad
 
     @classmethod
     def of(cls, layers: Sequence[LayerLoad]) -> Loads:
@@ -122,25 +111,23 @@ def _first(experts: tuple[int, ...]) -> NDArray[np.int64]:
 
 @dataclass
 class RouterHistory:
-    """The router of one training over time.
+    """The router of one training over time."""
 
-    Attributes:
-        layers: names of the expert layers, in the order of the model.
-        experts: experts of each.
-        steps: the trainer's step at each record, rising.
-        tokens: for each record, for each layer, rows of each expert since the record before.
-        rows: for each record, for each layer, rows in all.
-    """
-
-    layers: list[str] = field(default_factory=list)
-    experts: list[int] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    tokens: list[list[list[int]]] = field(default_factory=list)
-    rows: list[list[int]] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)  # names of the expert layers, in the order of the model
+    experts: list[int] = field(default_factory=list)  # of each layer
+    steps: list[int] = field(default_factory=list)  # the trainer's step at each record, rising
+    tokens: list[list[list[int]]] = field(
+        default_factory=list
+    )  # [record][layer][expert]: rows since the record before
+    rows: list[list[int]] = field(default_factory=list)  # [record][layer]: rows in all
 
     def load(self, record: int, layer: int) -> LayerLoad:
         """The numbers of one layer at one record."""
         return LayerLoad(tuple(self.tokens[record][layer]), self.rows[record][layer])
+
+    def of_layer(self, layer: int) -> list[LayerLoad]:
+        """The numbers of one layer at every record."""
+        return [self.load(record, layer) for record in range(len(self.steps))]
 
     def sum(self, layer: int, first: int = 0, last: int | None = None) -> LayerLoad:
         """The numbers of one layer over the records from ``first`` to before ``last``."""
@@ -158,9 +145,9 @@ class RouterHistory:
 
 
 def head(layers: Sequence[str], experts: Sequence[int], from_step: int) -> str:
-    """What a training starts with; one that resumes writes it again, with the step it resumes from.
+    """The line that a training starts with; one that resumes writes it again, with the step it resumes from.
 
-    It begins a line of its own, even where a kill cut the line before it.
+    It begins with a newline: a kill may have cut the line before it.
     """
     return "\n" + _line({"schema": SCHEMA, "from_step": from_step, "layers": [*layers], "experts": [*experts]})
 
@@ -172,7 +159,7 @@ def record(step: int, loads: Iterable[LayerLoad]) -> str:
 
 
 def read_history(path: Path) -> RouterHistory:
-    """What a training wrote so far. The last line of a start may be cut off, by a kill or a full disk.
+    """What a training wrote so far. The last line before a start or the end may be cut off.
 
     Raises:
         ValueError: the file is no router history, is damaged, or holds records that do not fit its layers.
@@ -181,7 +168,7 @@ def read_history(path: Path) -> RouterHistory:
 
 
 def thinned(history: RouterHistory, most: int) -> RouterHistory:
-    """At most ``most`` records: the steps are cut into so many parts, and what ends in the same part is added up."""
+    """At most ``most`` records: the steps are cut into so many parts, and records that end in one part are added."""
     if len(history.steps) <= most:
         return history
     part = [most * (step - 1) // history.steps[-1] for step in history.steps]
@@ -230,7 +217,7 @@ def _parsed(data: bytes, where: str) -> RouterHistory:
 
 
 def _start(history: RouterHistory, entry: dict[str, Any]) -> None:
-    """Take in a head: what was recorded after the step that a training resumes from is trained again."""
+    """Take in a head: drop the records after the step that the training resumes from."""
     same = (history.layers, history.experts) == (entry["layers"], entry["experts"])
     kept = sum(step <= entry["from_step"] for step in history.steps) if same else 0
     history.layers, history.experts = entry["layers"], entry["experts"]
@@ -238,35 +225,28 @@ def _start(history: RouterHistory, entry: dict[str, Any]) -> None:
 
 
 def _is_head(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and entry.get("schema") == SCHEMA
-        and _count(entry.get("from_step"))
-        and isinstance(entry.get("layers"), list)
-        and all(isinstance(name, str) for name in entry["layers"])
-        and _counts(entry.get("experts"), len(entry["layers"]))
-        and all(entry["experts"])
-    )
+    match entry:
+        case {"schema": str(schema), "from_step": step, "layers": [*layers], "experts": [*experts]}:
+            named = len(layers) == len(experts) and all(isinstance(name, str) for name in layers)
+            return schema == SCHEMA and named and _are_counts([step, *experts]) and all(experts)
+    return False
 
 
 def _is_record(entry: Any, experts: Sequence[int]) -> bool:
-    return (
-        isinstance(entry, dict)
-        and _count(entry.get("step"))
-        and isinstance(entry.get("tokens"), list)
-        and len(entry["tokens"]) == len(experts)
-        and all(_counts(tokens, number) for tokens, number in zip(entry["tokens"], experts, strict=True))
-        and _counts(entry.get("rows"), len(experts))
-        and all(sum(tokens) <= rows for tokens, rows in zip(entry["tokens"], entry["rows"], strict=True))
-    )
+    match entry:
+        case {"step": step, "tokens": [*tokens], "rows": [*rows]} if len(tokens) == len(rows) == len(experts):
+            return _are_counts([step, *rows]) and all(
+                isinstance(of_layer, list)
+                and len(of_layer) == number
+                and _are_counts(of_layer)
+                and sum(of_layer) <= row
+                for of_layer, number, row in zip(tokens, experts, rows, strict=True)
+            )
+    return False
 
 
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_ROWS
-
-
-def _counts(values: Any, length: int) -> bool:
-    return isinstance(values, list) and len(values) == length and all(_count(value) for value in values)
+def _are_counts(values: Sequence[Any]) -> bool:
+    return all(type(value) is int and 0 <= value < MOST_ROWS for value in values)
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the routers of a training do: into the trainer's log, and into a file of the run."""
+"""Writes how the routers of a training load the experts into the trainer's log and into a file of the run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from moe_kernels.telemetry.counter import RouterCounter
 from moe_kernels.telemetry.load import Loads
 
 LOG = get_logger(__name__)
-#: Between two writings: what a killed training loses of its records, at most, since its last checkpoint.
+#: Between two writes to the file: the records that a killed training loses at most.
 SECONDS = 5.0
-#: A record covers at least a hundredth of the steps until then: many would take gigabytes, and time.
+#: A record covers at least one in so many of the steps before it: a record a step would take gigabytes.
 FINEST = 100
 
 
 class RouterCallback(TrainerCallback):
     """Reads the counters when the trainer logs or saves, and at no other step: reading waits for the device.
 
-    What goes into the trainer's log is what was counted since the log before, whatever was saved in between. The file
-    gets a record at each log of the first 100 steps, at fewer later (``FINEST``), and at each save.
+    The trainer's log gets what was counted since its last log, whatever was saved in between. The file gets a record
+    at each log of the first 100 steps, at fewer later (``FINEST``), and at each save.
     """
 
     def __init__(self, trainer: Any, counter: RouterCounter, folder: str, each_layer: bool) -> None:
@@ -42,7 +42,7 @@ class RouterCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not hasattr(self.trainer, "store_metrics"):
             LOG.warning(f"moe_kernels: this trainer keeps no metrics of callbacks; router telemetry: {self.file}")
-        self.counter.open()  # the end of a training before closed it
+        self.counter.open()  # the end of an earlier training closed it
         self.unlogged = self.unrecorded = None
         self.read_at = self.recorded_at = state.global_step
         layers = self.counter.layers
@@ -62,7 +62,7 @@ class RouterCallback(TrainerCallback):
     on_epoch_end = on_step_end  # logging_strategy: epoch
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Here the device is busy with gradients. At the end of a step, once it was read from, it has nothing to do.
+        # Here the device is busy with gradients; at the end of a step it would wait.
         if time.monotonic() - self.written >= SECONDS:
             self._write_records(state)
 
@@ -128,7 +128,7 @@ def metrics(loads: Loads, each_layer: bool) -> dict[str, float]:
 
 
 def idle_balancing(model: torch.nn.Module) -> str | None:
-    """Why the load-balancing loss that the model's configuration names is not trained on; None where all is well."""
+    """A warning where the configuration has a load-balancing loss that is not trained on, else None."""
     if not hasattr(model, "config"):
         return None
     config = model.config.get_text_config()

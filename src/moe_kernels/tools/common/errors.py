@@ -1,4 +1,4 @@
-"""Expected failures: the command prints the sentence and exits with the code; nobody sees a traceback."""
+"""Expected failures: the command prints the message, without a traceback, and exits with the code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CHECK_FAILED = 1
 WRONG_USAGE = 2
 MISSING = 3
 
-# Which extra brings a module that a command may find missing.
+# The extra that installs a module.
 EXTRAS: dict[str, str] = {
     "transformers": "transformers",
     "axolotl": "axolotl",
@@ -23,7 +23,7 @@ EXTRAS: dict[str, str] = {
 
 
 class CommandError(Exception):
-    """A failure that the user can understand and cure. The message says what is wrong and the cure."""
+    """A failure that the user can cure; the message says what is wrong and the cure."""
 
     exit_code = CHECK_FAILED
 
@@ -40,10 +40,10 @@ class MissingDependency(CommandError, ImportError):
     exit_code = MISSING
 
 
-#: Ways in which a disk says that it holds no more, a quota and a file size limit among them.
+#: Errors of a full disk, a quota and a file size limit.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-#: What a path can be that is not what a command needs there.
+#: Errors of a wrong path, each with its cure.
 WRONG_PATH = {
     errno.EEXIST: "name a folder, or move away the file that is there",
     errno.ENOTDIR: "name a folder, or move away the file that is there",
@@ -55,7 +55,7 @@ WRONG_PATH = {
 
 
 def failed_io(error: OSError) -> CommandError | None:
-    """The sentence for a disk that is full or must not be written to, or for a path; None without one."""
+    """The failure to report where a disk is full or read-only or a path is wrong; None for other errors."""
     if error.errno in FULL:
         return MissingDependency(
             f"The disk is full: {error}. What was finished is kept. Cure: free some space, and run this again."
@@ -68,7 +68,7 @@ def failed_io(error: OSError) -> CommandError | None:
 
 
 def missing_module(error: ModuleNotFoundError) -> MissingDependency | None:
-    """The sentence for a missing optional package, or None where the package is none of an extra's."""
+    """The failure to report for a missing optional package, or None where no extra installs it."""
     package = (error.name or "").partition(".")[0]
     extra = EXTRAS.get(package)
     if extra is None:

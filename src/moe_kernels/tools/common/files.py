@@ -1,4 +1,4 @@
-"""Files that several processes share: written in one move, read with a cure, locked where two could write."""
+"""Files that several processes share: written atomically, read with a cure, locked where two could write."""
 
 from __future__ import annotations
 
@@ -21,52 +21,42 @@ from moe_kernels.tools.common.errors import UsageError
 
 logger = logging.getLogger("moe_kernels")
 
-# A file half written is left over by a killed process once it is so old; a writer may be on another host.
+# A half-written file of this age is left over from a killed process; a younger one may have a writer on another host.
 LEFT_OVER_S = 24 * 3600.0
-#: What a file system without locks says; some versions of filelock raise NotImplementedError for the second.
+#: Errors of a file system without locks; some versions of filelock raise NotImplementedError for the second.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, cure: str = "") -> Any:
     """What a JSON file holds.
 
     Raises:
-        UsageError: the file cannot be read, or is not JSON.
+        UsageError: the file cannot be read, or is not JSON; with the cure.
     """
+    ending = f": {cure}" if cure else ""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        raise UsageError(f"{path} cannot be read ({error}){ending}") from error
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, brackets without end
-        raise UsageError(f"{path} is not JSON: {error}") from error
+        raise UsageError(f"{path} is not JSON ({error}){ending}") from error
 
 
-def read_object(file: Path, cure: str) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UsageError: it holds something else, with the cure.
-    """
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not JSON ({error}): {cure}") from None
+def read_object(path: Path, cure: str) -> dict[str, Any]:
+    """The JSON object in a file; raises like :func:`read_json`, also where the file holds something else."""
+    found = read_json(path, cure)
     if not isinstance(found, dict):
-        raise UsageError(f"{file} is not a result of this project: {cure}")
+        raise UsageError(f"{path} is not a result of this project: {cure}")
     return found
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON in one move, so that a reader sees a whole file or none.
-
-    JSON has no NaN: a number that is not finite becomes the string ``"nan"``, ``"inf"`` or ``"-inf"``, which
-    ``float()`` reads back.
-    """
+    """Write JSON atomically. A number that is not finite becomes ``"nan"``, ``"inf"`` or ``"-inf"``."""
     write_text(path, json.dumps(_finite(data), separators=(",", ":"), allow_nan=False))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in one move, so that a reader sees a whole file or none, or the one before."""
+    """Write a text atomically: a reader sees the whole file, or what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
         with suppress(FileNotFoundError):
@@ -74,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
                 old.unlink()
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
-        # A report may quote half a character, which no file can hold.
+        # A report may quote a lone surrogate, which UTF-8 cannot encode.
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError:
         part.unlink(missing_ok=True)
@@ -94,10 +84,10 @@ def _finite(data: Any) -> Any:
 
 @contextmanager
 def locked(file: Path, busy: Callable[[], object], patience_s: float = 0.0) -> Iterator[None]:
-    """Hold a lock on ``file``, which ends with this process, killed or not.
+    """Hold a lock on ``file``; it ends with this process, even where that is killed.
 
-    Where another process still has it after ``patience_s``, call ``busy``, which says so or raises, and then wait. A
-    file system without locks gets a warning, once, and no lock.
+    Where another process still holds it after ``patience_s``, call ``busy``, which says so or raises, then wait. On a
+    file system without locks there is none, and a warning, once.
     """
     lock = FileLock(file)
     try:

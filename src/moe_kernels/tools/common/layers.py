@@ -17,27 +17,19 @@ if TYPE_CHECKING:
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
 DEFAULT_TOKENS = 4096
 OVERRIDES = "overrides_of_model_config"
-# What a configuration with values that make no sense ends in, within transformers and torch.
+# What transformers and torch raise for a configuration whose values make no sense.
 NONSENSE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a run file, or a model alone, says of its expert layers.
+    """The expert layers of a run file, or of a model alone."""
 
-    Attributes:
-        model: folder of the model, or its name in the local Hugging Face cache.
-        tokens: of one micro-batch.
-        dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
-        lora_rank: of the adapters of the expert weights; 0 without.
-        overrides: of the model's configuration, as the run file sets them.
-    """
-
-    model: str
-    tokens: int = DEFAULT_TOKENS
-    dtype: str = "bf16"
-    lora_rank: int = 0
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    model: str  # its folder, or its name in the local Hugging Face cache
+    tokens: int = DEFAULT_TOKENS  # of one micro-batch
+    dtype: str = "bf16"  # or "fp16", "fp32"
+    lora_rank: int = 0  # of the adapters of the expert weights; 0 without
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # of the model's configuration, by the run file
 
 
 def read_target(path: Path) -> Target:

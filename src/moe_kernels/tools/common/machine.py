@@ -43,24 +43,26 @@ def package_version() -> str:
     return moe_kernels.__version__
 
 
-def commit() -> str | None:
-    """Git commit of the source tree this package is run from (with ``+changes``), or None outside a clone."""
+def _printed(*command: str) -> str | None:
+    """What a command prints, run in the folder of this file; None where it fails or is not there."""
     here = Path(__file__).resolve().parent
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        return subprocess.run(
+            command, cwd=here, capture_output=True, text=True, check=True, timeout=20
         ).stdout.strip()
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=here, capture_output=True, text=True, check=True, timeout=10,
-        ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return head + ("+changes" if changes else "")
+
+
+def commit() -> str | None:
+    """Git commit of the source tree this package is run from (with ``+changes``), or None outside a clone."""
+    head = _printed("git", "rev-parse", "HEAD")
+    changes = _printed("git", "status", "--porcelain", "--untracked-files=no")
+    return None if head is None or changes is None else head + ("+changes" if changes else "")
 
 
 def source_hash(patterns: Sequence[str] | None = None) -> str:
-    """A short hash of sources: without ``patterns``, of the kernels and of all that decides which of them runs."""
+    """A short hash of sources; without ``patterns``, of the kernels and of what chooses between them."""
     package = Path(moe_kernels.__file__).resolve().parent
     files = [file for pattern in patterns or KERNEL_SOURCES for file in _files(package, pattern)]
     if patterns is None:
@@ -80,14 +82,8 @@ def _files(root: Path, pattern: str) -> list[Path]:
 
 def driver_version() -> str | None:
     """Version of the NVIDIA driver, or None where there is none."""
-    try:
-        answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, check=True, timeout=20,
-        ).stdout.split()  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer[0] if answer else None
+    answer = _printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return answer.split()[0] if answer else None
 
 
 def tuned_tiles() -> str | None:
@@ -102,7 +98,7 @@ def tuned_tiles() -> str | None:
 
 
 def _program() -> str:
-    """How this process was started: one of benchmarks/*.py, or the command line tool."""
+    """The command of this process: one of benchmarks/*.py, or the command line tool."""
     script = Path(sys.argv[0])
     return f"python benchmarks/{script.name}" if script.parent.name == "benchmarks" else "moe-kernels"
 
@@ -126,7 +122,7 @@ def environment() -> dict[str, str | int | None]:
         "moe_kernels": package_version(),
         **versions,
         "commit": commit(),
-        # In a checkout with changes, and of files that git does not know, the commit says nothing.
+        # The commit says nothing about changed and untracked files.
         "sources": source_hash(),
         "bench_sources": source_hash(("tools/bench",)),
         "tuned_tiles": tuned_tiles(),

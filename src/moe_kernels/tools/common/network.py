@@ -1,4 +1,4 @@
-"""No command asks the network unless it is told to.
+"""No command uses the network unless it is told to.
 
 Packages that ours import do: bitsandbytes, imported by transformers, looks for kernels on huggingface.co.
 """

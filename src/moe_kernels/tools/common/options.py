@@ -1,4 +1,4 @@
-"""What options of several commands share: comma-separated names, the range of a seed, files of the project."""
+"""Shared by the options of several commands: comma-separated names, the range of a seed, files of the project."""
 
 from __future__ import annotations
 

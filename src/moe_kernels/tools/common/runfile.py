@@ -11,7 +11,7 @@ from moe_kernels.tools.common.errors import UsageError
 
 Config = dict[str, Any]
 
-# Read as numbers of a training; Axolotl itself checks the other keys.
+# Keys that must be numbers here; Axolotl itself checks the others.
 COUNTS = ("max_steps", "micro_batch_size", "sequence_len", "gradient_accumulation_steps")
 
 

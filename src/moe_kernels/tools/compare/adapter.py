@@ -2,7 +2,7 @@
 
 Run as ``python -m moe_kernels.tools.compare.adapter CONFIG.json``: the settings of a run, of which ``base_model``
 and the keys of :func:`moe_kernels.tools.compare.plan.lora_overrides` are read. The adapter is PEFT's own, seeded. B
-is drawn too: as zero it would hide, at the first step, whatever is wrong with it.
+is random too: a B of zeros would hide errors at the first step.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from moe_kernels.tools.prepare.cache import in_turn, replacing
 
 
 def adapter_made(config: Config) -> bool:
-    """Whether the adapter that a run starts from is there."""
+    """Whether the adapter that a run starts from exists."""
     return (Path(config["lora_model_dir"]) / "adapter_config.json").is_file()
 
 
 def make_adapter(config: Config) -> None:
-    """Write ``lora_model_dir``: an adapter of ``base_model`` as the other keys describe it."""
+    """Write ``lora_model_dir``: an adapter of ``base_model`` as the other keys describe it, unless it exists."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
 
-    if adapter_made(config):  # by another comparison, for which this one waited
+    if adapter_made(config):  # another comparison made it while this one waited for the lock
         return
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(

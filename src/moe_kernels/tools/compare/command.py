@@ -8,10 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from types import FrameType
+from textwrap import indent
 from typing import Annotated
 
 import typer
@@ -22,6 +21,7 @@ from rich.progress import Progress as Display
 from moe_kernels.shapes import FAMILIES, SIZES
 from moe_kernels.tools.common.errors import CHECK_FAILED, CommandError, MissingDependency, UsageError
 from moe_kernels.tools.common.files import write_json
+from moe_kernels.tools.common.options import one_of
 from moe_kernels.tools.common.runfile import dump_yaml
 from moe_kernels.tools.compare.adapter import adapter_made
 from moe_kernels.tools.compare.comparison import Analysis, Comparison, load, number_names, save
@@ -50,10 +50,6 @@ from moe_kernels.tools.compare.runner import (
 )
 
 REPORT_FOLDER = Path("artifacts") / "compare"
-
-
-class PreparationFailed(CommandError):
-    """`moe-kernels prepare` failed; it has printed why."""
 
 
 def compare(
@@ -98,8 +94,7 @@ def compare(
         bool, typer.Option("--keep-weights", help="Keep the trained weights (2 GB a run).")
     ] = False,
     strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Also exit with 1 where a speed or memory claim does not hold here."),
+        bool, typer.Option("--strict", help="Also exit with 1 where a speed or memory claim does not hold here.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run, and run nothing.")] = False,
     report_only: Annotated[
@@ -129,11 +124,9 @@ def compare(
             comparison.versions = with_commit(comparison.versions)
             save(comparison, folder / f"{comparison.label}.json")
         raise typer.Exit(_finish(comparisons, folder, strict, console))
-    if wandb not in ("offline", "online"):
-        raise UsageError(f"--wandb is offline or online, not {wandb!r}.")
+    one_of("wandb", wandb, ("offline", "online"))
+    one_of("size", size, ("auto", *SIZES))
     device = visible_gpu()
-    if size not in ("auto", *SIZES):
-        raise UsageError(f"--size is auto, {' or '.join(SIZES)}, not {size!r}.")
     if size == "1b" and device is None:
         raise MissingDependency("The 1B models need an NVIDIA GPU and none is visible. Cure: --size tiny.")
     if qlora and (not lora or device is None):
@@ -213,30 +206,22 @@ def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Com
         command=shlex.join(["moe-kernels", *sys.argv[1:]]),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=machine.versions,
-        gpu=asdict(machine.gpu) if machine.gpu else None,
+        gpu=machine.gpu,
         cpu=machine.cpu,
     )
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-    )
+    what, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (SpinnerColumn(), what, BarColumn(), MofNCompleteColumn(), note, TimeElapsedColumn())
     with Display(*columns, console=console) as display:
         for run in plan.runs:
             comparison.runs.append(_run(plan, run, machine, fresh, display))
             if not console.is_terminal:
                 # Nobody sees the live display in a log file.
-                result = comparison.runs[-1]
-                console.print(
-                    f"{plan.name} {run.run_id}: {result.status}, {result.ended_at - result.started_at:.0f} s"
-                )
+                done = comparison.runs[-1]
+                console.print(f"{plan.name} {run.run_id}: {done.status}, {done.ended_at - done.started_at:.0f} s")
         task = display.add_task(f"{plan.name} expert layer", total=1, note="starting")
         comparison.experts = measure_experts(plan, machine, fresh, lambda line: display.update(task, note=line[:60]))
-        note = comparison.experts["error"] or comparison.experts.get("note") or "measured"
-        display.update(task, completed=1, note=note)
+        said = comparison.experts["error"] or comparison.experts.get("note") or "measured"
+        display.update(task, completed=1, note=said)
     show_failures(comparison, console)
     return comparison
 
@@ -283,7 +268,7 @@ def _make_folder(folder: Path) -> None:
 
 def _make(command: list[str]) -> None:
     if subprocess.run(command, check=False).returncode != 0:
-        raise PreparationFailed(f"{shlex.join(command)} failed, see above.")
+        raise CommandError(f"{shlex.join(command)} failed, see above.")
 
 
 def _finish(comparisons: list[Comparison], folder: Path, strict: bool, console: Console) -> int:
@@ -302,26 +287,18 @@ def _show_plan(plan: Plan, details: bool, console: Console) -> None:
     if not details:
         return
     console.print("  what differs between the two files:")
-    console.print(_indented(plan.yaml_diff), markup=False, soft_wrap=True)
+    console.print(indent(plan.yaml_diff, "    "), markup=False, soft_wrap=True)
     console.print("  what is changed in them for this comparison:")
     for run in plan.runs[:2]:
         shown = {key: value for key, value in run.overrides.items() if key not in FOLDERS}
         text = dump_yaml({run.role: shown} if shown else {run.role: f"nothing but {' and '.join(FOLDERS)}"})
-        console.print(_indented(text), markup=False, soft_wrap=True)
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
+        console.print(indent(text, "    ").rstrip(), markup=False, soft_wrap=True)
 
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     """`kill` and `timeout` end the running child like Ctrl-C does, instead of leaving it on the GPU."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

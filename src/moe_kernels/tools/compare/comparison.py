@@ -1,37 +1,22 @@
-"""One comparison as it is stored: raw results; everything judged is computed from them again."""
+"""One comparison as it is stored: raw results, from which every verdict is computed again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt
 
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import read_json, write_json
 from moe_kernels.tools.common.runfile import precision
-from moe_kernels.tools.compare.decode import Misfit, decode
+from moe_kernels.tools.compare.decode import NO_OTHER_KEYS, Misfit, decode
 from moe_kernels.tools.compare.experts_bench import check_experts
 from moe_kernels.tools.compare.gpu import Gpu
-from moe_kernels.tools.compare.judge import (
-    CONFIRMED,
-    NOT_CONFIRMED,
-    Claim,
-    LossAgreement,
-    judge_claims,
-    judge_loss,
-    kernels_ran,
-)
-from moe_kernels.tools.compare.metrics import (
-    OURS,
-    RunMetrics,
-    Share,
-    SideMetrics,
-    experts_by_name,
-    run_metrics,
-    share,
-    side_metrics,
-)
+from moe_kernels.tools.compare.judge import CONFIRMED, NOT_CONFIRMED, Claim, judge_claims, judge_loss, kernels_ran
+from moe_kernels.tools.compare.metrics import OURS, experts_by_name, run_metrics, share, side_metrics
 from moe_kernels.tools.compare.plan import (
     BASELINE,
     EAGER,
@@ -44,44 +29,32 @@ from moe_kernels.tools.compare.plan import (
 from moe_kernels.tools.compare.runner import FINISHED, RunResult
 
 SCHEMA = "moe-kernels compare 1"
-# Ids of the page that no comparison may have.
+# Ids of the page that no comparison may take.
 RESERVED = ("how",)
 
 
 @dataclass
 class Comparison:
-    """Everything one comparison measured, raw.
+    """Everything one comparison measured, raw."""
 
-    Attributes:
-        name, size, warmup_steps, yaml_diff: as in the plan; ``planned`` are its run ids.
-        files: the two YAML files.
-        command: what the user typed; ``created`` when, ISO 8601 in UTC.
-        versions: Python, packages, commit and hash of our sources.
-        gpu: name, driver and memory; None on a CPU. ``cpu``: the processor.
-        runs: one result a training, those that failed too.
-        experts: the layer's own measurement (see ``experts_bench``).
-    """
+    __pydantic_config__ = NO_OTHER_KEYS
 
     name: str
     size: str
-    warmup_steps: int
+    warmup_steps: NonNegativeInt
     yaml_diff: str
-    files: list[str]
-    planned: list[str]
-    command: str
-    created: str
-    versions: dict[str, str]
-    gpu: dict[str, Any] | None
+    files: Annotated[list[str], Field(min_length=2, max_length=2)]  # the two YAML files
+    planned: list[str]  # run ids of the plan
+    command: str  # what the user typed
+    created: str  # ISO 8601 in UTC
+    versions: dict[str, str]  # Python, packages, commit and hash of our sources
+    gpu: Gpu | None  # None on a CPU
     cpu: str
-    runs: list[RunResult] = field(default_factory=list)
-    experts: dict[str, Any] = field(default_factory=dict)
+    runs: list[RunResult] = field(default_factory=list)  # those that failed too
+    experts: dict[str, Any] = field(default_factory=dict)  # the layer's own measurement (see experts_bench)
 
     def check(self) -> None:
-        """Raise Misfit where the parts do not belong together."""
-        if self.warmup_steps < 0:
-            raise Misfit(f"warmup_steps is {self.warmup_steps}")
-        if len(self.files) != 2:
-            raise Misfit(f"files should name two files and names {len(self.files)}")
+        """Raise Misfit where parts contradict each other."""
         if len({run.run_id for run in self.runs}) < len(self.runs):
             raise Misfit("two runs have the same run_id")
         for name in (self.name, self.size):
@@ -93,7 +66,6 @@ class Comparison:
             if run.run_id not in self.planned or run.run_id.rpartition("-")[0] != run.role:
                 raise Misfit(f"the run {run.run_id!r:.40} of role {run.role!r:.40} was not planned")
             run.check()
-        self.gpu = self.gpu and asdict(decode(Gpu, self.gpu, "gpu"))
         check_experts(self.experts)
 
     @property
@@ -112,7 +84,7 @@ def save(comparison: Comparison, path: Path) -> None:
 
 
 def number_names(comparisons: Sequence[Comparison]) -> None:
-    """Number those whose name in the report, or whose place in its page, another one has already."""
+    """Number comparisons whose name in the report, or whose id in its page, is taken."""
     taken: set[str] = set(RESERVED)
     for comparison in comparisons:
         name, number = comparison.name, 1
@@ -123,7 +95,7 @@ def number_names(comparisons: Sequence[Comparison]) -> None:
 
 
 def slug(text: str) -> str:
-    """A text as an id of the page."""
+    """A text as an id in the page."""
     return "".join(letter if letter.isalnum() else "-" for letter in text.lower())
 
 
@@ -131,60 +103,48 @@ def load(path: Path) -> list[Comparison]:
     """The comparisons in a JSON file, or in all JSON files of a folder.
 
     Raises:
-        UsageError: nothing there, or a file of another kind.
+        UsageError: there is none, or a file of another kind.
     """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise UsageError(f"There is no report JSON at {path}. Name a folder that `moe-kernels compare` wrote.")
-    return [_load(file) for file in files]
-
-
-def _load(file: Path) -> Comparison:
-    data = read_json(file)
-    if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
-        raise UsageError(f"{file} is not a report of this version of `moe-kernels compare` ({SCHEMA}).")
-    data.pop("judged", None)
-    try:
-        comparison = decode(Comparison, data)
-        comparison.check()
-    except ValueError as error:
-        raise UsageError(f"{file} is damaged: {error}. Cure: run the comparison again.") from error
-    return comparison
+    comparisons = []
+    for file in files:
+        data = read_json(file)
+        if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+            raise UsageError(f"{file} is not a report of this version of `moe-kernels compare` ({SCHEMA}).")
+        data.pop("judged", None)
+        try:
+            comparisons.append(decode(Comparison, data))
+            comparisons[-1].check()
+        except ValueError as error:
+            raise UsageError(f"{file} is damaged: {error}. Cure: run the comparison again.") from error
+    return comparisons
 
 
 class Analysis:
-    """What the raw results of one comparison amount to."""
+    """Everything that is computed from the raw results of one comparison."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         self.on_gpu = comparison.gpu is not None
-        self.runs: list[RunMetrics] = [run_metrics(run, comparison.warmup_steps) for run in comparison.runs]
+        self.runs = [run_metrics(run, comparison.warmup_steps) for run in comparison.runs]
         roles = [BASELINE, OPTIMIZED, *([EAGER] if any(run.role == EAGER for run in comparison.runs) else [])]
-        self.sides: dict[str, SideMetrics] = {role: side_metrics(self.runs, role) for role in roles}
+        self.sides = {role: side_metrics(self.runs, role) for role in roles}
         self.layer = experts_by_name(comparison.experts)
         self.implementation = {role: self._implementation(role) for role in roles}
-        self.shares: dict[str, Share] = {}
-        for role in roles:
-            found = share(
-                self.sides[role],
-                self.layer.get(self.implementation[role]),
-                comparison.experts.get("moe_layers"),
-                self._config(role),
-            )
-            if found is not None:
-                self.shares[role] = found
-        self.loss: LossAgreement = judge_loss(self.runs, self.dtype)
-        self.fault: str | None = kernels_ran(self.runs, {run.run_id: run.uses_kernels for run in comparison.runs})
+        layers = comparison.experts.get("moe_layers")
+        shares = {
+            role: share(side, self.layer.get(self.implementation[role]), layers, self._config(role))
+            for role, side in self.sides.items()
+        }
+        self.shares = {role: found for role, found in shares.items() if found is not None}
+        self.loss = judge_loss(self.runs, precision(self._config(BASELINE)))
+        self.fault = kernels_ran(self.runs, {run.run_id: run.uses_kernels for run in comparison.runs})
         self.failed = [run for run in comparison.runs if run.status != FINISHED]
         self.missing = sorted(set(comparison.planned) - {run.run_id for run in comparison.runs})
-        self.claims: list[Claim] = judge_claims(
-            self.sides, self.layer, self.loss, self.on_gpu, self.fault, comparison.experts.get("note", "")
-        )
-
-    @property
-    def dtype(self) -> str:
-        """``"bf16"``, ``"fp16"`` or ``"fp32"``: what the trainings ran in."""
-        return precision(self._config(BASELINE))
+        note = comparison.experts.get("note", "")
+        self.claims = judge_claims(self.sides, self.layer, self.loss, self.on_gpu, self.fault, note)
 
     @property
     def speedup(self) -> float | None:
@@ -194,7 +154,7 @@ class Analysis:
 
     @property
     def expected_step_ms(self) -> float | None:
-        """The baseline's step less what the layer's measurement says the kernels save: a check of both."""
+        """The baseline's step minus the time that the kernels save by the layer's measurement: a check of both."""
         if BASELINE not in self.shares or OPTIMIZED not in self.shares:
             return None
         before, after = self.shares[BASELINE], self.shares[OPTIMIZED]
@@ -202,7 +162,7 @@ class Analysis:
 
     @property
     def sound(self) -> bool:
-        """All planned trainings finished with the kernels they should use, and losses and layer are right."""
+        """All planned trainings finished with the right kernels, and losses and layer are correct."""
         return not (self.failed or self.missing or self.faults) and self.loss.verdict == CONFIRMED
 
     @property
@@ -218,7 +178,7 @@ class Analysis:
 
     @property
     def other_baseline(self) -> str | None:
-        """What to know where the baseline's experts ran on what neither its run file nor transformers chose."""
+        """A warning where the baseline's experts ran on what neither its run file nor transformers chose."""
         config, ran = self._config(BASELINE), self.implementation[BASELINE]
         expected = chosen_experts(config) or self.comparison.experts.get("default")
         if not expected or ran == expected:
@@ -239,10 +199,8 @@ class Analysis:
 
     def ratio(self, stock: str, key: str) -> float | None:
         """How many times as fast as ``stock`` our layer is; ``key`` is forward_ms or forward_backward_ms."""
-        rows = self.layer.get(stock), self.layer.get(OURS)
-        if rows[0] is None or rows[1] is None or not rows[0].get(key) or not rows[1].get(key):
-            return None
-        return float(rows[0][key]["median"]) / float(rows[1][key]["median"])
+        theirs, ours = (self.layer.get(name, {}).get(key) for name in (stock, OURS))
+        return theirs / ours if theirs and ours else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values of everything computed here."""
@@ -250,11 +208,11 @@ class Analysis:
             "speedup": self.speedup,
             "expected_step_ms": self.expected_step_ms,
             "runs": [asdict(run) for run in self.runs],
-            "sides": {role: side.to_json() for role, side in self.sides.items()},
+            "sides": {role: asdict(side) for role, side in self.sides.items()},
             "implementation": self.implementation,
-            "shares": {role: found.to_json() for role, found in self.shares.items()},
-            "loss": self.loss.to_json(),
-            "claims": [claim.to_json() for claim in self.claims],
+            "shares": {role: asdict(found) for role, found in self.shares.items()},
+            "loss": asdict(self.loss),
+            "claims": [asdict(claim) for claim in self.claims],
             "fault": self.fault,
             "sound": self.sound,
         }
@@ -263,7 +221,7 @@ class Analysis:
         return next((run.config for run in self.comparison.runs if run.role == role), {})
 
     def _implementation(self, role: str) -> str:
-        """What ran the experts: what the trainer found, else what the run file leads to."""
+        """What ran the experts: as the trainer recorded it, else as it follows from the run file."""
         runs, config = [run for run in self.comparison.runs if run.role == role], self._config(role)
         if recorded := next((run.experts for run in runs if run.experts), None):
             return recorded

@@ -1,84 +1,57 @@
-"""Plain JSON values into the dataclasses that were written, checked: what does not fit is refused, never guessed."""
+"""JSON values into the dataclasses that were written, checked by pydantic: what does not fit is refused."""
 
 from __future__ import annotations
 
-import math
-import types
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
+import functools
+import json
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, PlainValidator, TypeAdapter, ValidationError
 
 #: How JSON, which has no such numbers, writes them here (``tools.common.files.write_json``).
 NOT_FINITE = ("nan", "inf", "-inf")
 LARGEST = 1e300
+#: Words for those of pydantic's errors that do not say what a value should be.
+MESSAGES = {"missing": "is missing", "unexpected_keyword_argument": "is an unknown key"}
+#: ``__pydantic_config__`` of a dataclass that takes no unknown key.
+NO_OTHER_KEYS = ConfigDict(extra="forbid")
+
+# Cached, for making one takes milliseconds.
+_adapter = functools.cache(TypeAdapter)
 
 
 class Misfit(ValueError):
     """A value is not of the type that belongs there; the message says where."""
 
 
-def decode(kind: Any, value: Any, where: str = "") -> Any:
-    """``value`` as a ``kind``: a dataclass, list, tuple, dict, union, or a plain type.
+def _number(value: Any) -> float:
+    if isinstance(value, str) and value in NOT_FINITE:
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError("should be a number")
+    if not abs(value) <= LARGEST:
+        raise ValueError("should be a number within range")
+    return float(value)
 
-    An int is a float too, ``"nan"`` and the infinities are floats, a bool is no number. A dataclass takes no unknown
-    key and needs every key without a default.
+
+#: A float of a JSON file: an int, ``"nan"`` and the infinities are floats too, a bool is not.
+Number = Annotated[float, PlainValidator(_number)]
+
+
+def decode(kind: Any, value: Any, where: str = "") -> Any:
+    """A value from JSON as a ``kind``: a dataclass, a container, a union, or a plain type.
 
     Raises:
         Misfit: names the place, as in ``runs[2].rows[0]``.
     """
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return _union(arguments, value, where)
-    if origin in (list, tuple):
-        if not isinstance(value, list):
-            raise _misfit(where, "a list", value)
-        items = [decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
-        return tuple(items) if origin is tuple else items
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _misfit(where, "a mapping", value)
-        return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if is_dataclass(kind):
-        return _dataclass(kind, value, where)
-    if kind is float:
-        return _float(value, where)
-    if kind is types.NoneType:
-        kind = type(None)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _misfit(where, kind.__name__, value)
-    return value
-
-
-def _union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and types.NoneType in kinds:
-        return None
-    [kind] = [kind for kind in kinds if kind is not types.NoneType]
-    return decode(kind, value, where)
-
-
-def _dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise _misfit(where, "a mapping", value)
-    known = {field.name: field for field in fields(kind)}
-    if unknown := [key for key in value if key not in known]:
-        raise Misfit(f"{where or 'it'} has an unknown key {unknown[0]!r:.60}")
-    needed = [n for n, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
-    if missing := [name for name in needed if name not in value]:
-        raise Misfit(f"{where or 'it'} lacks {missing[0]!r}")
-    hints = get_type_hints(kind)
-    return kind(**{name: decode(hints[name], item, f"{where}.{name}".lstrip(".")) for name, item in value.items()})
-
-
-def _float(value: Any, where: str) -> float:
-    if isinstance(value, str) and value in NOT_FINITE:
-        return float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _misfit(where, "a number", value)
-    if not math.isfinite(value) or abs(value) > LARGEST:
-        raise Misfit(f"{where} is out of range")
-    return float(value)
-
-
-def _misfit(where: str, wanted: str, value: Any) -> Misfit:
-    return Misfit(f"{where or 'it'} should be {wanted} and is {value!r:.60}")
+    # pydantic takes no lone surrogates, which the text of a command line may hold: they become "?".
+    text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
+    try:
+        return _adapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = where + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        place = "".join(letter for letter in place.lstrip(".")[:200] if letter.isprintable())
+        says = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        says = f"{says[:1].lower()}{says[1:]} and is {first['input']!r:.60}"
+        raise Misfit(f"{place or 'it'} {MESSAGES.get(first['type'], says)}") from None

@@ -1,4 +1,4 @@
-"""What a measurement depends on: versions, the very code of the kernels, and the files that a training reads."""
+"""What a measurement depends on: versions, the code of the kernels, and the files that a training reads."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ COMMIT, SOURCES, BENCH = "moe-kernels commit", "moe-kernels sources", "moe-kerne
 TILES, LAUNCHER = "moe-kernels tuned tiles", "moe-kernels launcher"
 NO_COMMIT = "not a git checkout"
 BENCH_SOURCES = ("tools/bench", "tools/compare/experts_bench.py")
-# What a training with stock kernels does not depend on, one with ours, and the measurement of the layer. The commit
-# never counts: one that leaves the kernels alone must not throw away runs.
+# What the layer's measurement, a training with our kernels and one with stock kernels do not depend on. The commit
+# never counts: a commit that does not change the kernels must not invalidate runs.
 NOT_FOR_LAYER = ("moe-kernels", COMMIT)
 NOT_FOR_OURS = (*NOT_FOR_LAYER, BENCH)
 NOT_FOR_STOCK = (*NOT_FOR_OURS, SOURCES, TILES, LAUNCHER)
 # Keys of a run file that name a model's folder, and lists of data sets.
 MODELS = ("base_model", "base_model_config", "tokenizer_config", "lora_model_dir")
 DATA = ("datasets", "test_datasets", "pretraining_dataset")
-# Parts of the names of keys that decide which tokens are made; names of files that hold weights alone.
+# Keys that decide which tokens are made contain one of these; files that hold only weights end in one of those.
 TOKENS = ("token", "dataset", "template", "sequence", "sample", "length", "message", "train_on", "split", "seed")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
@@ -46,9 +46,9 @@ def versions() -> dict[str, str]:
 
 
 def inputs(config: dict[str, Any]) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file of the models and data sets that a run file names.
+    """Name, size and modification time of each file of the models and data sets that a run file names.
 
-    What is no path here is looked for in the local Hugging Face cache.
+    Names that are no path are looked up in the local Hugging Face cache.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -68,7 +68,7 @@ def inputs(config: dict[str, Any]) -> list[tuple[str, int, int]]:
 
 
 def token_inputs(config: dict[str, Any]) -> list[Any]:
-    """What a run's tokens are made of: its settings of data, and the files of data and tokenizer as in `inputs`."""
+    """What a run's tokens depend on: its data settings, and the files of data and tokenizer as in `inputs`."""
     files = inputs({key: value for key, value in config.items() if key != "lora_model_dir"})
     settings = {key: value for key, value in config.items() if any(part in key for part in TOKENS)}
     settings.pop("dataset_prepared_path", None)
@@ -93,7 +93,7 @@ def _tuned_tiles() -> str:
 
 
 def with_commit(measured: dict[str, str]) -> dict[str, str]:
-    """Versions measured outside a git checkout, with this checkout's commit where the sources are the very same."""
+    """The versions, with this checkout's commit where none was recorded and the sources are the same."""
     here = commit()
     if measured.get(COMMIT) != NO_COMMIT or measured.get(SOURCES) != source_hash() or here is None:
         return measured
@@ -101,7 +101,7 @@ def with_commit(measured: dict[str, str]) -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's name, as the system gives it."""
+    """The processor's name, from the operating system."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -17,13 +17,13 @@ from typing import Any, get_type_hints
 from moe_kernels.activation import Activation
 from moe_kernels.integrations.support import UnsupportedExperts
 from moe_kernels.settings import DEFAULT_GROUP_SIZE
-from moe_kernels.shapes import LayerShape
+from moe_kernels.shapes import FAMILIES, LayerShape
 from moe_kernels.tools.bench.experts import Measurement
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import read_json, write_json
 from moe_kernels.tools.common.layers import OVERRIDES, Target, build, kinds_of_layers
 from moe_kernels.tools.common.runfile import precision, tokens_per_micro_batch
-from moe_kernels.tools.compare.decode import Misfit, decode
+from moe_kernels.tools.compare.decode import LARGEST, Misfit, Number, decode
 from moe_kernels.tools.compare.environment import NOT_FOR_LAYER, inputs
 from moe_kernels.tools.compare.metrics import OURS
 from moe_kernels.tools.compare.plan import OPTIMIZED, Plan, digest
@@ -35,18 +35,18 @@ STOCK = ("eager", "grouped_mm")
 
 
 def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[str], object]) -> dict[str, Any]:
-    """Measure the plan's expert layer, or take the measurement from the store where nothing has changed.
+    """Measure the plan's expert layer, or return the stored measurement where nothing has changed.
 
     Returns:
         ``measurements`` (as of ``moe-kernels bench``), ``layer`` and ``moe_layers`` of the model, ``default``
         (what transformers picks for this model where the run file names no experts_implementation), ``note``: empty,
-        or why the benchmark cannot run this layer, and ``error``: empty, or why it should have run and did not.
+        or why the benchmark cannot run this layer, and ``error``: empty, or why the measurement failed.
     """
     config = next(run.config for run in plan.runs if run.role == OPTIMIZED)
     request = {
         "model": config["base_model"],
         "overrides": config.get(OVERRIDES) or {},
-        "name": plan.layer.name if plan.layer else "",
+        "name": FAMILIES[plan.family].sizes[plan.size].name if plan.family else "",
         "tokens": tokens_per_micro_batch(config),
         "group_size": config.get("moe_group_size") or DEFAULT_GROUP_SIZE,
         "persistent": config.get("moe_persistent_kernel") is not False,
@@ -86,7 +86,7 @@ def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[s
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
-    """The answer in a file; None where it is damaged or of another version."""
+    """The answer in a file, or None where it is damaged or of another version."""
     try:
         answer = decode(dict[str, Any], read_json(path))
         check_experts(answer)
@@ -96,28 +96,29 @@ def _stored(path: Path) -> dict[str, Any] | None:
 
 
 def check_experts(experts: dict[str, Any]) -> None:
-    """Raise Misfit where this is no answer of :func:`measure_experts` (none at all is one)."""
+    """Raise Misfit unless this is an answer of :func:`measure_experts`, or empty."""
     hints = get_type_hints(Measurement)
+    kinds = {key: Number | None if hint == float | None else hint for key, hint in hints.items()}
+    kinds["rel_error"] = dict[str, Number]
     rows = decode(list[dict[str, Any]], experts.get("measurements", []), "experts.measurements")
     for index, row in enumerate(rows):
         where = f"experts.measurements[{index}]"
         if missing := [key for key in READ_ALWAYS if key not in row]:
-            raise Misfit(f"{where} lacks {missing[0]!r}")
-        # Keys of a newer or an older version are left alone: nothing reads them.
-        found = {key: decode(hints[key], row[key], f"{where}.{key}") for key in row.keys() & hints.keys()}
-        both = [found.get("forward_ms"), found.get("forward_backward_ms")]
-        if (both[0] is None) is not (both[1] is None):
+            raise Misfit(f"{where}.{missing[0]} is missing")
+        # Nothing reads keys of a newer or an older version.
+        found = {key: decode(kinds[key], row[key], f"{where}.{key}") for key in row.keys() & kinds.keys()}
+        times = {key: found.get(key) for key in ("forward_ms", "forward_backward_ms")}
+        if [*times.values()].count(None) == 1:
             raise Misfit(f"{where} has one of forward_ms and forward_backward_ms alone")
-        for times in both:
-            if times is not None and not 0 < times.median < math.inf:
-                raise Misfit(f"{where} took {times.median} ms")
-        for size in (found.get("saved_mb"), found.get("peak_mb")):
-            if size is not None and not 0 <= size < math.inf:
-                raise Misfit(f"{where} needs {size} MiB")
+        for key, spread in times.items():
+            if spread is not None and not 0 < spread.median < LARGEST:
+                raise Misfit(f"{where}.{key} is {spread.median}")
+        for key in ("saved_mb", "peak_mb"):
+            if not 0 <= (found.get(key) or 0) < math.inf:
+                raise Misfit(f"{where}.{key} is {found[key]}")
     others = {"error": str, "note": str, "default": str, "moe_layers": int | None, "layer": LayerShape | None}
-    for key, kind in others.items():
-        if key in experts:
-            decode(kind, experts[key], f"experts.{key}")
+    for key in experts.keys() & others.keys():
+        decode(others[key], experts[key], f"experts.{key}")
 
 
 def inspect_model(folder: str, name: str, tokens: int, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def inspect_model(folder: str, name: str, tokens: int, overrides: Mapping[str, A
     if len(kinds) > 1:
         return {**found, "note": f"{folder} has {len(kinds)} kinds of expert layers, and the benchmark measures one"}
     [(case, names)] = kinds.items()
-    # The name decides what dtype the routing weights have, as the model's type does.
+    # The dtype of the routing weights depends on the name.
     shape = LayerShape(
         name or model.config.model_type, tokens, case.hidden, case.intermediate, case.experts, case.top_k
     )

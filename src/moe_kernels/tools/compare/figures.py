@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_kernels.telemetry.load import LayerLoad, Loads, RouterHistory
 from moe_kernels.tools.compare.judge import smooth
-from moe_kernels.tools.compare.metrics import OURS, RunMetrics
+from moe_kernels.tools.compare.metrics import COUNTERS, OURS, RunMetrics
 from moe_kernels.tools.compare.plan import BASELINE, EAGER, OPTIMIZED
 
 if TYPE_CHECKING:
@@ -20,16 +19,15 @@ if TYPE_CHECKING:
 
     from moe_kernels.tools.compare.comparison import Analysis
 
-# Mid-tones: readable on white and on near-black. The styles tell the lines apart without colours.
-COLOURS = {BASELINE: "#8294ab", OPTIMIZED: "#e8590c", EAGER: "#9775d8", "dense": "#2f9e62"}
-LAYER_COLOURS = {
-    "grouped_mm": COLOURS[BASELINE],
-    OURS: COLOURS[OPTIMIZED],
-    "eager": COLOURS[EAGER],
-    "dense": COLOURS["dense"],
-}
-STYLES = {BASELINE: "-", OPTIMIZED: "-", EAGER: ":"}
+    #: A figure, its title and its words.
+    Drawn = tuple[Figure, str, str]
+
+# Mid-tones: readable on white and on near-black.
+COLOURS = {BASELINE: "#8294ab", OPTIMIZED: "#e8590c", EAGER: "#9775d8"}
 WORDS = {BASELINE: "baseline", OPTIMIZED: "moe-kernels", EAGER: "eager"}
+# By name of a side or an implementation.
+BARS = {WORDS[role]: colour for role, colour in COLOURS.items()}
+BARS |= {"grouped_mm": COLOURS[BASELINE], OURS: COLOURS[OPTIMIZED], "dense": "#2f9e62"}
 # Stands for the page's text colour; replaced by currentColor in the SVG.
 INK = "#010203"
 WIDTH = 5.4
@@ -45,11 +43,11 @@ class Plot:
     title: str
     svg: str
     alt: str
-    wide: bool = False
+    wide: bool
 
 
 def plain(value: float) -> str:
-    """Three digits, and never an exponent for a large number."""
+    """Three digits; large numbers without an exponent."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -59,161 +57,160 @@ def plots(analysis: Analysis) -> list[Plot]:
 
     makers = [_loss, _loss_difference, _step_times, _experts, _shares, _memory, _utilisation]
     makers += [_router_layers, _router_experts]
-    # Text stays text, so that it is sharp and can be searched; and a dollar sign is one.
+    # Text stays text, so that it is sharp and can be searched; a dollar sign starts no formula.
     with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif"}):
-        return [plot for maker in makers if (plot := maker(analysis)) is not None]
+        drawn = [found for maker in makers if (found := maker(analysis)) is not None]
+        return [_plot(figure, title, alt, analysis.comparison.label) for figure, title, alt in drawn]
 
 
-def _loss(analysis: Analysis) -> Plot | None:
-    runs = [run for run in analysis.runs if run.losses]
-    if not runs:
+def _loss(analysis: Analysis) -> Drawn | None:
+    curves = [(run, 1, run.losses) for run in analysis.runs if run.losses]
+    ends = ", ".join(f"{_label(run)} {losses[0]:.3f} to {losses[-1]:.3f}" for run, _, losses in curves)
+    return _curves("Loss", "training loss", curves, f"Training loss at each step: {ends}.")
+
+
+def _step_times(analysis: Analysis) -> Drawn | None:
+    # The first step has no time: there is no log before it.
+    start = max(analysis.comparison.warmup_steps, 1) + 1
+    curves = [(run, start, run.step_ms) for run in analysis.runs if run.step_ms]
+    medians = ", ".join(
+        f"{WORDS[role]} {side.step_ms.median:.4g} ms" for role, side in analysis.sides.items() if side.step_ms
+    )
+    alt = f"Time of each step after warm-up; medians: {medians}."
+    return _curves("Step time", "milliseconds a step", curves, alt, ylim=(0, None))
+
+
+def _curves(
+    title: str, ylabel: str, curves: list[tuple[RunMetrics, int, list[float]]], alt: str, **axis: Any
+) -> Drawn | None:
+    """A line for each run: its values from a first step on."""
+    if not curves:
         return None
-    figure, axes = _axes(2.9)
-    for run in runs:
-        axes.plot(range(1, len(run.losses) + 1), run.losses, label=_label(run), **_line(run))
-    axes.set(xlabel="step", ylabel="training loss")
+    figure, [axes] = _axes(2.9)
+    for run, first, values in curves:
+        again = not run.run_id.endswith("-1")
+        axes.plot(
+            range(first, first + len(values)),
+            values,
+            label=_label(run),
+            color=COLOURS[run.role],
+            ls="--" if again else ":" if run.role == EAGER else "-",
+            lw=1.8 if run.role == OPTIMIZED else 1.5,
+            alpha=0.8 if again else 1.0,
+            zorder=3 if run.role == OPTIMIZED else 2,
+        )
+    axes.set(xlabel="step", ylabel=ylabel, **axis)
     _legend_above(axes)
-    ends = ", ".join(f"{_label(run)} {run.losses[0]:.3f} to {run.losses[-1]:.3f}" for run in runs)
-    return _plot(analysis, figure, "Loss", f"Training loss at each step: {ends}.")
+    return figure, title, alt
 
 
-def _loss_difference(analysis: Analysis) -> Plot | None:
+def _label(run: RunMetrics) -> str:
+    number = run.run_id.rpartition("-")[2]
+    return " ".join(filter(None, (WORDS[run.role], {"1": "", "2": "again"}.get(number, number))))
+
+
+def _loss_difference(analysis: Analysis) -> Drawn | None:
     loss = analysis.loss
     if not loss.differences or loss.largest_tolerance is None:
         return None
-    figure, axes = _axes(2.9)
-    steps = range(1, len(loss.differences) + 1)
-    axes.axhspan(
-        -loss.largest_tolerance,
-        loss.largest_tolerance,
-        color=INK,
-        alpha=0.07,
-        lw=0,
-        label=f"tolerance ±{plain(loss.largest_tolerance)}",
-    )
+    figure, [axes] = _axes(2.9)
+    steps, tolerance = range(1, len(loss.differences) + 1), loss.largest_tolerance
+    axes.axhspan(-tolerance, tolerance, color=INK, alpha=0.07, lw=0, label=f"tolerance ±{plain(tolerance)}")
     axes.axhline(0, color=INK, lw=0.6, alpha=0.5)
     if loss.noise:
         axes.plot(steps, smooth(loss.noise), color=COLOURS[BASELINE], ls="--", lw=1.4, label="baseline again")
     axes.plot(steps, smooth(loss.differences), color=COLOURS[OPTIMIZED], lw=1.8, label="moe-kernels")
     furthest = max(abs(value) for value in (*smooth(loss.differences), *smooth(loss.noise)))
-    # A curve far inside the tolerance is shown at its own scale, else the line would be flat.
-    limit = 1.15 * (loss.largest_tolerance if furthest > 0.1 * loss.largest_tolerance else furthest or 1.0)
-    axes.set(xlabel="step", ylabel="loss minus baseline's", ylim=(-max(limit, furthest), max(limit, furthest)))
+    # A curve far inside the tolerance gets a scale of its own: on that of the tolerance it would be flat.
+    limit = max(furthest, 1.15 * (tolerance if furthest > 0.1 * tolerance else furthest or 1.0))
+    axes.set(xlabel="step", ylabel="loss minus baseline's", ylim=(-limit, limit))
     _legend_above(axes)
     alt = f"Difference of the smoothed losses from the baseline's at each step: {loss.words}."
-    return _plot(analysis, figure, "Loss difference", alt)
+    return figure, "Loss difference", alt
 
 
-def _step_times(analysis: Analysis) -> Plot | None:
-    runs = [run for run in analysis.runs if run.step_ms]
-    if not runs:
-        return None
-    figure, axes = _axes(2.9)
-    for run in runs:
-        # The first step has no time: there is no log before it.
-        start = max(analysis.comparison.warmup_steps, 1) + 1
-        axes.plot(range(start, start + len(run.step_ms)), run.step_ms, label=_label(run), **_line(run))
-    axes.set(xlabel="step", ylabel="milliseconds a step")
-    axes.set_ylim(bottom=0)
-    _legend_above(axes)
-    medians = ", ".join(
-        f"{WORDS[role]} {side.step_ms.median:.4g} ms" for role, side in analysis.sides.items() if side.step_ms
-    )
-    return _plot(analysis, figure, "Step time", f"Time of each step after warm-up; medians: {medians}.")
-
-
-def _experts(analysis: Analysis) -> Plot | None:
-    rows = [(name, row) for name, row in analysis.layer.items() if row.get("forward_backward_ms")]
+def _experts(analysis: Analysis) -> Drawn | None:
+    rows = {name: row for name, row in analysis.layer.items() if row.get("forward_backward_ms")}
     if not rows:
         return None
-    figure, both = _axes(0.9 + 0.34 * len(rows), columns=2)
-    for axes, key, title in (
-        (both[0], "forward_ms", "forward"),
-        (both[1], "forward_backward_ms", "forward and backward"),
-    ):
-        _bars(
-            axes,
-            [(name, float(row[key]["median"]), LAYER_COLOURS.get(name, COLOURS[EAGER])) for name, row in rows],
-        )
-        axes.set_title(f"{title}, ms", fontsize=9, color=INK)
-    both[1].set_yticklabels([])
+    groups = {
+        title: {name: row[key] for name, row in rows.items()}
+        for title, key in (("forward, ms", "forward_ms"), ("forward and backward, ms", "forward_backward_ms"))
+    }
     values = ", ".join(
-        f"{name} {row['forward_ms']['median']:.3g} and {row['forward_backward_ms']['median']:.3g}"
-        for name, row in rows
+        f"{name} {row['forward_ms']:.3g} and {row['forward_backward_ms']:.3g}" for name, row in rows.items()
     )
-    return _plot(
-        analysis,
-        figure,
-        "One expert layer",
-        f"Milliseconds of one expert layer, forward, and forward and backward: {values}.",
-    )
+    alt = f"Milliseconds of one expert layer, forward, and forward and backward: {values}."
+    return _bars("One expert layer", groups, 0.34, alt)
 
 
-def _shares(analysis: Analysis) -> Plot | None:
-    rows = [(WORDS[role], found) for role, found in analysis.shares.items() if found.fraction < 1]
-    if not rows:
+def _shares(analysis: Analysis) -> Drawn | None:
+    shares = {WORDS[role]: found for role, found in reversed(analysis.shares.items()) if found.fraction < 1}
+    if not shares:
         return None
-    figure, axes = _axes(1.0 + 0.4 * len(rows))
-    names = [name for name, _ in rows][::-1]
-    experts = [found.experts_ms for _, found in rows][::-1]
-    rest = [found.step_ms - found.experts_ms for _, found in rows][::-1]
-    axes.barh(names, experts, color=COLOURS[OPTIMIZED], height=0.6, label="experts")
-    axes.barh(names, rest, left=experts, color=COLOURS[BASELINE], alpha=0.45, height=0.6, label="everything else")
-    for y, (_, found) in enumerate(rows[::-1]):
-        axes.text(
-            found.experts_ms / 2,
-            y,
-            f"{found.fraction:.0%}",
-            ha="center",
-            va="center",
-            fontsize=9,
-            color="#fff",
-        )
+    figure, [axes] = _axes(1.0 + 0.4 * len(shares))
+    experts = [found.experts_ms for found in shares.values()]
+    rest = [found.step_ms - found.experts_ms for found in shares.values()]
+    axes.barh([*shares], experts, color=COLOURS[OPTIMIZED], height=0.6, label="experts")
+    axes.barh([*shares], rest, left=experts, color=COLOURS[BASELINE], alpha=0.45, height=0.6, label="everything else")
+    for y, found in enumerate(shares.values()):
+        share = f"{found.fraction:.0%}"
+        axes.text(found.experts_ms / 2, y, share, ha="center", va="center", fontsize=9, color="#fff")
     axes.set_xlabel("milliseconds a step")
     _legend_above(axes)
     values = ", ".join(
         f"{name} {plain(found.experts_ms)} of {plain(found.step_ms)} ms ({found.fraction:.0%})"
-        for name, found in rows
+        for name, found in reversed(shares.items())
     )
-    return _plot(analysis, figure, "What the experts take of a step", f"Experts' part of a training step: {values}.")
+    return figure, "What the experts take of a step", f"Experts' part of a training step: {values}."
 
 
-def _memory(analysis: Analysis) -> Plot | None:
-    sides = [(WORDS[role], side.peak_allocated_gib, COLOURS[role]) for role, side in analysis.sides.items()]
-    training = [(name, peak, colour) for name, peak, colour in sides if peak is not None]
-    saved = [
-        (name, row.get("saved_mb"), LAYER_COLOURS.get(name, COLOURS[EAGER])) for name, row in analysis.layer.items()
-    ]
-    layer = [(name, float(mb), colour) for name, mb, colour in saved if mb]
-    named = ((training, "training, peak, GiB"), (layer, "saved by a layer, MiB"))
-    groups = [(rows, title) for rows, title in named if rows]
+def _memory(analysis: Analysis) -> Drawn | None:
+    peaks = {WORDS[role]: side.peak_allocated_gib for role, side in analysis.sides.items()}
+    saved = {name: row.get("saved_mb") for name, row in analysis.layer.items()}
+    groups = {}
+    for title, rows in (("training, peak, GiB", peaks), ("saved by a layer, MiB", saved)):
+        if known := {name: float(value) for name, value in rows.items() if value}:
+            groups[title] = known
     if not groups:
         return None
-    figure, parts = _axes(0.9 + 0.36 * max(len(rows) for rows, _ in groups), columns=len(groups))
-    for axes, (rows, title) in zip(parts if len(groups) > 1 else [parts], groups, strict=True):
-        _bars(axes, rows)
-        axes.set_title(title, fontsize=9, color=INK)
     values = "; ".join(
-        f"{title}: " + ", ".join(f"{name} {plain(value)}" for name, value, _ in rows) for rows, title in groups
+        f"{title}: " + ", ".join(f"{name} {plain(value)}" for name, value in rows.items())
+        for title, rows in groups.items()
     )
-    return _plot(analysis, figure, "Memory", f"{values}.")
+    return _bars("Memory", groups, 0.36, f"{values}.")
 
 
-def _utilisation(analysis: Analysis) -> Plot | None:
-    names = {
-        "tensor_active": "tensor cores busy",
-        "sm_active": "multiprocessors busy",
-        "dram_active": "memory bandwidth",
-        "gpu_busy": "any kernel running",
-    }
-    present = {
-        name: words for name, words in names.items()
-        if any(getattr(side, name) is not None for side in analysis.sides.values())
-    }  # fmt: skip
+def _bars(title: str, groups: dict[str, dict[str, float]], row_height: float, alt: str) -> Drawn:
+    """Groups of bars side by side, each with its title; names that are the same in all stand once."""
+    figure, parts = _axes(0.9 + row_height * max(map(len, groups.values())), columns=len(groups))
+    before: list[str] = []
+    for axes, (words, rows) in zip(parts, groups.items(), strict=True):
+        names, widest = list(rows), max(rows.values())
+        colours = [BARS.get(name, COLOURS[EAGER]) for name in names]
+        axes.barh(names, list(rows.values()), color=colours, height=0.62)
+        axes.invert_yaxis()
+        axes.set_xlim(0, widest * 1.25)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        for y, value in enumerate(rows.values()):
+            axes.text(value + widest * 0.02, y, plain(value), va="center", fontsize=9, color=INK)
+        axes.set_title(words, fontsize=9, color=INK)
+        if names == before:
+            axes.set_yticklabels([])
+        before = names
+    return figure, title, alt
+
+
+def _utilisation(analysis: Analysis) -> Drawn | None:
+    names = COUNTERS | {"dram_active": "memory bandwidth"}
+    known = {name for side in analysis.sides.values() for name in names if getattr(side, name) is not None}
+    present = {name: words for name, words in names.items() if name in known}
     if not present:
         return None
     sides = [(role, side) for role, side in analysis.sides.items() if side.runs]
-    figure, axes = _axes(0.9 + 0.22 * len(present) * len(sides))
+    figure, [axes] = _axes(0.9 + 0.22 * len(present) * len(sides))
     height = 0.8 / len(sides)
     for i, (role, side) in enumerate(sides):
         values = [getattr(side, name) or 0.0 for name in present]
@@ -229,7 +226,7 @@ def _utilisation(analysis: Analysis) -> Plot | None:
         f"{WORDS[role]}: " + ", ".join(f"{words} {getattr(side, name) or 0:.0f}%" for name, words in present.items())
         for role, side in sides
     )
-    return _plot(analysis, figure, "GPU utilisation", f"{values_said}.")
+    return figure, "GPU utilisation", f"{values_said}."
 
 
 def routed(analysis: Analysis) -> RouterHistory | None:
@@ -237,47 +234,42 @@ def routed(analysis: Analysis) -> RouterHistory | None:
     return next((run.router for run in analysis.comparison.runs if run.router.steps and run.router.layers), None)
 
 
-def _router_layers(analysis: Analysis) -> Plot | None:
+def _router_layers(analysis: Analysis) -> Drawn | None:
     history = routed(analysis)
     if history is None:
         return None
-    figure, axes = _axes(2.9)
-    records = range(len(history.steps))
-    values = [
-        Loads.of([history.load(record, layer) for record in records]).numbers().imbalance
-        for layer in range(len(history.layers))
-    ]
+    figure, [axes] = _axes(2.9)
+    values = [Loads.of(history.of_layer(layer)).numbers().imbalance for layer in range(len(history.layers))]
     for layer, line in enumerate(values):
         # From the first layer to the last: faint to strong.
         alpha = 0.3 + 0.7 * (layer + 1) / len(values)
         axes.plot(history.steps, line, color=COLOURS[OPTIMIZED], alpha=alpha, lw=1.3)
     axes.axhline(1, color=INK, lw=0.6, alpha=0.5)
-    axes.set(xlabel="step", ylabel="busiest expert over the mean")
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="step", ylabel="busiest expert over the mean", ylim=(0, None))
     worst = max(range(len(values)), key=lambda layer: values[layer][-1])
     alt = (
         f"Load of the busiest expert over the mean in each of {len(values)} layers, at each step; 1 is even. At the "
         f"end the most uneven is {history.layers[worst]} with {values[worst][-1]:.2f}."
     )
-    return _plot(analysis, figure, "Balance of each layer, first faint to last strong", alt)
+    return figure, "Balance of each layer, first faint to last strong", alt
 
 
-def _router_experts(analysis: Analysis) -> Plot | None:
+def _router_experts(analysis: Analysis) -> Drawn | None:
     from matplotlib.colors import LinearSegmentedColormap
 
     history = routed(analysis)
     if history is None:
         return None
-    # Layers one above the other, an expert a row. Clear at the mean, so that the page shows through, dark or light.
+    # One row for each expert, layer after layer. Transparent at the mean, so that the page shows, dark or light.
     scale = LinearSegmentedColormap.from_list("load", [(*STARVED, 1.0), (*STARVED, 0.0), (*BUSY, 0.0), (*BUSY, 1.0)])
-    shares: list[list[float]] = []
-    for layer, experts in enumerate(history.experts):
-        columns = [history.load(record, layer) for record in range(len(history.steps))]
-        for expert in range(experts):
-            shares.append([_log_share(load, expert) for load in columns])
+    shares = [
+        [_log_share(load, expert) for load in history.of_layer(layer)]
+        for layer, experts in enumerate(history.experts)
+        for expert in range(experts)
+    ]
     rows = len(shares)
-    figure, axes = _axes(min(7.0, 1.3 + max(1.6, 0.012 * rows)), width=2 * WIDTH)
-    # A record is as wide as the steps that it covers, of the first one as the next.
+    figure, [axes] = _axes(min(7.0, 1.3 + max(1.6, 0.012 * rows)), width=2 * WIDTH)
+    # A record is as wide as the steps that it covers; the first as wide as the second.
     steps = history.steps
     begin = min(max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0, steps[0] - 1)
     image = axes.pcolorfast([begin, *steps], range(rows + 1), shares, cmap=scale, vmin=-LIMIT, vmax=LIMIT)
@@ -299,7 +291,7 @@ def _router_experts(analysis: Analysis) -> Plot | None:
         f"{history.steps[-1]}, over the mean of their layer. Experts unused at the end: {unused}; the busiest "
         f"has {max(load.imbalance for load in ends):.2f} times the mean."
     )
-    return replace(_plot(analysis, figure, "Load of every expert over time", alt), wide=True)
+    return figure, "Load of every expert over time", alt
 
 
 def _log_share(load: LayerLoad, expert: int) -> float:
@@ -310,48 +302,13 @@ def _log_share(load: LayerLoad, expert: int) -> float:
     return max(-LIMIT, min(LIMIT, math.log2(load.tokens[expert] * len(load.tokens) / total)))
 
 
-def _bars(axes: Axes, rows: Sequence[tuple[str, float, str]]) -> None:
-    names = [name for name, _, _ in rows]
-    values = [value for _, value, _ in rows]
-    axes.barh(names, values, color=[colour for _, _, colour in rows], height=0.62)
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(values) * 1.25)
-    axes.xaxis.set_visible(False)
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    for y, value in enumerate(values):
-        axes.text(value + max(values) * 0.02, y, plain(value), va="center", fontsize=9, color=INK)
-
-
-def _line(run: RunMetrics) -> dict[str, Any]:
-    again = not run.run_id.endswith("-1")
-    return {
-        "color": COLOURS[run.role],
-        "ls": "--" if again else STYLES[run.role],
-        "lw": 1.8 if run.role == OPTIMIZED else 1.5,
-        "alpha": 0.8 if again else 1.0,
-        "zorder": 3 if run.role == OPTIMIZED else 2,
-    }
-
-
-def _label(run: RunMetrics) -> str:
-    number = run.run_id.rpartition("-")[2]
-    return (
-        WORDS[run.role]
-        if number == "1"
-        else f"{WORDS[run.role]} again"
-        if number == "2"
-        else f"{WORDS[run.role]} {number}"
-    )
-
-
-def _axes(height: float, columns: int = 1, width: float = WIDTH) -> tuple[Figure, Any]:
+def _axes(height: float, columns: int = 1, width: float = WIDTH) -> tuple[Figure, list[Any]]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    parts = figure.subplots(1, columns)
-    for axes in parts if columns > 1 else [parts]:
+    parts = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axes in parts:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.patch.set_alpha(0)
         axes.spines[["top", "right"]].set_visible(False)
@@ -367,7 +324,7 @@ def _legend_above(axes: Axes) -> None:
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, handlelength=1.6)
 
 
-def _plot(analysis: Analysis, figure: Figure, title: str, alt: str) -> Plot:
+def _plot(figure: Figure, title: str, alt: str, label: str) -> Plot:
     import matplotlib
 
     for axes in figure.axes:
@@ -375,21 +332,16 @@ def _plot(analysis: Analysis, figure: Figure, title: str, alt: str) -> Plot:
         for text in legend.get_texts() if legend else ():
             text.set(color=INK, fontsize=9)
     buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     # The salt keeps the ids of several plots apart.
-    with matplotlib.rc_context({"svg.hashsalt": f"{analysis.comparison.label} {title}"}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            dpi=200,
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
+    with matplotlib.rc_context({"svg.hashsalt": f"{label} {title}"}):
+        figure.savefig(buffer, format="svg", dpi=200, transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     # The size comes from the page; the viewBox keeps the proportions.
     head, _, body = svg.partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    # Matplotlib names every group; only what is referred to may keep its id, for ids are unique in a page.
+    # Ids are unique in a page, and matplotlib gives every group one: only those that are referred to stay.
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', body))
     body = re.sub(r' id="([^"]*)"', lambda match: match.group() if match.group(1) in used else "", body)
-    return Plot(title, f'{head} aria-hidden="true">{body}', alt)
+    return Plot(title, f'{head} aria-hidden="true">{body}', alt, wide=figure.get_figwidth() > WIDTH)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import platform
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -19,20 +16,18 @@ from moe_kernels.tools.bench.timing import Spread
 from moe_kernels.tools.common.files import write_text
 from moe_kernels.tools.common.runfile import dump_yaml
 from moe_kernels.tools.compare.comparison import Analysis, Comparison, slug
-from moe_kernels.tools.compare.figures import plain, plots, routed
+from moe_kernels.tools.compare.figures import WORDS, plain, plots, routed
 from moe_kernels.tools.compare.judge import CONFIRMED, NOT_CONFIRMED, NOT_JUDGED
-from moe_kernels.tools.compare.metrics import OURS, SideMetrics
+from moe_kernels.tools.compare.metrics import COUNTERS, OURS
 from moe_kernels.tools.compare.plan import BASELINE, EAGER, FOLDERS, OPTIMIZED
 from moe_kernels.tools.compare.runner import FINISHED
 
 NONE = "–"
-COLUMNS = {BASELINE: "baseline", OPTIMIZED: "moe-kernels", EAGER: "eager"}
 LOSS_WORDS = {CONFIRMED: "agree", NOT_CONFIRMED: "DIFFER", NOT_JUDGED: "not judged"}
 VERDICT_STYLE = {CONFIRMED: "green", NOT_CONFIRMED: "red"}
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows of text; the first column names the row."""
 
     title: str
@@ -40,8 +35,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """One number to remember, and what it is."""
 
     value: str
@@ -90,13 +84,8 @@ def show_failures(comparison: Comparison, console: Console) -> None:
             for line in run.tail[-12:]:
                 console.print(Text(f"  {line}", style="dim"), soft_wrap=True)
             console.print(f"  The whole log: {run.log}", soft_wrap=True)
-    if comparison.experts.get("error"):
-        console.print(
-            Text(
-                f"{comparison.label}: the expert layer was not measured: {comparison.experts['error']}",
-                style="red",
-            )
-        )
+    if error := comparison.experts.get("error"):
+        console.print(Text(f"{comparison.label}: the expert layer was not measured: {error}", style="red"))
 
 
 def _values(analyses: Sequence[Analysis]) -> dict[str, Any]:
@@ -110,28 +99,17 @@ def _values(analyses: Sequence[Analysis]) -> dict[str, Any]:
         "analyses": analyses,
         "cards": cards,
         "claims": claims_table,
-        "tables": lambda analysis: [
-            table
-            for table in (
-                training_table(analysis),
-                layer_table(analysis),
-                share_table(analysis),
-                loss_table(analysis),
-                router_table(analysis),
-            )
-            if table.rows
-        ],
+        "tables": lambda analysis: [table for make in TABLES if (table := make(analysis)).rows],
         "runs": runs_table,
         "overrides": _overrides,
         "slug": slug,
         "versions": versions_table(analyses),
         "commands": list(dict.fromkeys(analysis.comparison.command for analysis in analyses)),
-        "system": f"{platform.system()} {platform.machine()}",
     }
 
 
 def banner(analyses: Sequence[Analysis]) -> str | None:
-    """What to know of comparisons that ran on a CPU; None where none did."""
+    """A note on comparisons that ran on a CPU, or None."""
     on_cpu = [analysis.comparison.label for analysis in analyses if not analysis.on_gpu]
     if not on_cpu:
         return None
@@ -144,7 +122,7 @@ def banner(analyses: Sequence[Analysis]) -> str | None:
 
 def _machine(comparison: Comparison) -> str:
     gpu = comparison.gpu
-    return f"{gpu['name']}, driver {gpu['driver']}" if gpu else comparison.cpu
+    return f"{gpu.name}, driver {gpu.driver}" if gpu else comparison.cpu
 
 
 def problems(analysis: Analysis) -> list[str]:
@@ -154,64 +132,37 @@ def problems(analysis: Analysis) -> list[str]:
     found += [f"{name} {run_id} was not run" for run_id in analysis.missing]
     found += [f"{name}: {fault}" for fault in analysis.faults]
     found += [f"{name}: {analysis.other_baseline}"] if analysis.other_baseline else []
-    if analysis.loss.verdict == NOT_CONFIRMED:
-        found.append(f"{name}: the losses do not agree: {analysis.loss.words}")
-    elif analysis.loss.verdict != CONFIRMED:
-        found.append(f"{name}: the losses cannot be judged: {analysis.loss.words}")
+    if analysis.loss.verdict != CONFIRMED:
+        what = "do not agree" if analysis.loss.verdict == NOT_CONFIRMED else "cannot be judged"
+        found.append(f"{name}: the losses {what}: {analysis.loss.words}")
     return found
 
 
 def cards(analysis: Analysis) -> list[Card]:
-    """The numbers at the head of a comparison."""
-    before, after = analysis.sides[BASELINE], analysis.sides[OPTIMIZED]
-    found = [] if analysis.on_gpu else _pipeline_cards(analysis)
-    if analysis.on_gpu and analysis.speedup and before.step_ms and after.step_ms:
-        found.append(
-            Card(
-                f"{analysis.speedup:.2f}×",
-                "training step",
-                f"{_ms(before.step_ms.median)} → {_ms(after.step_ms.median)}",
-            )
-        )
+    """The numbers at the head of a comparison; no ratio of times without a GPU: it would be read as a result."""
+    before, after, loss = analysis.sides[BASELINE], analysis.sides[OPTIMIZED], analysis.loss
+    found = []
+    if not analysis.on_gpu:
+        finished = f"{len(analysis.runs) - len(analysis.failed)} of {len(analysis.comparison.planned)}"
+        found.append(Card(finished, "trainings finished", "real axolotl train runs"))
+        calls = f"{after.expert_calls or 0:,}"
+        found.append(Card(calls, "expert calls that moe-kernels took", "in the optimised run"))
+    elif analysis.speedup:
+        steps = _arrow(_ms, before.step_ms, after.step_ms)
+        found.append(Card(_times(analysis.speedup), "training step", steps))
     for stock in ("grouped_mm", "eager") if analysis.on_gpu else ():
-        ratio = analysis.ratio(stock, "forward_ms")
-        both = analysis.ratio(stock, "forward_backward_ms")
+        ratio, both = (analysis.ratio(stock, key) for key in ("forward_ms", "forward_backward_ms"))
         if ratio and both:
             found.append(
-                Card(f"{ratio:.2f}×", f"expert forward, against {stock}", f"{both:.2f}× forward and backward")
+                Card(_times(ratio), f"expert forward, against {stock}", f"{_times(both)} forward and backward")
             )
-    if before.peak_allocated_gib and after.peak_allocated_gib:
-        change = after.peak_allocated_gib / before.peak_allocated_gib - 1
-        found.append(
-            Card(
-                f"{change:+.1%}",
-                "peak memory",
-                f"{before.peak_allocated_gib:.2f} → {after.peak_allocated_gib:.2f} GiB",
-            )
-        )
-    if analysis.loss.mean is not None:
-        found.append(
-            Card(
-                LOSS_WORDS[analysis.loss.verdict].lower(),
-                "loss curves",
-                f"mean difference {analysis.loss.mean:.2g}, tolerance {analysis.loss.tolerance:.2g}",
-            )
-        )
+    one, two = before.peak_allocated_gib, after.peak_allocated_gib
+    if one and two:
+        found.append(Card(f"{two / one - 1:+.1%}", "peak memory", f"{one:.2f} → {two:.2f} GiB"))
+    if loss.mean is not None:
+        detail = f"mean difference {loss.mean:.2g}, tolerance {loss.tolerance:.2g}"
+        found.append(Card(LOSS_WORDS[loss.verdict].lower(), "loss curves", detail))
     return found
-
-
-def _pipeline_cards(analysis: Analysis) -> list[Card]:
-    """Without a GPU a ratio of times would be read as a result: say what was proven instead."""
-    finished = len(analysis.runs) - len(analysis.failed)
-    calls = analysis.sides[OPTIMIZED].expert_calls
-    return [
-        Card(
-            f"{finished} of {len(analysis.comparison.planned)}",
-            "trainings finished",
-            "real axolotl train runs",
-        ),
-        Card(f"{calls or 0:,}", "expert calls that moe-kernels took", "in the optimised run"),
-    ]
 
 
 def summary_table(analyses: Sequence[Analysis]) -> Table:
@@ -224,36 +175,34 @@ def summary_table(analyses: Sequence[Analysis]) -> Table:
 
 def _summary(analysis: Analysis) -> dict[str, str]:
     before, after = analysis.sides[BASELINE], analysis.sides[OPTIMIZED]
-    launches = [(analysis.layer.get(name) or {}).get("launches_forward_backward") for name in ("grouped_mm", OURS)]
     shares = [found.fraction if (found := analysis.shares.get(role)) else None for role in (BASELINE, OPTIMIZED)]
-    utilisation = _utilisation(before, after)
-    limit = analysis.shares[BASELINE].limit if BASELINE in analysis.shares else None
-    eager = _median(analysis.sides[EAGER].step_ms) if EAGER in analysis.sides else None
-    ours = _median(after.step_ms) if analysis.speedup else None
+    launches = [analysis.layer.get(name, {}).get("launches_forward_backward") for name in ("grouped_mm", OURS)]
+    # Tensor cores busy where the GPU counts that, else any kernel running.
+    busy = before.tensor_active, after.tensor_active
+    if None in busy:
+        busy = before.gpu_busy, after.gpu_busy
+    eager = analysis.sides[EAGER].step_ms if EAGER in analysis.sides else None
+    against_eager = eager.median / after.step_ms.median if eager and after.step_ms and analysis.speedup else None
     return {
         "training step, faster by": _times(analysis.speedup),
-        "training step, against eager": _times(eager / ours if eager and ours else None),
-        "training step": _arrow(_median(before.step_ms), _median(after.step_ms), _ms),
-        "tokens/s": _arrow(_median(before.tokens_per_s), _median(after.tokens_per_s), "{:,.0f}".format),
-        "most that any expert kernel could bring": _times(limit),
-        "experts' share of the step": _arrow(shares[0], shares[1], "{:.0%}".format),
-        "expert forward, against grouped_mm": _times(analysis.ratio("grouped_mm", "forward_ms")),
-        "expert forward, against eager": _times(analysis.ratio("eager", "forward_ms")),
-        "forward + backward, against grouped_mm": _times(analysis.ratio("grouped_mm", "forward_backward_ms")),
-        "forward + backward, against eager": _times(analysis.ratio("eager", "forward_backward_ms")),
-        "peak memory, GiB": _arrow(before.peak_allocated_gib, after.peak_allocated_gib, "{:.2f}".format),
-        "launches a layer, grouped_mm → ours": _arrow(launches[0], launches[1], "{:.0f}".format),
-        "tensor cores (else GPU) busy": _arrow(utilisation[0], utilisation[1], _percent),
+        "training step, against eager": _times(against_eager),
+        "training step": _arrow(_ms, before.step_ms, after.step_ms),
+        "tokens/s": _arrow("{:,.0f}".format, before.tokens_per_s, after.tokens_per_s),
+        "most that any expert kernel could bring": _times(
+            analysis.shares[BASELINE].limit if BASELINE in analysis.shares else None
+        ),
+        "experts' share of the step": _arrow("{:.0%}".format, *shares),
+        **{
+            f"{words}, against {stock}": _times(analysis.ratio(stock, key))
+            for words, key in (("expert forward", "forward_ms"), ("forward + backward", "forward_backward_ms"))
+            for stock in ("grouped_mm", "eager")
+        },
+        "peak memory, GiB": _arrow("{:.2f}".format, before.peak_allocated_gib, after.peak_allocated_gib),
+        "launches a layer, grouped_mm → ours": _arrow("{:.0f}".format, *launches),
+        "tensor cores (else GPU) busy": _arrow(_percent, *busy),
         "loss curves": LOSS_WORDS[analysis.loss.verdict],
         "runs finished": f"{len(analysis.runs) - len(analysis.failed)} of {len(analysis.comparison.planned)}",
     }
-
-
-def _utilisation(before: SideMetrics, after: SideMetrics) -> tuple[float | None, float | None]:
-    """Tensor cores busy where the GPU counts that, else any kernel running."""
-    if before.tensor_active is not None and after.tensor_active is not None:
-        return before.tensor_active, after.tensor_active
-    return before.gpu_busy, after.gpu_busy
 
 
 def claims_table(analysis: Analysis) -> Table:
@@ -262,153 +211,80 @@ def claims_table(analysis: Analysis) -> Table:
     return Table("What holds here", ("claim", "verdict", "measured"), rows)
 
 
+def _rows(forms: Iterable[Form], columns: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """By key, the row of each form that has a value in any column."""
+    known = [form for form in forms if any(column.get(form[1]) is not None for column in columns)]
+    return {key: (words, *(_cell(column.get(key), form) for column in columns)) for words, key, form in known}
+
+
 def training_table(analysis: Analysis) -> Table:
     """The trainings side by side."""
-    roles = list(analysis.sides)
-    getters: list[tuple[str, Callable[[SideMetrics], Any], Callable[[Any], str], bool]] = [
-        ("step time", lambda side: side.step_ms, _spread_ms, True),
-        ("tokens/s", lambda side: side.tokens_per_s, _spread_rate, True),
-        ("peak memory allocated, GiB", lambda side: side.peak_allocated_gib, "{:.2f}".format, True),
-        ("peak memory active, GiB", lambda side: side.peak_active_gib, "{:.2f}".format, True),
-        ("tensor cores busy", lambda side: side.tensor_active, _percent, False),
-        ("multiprocessors busy", lambda side: side.sm_active, _percent, False),
-        ("memory bandwidth in use", lambda side: side.dram_active, _percent, False),
-        ("any kernel running", lambda side: side.gpu_busy, _percent, False),
-        ("power, W", lambda side: side.power_w, "{:.0f}".format, True),
-        ("energy a step, J", lambda side: side.energy_j_per_step, "{:.1f}".format, True),
-        ("start-up until the trainer runs, s", lambda side: side.startup_s, "{:.1f}".format, False),
-        ("then to the end of the first step, s", lambda side: side.first_step_s, "{:.1f}".format, False),
-        ("expert calls that moe-kernels took", lambda side: side.expert_calls, "{:,}".format, False),
-        ("runs", lambda side: side.runs, str, False),
-    ]
-    rows: list[tuple[str, ...]] = [
-        ("experts run on", *(analysis.implementation[role] for role in roles), ""),
-    ]
-    for name, get, form, change in getters:
-        values = [get(analysis.sides[role]) for role in roles]
-        if all(value is None for value in values):
-            continue
-        cells = [NONE if value is None else form(value) for value in values]
-        rows.append((name, *cells, _change(values[0], values[1]) if change else ""))
+    roles, sides = list(analysis.sides), [vars(side) for side in analysis.sides.values()]
+    rows = [("experts run on", *(analysis.implementation[role] for role in roles), "")]
+    for key, row in _rows(TRAINING, sides).items():
+        rows.append((*row, _change(sides[0][key], sides[1][key]) if key in AGAINST_BASELINE else ""))
     notes = {run.role: run.samples.note for run in analysis.comparison.runs if run.samples.note}
     if analysis.on_gpu and notes:
         rows.append(("note of the GPU sampling", *(notes.get(role, NONE) for role in roles), ""))
-    return Table("Training", ("what", *(COLUMNS[role] for role in roles), "against baseline"), tuple(rows))
+    return Table("Training", ("what", *(WORDS[role] for role in roles), "against baseline"), tuple(rows))
 
 
 def layer_table(analysis: Analysis) -> Table:
     """One expert layer, each implementation on the same tensors in one process; or why it was not measured."""
-    names = list(analysis.layer)
-    note = analysis.comparison.experts.get("note")
-    if note and not names:
-        return Table("One expert layer", ("what", "why"), (("not measured", note),))
-    forms: list[tuple[str, Callable[[dict[str, Any]], Any], Callable[[Any], str]]] = [
-        ("forward, ms", lambda row: _at(row, "forward_ms"), plain),
-        ("forward + backward, ms", lambda row: _at(row, "forward_backward_ms"), plain),
-        (
-            "forward + backward, GPU time alone, ms",
-            lambda row: _at(row, "forward_backward_queued_ms"),
-            plain,
-        ),
-        ("forward + backward, host time, ms", lambda row: _at(row, "forward_backward_host_ms"), plain),
-        ("forward, TFLOP/s", lambda row: row.get("forward_tflops"), plain),
-        ("forward + backward, TFLOP/s", lambda row: row.get("forward_backward_tflops"), plain),
-        ("of the dense GEMMs' speed", lambda row: row.get("dense_fraction"), "{:.0%}".format),
-        ("kernel launches, forward", lambda row: row.get("launches_forward"), str),
-        ("kernel launches, forward + backward", lambda row: row.get("launches_forward_backward"), str),
-        ("saved for backward, MiB", lambda row: row.get("saved_mb"), plain),
-        ("peak, MiB", lambda row: row.get("peak_mb"), plain),
-        (
-            "largest relative error of output and gradients",
-            lambda row: max(row["rel_error"].values(), key=lambda error: (math.isnan(error), error), default=None),
-            "{:.1e}".format,
-        ),
-    ]
-    rows = [
-        (
-            label,
-            *(NONE if (value := get(analysis.layer[name])) is None else form(value) for name in names),
+    layers, experts = analysis.layer, analysis.comparison.experts
+    if not layers and experts.get("note"):
+        return Table("One expert layer", ("what", "why"), (("not measured", experts["note"]),))
+    rows = list(_rows(LAYER, list(layers.values())).values())
+    for words, key in (("forward", "forward_ms"), ("forward + backward", "forward_backward_ms")) if rows else ():
+        ratios = ("" if name in (OURS, "dense") else _times(analysis.ratio(name, key)) for name in layers)
+        rows.append((f"moe-kernels is faster, {words}", *ratios))
+    for name, row in layers.items():
+        if not row["ok"]:
+            rows.append((f"{name}: not timed", row["note"], *[""] * (len(layers) - 1)))
+    shape = ""
+    if layers and (layer := experts.get("layer")):
+        shape = (
+            f"{layer['tokens']:,} tokens, H {layer['hidden']}, I {layer['intermediate']}, E {layer['experts']}, "
+            f"K {layer['top_k']}, {next(iter(layers.values()))['dtype']}"
         )
-        for label, get, form in forms
-        if any(get(analysis.layer[name]) is not None for name in names)
-    ]
-    for label, key in (
-        ("moe-kernels is faster, forward", "forward_ms"),
-        ("moe-kernels is faster, forward + backward", "forward_backward_ms"),
-    ):
-        if rows:
-            rows.append(
-                (
-                    label,
-                    *(_times(analysis.ratio(name, key)) if name not in (OURS, "dense") else "" for name in names),
-                )
-            )
-    notes = [(f"{name}: not timed", analysis.layer[name]["note"]) for name in names if not analysis.layer[name]["ok"]]
-    rows += [(label, note, *[""] * (len(names) - 1)) for label, note in notes]
-    layer = analysis.comparison.experts.get("layer")
-    shape = (
-        f"{layer['tokens']:,} tokens, H {layer['hidden']}, I {layer['intermediate']}, E {layer['experts']}, "
-        f"K {layer['top_k']}, {next(iter(analysis.layer.values()))['dtype']}"
-        if layer and names
-        else ""
-    )
-    return Table(f"One expert layer ({shape})", ("what", *names), tuple(rows))
+    return Table(f"One expert layer ({shape})", ("what", *layers), tuple(rows))
 
 
 def share_table(analysis: Analysis) -> Table:
-    """What part of the step the experts take, and what could be won at most."""
+    """The experts' part of the step, and the most that faster experts could gain."""
     rows = [
         (
-            COLUMNS[role],
+            WORDS[role],
             found.implementation,
             f"{_ms(found.experts_ms)} of {_ms(found.step_ms)}",
             f"{found.fraction:.0%}",
-            f"{found.limit:.2f}×" if found.limit else NONE,
+            _times(found.limit),
         )
         for role, found in analysis.shares.items()
     ]
-    if analysis.expected_step_ms is not None and OPTIMIZED in analysis.shares:
-        rows.append((
-            "check", "", f"the layer's gain predicts a step of {_ms(analysis.expected_step_ms)}",
-            f"measured {_ms(analysis.shares[OPTIMIZED].step_ms)}", "",
-        ))  # fmt: skip
-    head = (
-        "side",
-        "experts run on",
-        "experts' part of a step",
-        "share",
-        "step if experts took no time, faster by",
-    )
+    if (expected := analysis.expected_step_ms) is not None:
+        measured = f"measured {_ms(analysis.shares[OPTIMIZED].step_ms)}"
+        rows.append(("check", "", f"the layer's gain predicts a step of {_ms(expected)}", measured, ""))
+    head = ("side", "experts run on", "experts' part of a step", "share", "step if experts took no time, faster by")
     return Table("The experts' share of a step", head, tuple(rows))
 
 
 def loss_table(analysis: Analysis) -> Table:
     """The measure of agreement, number by number."""
-    loss = analysis.loss
+    loss, number, percent = analysis.loss, "{:.3g}".format, "{:.3%}".format
     if loss.mean is None:
         return Table("Loss agreement", (), ())
-
-    def row(
-        what: str, found: float | None, noise: float | None, tolerance: float | None, form: str = "{:.3g}"
-    ) -> tuple[str, ...]:
-        return (what, *(NONE if value is None else form.format(value) for value in (found, noise, tolerance)))
-
+    rows = (
+        ("first step", number, loss.first, loss.noise_first, loss.first_tolerance),
+        ("mean |difference|, smoothed", number, loss.mean, loss.noise_mean, loss.tolerance),
+        ("largest |difference|, smoothed", number, loss.largest, loss.noise_largest, loss.largest_tolerance),
+        ("last step, smoothed", number, loss.last, None, None),
+        ("first gradient norm, relative", percent, loss.first_gradient, None, loss.first_gradient_tolerance),
+    )
     return Table(
         f"Loss agreement: {loss.verdict}",
         ("what", "moe-kernels − baseline", "baseline again − baseline", "tolerance"),
-        (
-            row("first step", loss.first, loss.noise_first, loss.first_tolerance),
-            row("mean |difference|, smoothed", loss.mean, loss.noise_mean, loss.tolerance),
-            row("largest |difference|, smoothed", loss.largest, loss.noise_largest, loss.largest_tolerance),
-            row("last step, smoothed", loss.last, None, None),
-            row(
-                "first gradient norm, relative",
-                loss.first_gradient,
-                None,
-                loss.first_gradient_tolerance,
-                "{:.3%}",
-            ),
-        ),
+        tuple((what, *(_cell(value, form) for value in values)) for what, form, *values in rows),
     )
 
 
@@ -435,21 +311,21 @@ def router_table(analysis: Analysis) -> Table:
 
 def runs_table(analysis: Analysis) -> Table:
     """Every training: what it was and where it is."""
-    rows = []
-    for run, metrics in zip(analysis.comparison.runs, analysis.runs, strict=True):
-        median = Spread.of(metrics.step_ms).median if metrics.step_ms else None
-        rows.append((
+    rows = tuple(
+        (
             run.run_id,
             run.status,
             f"{metrics.steps}",
-            NONE if median is None else _ms(median),
+            _ms(Spread.of(metrics.step_ms)) if metrics.step_ms else NONE,
             f"{metrics.losses[-1]:.4f}" if metrics.losses else NONE,
             f"{run.wandb.get('project', NONE)} / {run.wandb.get('name', NONE)}",
             run.plugin_line or NONE,
             shlex.join(run.command),
-        ))  # fmt: skip
+        )
+        for run, metrics in zip(analysis.comparison.runs, analysis.runs, strict=True)
+    )
     head = ("run", "status", "steps", "step", "last loss", "W&B project / run", "the plugin said", "command")
-    return Table("Runs", head, tuple(rows))
+    return Table("Runs", head, rows)
 
 
 def versions_table(analyses: Sequence[Analysis]) -> Table:
@@ -458,8 +334,8 @@ def versions_table(analyses: Sequence[Analysis]) -> Table:
     rows = [(name, *(analysis.comparison.versions.get(name, NONE) for analysis in analyses)) for name in names]
     gpus = [analysis.comparison.gpu for analysis in analyses]
     rows += [
-        ("GPU", *(gpu["name"] if gpu else "none" for gpu in gpus)),
-        ("driver", *(gpu["driver"] if gpu else NONE for gpu in gpus)),
+        ("GPU", *(gpu.name if gpu else "none" for gpu in gpus)),
+        ("driver", *(gpu.driver if gpu else NONE for gpu in gpus)),
         ("processor", *(analysis.comparison.cpu for analysis in analyses)),
         ("measured (UTC)", *(analysis.comparison.created for analysis in analyses)),
     ]
@@ -467,7 +343,7 @@ def versions_table(analyses: Sequence[Analysis]) -> Table:
 
 
 def _overrides(analysis: Analysis) -> str:
-    """What this comparison changes in the user's files, folders aside, by role."""
+    """What this comparison changes in the user's files, except folders, by role."""
     changes: dict[str, dict[str, Any]] = {}
     for run in analysis.comparison.runs:
         changes.setdefault(run.role, {key: run.overrides[key] for key in run.overrides if key not in FOLDERS})
@@ -494,16 +370,16 @@ def _markdown_block(text: str, language: str) -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-def _at(row: dict[str, Any], key: str) -> float | None:
-    return None if not row.get(key) else float(row[key]["median"])
+def _median(value: Spread | float) -> float:
+    return value.median if isinstance(value, Spread) else value
 
 
-def _median(spread: Spread | None) -> float | None:
-    return None if spread is None else spread.median
+def _cell(value: Any, form: Callable[[Any], str]) -> str:
+    return NONE if value is None else form(value)
 
 
-def _ms(value: float) -> str:
-    return f"{plain(value)} ms"
+def _ms(value: Spread | float) -> str:
+    return f"{plain(_median(value))} ms"
 
 
 def _percent(value: float) -> str:
@@ -511,7 +387,7 @@ def _percent(value: float) -> str:
 
 
 def _spread_ms(spread: Spread) -> str:
-    return f"{_ms(spread.median)} ({spread.p20:.4g} to {spread.p80:.4g})"
+    return f"{_ms(spread)} ({spread.p20:.4g} to {spread.p80:.4g})"
 
 
 def _spread_rate(spread: Spread) -> str:
@@ -519,17 +395,49 @@ def _spread_rate(spread: Spread) -> str:
 
 
 def _times(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}×"
+    return _cell(value, "{:.2f}×".format)
 
 
-def _arrow(before: float | None, after: float | None, form: Callable[[float], str]) -> str:
-    if before is None and after is None:
+def _arrow(form: Callable[[Any], str], *values: Spread | float | None) -> str:
+    if values == (None, None):
         return NONE
-    return " → ".join(NONE if value is None else form(value) for value in (before, after))
+    return " → ".join(NONE if value is None else form(_median(value)) for value in values)
 
 
-def _change(before: Any, after: Any) -> str:
-    if before is None or after is None:
-        return ""
-    one, two = (value.median if isinstance(value, Spread) else float(value) for value in (before, after))
-    return f"{two / one - 1:+.1%}" if one else ""
+def _change(before: Spread | float | None, after: Spread | float | None) -> str:
+    return f"{_median(after) / _median(before) - 1:+.1%}" if before and after is not None and _median(before) else ""
+
+
+TABLES = (training_table, layer_table, share_table, loss_table, router_table)
+#: Words of a row, the key of its value in each column, and how the value is written.
+Form = tuple[str, str, Callable[[Any], str]]
+TRAINING: tuple[Form, ...] = (
+    ("step time", "step_ms", _spread_ms),
+    ("tokens/s", "tokens_per_s", _spread_rate),
+    ("peak memory allocated, GiB", "peak_allocated_gib", "{:.2f}".format),
+    ("peak memory active, GiB", "peak_active_gib", "{:.2f}".format),
+    *((words, key, _percent) for key, words in COUNTERS.items()),
+    ("power, W", "power_w", "{:.0f}".format),
+    ("energy a step, J", "energy_j_per_step", "{:.1f}".format),
+    ("start-up until the trainer runs, s", "startup_s", "{:.1f}".format),
+    ("then to the end of the first step, s", "first_step_s", "{:.1f}".format),
+    ("expert calls that moe-kernels took", "expert_calls", "{:,}".format),
+    ("runs", "runs", str),
+)
+AGAINST_BASELINE = (
+    "step_ms", "tokens_per_s", "peak_allocated_gib", "peak_active_gib", "power_w", "energy_j_per_step"
+)  # fmt: skip
+LAYER: tuple[Form, ...] = (
+    ("forward, ms", "forward_ms", plain),
+    ("forward + backward, ms", "forward_backward_ms", plain),
+    ("forward + backward, GPU time alone, ms", "forward_backward_queued_ms", plain),
+    ("forward + backward, host time, ms", "forward_backward_host_ms", plain),
+    ("forward, TFLOP/s", "forward_tflops", plain),
+    ("forward + backward, TFLOP/s", "forward_backward_tflops", plain),
+    ("of the dense GEMMs' speed", "dense_fraction", "{:.0%}".format),
+    ("kernel launches, forward", "launches_forward", str),
+    ("kernel launches, forward + backward", "launches_forward_backward", str),
+    ("saved for backward, MiB", "saved_mb", plain),
+    ("peak, MiB", "peak_mb", plain),
+    ("largest relative error of output and gradients", "largest_error", "{:.1e}".format),
+)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,37 +20,30 @@ from typing import Any
 from moe_kernels.telemetry.load import FILE_NAME, RouterHistory, read_history, thinned
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import locked, read_json, write_json
-from moe_kernels.tools.common.runfile import dump_yaml
-from moe_kernels.tools.compare.decode import Misfit, decode
+from moe_kernels.tools.common.network import SWITCHES
+from moe_kernels.tools.common.runfile import COUNTS, dump_yaml
+from moe_kernels.tools.compare.decode import NO_OTHER_KEYS, Misfit, Number, decode
 from moe_kernels.tools.compare.environment import NOT_FOR_OURS, NOT_FOR_STOCK, cpu_name, inputs, token_inputs
-from moe_kernels.tools.compare.gpu import Gpu, Sampler, Samples
+from moe_kernels.tools.compare.gpu import Gpu, Samples, sampled
 from moe_kernels.tools.compare.plan import ROLES, Plan, RunSpec, digest
 from moe_kernels.tools.compare.wandb_reader import NotAWandbRun, Row, find_run, read_run
 
 TRAINER: tuple[str, ...] = (sys.executable, "-m", "moe_kernels.tools.compare.trainer", "train")
-LAUNCHER: tuple[str, ...] = ("--launcher", "python")
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "AXOLOTL_DO_NOT_TRACK": "1",
-    "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONUNBUFFERED": "1",
-}
+OFFLINE = dict.fromkeys((*SWITCHES, "AXOLOTL_DO_NOT_TRACK", "DO_NOT_TRACK", "PYTHONUNBUFFERED"), "1")
+OFFLINE |= {"TOKENIZERS_PARALLELISM": "false"}
 # The same allocator for every run; expandable segments keep fragmentation out of the memory figures.
 ALLOCATOR = "expandable_segments:True"
-# Of a comparison's folder: its tokenised data.
+# Folder of the tokenised data within a comparison's folder.
 TOKENISED = "prepared"
 POLL_S = 0.1
 KILL_AFTER_S = 10.0
 PR_SET_PDEATHSIG = 1
 TAIL_LINES = 40
-# Points in time of a router's history that a report keeps: more than a screen can show.
+# Records of a router's history that a report keeps: more than a screen can show.
 ROUTER_RECORDS = 240
 
 FINISHED, FAILED = "finished", "failed"
-# What is read from the rows of the trainer's log, all of it numbers.
+# What is read from the rows of the trainer's log: numbers.
 LOGGED = {
     "train/loss",
     "train/grad_norm",
@@ -64,6 +57,16 @@ LOGGED = {
 
 _STEP = re.compile(r"\{'loss': '?([-+.\w]+)'?")
 _TRAINER_STARTED = "Starting trainer"
+# Words of the log and the phase that begins with them.
+_PHASES = {
+    _TRAINER_STARTED: "compiling and first step",
+    "Loading dataset": "tokenising",
+    "Loading raw datasets": "tokenising",
+    "Loading model": "loading the model",
+    "Loading weights": "loading the model",
+    "loaders.model": "loading the model",
+    "Training completed": "saving",
+}
 _EXPERTS_LINE = re.compile(r"moe-kernels compare: the experts run on (.+)")
 _PLUGIN_LINE = re.compile(r"moe_kernels: backend=.*")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -74,51 +77,36 @@ _ERROR = re.compile(
 
 @dataclass
 class RunResult:
-    """One training as it was run, raw: nothing is judged or averaged here.
+    """One training as it was run, raw: nothing is judged or averaged here."""
 
-    Attributes:
-        run_id, role: as in the plan.
-        status: ``"finished"`` or ``"failed"``.
-        command: what was run.
-        config: the derived YAML, and ``overrides`` what differs from the user's ``source``.
-        started_at: Unix seconds; ``trainer_started_at`` when Axolotl began to train, ``ended_at`` at its end.
-        exit_code: the trainer's; None where it was stopped by the time limit.
-        rows: W&B history rows of training steps.
-        samples: NVML samples.
-        wandb: project, run id, name and file of the offline run.
-        plugin_line: what the plugin said about the first step; empty for stock kernels.
-        experts: what ran the experts in the first step, as the trainer found it; empty where it did not say.
-        error: the last meaningful line of a failed run, and ``tail`` the end of its log; else empty.
-        fingerprint: hash of all that the run depended on.
-        router: load of every expert over time, from the plugin's telemetry; empty without it.
-    """
+    __pydantic_config__ = NO_OTHER_KEYS
 
     run_id: str
     role: str
-    status: str
+    status: str  # FINISHED or FAILED
     command: list[str]
-    source: str
+    source: str  # the user's YAML file, ``overrides`` what differs from it, and ``config`` the result
     config: dict[str, Any]
     overrides: dict[str, Any]
     uses_kernels: bool
     log: str
-    started_at: float = 0.0
-    trainer_started_at: float | None = None
-    ended_at: float = 0.0
-    exit_code: int | None = None
-    rows: list[Row] = field(default_factory=list)
+    started_at: Number = 0.0  # Unix seconds, as the two below
+    trainer_started_at: Number | None = None
+    ended_at: Number = 0.0
+    exit_code: int | None = None  # None where it was stopped by the time limit
+    rows: list[Row] = field(default_factory=list)  # W&B history rows of training steps
     samples: Samples = field(default_factory=Samples)
-    wandb: dict[str, str] = field(default_factory=dict)
-    plugin_line: str = ""
-    experts: str = ""
-    error: str = ""
+    wandb: dict[str, str] = field(default_factory=dict)  # project, run id, name and file of the offline run
+    plugin_line: str = ""  # what the plugin said about the first step; empty for stock kernels
+    experts: str = ""  # what ran the experts in the first step, if the trainer recorded it
+    error: str = ""  # of a failed run the last meaningful line, and ``tail`` the end of its log
     tail: list[str] = field(default_factory=list)
-    fingerprint: str = ""
+    fingerprint: str = ""  # hash of all that the run depended on
     versions: dict[str, str] = field(default_factory=dict)
-    router: RouterHistory = field(default_factory=RouterHistory)
+    router: RouterHistory = field(default_factory=RouterHistory)  # empty without the plugin's telemetry
 
     def check(self) -> None:
-        """Raise Misfit where the parts do not belong together."""
+        """Raise Misfit where parts contradict each other."""
         if self.role not in ROLES or self.status not in (FINISHED, FAILED):
             raise Misfit(f"{self.run_id} has the role {self.role!r:.40} and the status {self.status!r:.40}")
         if self.status == FINISHED and not self.rows:
@@ -126,23 +114,20 @@ class RunResult:
         self.samples.check()
         self.router.check()
         before = -math.inf
+        needed = ("_timestamp", "train/loss") if self.status == FINISHED else ("_timestamp",)
         for index, row in enumerate(self.rows):
-            time_stamp = decode(float, row.get("_timestamp"), f"{self.run_id}: rows[{index}]._timestamp")
-            if not before < time_stamp < math.inf:
-                raise Misfit(f"{self.run_id}: rows[{index}]._timestamp does not rise")
-            before = time_stamp
-            if self.status == FINISHED:
-                decode(float, row.get("train/loss"), f"{self.run_id}: rows[{index}].train/loss")
-            for key in LOGGED & row.keys():
-                decode(float | None, row[key], f"{self.run_id}: rows[{index}].{key}")
-        for key in ("gradient_accumulation_steps", "micro_batch_size", "sequence_len"):
-            if self.config.get(key) is not None:
-                decode(int, self.config[key], f"{self.run_id}: config.{key}")
+            where = f"{self.run_id}: rows[{index}]"
+            found = decode(dict[str, Number], {key: row.get(key) for key in needed}, where)
+            decode(dict[str, Number | None], {key: row[key] for key in LOGGED & row.keys()}, where)
+            if not before < found["_timestamp"] < math.inf:
+                raise Misfit(f"{where}._timestamp does not rise")
+            before = found["_timestamp"]
+        decode(dict[str, int | None], {key: self.config.get(key) for key in COUNTS}, f"{self.run_id}: config")
 
 
 @dataclass
 class Progress:
-    """Where a running training stands: what the live display shows."""
+    """What the live display shows of a running training."""
 
     phase: str = "starting"
     step: int = 0
@@ -166,15 +151,9 @@ class LogReader:
             self._line(_ESCAPES.sub("", line))
 
     def _line(self, line: str) -> None:
-        if _TRAINER_STARTED in line and self.trainer_started_at is None:
-            self.trainer_started_at = time.time()
-            self.progress.phase = "compiling and first step"
-        elif "Loading dataset" in line or "Loading raw datasets" in line:
-            self.progress.phase = "tokenising"
-        elif "Loading model" in line or "Loading weights" in line or "loaders.model" in line:
-            self.progress.phase = "loading the model"
-        elif "Training completed" in line:
-            self.progress.phase = "saving"
+        if _TRAINER_STARTED in line:
+            self.trainer_started_at = self.trainer_started_at or time.time()
+        self.progress.phase = next((phase for words, phase in _PHASES.items() if words in line), self.progress.phase)
         if match := _STEP.search(line):
             self.progress.step += 1
             self.progress.loss = match.group(1)
@@ -187,13 +166,9 @@ class LogReader:
 
 @dataclass(frozen=True)
 class Machine:
-    """What every run of a comparison shares.
+    """What every run of a comparison shares."""
 
-    ``device`` names one GPU, and ``gpu`` says what it is; None leaves to the trainer what it sees. ``launcher``: how
-    Axolotl starts processes.
-    """
-
-    device: str | None
+    device: str | None  # names one GPU, and ``gpu`` says what it is; None: the trainer takes what it sees
     versions: dict[str, str]
     gpu: Gpu | None = None
     cpu: str = field(default_factory=cpu_name)
@@ -201,22 +176,22 @@ class Machine:
     timeout_s: float = 1800.0
     keep_weights: bool = False
     trainer: Sequence[str] = TRAINER
-    launcher: Sequence[str] = LAUNCHER
+    launcher: Sequence[str] = ("--launcher", "python")  # how Axolotl starts processes
 
     def identity(self, ignored: Sequence[str]) -> list[Any]:
-        """What a measurement here depends on, but for the versions ``ignored``: another GPU is another machine."""
+        """What a measurement here depends on, except the versions ``ignored``."""
         versions = {name: version for name, version in self.versions.items() if name not in ignored}
         return [versions, asdict(self.gpu) if self.gpu else self.device, self.cpu]
 
 
 def fingerprint(run: RunSpec, machine: Machine) -> str:
-    """Hash of what a run depends on; what only our kernels depend on counts only for a run that uses them."""
+    """Hash of what a run depends on; versions of our kernels count only for a run that uses them."""
     ignored = NOT_FOR_OURS if run.uses_kernels else NOT_FOR_STOCK
     return digest(run.config, machine.identity(ignored), inputs(run.config))
 
 
 def finished_result(run: RunSpec, machine: Machine) -> RunResult | None:
-    """The stored result of this very run, or None where it must be run."""
+    """The stored result of this run, or None where it must be run (again)."""
     path = run.folder / "result.json"
     if not path.is_file():
         return None
@@ -224,17 +199,15 @@ def finished_result(run: RunSpec, machine: Machine) -> RunResult | None:
         result = decode(RunResult, read_json(path))
         result.check()
     except ValueError:
-        # Of another version, or damaged: the training runs again.
+        # Of another version, or damaged.
         return None
     return result if result.fingerprint == fingerprint(run, machine) else None
 
 
 def environment(run: RunSpec, machine: Machine) -> dict[str, str]:
-    """The child's environment: the caller's, offline, W&B inside the run's folder, one GPU."""
-    env = {**os.environ, **OFFLINE}
-    env.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
-    env["WANDB_MODE"] = machine.wandb
-    env["WANDB_DIR"] = str(run.folder.resolve())
+    """The environment of the trainer: the caller's, offline, with W&B inside the run's folder, and one GPU."""
+    env = {"PYTORCH_ALLOC_CONF": ALLOCATOR, **os.environ, **OFFLINE}
+    env |= {"WANDB_MODE": machine.wandb, "WANDB_DIR": str(run.folder.resolve())}
     if machine.wandb == "offline":
         env["WANDB_SILENT"] = "true"
     if machine.device is not None:
@@ -258,12 +231,11 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
     config = {**run.config, **own}
     derived.write_text(dump_yaml(config))
     command = [*machine.trainer, str(derived), *machine.launcher]
-    shown = ["python" if part == sys.executable else part for part in command]
     result = RunResult(
         run_id=run.run_id,
         role=run.role,
         status=FAILED,
-        command=shown,
+        command=["python" if part == sys.executable else part for part in command],
         source=str(run.source),
         config=config,
         overrides={**run.overrides, **own},
@@ -279,12 +251,11 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
         show(reader.progress)
 
     result.started_at = time.time()
-    with Sampler(machine.device) as sampler:
+    with sampled(machine.device) as result.samples:
         result.exit_code = run_command(command, environment(run, machine), log, machine.timeout_s, feed)
     result.ended_at = time.time()
     result.trainer_started_at, result.plugin_line = reader.trainer_started_at, reader.plugin_line
     result.experts = reader.experts
-    result.samples = sampler.samples
     _collect(run, result, machine)
     if not machine.keep_weights:
         for weights in (run.folder / "output").rglob("*.safetensors"):
@@ -295,25 +266,25 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
 
 
 def tokens_folder(run: RunSpec, machine: Machine) -> Path:
-    """Where a run's tokenised data is kept: inside its comparison's folder, which one process at a time works in.
+    """The folder of a run's tokenised data, inside its comparison's folder; runs with the same data share it.
 
-    Runs of equal data share it. Axolotl itself finds tokens by names and settings, also those of files changed since.
+    Axolotl itself finds tokens by names and settings, even if the files have changed since.
     """
     tools = [machine.versions.get(name) for name in ("axolotl", "transformers")]
     return run.folder.parent / TOKENISED / digest(token_inputs(run.config), tools)
 
 
 def drop_old_tokens(plan: Plan, machine: Machine) -> None:
-    """Remove what this comparison tokenised of other data, or with other settings."""
+    """Remove what this comparison tokenised from other data or with other settings."""
     wanted = {tokens_folder(run, machine) for run in plan.runs}
     for folder in set((plan.folder / TOKENISED).glob("*")) - wanted:
         shutil.rmtree(folder)
 
 
 def _drop_half_tokenised(prepared: Path) -> None:
-    """Remove tokenised data that a killed run left half written.
+    """Remove tokenised data that a killed run left half written, which Axolotl would use as if complete.
 
-    Axolotl takes whatever is there for whole. `datasets` writes dataset_info.json last.
+    `datasets` writes dataset_info.json last.
     """
     for arrow in {path.parent for path in prepared.glob("*/*.arrow")}:
         if not (arrow / "dataset_info.json").is_file():
@@ -341,11 +312,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def run_command(
-    command: Sequence[str],
-    env: dict[str, str],
-    log: Path,
-    timeout_s: float,
-    feed: Callable[[str], object],
+    command: Sequence[str], env: dict[str, str], log: Path, timeout_s: float, feed: Callable[[str], object]
 ) -> int | None:
     """Run a command until it ends or its time is up (None); its output goes to ``log`` and, as it comes, to ``feed``.
 
@@ -355,12 +322,7 @@ def run_command(
     with log.open("wb") as sink, log.open("rb") as source:
         # A session of its own, so that the trainer's own children end with it.
         child = subprocess.Popen(
-            command,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
+            command, stdout=sink, stderr=sink, env=env, start_new_session=True, preexec_fn=_end_with_parent
         )
         try:
             while child.poll() is None and time.monotonic() < end:
@@ -374,26 +336,31 @@ def run_command(
 
 
 def _end_with_parent() -> None:
-    """In the child: have Linux end it when this process is killed, so that no training goes on unseen."""
+    """In the child: have Linux kill it when this process is killed, so that no training is left behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child and whatever it started; nothing happens where it ended by itself."""
+    """End the child and the processes it started, unless it has ended by itself."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         if child.poll() is not None:
             return
         os.killpg(child.pid, sign)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             child.wait(KILL_AFTER_S)
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def _collect(run: RunSpec, result: RunResult, machine: Machine) -> None:
-    """Fill in the W&B history, decide whether the run finished, and keep the log's end where it did not."""
-    problem = _read_wandb(run, result) or _read_router(run, result)
+    """Read the training's results, decide whether it finished, and keep the end of its log if not."""
+    problem = ""
+    try:
+        _read_wandb(run, result)
+        telemetry = Path(run.config["output_dir"], FILE_NAME)
+        if telemetry.is_file():
+            result.router = thinned(read_history(telemetry), ROUTER_RECORDS)
+    except (NotAWandbRun, OSError, ValueError) as error:
+        problem = str(error)
     tail = log_tail(Path(result.log))
     if result.exit_code != 0:
         result.error = why_ended("the trainer", result.exit_code, tail, machine)
@@ -402,24 +369,18 @@ def _collect(run: RunSpec, result: RunResult, machine: Machine) -> None:
             f"W&B holds {len(result.rows)} of {run.steps} steps. "
             "Cure: the YAML file needs logging_steps: 1 and a wandb_project."
         )
-    elif problem:
-        result.error = problem
     else:
-        result.status = FINISHED
-        return
-    result.tail = tail
+        result.error = problem
+    result.status, result.tail = (FAILED, tail) if result.error else (FINISHED, [])
 
 
-def _read_wandb(run: RunSpec, result: RunResult) -> str:
-    """Fill in the W&B history; what is wrong with it, or nothing."""
+def _read_wandb(run: RunSpec, result: RunResult) -> None:
+    """Read the W&B history, if there is one; NotAWandbRun or Misfit where it is damaged."""
     found = find_run(run.folder)
     if found is None:
-        return ""
-    try:
-        offline = read_run(found)
-    except NotAWandbRun as error:
-        return str(error)
-    # The row that sums up the training carries no loss of a step.
+        return
+    offline = read_run(found)
+    # The row that sums up the training has no loss.
     result.rows = [row for row in offline.history if "train/loss" in row]
     result.wandb = {
         "project": offline.project,
@@ -432,24 +393,11 @@ def _read_wandb(run: RunSpec, result: RunResult) -> str:
         result.check()
     except Misfit as error:
         result.rows = []
-        return f"the W&B history is damaged: {error}"
-    return ""
-
-
-def _read_router(run: RunSpec, result: RunResult) -> str:
-    """Fill in what the telemetry wrote, if it was on; what is wrong with it, or nothing."""
-    path = Path(run.config["output_dir"], FILE_NAME)
-    if not path.is_file():
-        return ""
-    try:
-        result.router = thinned(read_history(path), ROUTER_RECORDS)
-    except (OSError, ValueError) as error:
-        return str(error)
-    return ""
+        raise Misfit(f"the W&B history is damaged: {error}") from error
 
 
 def why_ended(what: str, exit_code: int | None, tail: Sequence[str], machine: Machine) -> str:
-    """Why a command that :func:`run_command` ran gave another exit code than 0."""
+    """Why a command of :func:`run_command` did not end with exit code 0."""
     if exit_code is None:
         return f"stopped after the time limit of {machine.timeout_s:.0f} s (--timeout sets it)"
     if exit_code < 0:
@@ -464,8 +412,5 @@ def log_tail(log: Path) -> list[str]:
 
 
 def last_error(tail: Sequence[str]) -> str:
-    """The last line of a log that says what went wrong; empty where none does."""
-    for line in reversed(tail):
-        if _ERROR.match(line):
-            return line.strip()
-    return ""
+    """The last line of a log that names an error, or nothing."""
+    return next((line.strip() for line in reversed(tail) if _ERROR.match(line)), "")

@@ -1,8 +1,7 @@
-"""``axolotl`` as it is, and one line in its log that says what the experts of the model really ran on.
+"""``axolotl``, which also logs one line that says what the experts of the model ran on.
 
-Run as ``python -m moe_kernels.tools.compare.trainer train CONFIG.yml --launcher python``. A run file does not tell:
-plugins choose an implementation of their own, or replace the class, and then the model's config still names another
-one.
+Run as ``python -m moe_kernels.tools.compare.trainer train CONFIG.yml --launcher python``. The run file cannot tell:
+plugins choose an implementation, or replace the class, while the model's config still names another one.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class ExpertsRecorder(TrainerCallback):
         for module in model.modules():
             if (name := implementation(module)) is None:
                 continue
-            if args.torch_compile:  # whose graphs a hook would change
+            if args.torch_compile:  # a hook would change its graphs
                 self.called.add(name)
             else:
                 self.hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.called.add(name)))

@@ -33,23 +33,13 @@ class NotAWandbRun(CommandError):
 
 @dataclass
 class WandbRun:
-    """What one offline run holds.
+    """What one offline run holds."""
 
-    Attributes:
-        path: the ``.wandb`` file.
-        project: W&B project.
-        run_id: W&B run id.
-        name: display name.
-        history: rows as logged, in order, full precision; keys as in W&B (``train/loss``, ``_timestamp``).
-        truncated: a record is cut off, as after a kill, or damaged; everything before it was read, nothing after.
-    """
-
-    path: Path
     project: str = ""
     run_id: str = ""
     name: str = ""
-    history: list[Row] = field(default_factory=list)
-    truncated: bool = False
+    history: list[Row] = field(default_factory=list)  # as logged, full precision; keys as in W&B (train/loss)
+    truncated: bool = False  # a record is cut off, as after a kill, or damaged: what came before it was read
 
 
 def read_run(path: Path) -> WandbRun:
@@ -60,22 +50,23 @@ def read_run(path: Path) -> WandbRun:
     """
     from google.protobuf.message import DecodeError
 
-    # The generated module makes its classes when it is imported, where a type checker cannot see them.
+    # The classes of this generated module are made on import: a type checker cannot see them.
     messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
-    run = WandbRun(path)
-    for raw in _records(path.read_bytes(), run):
-        record = messages.Record()
-        try:
+    data, run = path.read_bytes(), WandbRun()
+    if not data.startswith(MAGIC):
+        raise NotAWandbRun(f"{path} is not an offline W&B run (it does not start with {MAGIC.decode()}).")
+    try:
+        for raw in _records(data):
+            record = messages.Record()
             record.ParseFromString(raw)
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 run.project, run.run_id, run.name = record.run.project, record.run.run_id, record.run.display_name
             elif kind == "history":
                 run.history.append(_row(record.history))
-        except (DecodeError, ValueError, RecursionError):  # no such message, or a value that is no JSON
-            run.truncated = True
-            break
+    except (EOFError, DecodeError, ValueError, RecursionError):  # cut off, no such message, or no JSON in it
+        run.truncated = True
     return run
 
 
@@ -85,13 +76,11 @@ def _row(history: Any) -> Row:
 
 def find_run(folder: Path) -> Path | None:
     """The newest ``.wandb`` file anywhere below a folder, or None."""
-    files = sorted(folder.rglob("run-*.wandb"), key=lambda file: file.stat().st_mtime)
-    return files[-1] if files else None
+    return max(folder.rglob("run-*.wandb"), key=lambda file: file.stat().st_mtime, default=None)
 
 
-def _records(data: bytes, run: WandbRun) -> Iterator[bytes]:
-    if data[: len(MAGIC)] != MAGIC:
-        raise NotAWandbRun(f"{run.path} is not an offline W&B run (it does not start with {MAGIC.decode()}).")
+def _records(data: bytes) -> Iterator[bytes]:
+    """The records of a file; EOFError where one is cut off or damaged."""
     offset = FILE_HEADER
     chain: bytes | None = None
     while offset < len(data):
@@ -100,20 +89,19 @@ def _records(data: bytes, run: WandbRun) -> Iterator[bytes]:
             offset += left
             continue
         if offset + FRAGMENT_HEAD.size > len(data):
-            run.truncated = True
-            return
+            raise EOFError
         checksum, length, kind = FRAGMENT_HEAD.unpack_from(data, offset)
         offset += FRAGMENT_HEAD.size
         fragment = data[offset : offset + length]
         offset += length
-        # A file that was being written ends in a short fragment, or in zeros that were never filled in.
+        # A file of a killed run may end in a short fragment or in zeros.
         whole = len(fragment) == length and zlib.crc32(bytes([kind]) + fragment) == checksum
         begins = kind in (FULL, FIRST)
         if not whole or kind not in (FULL, FIRST, MIDDLE, LAST) or begins != (chain is None):
-            run.truncated = True
-            return
+            raise EOFError
         chain = (chain or b"") + fragment
         if kind in (FULL, LAST):
             yield chain
             chain = None
-    run.truncated = run.truncated or chain is not None
+    if chain is not None:
+        raise EOFError
