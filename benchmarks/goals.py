@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_kernels.shapes import LAYERS
-from moe_kernels.tools.bench.command import geometric_mean
 from moe_kernels.tools.bench.layer import OURS
 
 Row = dict[str, Any]
@@ -84,7 +84,7 @@ def checks(results: list[Row], routing: str = "mild") -> list[Check]:
         if shape in shapes
     ]
     measured = [check.value for check in found if check.value is not None]
-    everything = geometric_mean(measured) if len(measured) == len(DENSE_FRACTION) else None
+    everything = statistics.geometric_mean(measured) if len(measured) == len(DENSE_FRACTION) else None
     found.append(Check("geometric mean of all eleven fractions of dense", everything, GEOMEAN, True))
     for shape in shapes:
         found += _of_shape(shape, rows)

@@ -6,27 +6,25 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+
+import pages
 
 from moe_kernels.registry import names
 from moe_kernels.settings import ExpertsSettings
 
-ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = "src/axolotl/integrations/moe_kernels"
-BEGIN, END = "<!-- knobs:begin -->", "<!-- knobs:end -->"
 #: The keys that are also arguments of `register` and `fused_experts`.
 ARGUMENTS = {"moe_group_size": "group_size", "moe_persistent_kernel": "persistent", "moe_recompute": "recompute"}
 
 
 def schema() -> Any:
     """The plugin's ``MoeKernelsArgs``, from its file: Axolotl takes long to import and may not be installed."""
-    spec = importlib.util.spec_from_file_location("moe_kernels_args", ROOT / PLUGIN / "args.py")
+    spec = importlib.util.spec_from_file_location("moe_kernels_args", pages.ROOT / PLUGIN / "args.py")
     assert spec
     assert spec.loader
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # pydantic looks the annotations up there
@@ -55,7 +53,8 @@ def meaning(key: str, field: Any) -> tuple[str, str]:
 
 def meanings(fields: dict[str, Any]) -> str:
     """What each key does."""
-    return _table(("YAML key", "meaning"), [(f"`{key}`", meaning(key, field)[0]) for key, field in fields.items()])
+    rows = [(f"`{key}`", meaning(key, field)[0]) for key, field in fields.items()]
+    return pages.table(("YAML key", "meaning"), rows)
 
 
 def choices(fields: dict[str, Any]) -> str:
@@ -66,7 +65,7 @@ def choices(fields: dict[str, Any]) -> str:
         for key, field in fields.items()
     ]  # fmt: skip
     rows.append(("", "`backend`", ", ".join(names()), ExpertsSettings.backend))
-    return _table(("YAML key", "argument of `register` and `fused_experts`", "values", "default"), rows)
+    return pages.table(("YAML key", "argument of `register` and `fused_experts`", "values", "default"), rows)
 
 
 def whole(fields: dict[str, Any]) -> str:
@@ -75,7 +74,7 @@ def whole(fields: dict[str, Any]) -> str:
     for key, field in fields.items():
         text, default = meaning(key, field)
         rows.append((f"`{key}`", text, ", ".join(values(field.annotation)), default))
-    return _table(("Key", "Meaning", "Values", "Default"), rows)
+    return pages.table(("Key", "Meaning", "Values", "Default"), rows)
 
 
 DOCUMENTS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -83,33 +82,8 @@ DOCUMENTS: dict[str, Callable[[dict[str, Any]], str]] = {
 }  # fmt: skip
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ("---",) * len(columns), *rows))
-
-
-def main() -> int:
-    """Rewrite the tables, or with ``--check`` say which are out of date."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if out of date")
-    parser.add_argument("--root", type=Path, default=ROOT, help="where the documents are")
-    args = parser.parse_args()
-    fields = schema().model_fields
-    stale = 0
-    for name, table in DOCUMENTS.items():
-        page = args.root / name
-        old = page.read_text()
-        before, begin, rest = old.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not (begin and end):
-            raise SystemExit(f"{name} lacks the markers {BEGIN} and {END}, in this order")
-        new = f"{before}{BEGIN}\n{table(fields)}\n{END}{after}"
-        if args.check and old != new:
-            print(f"{name} is out of date. Cure: python benchmarks/make_knob_tables.py", file=sys.stderr)
-            stale = 1
-        elif old != new:
-            page.write_text(new)
-    return stale
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    fields = schema().model_fields
+    raise SystemExit(
+        pages.main(__doc__, "knobs", lambda root: {page: table(fields) for page, table in DOCUMENTS.items()})
+    )

@@ -12,16 +12,14 @@ from a GPU appear: those from a CPU say nothing about speed. Every number is fro
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+import pages
+
 RELEASES = "-triton-"  # in the name of a file: the same layers under one release of triton
 NOTHING = "No result from a GPU is committed yet."
 
@@ -333,38 +331,14 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])
+    return pages.table(columns, [[cell.replace("|", "\\|") for cell in row] for row in rows])
 
 
-def updated(text: str, tables: str) -> str:
-    """``text`` with what stands between its markers replaced by ``tables``."""
-    before, _, rest = text.partition(BEGIN)
-    _, marker, after = rest.partition(END)
-    if not marker:
-        raise SystemExit(f"the markers {BEGIN} and {END} are missing, or not in this order")
-    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
-
-
-def main() -> int:
-    """Rewrite the documents, or with ``--check`` say which are out of date."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if out of date")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the repository")
-    args = parser.parse_args()
-    results = load_results(args.root / "benchmarks" / "results")
-    stale = 0
-    for name, tables in DOCUMENTS.items():
-        document = args.root / name
-        old = document.read_text()
-        new = updated(old, tables(results))
-        if args.check and old != new:
-            print(f"{name} is out of date. Cure: python benchmarks/make_readme_table.py", file=sys.stderr)
-            stale = 1
-        elif old != new:
-            document.write_text(new)
-    return stale
+def documents(root: Path) -> dict[str, str]:
+    """What belongs into each page, from the results under ``root``."""
+    results = load_results(root / "benchmarks" / "results")
+    return {page: tables(results) for page, tables in DOCUMENTS.items()}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(pages.main(__doc__, "results", documents))

@@ -11,23 +11,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One expert layer and the number of tokens it is measured with.
-
-    Attributes:
-        name: key of :data:`LAYERS`.
-        tokens: T, tokens in one call.
-        hidden: H, width of a token.
-        intermediate: I, width of one expert.
-        experts: E, number of experts.
-        top_k: K, experts a token visits.
-    """
+    """One expert layer and the number of tokens it is measured with."""
 
     name: str
-    tokens: int
-    hidden: int
-    intermediate: int
-    experts: int
-    top_k: int
+    tokens: int  # T, in one call
+    hidden: int  # H, width of a token
+    intermediate: int  # I, width of one expert
+    experts: int  # E
+    top_k: int  # K, experts a token visits
 
     @property
     def rows(self) -> int:
@@ -47,35 +38,20 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """One model that ``moe-kernels prepare`` makes.
-
-    Attributes:
-        name: folder under ``artifacts/models/``.
-        hidden: H.
-        intermediate: I, width of one routed expert.
-        experts: E.
-        top_k: K.
-        layers: decoder layers.
-        moe_layers: decoder layers that have routed experts.
-        heads: attention heads.
-        kv_heads: key and value heads.
-        vocab: entries of the tokenizer and rows of the embedding.
-        dtype: name of the torch dtype that the weights are stored in.
-        extras: the rest of the family's transformers configuration, by its own names.
-    """
+    """One model that ``moe-kernels prepare`` makes, in a folder of its name."""
 
     name: str
     hidden: int
-    intermediate: int
+    intermediate: int  # of one routed expert
     experts: int
     top_k: int
-    layers: int
-    moe_layers: int
+    layers: int  # decoder layers
+    moe_layers: int  # those of them that have routed experts
     heads: int
     kv_heads: int
-    vocab: int
-    dtype: str
-    extras: Mapping[str, int] = field(default_factory=dict)
+    vocab: int  # entries of the tokenizer and rows of the embedding
+    dtype: str  # name of the torch dtype that the weights are stored in
+    extras: Mapping[str, int] = field(default_factory=dict)  # more of the transformers configuration
 
     def layer(self, tokens: int) -> LayerShape:
         """The expert layer of this model for a batch of ``tokens`` tokens."""
@@ -84,23 +60,14 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family, its sizes and its three run files.
-
-    Attributes:
-        name: key of :data:`FAMILIES`.
-        model_type: ``model_type`` of the transformers configuration.
-        sizes: ``"1b"`` for a GPU, ``"tiny"`` for a CPU.
-        baseline: file name under ``configs/moe/`` of the run with stock kernels.
-        optimized: the same run with our kernels.
-        test: a quick run with our kernels.
-    """
+    """A model family, its sizes and its three run files in ``configs/moe``."""
 
     name: str
-    model_type: str
-    sizes: Mapping[str, ModelShape]
-    baseline: str
-    optimized: str
-    test: str
+    model_type: str  # of the transformers configuration
+    sizes: Mapping[str, ModelShape]  # "1b" for a GPU, "tiny" for a CPU
+    baseline: str  # with stock kernels
+    optimized: str  # the same run with our kernels
+    test: str  # a quick run with our kernels
 
 
 SIZES: tuple[str, ...] = ("1b", "tiny")
@@ -109,71 +76,45 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family(
-            name="mixtral",
-            model_type="mixtral",
-            sizes={
+            "mixtral", "mixtral",
+            {
                 "1b": ModelShape("mixtral-1b", 1024, 3584, 8, 2, 10, 10, 16, 4, 32000, "bfloat16"),
                 "tiny": ModelShape("mixtral-tiny", 72, 104, 8, 2, 2, 2, 4, 2, 2048, "float32"),
             },
-            baseline="mixtral-1b-baseline.yml",
-            optimized="mixtral-8x7b-moe-optimized.yml",
-            test="mixtral-8x7b-moe-test.yml",
+            "mixtral-1b-baseline.yml", "mixtral-8x7b-moe-optimized.yml", "mixtral-8x7b-moe-test.yml",
         ),
         Family(
-            name="qwen2-moe",
-            model_type="qwen2_moe",
-            sizes={
+            "qwen2-moe", "qwen2_moe",
+            {
                 # 704 is not a multiple of 128, on purpose: real layers are not always round.
-                "1b": ModelShape(
-                    "qwen2-moe-1b", 1024, 704, 64, 8, 6, 6, 16, 16, 32000, "bfloat16",
-                    {"shared_expert_intermediate_size": 5632},
-                ),
-                "tiny": ModelShape(
-                    "qwen2-moe-tiny", 64, 40, 16, 4, 2, 2, 4, 4, 2048, "float32",
-                    {"shared_expert_intermediate_size": 96},
-                ),
+                "1b": ModelShape("qwen2-moe-1b", 1024, 704, 64, 8, 6, 6, 16, 16, 32000, "bfloat16",
+                                 {"shared_expert_intermediate_size": 5632}),
+                "tiny": ModelShape("qwen2-moe-tiny", 64, 40, 16, 4, 2, 2, 4, 4, 2048, "float32",
+                                   {"shared_expert_intermediate_size": 96}),
             },
-            baseline="qwen2-moe-1b-baseline.yml",
-            optimized="qwen2-moe-a14b-optimized.yml",
-            test="qwen2-moe-7b-test.yml",
+            "qwen2-moe-1b-baseline.yml", "qwen2-moe-a14b-optimized.yml", "qwen2-moe-7b-test.yml",
         ),
         Family(
-            name="deepseek-v3",
-            model_type="deepseek_v3",
-            sizes={
+            "deepseek-v3", "deepseek_v3",
+            {
                 "1b": ModelShape(
                     "deepseek-v3-1b", 1024, 256, 128, 8, 10, 9, 16, 16, 32000, "bfloat16",
-                    {
-                        "intermediate_size": 2816,
-                        "n_group": 8,
-                        "topk_group": 4,
-                        "q_lora_rank": 512,
-                        "kv_lora_rank": 256,
-                        "qk_nope_head_dim": 64,
-                        "qk_rope_head_dim": 32,
-                        "v_head_dim": 64,
-                    },
+                    {"intermediate_size": 2816, "n_group": 8, "topk_group": 4, "q_lora_rank": 512,
+                     "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64},
                 ),
                 "tiny": ModelShape(
                     "deepseek-v3-tiny", 80, 24, 16, 4, 3, 2, 4, 4, 2048, "float32",
-                    {
-                        "intermediate_size": 160,
-                        "n_group": 4,
-                        "topk_group": 2,
-                        "q_lora_rank": 48,
-                        "kv_lora_rank": 32,
-                        "qk_nope_head_dim": 16,
-                        "qk_rope_head_dim": 8,
-                        "v_head_dim": 16,
-                    },
+                    {"intermediate_size": 160, "n_group": 4, "topk_group": 2, "q_lora_rank": 48,
+                     "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
                 ),
             },
-            baseline="deepseek-v3-1b-baseline.yml",
-            optimized="deepseek-v3-1b-moe-optimized.yml",
-            test="deepseek-v3-1b-test.yml",
+            "deepseek-v3-1b-baseline.yml", "deepseek-v3-1b-moe-optimized.yml", "deepseek-v3-1b-test.yml",
         ),
     )
 }  # fmt: skip
+
+#: The layers of the three 1B models, as the commands take them.
+DEFAULT_SHAPES = ",".join(family.sizes["1b"].name for family in FAMILIES.values())
 
 TOKENS_PER_STEP = 16384
 """Tokens of one training step of the 1B runs: sequences of 4096, four at a time."""

@@ -298,7 +298,7 @@ def test_a_peer_that_fails_is_reported_and_the_others_measured(monkeypatch, when
         raise RuntimeError("no kernel image\nfor this device")
 
     experts_of = broken if when == "set up" else lambda layer: broken
-    peer = peers.Peer("broken", "", lambda *args: None, experts_of)
+    peer = peers.Peer(lambda *args: None, experts_of)
     monkeypatch.setitem(peers.PEERS, "broken", peer)
     results = {row.implementation: row for row in measure(implementations=("broken", "eager"))}
     assert "RuntimeError: no kernel image" in results["broken"].note
@@ -537,15 +537,13 @@ def test_fractions_and_their_mean_are_printed():
     assert [cell.strip() for cell in line.split("│")[2:5]] == ["0.40", "0.90", "0.600"]
 
 
-def test_means_are_geometric_and_by_routing():
+def test_fractions_are_by_routing():
     rows = rows_of("mixtral-1b", dense_fraction=0.4) + rows_of("olmoe-7b", dense_fraction=0.9)
     rows.append({**rows[0], "routing": "heavy", "dense_fraction": 0.1})
     found = bench_command.fractions_of_dense(rows)
     assert found["mild"]["moe_kernels"] == {"mixtral-1b": 0.4, "olmoe-7b": 0.9}
     assert found["heavy"] == {"moe_kernels": {"mixtral-1b": 0.1}}
     assert "dense" not in found["mild"]
-    assert bench_command.geometric_mean([0.4, 0.9]) == pytest.approx(0.6)
-    assert bench_command.geometric_mean([]) is None
 
 
 @pytest.mark.parametrize(

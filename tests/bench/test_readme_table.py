@@ -1,6 +1,5 @@
 """The README's results are exactly what the committed JSON files say."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,19 +11,15 @@ import torch
 from moe_kernels.shapes import LayerShape
 from moe_kernels.tools.bench import experts
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import make_readme_table as tables
+import pages
+import step_times as steps
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "make_readme_table.py"
 
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tables, steps = script("make_readme_table"), script("step_times")
-
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SPREAD = {"median": 100.04, "p20": 99.0, "p80": 101.0}
 
 
@@ -170,12 +165,12 @@ def test_rewrites_between_the_markers_and_notices_a_stale_table(tmp_path):
     results.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     for name in tables.DOCUMENTS:
-        (tmp_path / name).write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+        (tmp_path / name).write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     command = [sys.executable, str(SCRIPT), "--root", str(tmp_path)]
     assert subprocess.run([*command, "--check"], capture_output=True, timeout=60).returncode == 1
     subprocess.run(command, check=True, timeout=60)
     readme = (tmp_path / "README.md").read_text()
-    assert readme == f"before\n{tables.BEGIN}\n{tables.NOTHING}\n{tables.END}\nafter\n"
+    assert readme == f"before\n{BEGIN}\n{tables.NOTHING}\n{END}\nafter\n"
     assert subprocess.run([*command, "--check"], timeout=60).returncode == 0
     (results / "new.json").write_text(json.dumps(compare_json("GPU X")))
     stale = subprocess.run([*command, "--check"], capture_output=True, text=True, timeout=60)
@@ -184,8 +179,8 @@ def test_rewrites_between_the_markers_and_notices_a_stale_table(tmp_path):
 
 
 def test_missing_markers_are_named():
-    with pytest.raises(SystemExit, match="markers"):
-        tables.updated("no markers here", "")
+    with pytest.raises(SystemExit, match=r"README.md lacks the markers <!-- results:begin -->"):
+        pages.updated("README.md", "no markers here", "results", "")
 
 
 def test_the_steps_against_their_floors_are_those_measured():

@@ -26,7 +26,7 @@ def test_parameters_are_the_published_ones(name: str, billions: float) -> None:
 
 
 def test_mixtral_on_eight_gpus_by_hand() -> None:
-    row = estimate("mixtral-8x7b", 8, 8, RATES, Assumptions())
+    row = estimate("mixtral-8x7b", 8, 8, RATES, Assumptions(other_flops=300e12))
     # 46.70 B parameters over 8 GPUs, 4 + 4 + 8 bytes each.
     assert (row.weights + row.grads + row.optimizer) / 1e9 == pytest.approx(16 * 46.70 / 8, rel=1e-3)
     # Out and back, three times, in 32 layers: 16384 rows of 4096 bfloat16, of which 7/8 leave the GPU.
@@ -37,6 +37,7 @@ def test_mixtral_on_eight_gpus_by_hand() -> None:
     assert row.experts_s == pytest.approx(flops / 500e12 + 3 * flops / 600e12)
     # Experts are not sharded further: all but them travels, weights twice and gradients once.
     assert row.fsdp_s == pytest.approx((2 * 2 + 4) * MODELS["mixtral-8x7b"].other_parameters * 7 / 8 / 300e9)
+    assert row.other_s is not None
     assert row.step_s == pytest.approx(row.experts_s + row.other_s + row.all_to_all_s)
 
 
@@ -91,6 +92,8 @@ def test_own_layer_is_preferred_and_the_nearest_named(tmp_path: Path) -> None:
         (b"[]", "is not a result of this project"),
         (b"{}", "is no result of `moe-kernels bench`"),
         (b'{"results": [{"implementation": "moe_kernels"}]}', "is no result of `moe-kernels bench`"),
+        (json.dumps({"results": [{**ROW, "forward_tflops": "x"}]}).encode(), "is no result of `moe-kernels bench`"),
+        (json.dumps({"results": [{**ROW, "intermediate": 0}]}).encode(), "is no result of `moe-kernels bench`"),
         (json.dumps({"results": [{**ROW, "device": "cpu"}]}).encode(), "no measurement of moe_kernels on a GPU"),
         (
             json.dumps({"results": [ROW, {**ROW, "routing": "heavy", "dtype": "float32"}]}).encode(),
@@ -140,6 +143,24 @@ def run(*arguments: str) -> str:
     return result.output
 
 
+def test_no_rate_that_nobody_stated_or_measured_makes_a_time_of_a_step() -> None:
+    report = json.loads(run("--json", "--models", "deepseek-v3"))
+    assert {(row["other_s"], row["step_s"]) for row in report["estimates"]} == {(None, None)}
+    assert all(row["experts_s"] > 0 for row in report["estimates"])
+    assert any("Name --other-tflops" in note for note in report["notes"])
+    shown = run("--markdown", "--models", "mixtral-8x7b", "--gpus", "8", "--ep", "1").splitlines()[2]
+    assert [cell.strip() for cell in shown.split("|")][-6:] == ["-", "0", "1090", "-", "-", ""]
+    stated = json.loads(run("--json", "--models", "deepseek-v3", "--other-tflops", "250"))
+    assert all(row["step_s"] >= row["other_s"] > 0 for row in stated["estimates"])
+    assert any(note == "Assumed: everything else runs at 250 TFLOP/s (--other-tflops)." for note in stated["notes"])
+
+
+def test_a_narrow_terminal_cuts_no_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "optimizer" in run("--models", "qwen3-30b-a3b")
+    assert "…" not in run("--models", "qwen3-30b-a3b")
+
+
 def test_json_states_every_assumption() -> None:
     report = json.loads(run("--json", "--models", "deepseek-v3", "--gpus", "64", "--network-link", "50"))
     assert report["assumptions"]["network_link"] == 50e9
@@ -172,4 +193,5 @@ def test_wrong_usage_is_a_sentence(arguments: list[str], words: str) -> None:
 def test_the_page_shows_what_the_command_prints() -> None:
     page = PAGE.read_text(encoding="utf-8")
     shown = page.partition("<!-- plan:begin -->\n")[2].partition("<!-- plan:end -->")[0]
-    assert shown == run("--markdown"), "docs/planning.md: run `moe-kernels plan --markdown` and paste it in"
+    arguments = ("--other-tflops", "300", "--markdown")
+    assert shown == run(*arguments), f"docs/planning.md: run `moe-kernels plan {' '.join(arguments)}` and paste it in"

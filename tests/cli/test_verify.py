@@ -14,21 +14,20 @@ from moe_kernels.tools import verify
 from moe_kernels.tools.app import app
 from moe_kernels.tools.check import verification
 from moe_kernels.tools.check.problems import Case, make_inputs, rerouted
-from moe_kernels.tools.check.verification import TORCH_CONFIGURATIONS, verify_shape
+from moe_kernels.tools.check.verification import TORCH_CONFIGURATIONS, verify_case
 
 SHAPE = LayerShape("tiny", 33, 40, 24, 5, 2)
 ROUTINGS = ("random", "sentinels", "empty_first_middle_last")
 
 
-def judge(**changes):
+def judge(dtype=torch.bfloat16, **changes):
     options = {
         "device": torch.device("cpu"),
-        "dtype": torch.bfloat16,
         "routings": ROUTINGS,
         "configurations": TORCH_CONFIGURATIONS,
         "backend": "torch",
     }
-    return verify_shape(SHAPE, **{**options, **changes})
+    return verify_case(Case.of(SHAPE, dtype), SHAPE.name, **{**options, **changes})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -154,6 +153,12 @@ def test_wrong_usage(args):
     result = CliRunner().invoke(app, ["verify", *args])
     assert result.exit_code == 2
     assert "choose from" in result.output
+
+
+def test_help_names_the_backends_that_are_registered(monkeypatch):
+    monkeypatch.setattr(verify, "names", lambda: ("auto", "triton", "somebodys"))
+    result = CliRunner().invoke(app, ["verify", "--help"], env={"COLUMNS": "200"})
+    assert "auto, triton, somebodys." in result.output
 
 
 def test_no_gpu_is_missing():

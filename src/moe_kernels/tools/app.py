@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import NoReturn
 
 import click
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from moe_kernels.tools.common.errors import (
-    CHECK_FAILED,
-    MISSING,
-    WRONG_USAGE,
-    CommandError,
-    failed_io,
-    missing_module,
-)
+from moe_kernels.tools.common.errors import CommandError, UsageError, failed_io, missing_module
 from moe_kernels.tools.common.network import stay_offline
 
 HELP = """Train Mixture-of-Experts models with fast expert layers, and see what they buy on this machine.
@@ -29,7 +21,7 @@ Exit codes: 0 all is well, 1 a check, a claim or a training failed, 2 wrong usag
 
 @dataclass(frozen=True)
 class Entry:
-    """One command: where its body is, its line in the overview, and its examples."""
+    """One command: where its body is, its line in the overview, and examples of its arguments."""
 
     body: str
     summary: str
@@ -40,49 +32,41 @@ COMMANDS: dict[str, Entry] = {
     "compare": Entry(
         "moe_kernels.tools.compare.command:compare",
         "Train a model pair with and without the kernels and write the side-by-side report.",
-        (
-            "moe-kernels compare mixtral",
-            "moe-kernels compare all --fresh",
-            "moe-kernels compare baseline.yml optimized.yml",
-        ),
+        ("compare mixtral", "compare all --fresh", "compare baseline.yml optimized.yml"),
     ),
     "prepare": Entry(
         "moe_kernels.tools.prepare.command:prepare",
         "Make the 1B (or tiny) models, the tokenizer and the data, offline.",
-        ("moe-kernels prepare mixtral-1b", "moe-kernels prepare deepseek-v3-1b --size tiny"),
+        ("prepare mixtral-1b", "prepare deepseek-v3-1b --size tiny"),
     ),
     "bench": Entry(
         "moe_kernels.tools.bench.command:bench",
         "Time one expert layer against other implementations, correctness first.",
         (
-            "moe-kernels bench",
-            "moe-kernels bench --shapes all --peers all --routing all --json bench.json --plots plots",
-            "moe-kernels bench --shapes mixtral-1b --group-sizes 64,128,256,auto --persistent both",
+            "bench",
+            "bench --shapes all --peers all --routing all --json bench.json --plots plots",
+            "bench --shapes mixtral-1b --group-sizes 64,128,256,auto --persistent both",
         ),
     ),
     "tune": Entry(
         "moe_kernels.tools.bench.tune:tune",
         "Find and verify the fastest tiles for given layers on this GPU.",
-        ("moe-kernels tune", "moe-kernels tune --shapes qwen3-30b-a3b,olmoe-7b --group-sizes 64,128"),
+        ("tune", "tune --shapes qwen3-30b-a3b,olmoe-7b --group-sizes 64,128"),
     ),
     "plan": Entry(
         "moe_kernels.tools.plan.command:plan",
         "Estimate memory, traffic and tokens/s on many GPUs from measured kernel rates.",
-        ("moe-kernels plan", "moe-kernels plan --models deepseek-v3 --gpus 128,256 --network-link 50 --json"),
+        ("plan --other-tflops 300", "plan --models deepseek-v3 --gpus 128,256 --network-link 50 --json"),
     ),
     "doctor": Entry(
         "moe_kernels.tools.doctor:doctor",
         "Say what will run on this machine, and why not more.",
-        ("moe-kernels doctor", "moe-kernels doctor --json"),
+        ("doctor", "doctor --json"),
     ),
     "verify": Entry(
         "moe_kernels.tools.verify:verify",
         "Check output and every gradient of every kernel configuration, of a model's layers or of hostile ones.",
-        (
-            "moe-kernels verify",
-            "moe-kernels verify configs/moe/mixtral-8x7b-moe-optimized.yml",
-            "moe-kernels verify --shapes mixtral-1b --dtype fp16",
-        ),
+        ("verify", "verify configs/moe/mixtral-8x7b-moe-optimized.yml", "verify --shapes mixtral-1b --dtype fp16"),
     ),
 }
 
@@ -100,14 +84,14 @@ class LazyCommand(click.Command):
     ) -> click.Context:
         module, _, function = self.entry.body.partition(":")
         body = getattr(importlib.import_module(module), function)
-        examples = "\n\n".join(["Examples:", *(f"  $ {example}" for example in self.entry.examples)])
+        examples = "\n\n".join(["Examples:", *(f"  $ moe-kernels {example}" for example in self.entry.examples)])
         one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         one.command(self.name, epilog=examples)(body)
         return typer.main.get_command(one).make_context(info_name, args, parent, **extra)
 
 
 class Commands(TyperGroup):
-    """The group: knows the commands by name; an expected failure becomes a sentence and an exit code."""
+    """Finds the commands by name, and turns an expected failure into a sentence and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -119,27 +103,24 @@ class Commands(TyperGroup):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except CommandError as error:
-            _fail(str(error), error.exit_code)
-        except ModuleNotFoundError as error:
-            missing = missing_module(error)
-            if missing is None:
+        except (CommandError, ModuleNotFoundError, OSError, ValueError) as error:
+            failure = _expected(error)
+            if failure is None:
                 raise
-            _fail(str(missing), MISSING)
-        except OSError as error:
-            failed = failed_io(error)
-            if failed is None:
-                raise
-            _fail(str(failed), failed.exit_code)
-        except ValueError as error:
-            if not type(error).__module__.startswith("moe_kernels."):
-                raise
-            _fail(str(error), WRONG_USAGE)
+            console = Console(stderr=True, highlight=False)
+            console.print(str(failure), style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(failure.exit_code) from error
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    Console(stderr=True, highlight=False).print(message, style="red", markup=False, soft_wrap=True)
-    raise typer.Exit(code)
+def _expected(error: Exception) -> CommandError | None:
+    """The sentence and the exit code for a failure that a user can cure; None for a bug."""
+    if isinstance(error, CommandError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
+        return missing_module(error)
+    if isinstance(error, OSError):
+        return failed_io(error)
+    return UsageError(str(error)) if type(error).__module__.startswith("moe_kernels.") else None
 
 
 app = typer.Typer(
@@ -174,6 +155,3 @@ def main() -> None:
     """Entry point of the `moe-kernels` script and of `python -m moe_kernels`."""
     stay_offline()
     app()
-
-
-__all__ = ["CHECK_FAILED", "MISSING", "WRONG_USAGE", "app", "main"]

@@ -39,12 +39,13 @@ CURES = {
 }
 #: Packages of the extra [report], by the module that is imported.
 REPORT_MODULES = ("jinja2", "matplotlib", "pynvml", "yaml", "wandb")
+REGISTERED = "moe_kernels.integrations.transformers"
 PLUGIN = "axolotl.integrations.moe_kernels.plugin"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination: ok, a note (with a cure more would run), or broken."""
+    """One line of the examination: ok, a note (after its cure more would run), or broken."""
 
     what: str
     status: str
@@ -53,7 +54,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Everything that decides what runs here, in the order in which a cure makes sense."""
+    """Everything that decides what runs here, in the order in which to cure it."""
     findings = [
         Finding("moe-kernels", OK, package_version()),
         Finding("python", OK, platform.python_version()),
@@ -61,7 +62,23 @@ def examine() -> list[Finding]:
     ]
     if any(finding.status == BROKEN for finding in findings):
         return findings
-    return [*findings, _gpu(), *_compiler(), *_launcher(), *_backends(), _transformers(), *_axolotl(), _report()]
+    reinstall = f"{pip_install()}, with the Python that runs axolotl"
+    return [
+        *findings,
+        _gpu(),
+        *_compiler(),
+        *_launcher(),
+        *_backends(),
+        _integration(
+            "experts_implementation: moe_kernels",
+            "transformers",
+            REGISTERED,
+            "can be registered",
+            CURES["transformers"],
+        ),
+        _integration("Axolotl plugin", "axolotl", PLUGIN, f"{PLUGIN}.MoeOptimizedPlugin", reinstall),
+        _report(),
+    ]
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -103,10 +120,9 @@ def _compiler() -> list[Finding]:
 
     if not torch.cuda.is_available():
         return []
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
-        return [Finding("C compiler", BROKEN, "none found; Triton needs one", "apt install gcc")]
-    return [Finding("C compiler", OK, compiler)]
+    if compiler := shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"):
+        return [Finding("C compiler", OK, compiler)]
+    return [Finding("C compiler", BROKEN, "none found; Triton needs one", "apt install gcc")]
 
 
 def _launcher() -> list[Finding]:
@@ -123,9 +139,8 @@ def _launcher() -> list[Finding]:
     except ValueError as error:
         return [Finding(what, BROKEN, str(error), f"unset {launch.LAUNCHER_VARIABLE}")]
     if reason is None:
-        detail = "direct, from the second launch of a kernel on"
         replayed = "; calls of known sizes are replayed" if launch.launcher() == "replay" else ""
-        return [Finding(what, OK, detail + replayed)]
+        return [Finding(what, OK, f"direct, from the second launch of a kernel on{replayed}")]
     cure = "nothing, if the GPU is the bottleneck: it costs host time, about a millisecond a layer and step"
     return [Finding(what, NOTE, f"through Triton: {reason}", cure)]
 
@@ -149,44 +164,25 @@ def _backends() -> list[Finding]:
             hidden=size.hidden,
             intermediate=size.intermediate,
         )
-        what = f"experts of {family.name}"
         refusals = [f"{name} does not: {reason}" for name, reason in backends.explain(problem) if reason is not None]
         try:
             chosen, reason = backends.select(problem)
+            status, detail = OK, "; ".join([f"{chosen} runs ({reason})", *refusals])
         except backends.UnsupportedProblem as error:
-            findings.append(Finding(what, BROKEN, str(error)))
-            continue
-        findings.append(Finding(what, OK, "; ".join([f"{chosen} runs ({reason})", *refusals])))
+            status, detail = BROKEN, str(error)
+        findings.append(Finding(f"experts of {family.name}", status, detail))
     return findings
 
 
-def _imports(module: str) -> str | None:
-    """None if ``module`` imports, else why it does not."""
+def _integration(what: str, package: str, module: str, detail: str, cure: str) -> Finding:
+    """Whether ``module``, which joins the kernels with ``package``, can be imported."""
+    if installed_version(package) is None:
+        return Finding(what, NOTE, f"{package} is not installed", CURES[package])
     try:
         importlib.import_module(module)
     except ImportError as error:
-        return str(error)
-    return None
-
-
-def _transformers() -> Finding:
-    what = "experts_implementation: moe_kernels"
-    if installed_version("transformers") is None:
-        return Finding(what, NOTE, "needs transformers", CURES["transformers"])
-    reason = _imports("moe_kernels.integrations.transformers")
-    if reason is not None:
-        return Finding(what, BROKEN, reason, CURES["transformers"])
-    return Finding(what, OK, "can be registered")
-
-
-def _axolotl() -> list[Finding]:
-    if installed_version("axolotl") is None:
-        return [Finding("Axolotl plugin", NOTE, "axolotl is not installed", CURES["axolotl"])]
-    reason = _imports(PLUGIN)
-    if reason is not None:
-        cure = f"{pip_install()}, with the Python that runs axolotl"
-        return [Finding("Axolotl plugin", BROKEN, f"{PLUGIN}: {reason}", cure)]
-    return [Finding("Axolotl plugin", OK, f"{PLUGIN}.MoeOptimizedPlugin")]
+        return Finding(what, BROKEN, f"{module}: {error}", cure)
+    return Finding(what, OK, detail)
 
 
 def _report() -> Finding:
@@ -208,18 +204,14 @@ def doctor(
         report = {"schema": 1, "kind": "doctor", "findings": [asdict(finding) for finding in findings]}
         typer.echo(json.dumps(report, indent=1))
     else:
-        _print(findings)
+        style = {OK: "[green]ok", NOTE: "[yellow]note", BROKEN: "[red]broken"}
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for finding in findings:
+            cure = f"\n[bold]cure:[/bold] {escape(finding.cure)}" if finding.cure else ""
+            table.add_row(style[finding.status], escape(finding.what), escape(finding.detail) + cure)
+        Console().print(table)
     if any(finding.status == BROKEN for finding in findings):
         raise typer.Exit(CHECK_FAILED)
-
-
-def _print(findings: list[Finding]) -> None:
-    style = {OK: "[green]ok", NOTE: "[yellow]note", BROKEN: "[red]broken"}
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for finding in findings:
-        cure = f"\n[bold]cure:[/bold] {escape(finding.cure)}" if finding.cure else ""
-        table.add_row(style[finding.status], escape(finding.what), escape(finding.detail) + cure)
-    Console().print(table)

@@ -30,7 +30,7 @@ def exact_float32() -> Iterator[None]:
             switch.fp32_precision = precision
 
 
-class _Error:
+class Error:
     """Accumulates ||ours - truth|| / ||truth|| over pieces."""
 
     def __init__(self) -> None:
@@ -49,43 +49,40 @@ class _Error:
 def relative_errors(layer: Layer, experts: Experts) -> dict[str, float]:
     """Relative L2 error of the output and of every gradient: keys out, dx, dgate_up, ddown, dw.
 
-    The reference is evaluated expert by expert, so that wide copies of all weights and of their gradients never exist
-    at once: the largest layers fit beside the implementation's own memory. It is one of float32, and of float64 for
-    float32 layers: an implementation that rounds just as the reference does would be without error, and the others
-    be judged by that.
+    The reference is evaluated expert by expert, so that wide copies of all weights and gradients never exist at once.
+    It is in float32, and in float64 for float32 layers: an implementation that sums in the reference's order would
+    have no error there, and the others would be judged by that.
     """
     wide = torch.float64 if layer.x.dtype == torch.float32 else torch.float32
     layer.clear_gradients()
     out = experts(layer.x, layer.topk_ids, layer.topk_weights)
     out.backward(layer.grad_out)
-    errors = {name: _Error() for name in ("out", *layer.leaves())}
-    true_out = torch.zeros_like(layer.x, dtype=wide)
-    true_dx = torch.zeros_like(true_out)
-    true_dw = torch.zeros_like(layer.topk_weights, dtype=wide)
-    gradients = {name: leaf.grad for name, leaf in layer.leaves().items()}
+    ours = {"out": out.detach()}
+    for name, leaf in layer.leaves().items():
+        assert leaf.grad is not None, f"{name}: no gradient"
+        ours[name] = leaf.grad
+    errors = {name: Error() for name in ours}
+    truth = {name: torch.zeros_like(ours[name], dtype=wide) for name in ("out", "dx", "dw")}
     with exact_float32():
         for expert in range(layer.shape.experts):
             token, slot = torch.where(layer.topk_ids == expert)
+            own = slice(expert, expert + 1)
             inputs = (
                 layer.x.detach()[token].to(wide).requires_grad_(),
                 layer.topk_weights.detach()[token, slot, None].to(wide).requires_grad_(),
-                layer.gate_up.detach()[expert : expert + 1].to(wide).requires_grad_(),
-                layer.down.detach()[expert : expert + 1].to(wide).requires_grad_(),
+                layer.gate_up.detach()[own].to(wide).requires_grad_(),
+                layer.down.detach()[own].to(wide).requires_grad_(),
             )
             x, weights, gate_up, down = inputs
             y = reference_experts(x, torch.zeros_like(slot)[:, None], weights, gate_up, down)
             dx, dw, dgate_up, ddown = torch.autograd.grad(y, inputs, layer.grad_out[token].to(wide))
-            true_out.index_add_(0, token, y.detach())
-            true_dx.index_add_(0, token, dx)
-            true_dw[token, slot] = dw[:, 0]
-            for name, truth in (("dgate_up", dgate_up), ("ddown", ddown)):
-                ours = gradients[name]
-                assert ours is not None, f"{name}: no gradient"
-                errors[name].add(ours[expert : expert + 1], truth)
-    for name, truth in (("out", true_out), ("dx", true_dx), ("dw", true_dw)):
-        ours = out.detach() if name == "out" else gradients[name]
-        assert ours is not None, f"{name}: no gradient"
-        errors[name].add(ours, truth)
+            truth["out"].index_add_(0, token, y.detach())
+            truth["dx"].index_add_(0, token, dx)
+            truth["dw"][token, slot] = dw[:, 0]
+            errors["dgate_up"].add(ours["dgate_up"][own], dgate_up)
+            errors["ddown"].add(ours["ddown"][own], ddown)
+    for name, right in truth.items():
+        errors[name].add(ours[name], right)
     layer.clear_gradients()
     return {name: error.value() for name, error in errors.items()}
 
@@ -93,7 +90,7 @@ def relative_errors(layer: Layer, experts: Experts) -> dict[str, float]:
 def what_is_wrong(errors: dict[str, float], yardstick: dict[str, float], floor: float) -> str | None:
     """One sentence if an error is not finite or exceeds three times the yardstick's, else None.
 
-    ``floor`` is the rounding of the dtype: below it a yardstick that happens to be exact judges nobody.
+    ``floor`` is the rounding of the dtype, for a yardstick that happens to be more exact.
     """
     for name, error in errors.items():
         limit = WRONG_FACTOR * max(yardstick.get(name, 0.0), floor)

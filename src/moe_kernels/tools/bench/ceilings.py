@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from dataclasses import dataclass
 
 import torch
+
+from moe_kernels.tools.bench.timing import Call, Clock
 
 GPU_SIZE, CPU_SIZE = 8192, 512
 GPU_COPY_BYTES, CPU_COPY_BYTES = 2 * 2**30, 32 * 2**20
@@ -28,28 +28,16 @@ class Ceilings:
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Medians of ten on random data."""
-    cuda = device.type == "cuda"
-    size = GPU_SIZE if cuda else CPU_SIZE
+    size, count = (GPU_SIZE, GPU_COPY_BYTES // 4) if device.type == "cuda" else (CPU_SIZE, CPU_COPY_BYTES // 4)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    count = (GPU_COPY_BYTES if cuda else CPU_COPY_BYTES) // 4
-    source = torch.randn(count, device=device)
+    product, source = torch.empty_like(left), torch.randn(count, device=device)
     target = torch.empty_like(source)
-
-    def seconds(call: object) -> float:
-        assert callable(call)
-        samples = []
-        for _ in range(REPEATS + 2):
-            if cuda:
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            call()
-            if cuda:
-                torch.cuda.synchronize()
-            samples.append(time.perf_counter() - begin)
-        return statistics.median(samples[2:])
-
-    product = torch.empty(size, size, device=device, dtype=dtype)
-    return Ceilings(
-        2 * size**3 / seconds(lambda: torch.mm(left, right, out=product)) * 1e-12,
-        2 * source.nbytes / seconds(lambda: target.copy_(source)) * 1e-12,
-    )
+    calls: dict[str, Call] = {
+        "product": lambda: torch.mm(left, right, out=product),
+        "copy": lambda: target.copy_(source),
+    }
+    for call in calls.values():
+        call()
+    times = Clock(device).compare(calls, REPEATS, cleanup=lambda: None, progress=lambda: None)
+    product_s, copy_s = (times[name].total.median * 1e-3 for name in calls)
+    return Ceilings(2 * size**3 / product_s * 1e-12, 2 * source.nbytes / copy_s * 1e-12)

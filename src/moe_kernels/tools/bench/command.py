@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,17 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moe_kernels.install import pip_install
-from moe_kernels.settings import DEFAULT_GROUP_SIZE, GROUP_SIZES, GroupSize
-from moe_kernels.shapes import LAYERS, LayerShape
+from moe_kernels.settings import DEFAULT_GROUP_SIZE, GROUP_SIZES
+from moe_kernels.shapes import DEFAULT_SHAPES, LAYERS, LayerShape
+from moe_kernels.tools.common.console import wide_console
 from moe_kernels.tools.common.errors import CHECK_FAILED, MissingDependency
-from moe_kernels.tools.common.options import MAX_SEED, one_of, several
+from moe_kernels.tools.common.options import DTYPES, MAX_SEED, one_of, pick_device, several
 
 Row = dict[str, Any]
-TABLE_WIDTH = 150
-DEFAULT_SHAPES = "mixtral-1b,qwen2-moe-1b,deepseek-v3-1b"
 DEFAULT_PEERS = "eager,grouped_mm"
 ROUTINGS = ("balanced", "mild", "heavy")
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 CPU_SHAPE = LayerShape("cpu-demo", 64, 64, 48, 8, 2)
 CPU_WARNING = "On the CPU this shows that the benchmark works, nothing about speed."
 
@@ -79,11 +78,15 @@ def bench(
     time of the same GEMMs through dense torch.mm is the ceiling. The file of --json is written after every layer,
     and a call that was interrupted goes on from it. Exit code 1 if an implementation was wrong or failed.
     """
-    chosen_dtype = one_of("dtype", dtype, tuple(DTYPES))
+    one_of("dtype", dtype, tuple(DTYPES))
     routings = several("routing", routing, ROUTINGS)
-    layers = [LAYERS[name] for name in several("shapes", DEFAULT_SHAPES if shapes is None else shapes, tuple(LAYERS))]
-    knobs = _group_sizes(group_sizes)
-    walks, again = _switch("persistent", persistent), _switch("recompute", recompute)
+    layers = chosen_layers(DEFAULT_SHAPES if shapes is None else shapes, tokens)
+    valid = {str(size): size for size in GROUP_SIZES}
+    knobs: dict[str, Any] = {
+        "group_sizes": tuple(valid[name] for name in several("group-sizes", group_sizes, tuple(valid))),
+        "persistent": _switch("persistent", persistent),
+        "recompute": _switch("recompute", recompute),
+    }
 
     if plots is not None and importlib.util.find_spec("matplotlib") is None:
         raise MissingDependency(f"--plots needs matplotlib. Cure: {pip_install('report')}")
@@ -97,29 +100,27 @@ def bench(
         from moe_kernels.tools.bench.store import Store
         from moe_kernels.tools.common.machine import environment
     names = () if peers == "none" else several("peers", peers, tuple(PEERS))
-    where = _device(device)
-    if where == "cpu":
+    where = pick_device(device)
+    if where.type == "cpu":
         console.print(CPU_WARNING, style="yellow")
         if shapes is None:
-            layers = [CPU_SHAPE]
-    wanted = [replace(layer, tokens=tokens or layer.tokens) for layer in layers]
-    torch_dtype = getattr(torch, DTYPES[chosen_dtype])
-    arguments = {"peers": list(names), "dtype": chosen_dtype, "repeats": repeats, "device": where, "seed": seed,
-                 "group_sizes": list(knobs), "persistent": list(walks), "recompute": list(again)}  # fmt: skip
+            layers = [replace(CPU_SHAPE, tokens=tokens or CPU_SHAPE.tokens)]
+    torch_dtype = getattr(torch, DTYPES[dtype])
+    arguments = {"peers": list(names), "dtype": dtype, "repeats": repeats, "device": where.type, "seed": seed}
+    arguments |= {name: list(values) for name, values in knobs.items()}
     store = Store(json_file, environment(), arguments, fresh)
-    cells = [(shape, routing) for shape in wanted for routing in routings]
+    cells = [(shape, routing) for shape in layers for routing in routings]
     missing = [cell for cell in cells if not store.find(cell[0].name, cell[0].tokens, cell[1])]
     if len(missing) < len(cells):
         console.print(
             f"{json_file} holds {len(cells) - len(missing)} of {len(cells)} layers already.", highlight=False
         )
-    tables = Console()
-    tables.width = max(tables.width, TABLE_WIDTH)
-    with _progress(console) as bar:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=len(cells), completed=len(cells) - len(missing))
         if store.report["ceilings"] is None:
             bar.update(task, description="measuring the ceilings of this machine")
-            store.report["ceilings"] = asdict(measure_ceilings(torch.device(where), torch_dtype))
+            store.report["ceilings"] = asdict(measure_ceilings(where, torch_dtype))
         for shape, kind in missing:
             found = measure(
                 shape,
@@ -128,17 +129,17 @@ def bench(
                 dtype=torch_dtype,
                 repeats=repeats,
                 routing=kind,
-                group_sizes=knobs,
-                persistent=walks,
-                recompute=again,
                 seed=seed,
+                **knobs,
                 progress=lambda message: bar.update(task, description=escape(message)),
             )
             store.add([result.to_json() for result in found])
             bar.advance(task)
-    results = [row for shape, kind in cells for row in store.find(shape.name, shape.tokens, kind)]
-    for shape, kind in cells:
-        _show(tables, shape, store.find(shape.name, shape.tokens, kind))
+    found_cells = [(shape, store.find(shape.name, shape.tokens, kind)) for shape, kind in cells]
+    results = [row for _, rows in found_cells for row in rows]
+    tables = wide_console()
+    for shape, rows in found_cells:
+        _show(tables, shape, rows)
     _summarise(tables, results)
     if json_file is not None and missing:
         console.print(f"wrote {json_file}", highlight=False)
@@ -147,36 +148,21 @@ def bench(
 
         for file in write_plots({**store.report, "results": results}, plots):
             console.print(f"wrote {file}", highlight=False)
-    if where == "cpu":
+    if where.type == "cpu":
         console.print(CPU_WARNING, style="yellow")
     if not all(row["ok"] for row in results if row["available"]):
         raise typer.Exit(CHECK_FAILED)
 
 
-def _progress(console: Console) -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    return Progress(*columns, console=console, transient=True)
+def chosen_layers(names: str, tokens: int | None) -> list[LayerShape]:
+    """The layers of ``--shapes``, with ``tokens`` instead of their own where a number is given."""
+    layers = [LAYERS[name] for name in several("shapes", names, tuple(LAYERS))]
+    return [replace(layer, tokens=tokens or layer.tokens) for layer in layers]
 
 
 def _switch(option: str, value: str) -> tuple[bool, ...]:
     values = {"true": (True,), "false": (False,), "both": (True, False)}
     return values[one_of(option, value, tuple(values))]
-
-
-def _group_sizes(values: str) -> tuple[GroupSize, ...]:
-    valid = {str(size): size for size in GROUP_SIZES}
-    return tuple(valid[name] for name in several("group-sizes", values, tuple(valid)))
-
-
-def _device(wanted: str) -> str:
-    import torch
-
-    one_of("device", wanted, ("auto", "cuda", "cpu"))
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise MissingDependency("torch sees no NVIDIA GPU. Cure: see `moe-kernels doctor`, or use --device cpu")
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted
 
 
 COLUMNS = ("forward ms", "f+b ms", "p20-p80", "f+b GPU", "f+b host", "TFLOP/s", "of dense", "launches",
@@ -186,27 +172,19 @@ Medians. launches: forward / forward + backward. Memory in MiB.
 Errors: relative L2 against float32, of fp32 against float64."""
 
 
-def _show(tables: Console, shape: LayerShape, rows: list[Row]) -> None:
-    tables.print(_table(shape, rows))
-    for row in rows:
-        if not row["available"]:
-            tables.print(f"{row['implementation']} was not measured: {row['note']}", style="yellow", markup=False)
-        elif not row["ok"]:
-            tables.print(f"{row['implementation']}: {row['note']}", style="red", markup=False)
-
-
-def _table(shape: LayerShape, rows: list[Row]) -> Table:
-    first = rows[0]
-    table = Table(
-        title=f"{shape.name}: T={shape.tokens} H={shape.hidden} I={shape.intermediate} E={shape.experts} "
-        f"K={shape.top_k}, {first['dtype']}, {first['routing']} routing (busiest expert {first['imbalance']:.1f}x)",
-        title_justify="left",
-        caption=CAPTION,
-        caption_justify="left",
-    )
+def _table(title: str, caption: str, columns: Iterable[str]) -> Table:
+    """A table without rows, whose first column is the implementation."""
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("implementation", no_wrap=True)
-    for column in COLUMNS:
+    for column in columns:
         table.add_column(column, justify="right")
+    return table
+
+
+def _show(tables: Console, shape: LayerShape, rows: list[Row]) -> None:
+    sizes = f"T={shape.tokens} H={shape.hidden} I={shape.intermediate} E={shape.experts} K={shape.top_k}"
+    routing = f"{rows[0]['routing']} routing (busiest expert {rows[0]['imbalance']:.1f}x)"
+    table = _table(f"{shape.name}: {sizes}, {rows[0]['dtype']}, {routing}", CAPTION, COLUMNS)
     for row in rows:
         name = escape(row["implementation"])
         if row["ok"]:
@@ -215,7 +193,12 @@ def _table(shape: LayerShape, rows: list[Row]) -> Table:
             table.add_row(f"[red]{name}", "[red]wrong" if row["rel_error"] else "[red]failed")
         else:
             table.add_row(f"[dim]{name}", "[dim]-")
-    return table
+    tables.print(table)
+    for row in rows:
+        if not row["available"]:
+            tables.print(f"{row['implementation']} was not measured: {row['note']}", style="yellow", markup=False)
+        elif not row["ok"]:
+            tables.print(f"{row['implementation']}: {row['note']}", style="red", markup=False)
 
 
 def _cells(row: Row) -> list[str]:
@@ -237,11 +220,6 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def geometric_mean(values: list[float]) -> float | None:
-    """Of positive numbers; None of none."""
-    return statistics.geometric_mean(values) if values else None
-
-
 def fractions_of_dense(results: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """{routing: {implementation: {shape: fraction of dense}}}, forward and backward."""
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -255,22 +233,16 @@ def fractions_of_dense(results: list[Row]) -> dict[str, dict[str, dict[str, floa
 def _summarise(tables: Console, results: list[Row]) -> None:
     """Fractions of dense over all layers."""
     for kind, by_name in fractions_of_dense(results).items():
-        summary = Table(
-            title=f"Fraction of dense, forward + backward, {kind} routing",
-            title_justify="left",
-            caption="mean: geometric, over the layers that the implementation was measured on",
-            caption_justify="left",
-        )
-        summary.add_column("implementation", no_wrap=True)
         shapes = list(dict.fromkeys(shape for by_shape in by_name.values() for shape in by_shape))
-        for shape in (*shapes, "mean"):
-            summary.add_column(shape, justify="right")
+        table = _table(
+            f"Fraction of dense, forward + backward, {kind} routing",
+            "mean: geometric, over the layers that the implementation was measured on",
+            (*shapes, "mean"),
+        )
         for name, by_shape in by_name.items():
-            mean = geometric_mean(list(by_shape.values()))
-            summary.add_row(
-                escape(name), *(_number(by_shape.get(shape), ".2f") for shape in shapes), _number(mean, ".3f")
-            )
-        tables.print(summary)
+            mean = statistics.geometric_mean(by_shape.values())
+            table.add_row(escape(name), *(_number(by_shape.get(shape), ".2f") for shape in shapes), f"{mean:.3f}")
+        tables.print(table)
 
 
 def _median(spread: dict[str, float] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,26 +12,9 @@ import torch
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, GroupSize
 from moe_kernels.shapes import LayerShape
 from moe_kernels.tools.bench.accuracy import relative_errors, what_is_wrong
-from moe_kernels.tools.bench.layer import (
-    OURS,
-    Experts,
-    Layer,
-    make_layer,
-    our_variants,
-    transformers_experts,
-)
+from moe_kernels.tools.bench.layer import OURS, Experts, Layer, make_layer, our_variants, transformers_experts
 from moe_kernels.tools.bench.peers import PEER_FAILURES, PEERS, failure
-from moe_kernels.tools.bench.timing import (
-    MIB,
-    Call,
-    Clock,
-    Launches,
-    Spread,
-    Times,
-    count_launches,
-    peak_bytes,
-    saved_bytes,
-)
+from moe_kernels.tools.bench.timing import MIB, Call, Clock, Spread, Times, count_launches, peak_bytes, saved_bytes
 
 DENSE = "dense"
 Progress = Callable[[str], object]
@@ -38,25 +22,10 @@ Progress = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row of the benchmark. Times in ms, memory in MiB, rates in TFLOP/s; None where not measured.
+    """One row of the benchmark. Times in ms, memory in MiB, rates in TFLOP/s; None where not measured."""
 
-    Attributes:
-        implementation: a peer, moe_kernels, moe_kernels[g=..,p=..] or dense, which is the same six GEMMs with
-            R = T*K rows and one weight matrix through torch.mm: the ceiling.
-        available: it could be tried; if not, ``note`` says why.
-        forward_ms, forward_backward_ms: start of the call to the end of its last kernel.
-        forward_queued_ms, forward_backward_queued_ms: GPU time alone, launches queued ahead. A call that
-            waits for the GPU inside (eager does) cannot be queued: there the two agree.
-        forward_host_ms, forward_backward_host_ms: until the call returns, nothing awaited.
-        launches_*: kernels in one call; copies_*: memcpy and memset.
-        saved_mb: distinct storages kept for the backward, x included, weights not.
-        peak_mb: highest memory of forward + backward above inputs, weights and weight gradients, the output let
-            go before the backward.
-        dense_fraction, dense_fraction_forward: dense time over ours.
-        rel_error: relative L2 error of out, dx, dgate_up, ddown and dw, against float32 (of float32: float64).
-        ok: the errors are finite and at most three times those of grouped_mm (or eager).
-    """
-
+    # A peer, moe_kernels, moe_kernels[g=..,p=..], or dense, the ceiling: the same six GEMMs with R = T*K rows and one
+    # weight matrix through torch.mm.
     implementation: str
     shape: str
     tokens: int
@@ -65,28 +34,31 @@ class Measurement:
     experts: int
     top_k: int
     routing: str
-    imbalance: float
+    imbalance: float  # rows of the busiest expert over the mean
     dtype: str
     device: str
-    ok: bool
-    available: bool = True
-    note: str = ""
-    forward_ms: Spread | None = None
+    ok: bool  # the errors are finite and at most three times those of grouped_mm (or eager)
+    available: bool = True  # it could be tried
+    note: str = ""  # why it is not available or not ok
+    forward_ms: Spread | None = None  # from the start of the call to the end of its last kernel
     forward_backward_ms: Spread | None = None
+    # GPU time alone, launches queued ahead. A call that waits for the GPU inside (eager does) has the times above.
     forward_queued_ms: Spread | None = None
     forward_backward_queued_ms: Spread | None = None
-    forward_host_ms: Spread | None = None
+    forward_host_ms: Spread | None = None  # until the call returns, without synchronising
     forward_backward_host_ms: Spread | None = None
     forward_tflops: float | None = None
     forward_backward_tflops: float | None = None
-    dense_fraction_forward: float | None = None
-    dense_fraction: float | None = None
-    launches_forward: int | None = None
+    dense_fraction_forward: float | None = None  # time of dense over that of this row
+    dense_fraction: float | None = None  # the same, forward and backward
+    launches_forward: int | None = None  # kernels in one call
     launches_forward_backward: int | None = None
-    copies_forward: int | None = None
+    copies_forward: int | None = None  # memcpy and memset
     copies_forward_backward: int | None = None
-    saved_mb: float | None = None
+    saved_mb: float | None = None  # distinct storages kept for the backward, x included, weights not
+    # Highest in forward and backward above inputs, weights and their gradients, the output freed before the backward.
     peak_mb: float | None = None
+    # Relative L2 error of out, dx, dgate_up, ddown and dw, against float32 (of float32: float64).
     rel_error: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
@@ -118,13 +90,13 @@ def measure(
         repeats: timed calls of each implementation; medians are of these.
         routing: balanced, mild or heavy.
         group_sizes, persistent, recompute: knobs of moe_kernels; each combination becomes a row.
-        backend: of moe_kernels: auto, triton, gluon or torch.
+        backend: of moe_kernels: a name of :func:`moe_kernels.registry.names`.
         seed: of the random tensors.
         progress: called with what is being done.
 
     Returns:
-        One measurement an implementation, in the order given, then ``dense``. An implementation that is wrong,
-        fails or is not available comes back with ``ok=False`` and the reason in ``note``, and is not timed.
+        One measurement for each implementation, in the order given, then ``dense``. One that is wrong, fails or is
+        not available has ``ok=False`` and the reason in ``note``, and is not timed.
 
     Raises:
         ValueError: an unknown implementation.
@@ -132,32 +104,56 @@ def measure(
     unknown = sorted(set(implementations) - {*PEERS, OURS})
     if unknown:
         raise ValueError(f"unknown implementation {', '.join(unknown)}: choose from {', '.join((*PEERS, OURS))}")
-    device = torch.device(device)
     progress(f"{shape.name}: making tensors")
-    layer = make_layer(shape, routing, device, dtype, seed)
-    rows: list[str] = []
+    layer = make_layer(shape, routing, torch.device(device), dtype, seed)
+    ours = our_variants(group_sizes, persistent, backend, recompute) if OURS in implementations else {}
+    rows = [row for name in implementations for row in (ours if name == OURS else (name,))]
+    runners, absent = _set_up(layer, rows, ours)
+    errors, faults = _check(layer, runners, progress)
+    good = {row: runner for row, runner in runners.items() if row not in faults}
+    timed = _time(layer, good, repeats, progress)
+    dense = timed[DENSE]
+    results = []
+    for row in rows:
+        if row in absent:
+            results.append(_measurement(layer, row, ok=False, available=False, note=absent[row]))
+        elif row in faults:
+            results.append(_measurement(layer, row, ok=False, note=faults[row], rel_error=errors.get(row, {})))
+        else:
+            progress(f"{shape.name}: launches and memory of {row}")
+            counts, rates = _counts(layer, runners[row]), _rates(shape, timed[row], dense)
+            results.append(_measurement(layer, row, rel_error=errors[row], **counts, **rates))
+    note = "six GEMMs of R rows, torch.mm"
+    return [*results, _measurement(layer, DENSE, note=note, **_rates(shape, dense, dense))]
+
+
+def _set_up(layer: Layer, rows: list[str], ours: dict[str, str]) -> tuple[dict[str, Experts], dict[str, str]]:
+    """({row: what runs it}, {row: why it cannot run here})."""
     runners: dict[str, Experts] = {}
     absent: dict[str, str] = {}
-    for name in implementations:
-        if name == OURS:
-            ours = our_variants(group_sizes, persistent, backend, recompute)
-            rows += ours
-            runners |= {row: transformers_experts(layer, registered) for row, registered in ours.items()}
+    for row in rows:
+        if row in ours:
+            runners[row] = transformers_experts(layer, ours[row])
             continue
-        rows.append(name)
-        reason = PEERS[name].why_not(shape, device, dtype)
-        if reason is None:
-            try:
-                runners[name] = PEERS[name].experts(layer)
-            except PEER_FAILURES as error:
-                reason = f"it cannot be set up: {failure(error)}"
+        reason = PEERS[row].why_not(layer.shape, layer.x.device, layer.x.dtype)
         if reason is not None:
-            absent[name] = reason
+            absent[row] = reason
+            continue
+        try:
+            runners[row] = PEERS[row].experts(layer)
+        except PEER_FAILURES as error:
+            absent[row] = f"it cannot be set up: {failure(error)}"
+    return runners, absent
 
+
+def _check(
+    layer: Layer, runners: dict[str, Experts], progress: Progress
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """({row: relative error of each tensor}, {row: what is wrong with it})."""
     errors: dict[str, dict[str, float]] = {}
     faults: dict[str, str] = {}
     for row, runner in runners.items():
-        progress(f"{shape.name}: checking {row}")
+        progress(f"{layer.shape.name}: checking {row}")
         try:
             errors[row] = relative_errors(layer, runner)
         except torch.OutOfMemoryError:
@@ -170,28 +166,10 @@ def measure(
             layer.clear_gradients()
             torch.cuda.empty_cache()
     yardstick = errors.get("grouped_mm") or errors.get("eager") or {}
-    floor = torch.finfo(dtype).eps
     for row, found in errors.items():
-        fault = what_is_wrong(found, yardstick, floor)
-        if fault is not None:
+        if fault := what_is_wrong(found, yardstick, torch.finfo(layer.x.dtype).eps):
             faults[row] = fault
-
-    good = {row: runner for row, runner in runners.items() if row not in faults}
-    timed = _time(layer, good, repeats, progress)
-    dense = timed[DENSE]
-    results = []
-    for row in rows:
-        if row in absent:
-            results.append(_measurement(layer, row, ok=False, available=False, note=absent[row]))
-            continue
-        if row in faults:
-            results.append(_measurement(layer, row, ok=False, note=faults[row], rel_error=errors.get(row, {})))
-            continue
-        progress(f"{shape.name}: launches and memory of {row}")
-        results.append(_measurement(layer, row, rel_error=errors[row], **_counts(layer, runners[row]),
-                                    **_rates(shape, timed[row], dense)))  # fmt: skip
-    note = "six GEMMs of R rows, torch.mm"
-    return [*results, _measurement(layer, DENSE, note=note, **_rates(shape, dense, dense))]
+    return errors, faults
 
 
 def _forward(layer: Layer, experts: Experts) -> Call:
@@ -203,7 +181,7 @@ def _forward_backward(layer: Layer, experts: Experts) -> Call:
 
 
 class _Loss(torch.autograd.Function):
-    """A loss with the layer's ``grad_out`` that keeps nothing: in a model too, nobody holds the experts' output."""
+    """A loss whose gradient is ``grad_out`` and that does not keep ``out``: in a model nothing holds it either."""
 
     @staticmethod
     def forward(ctx: Any, out: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
@@ -213,10 +191,6 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _one: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.grad_out, None
-
-
-def _loss_backward(layer: Layer, experts: Experts) -> Call:
-    return lambda: _Loss.apply(experts(layer.x, layer.topk_ids, layer.topk_weights), layer.grad_out).backward()
 
 
 def _dense_calls(layer: Layer) -> tuple[Call, Call]:
@@ -250,22 +224,22 @@ def _time(
     forward = {row: _forward(layer, runner) for row, runner in runners.items()} | {DENSE: dense_forward}
     both = {row: _forward_backward(layer, runner) for row, runner in runners.items()} | {DENSE: dense_both}
     clock = Clock(layer.x.device)
-    times = []
-    for what, calls in (("forward", forward), ("forward + backward", both)):
+
+    def times(what: str, calls: dict[str, Call]) -> dict[str, Times]:
         progress(f"{layer.shape.name}: warming up {what}")
-        for call in calls.values():
-            for _ in range(2):
-                call()
-                layer.clear_gradients()
-        done = 0
+        for call in [*calls.values()] * 2:
+            call()
+            layer.clear_gradients()
+        rounds = itertools.count(1)
+        return clock.compare(
+            calls,
+            repeats,
+            layer.clear_gradients,
+            lambda: progress(f"{layer.shape.name}: timing {what}, round {next(rounds)} of {repeats}"),
+        )
 
-        def tick(what: str = what) -> None:
-            nonlocal done
-            done += 1
-            progress(f"{layer.shape.name}: timing {what}, round {done} of {repeats}")
-
-        times.append(clock.compare(calls, repeats, layer.clear_gradients, tick))
-    return {row: (times[0][row], times[1][row]) for row in forward}
+    forward_times, both_times = times("forward", forward), times("forward + backward", both)
+    return {row: (forward_times[row], both_times[row]) for row in forward}
 
 
 def _rates(shape: LayerShape, times: tuple[Times, Times], dense: tuple[Times, Times]) -> dict[str, Any]:
@@ -285,36 +259,30 @@ def _rates(shape: LayerShape, times: tuple[Times, Times], dense: tuple[Times, Ti
 
 
 def _counts(layer: Layer, experts: Experts) -> dict[str, Any]:
-    forward, both = _forward(layer, experts), _forward_backward(layer, experts)
-    found: dict[str, Any] = {"saved_mb": saved_bytes(forward, (layer.gate_up, layer.down)) / MIB}
+    calls = {"forward": _forward(layer, experts), "forward_backward": _forward_backward(layer, experts)}
+    found: dict[str, Any] = {"saved_mb": saved_bytes(calls["forward"], (layer.gate_up, layer.down)) / MIB}
     if layer.x.device.type != "cuda":
         return found
+
+    def loss_backward() -> None:
+        _Loss.apply(calls["forward"](), layer.grad_out).backward()
+
     layer.clear_gradients()
-    weight_gradients = layer.gate_up.nbytes + layer.down.nbytes
-    found["peak_mb"] = (peak_bytes(_loss_backward(layer, experts)) - weight_gradients) / MIB
+    found["peak_mb"] = (peak_bytes(loss_backward) - layer.gate_up.nbytes - layer.down.nbytes) / MIB
     layer.clear_gradients()
-    for what, launches in (("forward", count_launches(forward)), ("forward_backward", count_launches(both))):
-        found |= _launches(what, launches)
+    for what, call in calls.items():
+        if launches := count_launches(call):
+            found |= {f"launches_{what}": launches.kernels, f"copies_{what}": launches.copies}
     layer.clear_gradients()
     return found
 
 
-def _launches(what: str, launches: Launches | None) -> dict[str, Any]:
-    if launches is None:
-        return {}
-    return {f"launches_{what}": launches.kernels, f"copies_{what}": launches.copies}
-
-
 def _measurement(layer: Layer, row: str, *, ok: bool = True, **values: Any) -> Measurement:
-    shape, device = layer.shape, layer.x.device
+    sizes, device = asdict(layer.shape), layer.x.device
     return Measurement(
         implementation=row,
-        shape=shape.name,
-        tokens=shape.tokens,
-        hidden=shape.hidden,
-        intermediate=shape.intermediate,
-        experts=shape.experts,
-        top_k=shape.top_k,
+        shape=sizes.pop("name"),
+        **sizes,
         routing=layer.routing,
         imbalance=layer.imbalance(),
         dtype=str(layer.x.dtype).removeprefix("torch."),

@@ -21,25 +21,16 @@ Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """Tensors of one layer. T tokens, K experts per token, E experts, H hidden, I intermediate.
-
-    Attributes:
-        x: (T, H), unit variance, a leaf that requires grad.
-        topk_ids: (T, K) int64.
-        topk_weights: (T, K), softmax weights, a leaf that requires grad.
-        gate_up: (E, 2I, H) parameter, scaled by 1/sqrt(H).
-        down: (E, H, I) parameter, scaled by 1/sqrt(I).
-        grad_out: (T, H), unit variance: the gradient of the loss with respect to the output.
-    """
+    """Tensors of one layer. T tokens, K experts per token, E experts, H hidden, I intermediate."""
 
     shape: LayerShape
     routing: str
-    x: torch.Tensor
-    topk_ids: torch.Tensor
-    topk_weights: torch.Tensor
-    gate_up: torch.nn.Parameter
-    down: torch.nn.Parameter
-    grad_out: torch.Tensor
+    x: torch.Tensor  # (T, H), unit variance, a leaf that requires grad
+    topk_ids: torch.Tensor  # (T, K) int64
+    topk_weights: torch.Tensor  # (T, K), softmax weights, a leaf that requires grad
+    gate_up: torch.nn.Parameter  # (E, 2I, H), scaled by 1/sqrt(H)
+    down: torch.nn.Parameter  # (E, H, I), scaled by 1/sqrt(I)
+    grad_out: torch.Tensor  # (T, H), unit variance: the gradient of the loss with respect to the output
 
     def leaves(self) -> dict[str, torch.Tensor]:
         """The four tensors that get a gradient, by the name under which their error is reported."""
@@ -54,11 +45,6 @@ class Layer:
         """Rows of the busiest expert over the mean."""
         counts = torch.bincount(self.topk_ids.reshape(-1), minlength=self.shape.experts)
         return float(counts.max() / counts.float().mean())
-
-
-def scores_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """dtype of the routing weights: Mixtral's router hands out float32, the others the activations' dtype."""
-    return torch.float32 if name.startswith("mixtral") else dtype
 
 
 def make_layer(shape: LayerShape, routing: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Layer:
@@ -77,7 +63,9 @@ def make_layer(shape: LayerShape, routing: str, device: torch.device, dtype: tor
             # One expert in sixteen (at least one) takes nearly every token; the rest share the other slots.
             logits[:, : max(1, shape.experts // 16)] += 4.0
         topk_ids = logits.topk(shape.top_k, dim=-1).indices
-    weights = logits.gather(1, topk_ids).softmax(-1).to(scores_dtype(shape.name, dtype))
+    # Mixtral's router returns float32 weights, the others the activations' dtype.
+    weights_dtype = torch.float32 if shape.name.startswith("mixtral") else dtype
+    weights = logits.gather(1, topk_ids).softmax(-1).to(weights_dtype)
     hidden, intermediate, experts = shape.hidden, shape.intermediate, shape.experts
     return Layer(
         shape,
@@ -102,10 +90,10 @@ def our_variants(
 
     single = len(group_sizes) == len(persistent) == len(recompute) == 1
     rows = {}
-    for group_size, walk, again in itertools.product(group_sizes, persistent, recompute):
-        knobs = f"[g={group_size},p={int(walk)}{',recompute' if again else ''}]"
-        name = f"{OURS}_bench_{group_size}_{int(walk)}_{int(again)}_{backend}"
-        register(group_size=group_size, persistent=walk, recompute=again, backend=backend, name=name)
+    for size, persists, recomputes in itertools.product(group_sizes, persistent, recompute):
+        knobs = f"[g={size},p={int(persists)}{',recompute' if recomputes else ''}]"
+        name = f"{OURS}_bench_{size}_{int(persists)}_{int(recomputes)}_{backend}"
+        register(group_size=size, persistent=persists, recompute=recomputes, backend=backend, name=name)
         rows[OURS if single else OURS + knobs] = name
     return rows
 

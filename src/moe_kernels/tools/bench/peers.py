@@ -1,7 +1,7 @@
 """The peers: other implementations of the same expert layer, each with the reason where it cannot be measured.
 
-A peer is one entry of :data:`PEERS`. None is ever missing in silence: what cannot run here has a row that says why,
-and a peer that fails while it runs is reported with its error, the others measured without it.
+A peer is one entry of :data:`PEERS`. One that cannot run here has a row that says why; one that fails is reported
+with its error, and the others are measured without it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from moe_kernels.install import pip_install
 from moe_kernels.shapes import LayerShape
 from moe_kernels.tools.bench.layer import Experts, Layer, transformers_experts
 
-#: What other people's code raises when it cannot do its work. A bug of ours must not hide here: not for our own op.
+#: What a peer may raise. Not caught from our own op, whose bugs must not pass for a failed peer.
 PEER_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, OSError, AssertionError)
 #: batched_mm copies the weights of every (token, expert) pair: refused beyond this share of the memory.
 COPIES_SHARE = 0.4
 CPU_COPIES = 2 * 2**30
-_HALF = (torch.bfloat16, torch.float16)
+_SCATTERMOE = "axolotl.integrations.kernels.libs.scattermoe_lora"
+
+WhyNot = Callable[[LayerShape, torch.device, torch.dtype], str | None]
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,11 @@ class Peer:
     """One implementation to compare with.
 
     Attributes:
-        name: as ``--peers`` takes it and tables show it.
-        what: one line for the documentation.
         why_not: None if it can be measured on this (shape, device, dtype), else one sentence with the cure.
         experts: binds a layer's weights.
     """
 
-    name: str
-    what: str
-    why_not: Callable[[LayerShape, torch.device, torch.dtype], str | None]
+    why_not: WhyNot
     experts: Callable[[Layer], Experts]
 
 
@@ -55,41 +53,41 @@ def _everywhere(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> 
     return None
 
 
-def _batched_mm(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_batched_mm(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
     copies = 3 * shape.rows * shape.hidden * shape.intermediate * dtype.itemsize
     limit = CPU_COPIES
     if device.type == "cuda":
         limit = int(COPIES_SHARE * torch.cuda.get_device_properties(device).total_memory)
-    if copies > limit:
-        return (
-            f"batched_mm copies the weights of every routed row, {copies / 2**30:.0f} GiB here; "
-            "it is meant for generation. Use fewer --tokens."
-        )
-    return None
+    if copies <= limit:
+        return None
+    return (
+        f"batched_mm copies the weights of every routed row, {copies / 2**30:.0f} GiB here; "
+        "it is meant for generation. Use fewer --tokens."
+    )
 
 
-def _no_gpu(device: torch.device, what: str) -> str | None:
-    return None if device.type == "cuda" else f"{what} needs an NVIDIA GPU, and this runs on the {device.type}."
+def _on_gpu(name: str, modules: dict[str, str] | None = None) -> WhyNot:
+    """Of a peer that needs an NVIDIA GPU, 16 bits, and ``modules``: {module: the package that brings it}."""
+
+    def why_not(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda":
+            return f"{name} needs an NVIDIA GPU, and this runs on the {device.type}."
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"{name} is made for 16 bits: measure it with --dtype bf16 or fp16."
+        for module, package in (modules or {}).items():
+            if not _is_installed(module):
+                return f"{package} is not installed. Cure: pip install {package}"
+        return None
+
+    return why_not
 
 
-def _no_half(what: str, dtype: torch.dtype) -> str | None:
-    return None if dtype in _HALF else f"{what} is made for 16 bits: measure it with --dtype bf16 or fp16."
-
-
-def _not_installed(module: str, package: str) -> str | None:
-    """One sentence unless ``module`` can be imported; parents are looked up without importing the module itself."""
+def _is_installed(module: str) -> bool:
+    """Whether there is a ``module`` to import. Imports its parents."""
     try:
-        found = importlib.util.find_spec(module) is not None
+        return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
-        found = False
-    return None if found else f"{package} is not installed. Cure: pip install {package}"
-
-
-_SCATTERMOE = "axolotl.integrations.kernels.libs.scattermoe_lora"
-
-
-def _why_not_scattermoe(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
-    return _no_gpu(device, "scattermoe") or _no_half("scattermoe", dtype) or _not_installed(_SCATTERMOE, "axolotl")
+        return False
 
 
 def _scattermoe(layer: Layer) -> Experts:
@@ -98,15 +96,6 @@ def _scattermoe(layer: Layer) -> Experts:
     experts = importlib.import_module(f"{_SCATTERMOE}.experts")
     ALL_EXPERTS_FUNCTIONS.register("scattermoe", experts.scattermoe_experts_forward)
     return transformers_experts(layer, "scattermoe")
-
-
-def _why_not_liger(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
-    return (
-        _no_gpu(device, "liger")
-        or _no_half("liger", dtype)
-        or _not_installed("liger_kernel", "liger-kernel")
-        or _not_installed("liger_kernel.ops.fused_moe", "'liger-kernel>=0.8.1'")
-    )
 
 
 def _liger(layer: Layer) -> Experts:
@@ -119,8 +108,7 @@ def _liger(layer: Layer) -> Experts:
 
 
 def _why_not_sonicmoe(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
-    reason = _no_gpu(device, "sonicmoe") or _no_half("sonicmoe", dtype)
-    if reason is not None:
+    if reason := _on_gpu("sonicmoe")(shape, device, dtype):
         return reason
     from transformers.integrations import sonicmoe
 
@@ -134,14 +122,12 @@ def _why_not_sonicmoe(shape: LayerShape, device: torch.device, dtype: torch.dtyp
     return None
 
 
+_LIGER = {"liger_kernel": "liger-kernel", "liger_kernel.ops.fused_moe": "'liger-kernel>=0.8.1'"}
 PEERS: dict[str, Peer] = {
-    peer.name: peer
-    for peer in (
-        Peer("eager", "transformers' loop over experts", _everywhere, _stock("eager")),
-        Peer("grouped_mm", "transformers' default: torch's grouped GEMM", _everywhere, _stock("grouped_mm")),
-        Peer("batched_mm", "transformers' path for generation", _batched_mm, _stock("batched_mm")),
-        Peer("scattermoe", "Axolotl's ScatterMoE kernels", _why_not_scattermoe, _scattermoe),
-        Peer("liger", "Liger's fused MoE", _why_not_liger, _liger),
-        Peer("sonicmoe", "SonicMoE from the Hugging Face hub", _why_not_sonicmoe, _stock("sonicmoe")),
-    )
+    "eager": Peer(_everywhere, _stock("eager")),  # transformers' loop over experts
+    "grouped_mm": Peer(_everywhere, _stock("grouped_mm")),  # transformers' default: torch's grouped GEMM
+    "batched_mm": Peer(_why_not_batched_mm, _stock("batched_mm")),  # transformers' path for generation
+    "scattermoe": Peer(_on_gpu("scattermoe", {_SCATTERMOE: "axolotl"}), _scattermoe),  # Axolotl's kernels
+    "liger": Peer(_on_gpu("liger", _LIGER), _liger),  # Liger's fused MoE
+    "sonicmoe": Peer(_why_not_sonicmoe, _stock("sonicmoe")),  # from the Hugging Face hub
 }

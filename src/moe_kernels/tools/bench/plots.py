@@ -42,6 +42,7 @@ def write_plots(report: dict[str, Any], folder: Path) -> list[Path]:
         for name, draw in (("bars", _bars), ("roofline", _roofline)):
             figure, axes = pyplot.subplots(figsize=(11, 5), layout="constrained")
             draw(axes, rows, report["ceilings"])
+            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
             machine = report["environment"]
             title = f"{machine['gpu'] or machine['cpu']}, {report['arguments']['dtype']}, {routing} routing"
             versions = f"torch {machine['torch']}, transformers {machine['transformers']}, {machine['date'][:10]}"
@@ -69,15 +70,13 @@ def _bars(axes: Axes, rows: list[Row], ceilings: dict[str, float]) -> None:
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(shapes)), shapes, rotation=20, ha="right")
     axes.set_ylabel("fraction of dense torch.mm, forward + backward")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _roofline(axes: Axes, rows: list[Row], ceilings: dict[str, float]) -> None:
     intensities = [row["tokens"] * row["top_k"] * 18 * row["hidden"] * row["intermediate"] / bytes_moved(row)
                    for row in rows]  # fmt: skip
     knee = ceilings["matmul_tflops"] / ceilings["copy_tbs"]
-    points = [min(intensities, default=knee) / 2, max(intensities, default=knee) * 2]
-    points = [min(points[0], knee / 4), knee, max(points[1], knee * 4)]
+    points = [min([knee / 4, *(x / 2 for x in intensities)]), knee, max([knee * 4, *(2 * x for x in intensities)])]
     roof = [min(ceilings["matmul_tflops"], ceilings["copy_tbs"] * point) for point in points]
     axes.plot(points, roof, color="black", label="matrix product and copy of this run")
     for name in [*_names(rows), "dense"]:
@@ -94,4 +93,3 @@ def _roofline(axes: Axes, rows: list[Row], ceilings: dict[str, float]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte that must move, forward + backward")
     axes.set_ylabel("TFLOP/s")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -5,21 +5,33 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, Field, ValidationError
+
+from moe_kernels.tools.bench.experts import Measurement
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import locked, read_object, write_text
 from moe_kernels.tools.common.machine import PACKAGES
 
 logger = logging.getLogger("moe_kernels")
 
-SCHEMA = 2
-#: What must be the same for two calls to write into one file.
+#: Two calls may write into one file where these are the same.
 SAME = ("gpu", "cpu", *PACKAGES, "moe_kernels", "commit", "sources", "bench_sources", "tuned_tiles")
-#: Wait so long for another call without a word.
+#: Another call may take so long to write before this one says that it waits.
 PATIENCE_S = 5.0
+
+
+class Report(BaseModel):
+    """What the file holds."""
+
+    version: Literal[2] = Field(alias="schema")
+    kind: Literal["bench"]
+    environment: dict[str, Any]
+    arguments: dict[str, Any]
+    ceilings: dict[str, float] | None
+    results: list[Measurement]
 
 
 class Store:
@@ -35,17 +47,11 @@ class Store:
         """Open ``file`` or start empty; without a file results are kept for this call alone.
 
         Raises:
-            UsageError: the file is not such a report, or was measured elsewhere or with other arguments.
+            UsageError: the file is no such report, or its environment or arguments are not those of this call.
         """
         self.file = file
-        self.report: dict[str, Any] = {
-            "schema": SCHEMA,
-            "kind": "bench",
-            "environment": environment,
-            "arguments": arguments,
-            "ceilings": None,
-            "results": [],
-        }
+        self.report: dict[str, Any] = {"schema": 2, "kind": "bench", "environment": environment}
+        self.report |= {"arguments": arguments, "ceilings": None, "results": []}
         self._fresh = fresh
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +78,7 @@ class Store:
         self._fresh = False
 
     def _locked(self) -> AbstractContextManager[None]:
-        """Keep other calls from the file; one holds it for as long as it takes to write."""
+        """Keep other calls from the file while this one reads or writes it."""
         if self.file is None:
             return nullcontext()
         said = f"waiting for another `moe-kernels bench` that writes to {self.file}"
@@ -82,33 +88,20 @@ class Store:
         """Take over what the file holds, unless it is to be replaced."""
         if self.file is None or self._fresh or not self.file.exists():
             return
-        found = _report(self.file)
+        cure = "use another --json, or --fresh"
+        try:
+            found = Report.model_validate(read_object(self.file, f"{cure}.")).model_dump(by_alias=True)
+        except ValidationError:
+            raise UsageError(f"{self.file} is no result of this version of `moe-kernels bench`: {cure}.") from None
         for what, names in (("environment", SAME), ("arguments", self.report["arguments"])):
             for name in names:
                 if found[what].get(name) != self.report[what].get(name):
                     raise UsageError(
                         f"{self.file} was measured with {name}={found[what].get(name)!r}, this call has "
-                        f"{self.report[what].get(name)!r}: use another --json, or --fresh to start over."
+                        f"{self.report[what].get(name)!r}: {cure} to start over."
                     )
         self.report = {**found, "ceilings": found["ceilings"] or self.report["ceilings"]}
 
 
 def _cell(row: dict[str, Any]) -> tuple[str, int, str]:
     return row["shape"], row["tokens"], row["routing"]
-
-
-def _report(file: Path) -> dict[str, Any]:
-    """The content of a result file, if it is whole."""
-    from moe_kernels.tools.bench.experts import Measurement
-
-    cure = "use another --json, or --fresh."
-    found = read_object(file, cure)
-    columns = {field.name for field in fields(Measurement)}
-    parts: dict[str, Any] = {"environment": dict, "arguments": dict, "ceilings": (dict, type(None)), "results": list}
-    if (
-        (found.get("kind"), found.get("schema")) != ("bench", SCHEMA)
-        or not all(isinstance(found.get(name, ""), kind) for name, kind in parts.items())
-        or not all(isinstance(row, dict) and columns <= row.keys() for row in found["results"])
-    ):
-        raise UsageError(f"{file} is no result of this version of `moe-kernels bench`: {cure}")
-    return found

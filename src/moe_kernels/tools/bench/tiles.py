@@ -1,4 +1,4 @@
-"""Measuring tiles: every candidate of every GEMM kernel on one layer, checked before it is timed.
+"""Measure tiles: every candidate of every GEMM kernel on one layer, checked before it is timed.
 
 The winner of a bucket is verified on hostile problems before it may enter a table: output and every gradient against
 float64, unwritten memory poisoned, twice and bitwise equal.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,7 +25,10 @@ from moe_kernels import triton_backend as steps
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.triton.launch import interpreting
 from moe_kernels.shapes import LAYERS, LayerShape
-from moe_kernels.tools.check.verification import verify_shape
+from moe_kernels.tools.bench.accuracy import Error
+from moe_kernels.tools.bench.layer import make_layer
+from moe_kernels.tools.check.problems import Case
+from moe_kernels.tools.check.verification import verify_case
 from moe_kernels.tuning.config import GemmConfig, table, use_config
 from moe_kernels.tuning.tuned import Key, Sizes, bucket
 
@@ -42,7 +45,7 @@ CALLS = {
 LARGEST_DIFFERENCE = 1e-2
 #: A tile must be this much faster than the one in use to replace it: less is noise.
 GAIN = 0.98
-#: Multiples of 16, so that they load as the layers do, and of no tile: ragged in every direction.
+#: Multiples of 16, so that they load as real layers do, and of no tile: every edge has a partial tile.
 VERIFY_SHAPES = (LayerShape("ragged", 257, 144, 80, 16, 4), LayerShape("uneven", 130, 272, 208, 3, 2))
 VERIFY_ROUTINGS = ("random", "one_hot_expert", "sentinels")
 VERIFY_TOKENS, VERIFY_EXPERTS = 1024, 8
@@ -50,24 +53,18 @@ VERIFY_TOKENS, VERIFY_EXPERTS = 1024, 8
 # block_n, block_k, warps, stages: candidates of the row-tiled kernels, whose block_m is the group size.
 _UP = [(128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4), (64, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 4)]
 _ROWS = [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 8, 4), (128, 64, 4, 4), (128, 128, 8, 3), (128, 64, 4, 3)]
+# With block_m.
 _WGRAD = [
-    GemmConfig(128, 256, 64, 8, 3),
-    GemmConfig(256, 128, 64, 8, 3),
-    GemmConfig(128, 256, 64, 8, 4),
-    GemmConfig(256, 128, 64, 8, 4),
-    GemmConfig(128, 256, 32, 8, 4),
-    GemmConfig(128, 128, 64, 8, 4),
-    GemmConfig(128, 128, 64, 4, 4),
-    GemmConfig(128, 128, 64, 4, 3),
-    GemmConfig(64, 256, 64, 4, 3),
-]
+    (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 256, 32, 8, 4),
+    (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 4, 3), (64, 256, 64, 4, 3),
+]  # fmt: skip
 Progress = Callable[[str], object]
 
 
 def candidates(kernel: str, group: int) -> list[GemmConfig]:
     """Configurations worth trying for ``kernel`` with ``group`` rows per tile."""
     if kernel == "wgrad":
-        return _WGRAD
+        return [GemmConfig(*tile) for tile in _WGRAD]
     tiles = _UP if kernel == "up" else _ROWS
     if group == 256:
         tiles = [(n // 2, k, warps, stages) for n, k, warps, stages in tiles if warps == 8]
@@ -81,26 +78,16 @@ def candidates(kernel: str, group: int) -> list[GemmConfig]:
 
 @dataclass(frozen=True)
 class Timing:
-    """One candidate on one GEMM of one layer.
+    """One candidate on one GEMM of one layer."""
 
-    Attributes:
-        shape, call: which GEMM, of which layer.
-        key: the line of the table it stands for.
-        config: the tile.
-        ms: median time; None if it was not timed.
-        default_ms: of the tile in use without tuning, timed before and after this one.
-        fault: why it was not timed: it does not fit the GPU, or its result is wrong.
-        wrong: it ran, and its result is wrong.
-    """
-
-    shape: str
-    call: str
-    key: Key
+    shape: str  # the layer
+    call: str  # the GEMM, one of CALLS
+    key: Key  # the line of the table that it could become
     config: GemmConfig
-    ms: float | None
-    default_ms: float
-    fault: str = ""
-    wrong: bool = False
+    ms: float | None  # median; None if it was not timed
+    default_ms: float  # of the tile in use without tuning, timed before and after this one
+    fault: str = ""  # why it was not timed: it does not fit the GPU, or its result is wrong
+    wrong: bool = False  # it ran, and its result is wrong
 
 
 def sizes_of(call: str, shape: LayerShape) -> Sizes:
@@ -125,20 +112,11 @@ def loads(shape: LayerShape, device: torch.device) -> str:
 
 def layer_tensors(shape: LayerShape, group: int, device: torch.device) -> SimpleNamespace:
     """A layer's plan, inputs and intermediate tensors: random bf16 data, mildly skewed routing."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def randn(*size: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*size, device=device, generator=generator) * scale).bfloat16()
-
-    tokens, hidden, intermediate, experts = shape.tokens, shape.hidden, shape.intermediate, shape.experts
-    t = SimpleNamespace(x=randn(tokens, hidden), dout=randn(tokens, hidden), experts=experts)
-    t.gate_up = randn(experts, 2 * intermediate, hidden, scale=hidden**-0.5)
-    t.down = randn(experts, hidden, intermediate, scale=intermediate**-0.5)
-    skew = 0.3 * torch.randn(experts, device=device, generator=generator)
-    logits = torch.randn(tokens, experts, device=device, generator=generator) + skew
-    t.weights, t.ids = logits.softmax(-1).topk(shape.top_k)
+    layer = make_layer(shape, "mild", device, torch.bfloat16)
+    t = SimpleNamespace(x=layer.x.detach(), dout=layer.grad_out, experts=shape.experts, ids=layer.topk_ids)
+    t.gate_up, t.down, t.weights = layer.gate_up.detach(), layer.down.detach(), layer.topk_weights.detach()
     t.gate = Gate(Activation("silu"))
-    t.plan = steps.make_plan(t.ids, experts, group)
+    t.plan = steps.make_plan(t.ids, t.experts, group)
     t.z, t.a = steps.up(t.x, t.gate_up, t.plan, t.gate, True, True)
     t.dout_rows, t.x_rows = steps.gather(t.dout, t.plan), steps.gather(t.x, t.plan)
     t.dz, t.wa, _ = steps.down_grad(t.dout_rows, t.down, t.z, t.weights, t.plan, t.gate, True)
@@ -159,10 +137,11 @@ def gemms(shape: LayerShape, group: int, device: torch.device) -> dict[str, Call
 
 
 def relative_difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """||result - expected|| / ||expected||, in float32 a slice at a time: gradients of all experts are large."""
-    slices = list(zip(result.split(1), expected.split(1), strict=True)) if result.dim() == 3 else [(result, expected)]
-    difference = sum(float((a.float() - b.float()).square().sum()) for a, b in slices)
-    return (difference / sum(float(b.float().square().sum()) for _, b in slices)) ** 0.5
+    """||result - expected|| / ||expected||, in float32 a part at a time: gradients of all experts are large."""
+    error = Error()
+    for ours, truth in zip(result.chunk(64), expected.chunk(64), strict=True):
+        error.add(ours, truth.float())
+    return error.value()
 
 
 def attempt(call: Callable[[], torch.Tensor], kernel: str, config: GemmConfig) -> torch.Tensor | str:
@@ -228,7 +207,7 @@ def time_shape(shape: LayerShape, group: int, device: torch.device, progress: Pr
 
 
 def ranking(timings: Iterable[Timing]) -> dict[Key, list[tuple[float, GemmConfig]]]:
-    """For each key the tiles that ran right on all its GEMMs and pay: (time over that of the tile in use, tile)."""
+    """For each key the faster tiles that are right on all its GEMMs: (time over that of the tile in use, tile)."""
     by_key: dict[Key, list[Timing]] = {}
     for timing in timings:
         by_key.setdefault(timing.key, []).append(timing)
@@ -247,19 +226,22 @@ def ranking(timings: Iterable[Timing]) -> dict[Key, list[tuple[float, GemmConfig
 def verify_tile(key: Key, config: GemmConfig, shapes: Iterable[LayerShape], device: torch.device) -> list[str]:
     """What is wrong with a tile on hostile problems and on small versions of ``shapes``; empty if nothing is."""
     small = [
-        dataclasses.replace(shape, tokens=min(shape.tokens, VERIFY_TOKENS), experts=experts,
-                            top_k=min(shape.top_k, experts))
+        dataclasses.replace(
+            shape,
+            tokens=min(shape.tokens, VERIFY_TOKENS),
+            experts=min(shape.experts, VERIFY_EXPERTS),
+            top_k=min(shape.top_k, shape.experts, VERIFY_EXPERTS),
+        )
         for shape in shapes
-        for experts in (min(shape.experts, VERIFY_EXPERTS),)
-    ]  # fmt: skip
+    ]
     group: Any = key.group_size or 128
     failures = []
     with use_config(key.kernel, config):
         for shape in (*VERIFY_SHAPES, *small):
-            for verdict in verify_shape(
-                shape,
+            for verdict in verify_case(
+                Case.of(shape, torch.bfloat16),
+                shape.name,
                 device=device,
-                dtype=torch.bfloat16,
                 routings=VERIFY_ROUTINGS,
                 configurations=((group, True), (group, False)),
                 backend="triton",
@@ -268,9 +250,8 @@ def verify_tile(key: Key, config: GemmConfig, shapes: Iterable[LayerShape], devi
     return failures
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """The outcome for one key: the tile accepted (None: the one in use stays), and those that were refused."""
+class Tuned(NamedTuple):
+    """The outcome for one key: the accepted tile (None keeps the one in use), and the refused ones."""
 
     key: Key
     config: GemmConfig | None
@@ -304,30 +285,17 @@ def describe(config: GemmConfig) -> str:
 
 def compile_ahead(shapes: list[str], groups: list[int], jobs: int) -> None:
     """Fill Triton's cache with every candidate, by ``jobs`` processes."""
-    command = [
-        sys.executable,
-        "-m",
-        "moe_kernels.tools.bench.tiles",
-        ",".join(shapes),
-        ",".join(map(str, groups)),
-        str(jobs),
-    ]
-    workers = [subprocess.Popen([*command, str(share)]) for share in range(jobs)]
-    if sum(worker.wait() != 0 for worker in workers):
-        raise RuntimeError("a compile worker failed; its error is above")
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(_compile_share, shapes, groups, jobs, share) for share in range(jobs)]:
+            done.result()
 
 
-def main() -> None:
-    """One compile worker: SHAPES GROUPS JOBS SHARE. Few tokens and experts will do: the kernels are the same."""
-    shapes, groups, jobs, share = sys.argv[1:]
+def _compile_share(shapes: list[str], groups: list[int], jobs: int, share: int) -> None:
+    """One process's part. With few tokens and experts, which compile to the same kernels."""
     device = torch.device("cuda")
-    for name, group in itertools.product(shapes.split(","), map(int, groups.split(","))):
+    for name, group in itertools.product(shapes, groups):
         layer = LAYERS[name]
         calls = gemms(dataclasses.replace(layer, tokens=256, experts=min(layer.experts, 16)), group, device)
         runs = [(call, config) for call, kernel in CALLS.items() for config in candidates(kernel, group)]
-        for call, config in runs[int(share) :: int(jobs)]:
+        for call, config in runs[share::jobs]:
             attempt(calls[call], CALLS[call], config)
-
-
-if __name__ == "__main__":
-    main()

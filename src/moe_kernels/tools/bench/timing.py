@@ -15,11 +15,11 @@ import torch
 Call = Callable[[], object]
 
 FLUSH_BYTES = 256 * 2**20
-#: Cycles per millisecond for torch.cuda._sleep: the fastest clock we know, so that it sleeps long enough.
+#: Cycles per millisecond for torch.cuda._sleep: of the fastest clock known, so that it sleeps long enough.
 SLEEP_CYCLES_PER_MS = 2_000_000
-#: A call whose host time is longer than this waits for the GPU inside: there is nothing to queue ahead.
+#: A call whose host time is longer synchronises inside: its launches cannot be queued ahead.
 LONGEST_QUEUE_MS = 20.0
-#: A call slower than this is timed this often at most: its spread is small beside what it would cost to wait.
+#: A call slower than this is timed only so often: its spread is small.
 SLOW_MS, SLOW_REPEATS = 100.0, 5
 MIB = 2**20
 
@@ -43,21 +43,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class Times:
-    """Times of one call in milliseconds.
+    """Times of one call in milliseconds."""
 
-    Attributes:
-        total: from the start of the call to the end of its last kernel, the host's launch time included.
-        host: until the call returns, nothing awaited.
-        queued: GPU time alone, the launches queued ahead; None without a GPU.
-    """
-
-    total: Spread
-    host: Spread
-    queued: Spread | None
+    total: Spread  # from the start of the call to the end of its last kernel, the host's launch time included
+    host: Spread  # until the call returns, without synchronising
+    queued: Spread | None  # GPU time alone, the launches queued ahead; None without a GPU
 
 
 class Clock:
-    """Times calls round-robin, so that a drift of the machine's clocks affects all of them equally.
+    """Times calls round-robin, so that a drift of the GPU's frequency affects all of them equally.
 
     On a GPU the L2 cache is flushed before every call by writing 256 MiB.
     """
@@ -74,9 +68,7 @@ class Clock:
         ``cleanup`` runs after each call, outside the measured time; ``progress`` after each round.
         """
         names = list(calls)
-        totals: dict[str, list[float]] = {name: [] for name in names}
-        hosts: dict[str, list[float]] = {name: [] for name in names}
-        queues: dict[str, list[float]] = {name: [] for name in names}
+        totals, hosts, queues = ({name: list[float]() for name in names} for _ in range(3))
         for turn in range(repeats):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 if turn >= SLOW_REPEATS and statistics.median(totals[name]) > SLOW_MS:
@@ -94,9 +86,7 @@ class Clock:
             progress()
         return {
             name: Times(
-                Spread.of(totals[name]),
-                Spread.of(hosts[name]),
-                Spread.of(queues[name]) if self.cuda else None,
+                Spread.of(totals[name]), Spread.of(hosts[name]), Spread.of(queues[name]) if self.cuda else None
             )
             for name in names
         }
@@ -129,7 +119,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Launches:
-    """What one call launched: compute kernels, and copies and fills, which the driver counts apart."""
+    """What one call launched: compute kernels, and memcpys and memsets."""
 
     kernels: int
     copies: int
@@ -165,14 +155,9 @@ def saved_bytes(call: Call, excluded: Iterable[torch.Tensor]) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def unpack(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        result = call()
-    total = sum(kept.values())
-    del result
-    return total
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(kept.values())
 
 
 def peak_bytes(call: Call) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, TILE_ROWS
-from moe_kernels.shapes import LAYERS, LayerShape
+from moe_kernels.shapes import DEFAULT_SHAPES, LAYERS, LayerShape
+from moe_kernels.tools.bench.command import chosen_layers
+from moe_kernels.tools.common.console import wide_console
 from moe_kernels.tools.common.errors import MissingDependency
 from moe_kernels.tools.common.options import ensure_writable, several
 
@@ -22,9 +24,6 @@ if TYPE_CHECKING:
     import torch
 
     from moe_kernels.tools.bench.tiles import Timing, Tuned
-
-DEFAULT_SHAPES = "mixtral-1b,qwen2-moe-1b,deepseek-v3-1b"
-TABLE_WIDTH = 150
 
 
 def tune(
@@ -47,13 +46,13 @@ def tune(
     """Find the fastest tile of every GEMM kernel for given layers on this GPU.
 
     A candidate whose result is wrong is not timed. A tile that is at least two per cent faster than the one in use
-    must then pass the checks of `moe-kernels verify` (output and every gradient against float64, hostile
-    routings, poisoned memory, twice bitwise equal) before it enters the table. Training reads the table once
-    and measures nothing. The table is kept by shape bucket: rows per expert, columns, inner length.
+    must pass the checks of `moe-kernels verify` (output and every gradient against float64, hostile routings,
+    poisoned memory, two runs bitwise equal) before it enters the table. Training reads the table once and measures
+    nothing. The table has a line for each shape bucket: rows per expert, columns, inner length.
     """
     import torch
 
-    wanted = _shapes(shapes, tokens)
+    wanted = chosen_layers(shapes, tokens)
     groups = [int(size) for size in several("group-sizes", group_sizes, tuple(map(str, TILE_ROWS)))]
     if not torch.cuda.is_available():
         raise MissingDependency("tune measures on an NVIDIA GPU, and torch sees none. Cure: see `moe-kernels doctor`")
@@ -93,7 +92,6 @@ def conclude(
     Lines for other buckets stay as they are, unless ``fresh`` or they are of another version of Triton.
     """
     import torch
-    import triton
 
     from moe_kernels.tools.bench.tiles import choose
     from moe_kernels.tools.common.machine import environment
@@ -102,12 +100,8 @@ def conclude(
     file = out or tuned.cache_file(device)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     machine = environment()
-    header = {
-        "device": tuned.device_name(device),
-        "capability": list(capability),
-        **{name: machine[name] for name in ("torch", "moe_kernels", "commit", "date")},
-        "triton": triton.__version__,
-    }
+    header: dict[str, Any] = {"device": tuned.device_name(device), "capability": list(capability)}
+    header |= {name: machine[name] for name in ("torch", "moe_kernels", "commit", "date", "triton")}
     entries: dict[tuned.Key, dict[str, Any]] = {}
     if file.exists() and not fresh:
         before = tuned.read(file)
@@ -117,14 +111,12 @@ def conclude(
     for result in results:
         entries.pop(result.key, None)
         if result.config is not None:
-            measured = [t for t in timings if t.key == result.key and t.config == result.config]
-            entries[result.key] = {
-                **result.key._asdict(),
-                **asdict(result.config),
-                "measured": [
-                    {"shape": t.shape, "gemm": t.call, "ms": t.ms, "default_ms": t.default_ms} for t in measured
-                ],
-            }
+            measured = [
+                {"shape": t.shape, "gemm": t.call, "ms": t.ms, "default_ms": t.default_ms}
+                for t in timings
+                if t.key == result.key and t.config == result.config
+            ]
+            entries[result.key] = {**result.key._asdict(), **asdict(result.config), "measured": measured}
     tuned.write(file, header, list(entries.values()))
     config.forget_tuned_tiles()
     Console(stderr=True).print(f"wrote {file}: {len(entries)} tiles", highlight=False)
@@ -135,39 +127,31 @@ def show(results: list[Tuned], timings: list[Timing]) -> None:
     """The outcome by bucket, and every wrong tile."""
     from moe_kernels.tools.bench.tiles import describe
 
-    output = Console()
-    output.width = max(output.width, TABLE_WIDTH)
     table = Table()
     for column in ("kernel", "group size", "loads", "bucket", "tile", "time over the tile in use"):
         table.add_column(column, no_wrap=True)
-    for result in results:
-        tile = "the one in use" if result.config is None else describe(result.config)
-        group = str(result.key.group_size or "")
-        ratio = "" if result.config is None else f"{result.ratio:.3f}"
-        table.add_row(result.key.kernel, group, result.key.loads, result.key.bucket, tile, ratio)
+    for key, config, ratio, _ in results:
+        outcome = ("the one in use", "") if config is None else (describe(config), f"{ratio:.3f}")
+        table.add_row(key.kernel, str(key.group_size or ""), key.loads, key.bucket, *outcome)
+    output = wide_console()
     output.print(table)
-    for timing in timings:
-        if timing.wrong:
-            output.print(
-                f"wrong, not used: {timing.call} {describe(timing.config)} on {timing.shape}: {timing.fault}",
-                style="red", markup=False,
-            )  # fmt: skip
-    for result in results:
-        for config, reason in result.refused:
-            output.print(
-                f"refused, not used: {result.key.kernel} {describe(config)}: {reason}", style="red", markup=False
-            )
+    wrong = [
+        f"wrong, not used: {timing.call} {describe(timing.config)} on {timing.shape}: {timing.fault}"
+        for timing in timings
+        if timing.wrong
+    ]
+    refused = [
+        f"refused, not used: {result.key.kernel} {describe(config)}: {reason}"
+        for result in results
+        for config, reason in result.refused
+    ]
+    for sentence in (*wrong, *refused):
+        output.print(sentence, style="red", markup=False)
 
 
 def _write_measurements(file: Path, timings: list[Timing]) -> None:
     from moe_kernels.tools.common.machine import environment
 
     rows = [{**asdict(timing), "key": timing.key._asdict()} for timing in timings]
-    file.write_text(
-        json.dumps({"schema": 1, "kind": "timings", "environment": environment(), "rows": rows}, indent=1)
-    )
-
-
-def _shapes(names: str, tokens: int | None) -> list[LayerShape]:
-    layers = [LAYERS[name] for name in several("shapes", names, tuple(LAYERS))]
-    return [replace(layer, tokens=tokens or layer.tokens) for layer in layers]
+    report = {"schema": 1, "kind": "timings", "environment": environment(), "rows": rows}
+    file.write_text(json.dumps(report, indent=1))

@@ -40,8 +40,7 @@ def poisoned_allocations(package: str = "moe_kernels") -> Iterator[None]:
 
         return allocate
 
-    # torch keeps the functions that `with torch.device(...)` redirects from its first use on: those of torch,
-    # not the ones below.
+    # At its first use `with torch.device(...)` keeps the functions that it redirects: they must be torch's own.
     _device_constructors()
     with ExitStack() as stack:
         for owner, name in _PLACES:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_kernels.activation import Activation
 from moe_kernels.reference import reference_experts
+from moe_kernels.shapes import LayerShape
 from moe_kernels.tools.check.routings import make_routing
 from moe_kernels.tools.check.tolerances import Closeness, assert_close_to_truth
 
@@ -39,6 +40,11 @@ class Case:
     bias: bool = False
     lora_rank: int = 0
     reduce: bool = True
+
+    @classmethod
+    def of(cls, shape: LayerShape, dtype: torch.dtype) -> Case:
+        """A plain SwiGLU layer of these sizes."""
+        return cls(shape.tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, dtype)
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
@@ -70,26 +76,24 @@ class Inputs:
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """Every floating tensor in another dtype (the routing weights included)."""
-        return Inputs(
-            self.x.to(dtype), self.topk_ids, None if self.topk_weights is None else self.topk_weights.to(dtype),
-            self.gate_up.to(dtype), self.down.to(dtype), self.grad.to(dtype),
-            {name: tensor.to(dtype) for name, tensor in self.extras.items()}, self.options,
-        )  # fmt: skip
+        leaves = {name: leaf.to(dtype) for name, leaf in self.leaves().items()}
+        return replace(self._with(leaves), grad=self.grad.to(dtype))
 
     def leaves(self) -> dict[str, Tensor]:
         """Every differentiable tensor by name."""
-        named = {name: getattr(self, name) for name in DIFFERENTIABLE} | self.extras
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        named = {name: getattr(self, name) for name in DIFFERENTIABLE}
+        return {name: tensor for name, tensor in named.items() if tensor is not None} | self.extras
 
     def with_own_leaves(self, wanted: tuple[str, ...] | None = None) -> Inputs:
-        """With copies of the differentiable tensors; those ``wanted``, or all, are to have gradients."""
-        leaves = {
-            name: tensor.detach().clone().requires_grad_(wanted is None or name in wanted)
-            for name, tensor in self.leaves().items()
-        }
+        """With copies of the differentiable tensors; those ``wanted``, or all, require gradients."""
+        leaves = {name: leaf.detach().clone() for name, leaf in self.leaves().items()}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(wanted is None or name in wanted)
+        return self._with(leaves)
+
+    def _with(self, leaves: dict[str, Tensor]) -> Inputs:
         changed: dict[str, Any] = {name: leaf for name, leaf in leaves.items() if name in DIFFERENTIABLE}
-        changed["extras"] = {name: leaf for name, leaf in leaves.items() if name in self.extras}
-        return replace(self, **changed)
+        return replace(self, **changed, extras={name: leaves[name] for name in self.extras})
 
 
 def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
@@ -117,13 +121,9 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
         for name, (rows, cols) in (("gate_up", (width, hidden)), ("down", (hidden, intermediate))):
             extras[f"{name}_left"] = normal(experts, rows, rank, scale=rank**-0.5)
             extras[f"{name}_right"] = normal(experts, rank, cols, scale=cols**-0.5)
-    options: dict[str, Any] = {}
-    if case.activation != "silu":
-        options["activation"] = case.activation
-    if case.interleaved:
-        options["interleaved"] = True
-    if not case.reduce:
-        options["reduce"] = False
+    settings: dict[str, Any] = {"activation": case.activation, "interleaved": case.interleaved, "reduce": case.reduce}
+    defaults = {"activation": "silu", "interleaved": False, "reduce": True}
+    options = {name: value for name, value in settings.items() if value != defaults[name]}
     return Inputs(x, *_routing(case, device), gate_up, down, grad, extras, options)
 
 
@@ -133,7 +133,7 @@ def _routing(case: Case, device: str | torch.device) -> tuple[Tensor, Tensor | N
 
 
 def rerouted(inputs: Inputs, case: Case) -> Inputs:
-    """:func:`make_inputs` of ``case``, from inputs that differ in routing alone: to draw weights takes seconds."""
+    """:func:`make_inputs` of ``case``, from inputs that differ in routing alone: drawing weights takes seconds."""
     ids, weights = _routing(case, inputs.x.device)
     return replace(inputs, topk_ids=ids, topk_weights=weights)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-# (tokens, top_k, experts, generator) -> ids (tokens, top_k), int64
-_Ids = Callable[[int, int, int, torch.Generator], Tensor]
+ROUTINGS = (
+    "balanced", "random", "one_hot_expert", "all_to_last", "empty_first_middle_last", "one_token_each",
+    "duplicated_ids", "sentinels", "all_sentinels", "sorted", "reversed", "zipf", "ties",
+)  # fmt: skip
 
 
 def _distinct(scores: Tensor, top_k: int) -> Tensor:
@@ -18,92 +18,51 @@ def _distinct(scores: Tensor, top_k: int) -> Tensor:
     return order.repeat(1, repeats)[:, :top_k].contiguous()
 
 
-def _random(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    return _distinct(torch.rand(tokens, experts, generator=g), top_k)
-
-
-def _balanced(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    return (torch.arange(tokens * top_k) % experts).view(tokens, top_k)
-
-
-def _one_hot_expert(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    scores = torch.rand(tokens, experts, generator=g)
-    scores[:, experts // 2] = 2.0
-    return _distinct(scores, top_k)
-
-
-def _all_to_last(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    return torch.full((tokens, top_k), experts - 1)
-
-
-def _empty_first_middle_last(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    scores = torch.rand(tokens, experts, generator=g)
-    empty = {0, experts // 2, experts - 1}
-    used = [e for e in range(experts) if e not in empty] or [experts - 1]
-    return torch.tensor(used)[_distinct(scores[:, used], top_k)]
-
-
-def _one_token_each(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    """Expert e gets one row while there are rows for it; what is left goes to expert 0."""
-    flat = torch.arange(tokens * top_k)
-    return torch.where(flat < experts, flat, 0).view(tokens, top_k)
-
-
-def _duplicated_ids(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    ids = torch.randint(experts, (tokens, top_k), generator=g)
-    ids[::2] = ids[::2, :1]
-    return ids
-
-
-def _sentinels(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    """Ids that mean 'not here': E (expert parallelism), -1, and large ones; token 0 has nothing else."""
-    ids = _random(tokens, top_k, experts, g)
-    drop = torch.rand(tokens, top_k, generator=g) < 0.4
-    outside = torch.tensor([experts, -1, experts + 7, 2**31 - 1, -(2**31)])
-    ids = torch.where(drop, outside[torch.randint(len(outside), (tokens, top_k), generator=g)], ids)
-    ids[:1] = experts
-    return ids
-
-
-def _all_sentinels(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    return torch.full((tokens, top_k), experts)
-
-
-def _sorted(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    return torch.randint(experts, (tokens * top_k,), generator=g).sort().values.view(tokens, top_k)
-
-
-def _reversed(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    return _sorted(tokens, top_k, experts, g).flip(0, 1)
-
-
-def _zipf(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    """Expert popularity falls as 1/rank (Gumbel top-k draws without replacement)."""
-    popularity = -torch.arange(1, experts + 1).double().log()
-    gumbel = -(-torch.rand(tokens, experts, generator=g, dtype=torch.float64).clamp_min(1e-12).log()).log()
-    return _distinct(popularity + gumbel, top_k)
-
-
-def _ties(tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
-    """A router whose scores are all equal: every token picks the same first experts."""
-    return _distinct(torch.zeros(tokens, experts), top_k)
-
-
-ROUTINGS: dict[str, _Ids] = {
-    "balanced": _balanced,
-    "random": _random,
-    "one_hot_expert": _one_hot_expert,
-    "all_to_last": _all_to_last,
-    "empty_first_middle_last": _empty_first_middle_last,
-    "one_token_each": _one_token_each,
-    "duplicated_ids": _duplicated_ids,
-    "sentinels": _sentinels,
-    "all_sentinels": _all_sentinels,
-    "sorted": _sorted,
-    "reversed": _reversed,
-    "zipf": _zipf,
-    "ties": _ties,
-}
+def _ids(name: str, tokens: int, top_k: int, experts: int, g: torch.Generator) -> Tensor:
+    """(tokens, top_k), int64."""
+    size, slots = (tokens, top_k), torch.arange(tokens * top_k)
+    match name:
+        case "balanced":
+            return (slots % experts).view(size)
+        case "random":
+            return _distinct(torch.rand(tokens, experts, generator=g), top_k)
+        case "one_hot_expert":  # one expert takes every token
+            scores = torch.rand(tokens, experts, generator=g)
+            scores[:, experts // 2] = 2.0
+            return _distinct(scores, top_k)
+        case "all_to_last":
+            return torch.full(size, experts - 1)
+        case "empty_first_middle_last":
+            scores = torch.rand(tokens, experts, generator=g)
+            empty = {0, experts // 2, experts - 1}
+            used = [e for e in range(experts) if e not in empty] or [experts - 1]
+            return torch.tensor(used)[_distinct(scores[:, used], top_k)]
+        case "one_token_each":  # expert e gets one row while there are rows for it; expert 0 gets the rest
+            return torch.where(slots < experts, slots, 0).view(size)
+        case "duplicated_ids":
+            ids = torch.randint(experts, size, generator=g)
+            ids[::2] = ids[::2, :1]
+            return ids
+        case "sentinels":  # ids that mean 'not here': E (expert parallelism), -1, large ones; all that token 0 has
+            ids = _ids("random", tokens, top_k, experts, g)
+            drop = torch.rand(size, generator=g) < 0.4
+            outside = torch.tensor([experts, -1, experts + 7, 2**31 - 1, -(2**31)])
+            ids = torch.where(drop, outside[torch.randint(len(outside), size, generator=g)], ids)
+            ids[:1] = experts
+            return ids
+        case "all_sentinels":
+            return torch.full(size, experts)
+        case "sorted":
+            return torch.randint(experts, (tokens * top_k,), generator=g).sort().values.view(size)
+        case "reversed":
+            return _ids("sorted", tokens, top_k, experts, g).flip(0, 1)
+        case "zipf":  # popularity falls as 1/rank; the Gumbel top-k draws without replacement
+            popularity = -torch.arange(1, experts + 1).double().log()
+            uniform = torch.rand(tokens, experts, generator=g, dtype=torch.float64).clamp_min(1e-12)
+            return _distinct(popularity - (-uniform.log()).log(), top_k)
+        case "ties":  # a router whose scores are all equal: every token picks the same first experts
+            return _distinct(torch.zeros(tokens, experts), top_k)
+    raise KeyError(name)
 
 
 def make_routing(
@@ -117,7 +76,7 @@ def make_routing(
         negative ones; ``ties`` gives equal weights.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = ROUTINGS[name](tokens, top_k, experts, generator).to(torch.int64)
+    ids = _ids(name, tokens, top_k, experts, generator)
     if name == "ties":
         return ids, torch.full((tokens, top_k), 1.0 / max(top_k, 1), dtype=dtype)
     weights = torch.rand(tokens, top_k, generator=generator) + 0.1

@@ -8,6 +8,7 @@ and when NaN and infinity stand exactly where the truth has them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ RMS_FACTOR = 1.25
 MAX_FACTOR = 2.0
 SLOPE_LIMIT = 1e-3
 # Slack in units of the dtype's epsilon, for data on which plain PyTorch happens to be exact. In float32 the order
-# of summation decides: torch.mm has an rms error of 2 epsilons. One accumulator that adds K products in turn would
+# of summation decides: torch.mm has an rms error of 2 epsilons. Sequential sums of K products in one accumulator
 # have 2.9 at K=352, 4.9 at K=1024 and 12.6 at K=7168; blocks of 32, as the kernels sum them, have 1.0, 1.2 and 2.4.
 # In 16 bits the final rounding dominates and needs less.
 _RMS_GRAIN = {torch.bfloat16: 0.1, torch.float16: 0.1, torch.float32: 2.0, torch.float64: 8.0}
@@ -30,8 +31,6 @@ class Closeness:
     rms_ratio: float
     max_ratio: float
     slope_error: float
-    exact_share: float
-    relative_rms: float
 
 
 def _rms(t: Tensor) -> float:
@@ -42,9 +41,33 @@ def _peak(t: Tensor) -> float:
     return t.abs().max().item() if t.numel() else 0.0
 
 
-def _slope(t: Tensor, truth: Tensor) -> float:
-    square = (truth * truth).sum().item()
-    return (t * truth).sum().item() / square if square else 1.0
+class _Errors(NamedTuple):
+    """How far values are from the truth, or the limits of that."""
+
+    rms: float
+    largest: float
+    slope: float
+
+    @classmethod
+    def of(cls, values: Tensor, truth: Tensor) -> _Errors:
+        square = truth.square().sum().item()
+        slope = (values * truth).sum().item() / square - 1.0 if square else 0.0
+        return cls(_rms(values - truth), _peak(values - truth), slope)
+
+
+def _limits(eager: _Errors, truth: Tensor, dtype: torch.dtype) -> _Errors:
+    """What the errors of a result in ``dtype`` may be where those of plain PyTorch are ``eager``."""
+    epsilon, scale = torch.finfo(dtype).eps, _rms(truth)
+    # Statistics of few elements are noisy (plain PyTorch may be exact by luck): widen by the standard error.
+    luck = 4 / max(truth.numel(), 1) ** 0.5
+    # The slope is a mean over the elements that are not small: a gradient is zero but for the experts in use.
+    carrying = (truth.square().sum() ** 2 / truth.pow(4).sum()).item() if scale else 1.0
+    noise = 4 * max(eager.rms / scale if scale else 0.0, 0.3 * epsilon) / carrying**0.5
+    return _Errors(
+        RMS_FACTOR * eager.rms * (1 + luck) + (_RMS_GRAIN[dtype] + luck) * epsilon * scale,
+        MAX_FACTOR * max(eager.largest, 2 * eager.rms) + (_MAX_GRAIN[dtype] + luck) * epsilon * _peak(truth),
+        SLOPE_LIMIT + 2 * abs(eager.slope) + noise,
+    )
 
 
 def _same_pattern(actual: Tensor, expected: Tensor, name: str) -> None:
@@ -75,8 +98,7 @@ def assert_close_to_truth(
         name: used in the message.
         compute_dtype: dtype of the arithmetic when it is narrower than the result's (the float32 gradient of routing
             weights in a bfloat16 layer); default the result's own.
-        min_exact_share: smallest share of elements that must equal the rounded truth. Meaningful for one GEMM with
-            float32 accumulation (0.9), not across intermediate roundings.
+        min_exact_share: of elements that must equal the rounded truth. For one GEMM (0.9), not across roundings.
 
     Returns:
         The measured ratios, so that drift can be recorded before it fails.
@@ -87,55 +109,34 @@ def assert_close_to_truth(
     assert actual.shape == truth_fp64.shape, f"{name}: shape {tuple(actual.shape)}, truth {tuple(truth_fp64.shape)}"
     assert actual.dtype == eager_same_dtype.dtype, f"{name}: dtype {actual.dtype}, eager {eager_same_dtype.dtype}"
     dtype = actual.dtype
-    grain = compute_dtype or dtype
     truth_fp64 = truth_fp64.detach().double()
     # The pattern is judged after rounding: a float64 truth beyond float16's range is an infinity there.
     _same_pattern(actual, truth_fp64.to(dtype), name)
     finite = torch.isfinite(truth_fp64.to(dtype)) & torch.isfinite(eager_same_dtype)
-    all_finite = bool(finite.all())  # then nothing need be picked, which takes longer than all the rest
+    all_finite = bool(finite.all())  # selecting takes longer than all the rest
     truth, ours, eager = (
         values.flatten() if all_finite else values[finite]
         for values in (truth_fp64, actual.detach().double(), eager_same_dtype.detach().double())
     )
-    count, epsilon = max(truth.numel(), 1), torch.finfo(grain).eps
-    scale, top = _rms(truth), _peak(truth)
-
-    rms, rms_eager = _rms(ours - truth), _rms(eager - truth)
-    worst, worst_eager = _peak(ours - truth), _peak(eager - truth)
-    slope, slope_eager = _slope(ours, truth) - 1.0, _slope(eager, truth) - 1.0
-    # Few elements make noisy statistics (plain PyTorch may be exact by luck): widen by the standard error.
-    luck = 4 / count**0.5
-    rms_limit = RMS_FACTOR * rms_eager * (1 + luck) + (_RMS_GRAIN[grain] + luck) * epsilon * scale
-    max_limit = MAX_FACTOR * max(worst_eager, 2 * rms_eager) + (_MAX_GRAIN[grain] + luck) * epsilon * top
-    # The slope is a mean over the elements that are not small: a gradient is zero but for the experts in use.
-    carrying = (truth.square().sum() ** 2 / truth.pow(4).sum()).item() if scale else 1.0
-    noise = 4 * max(rms_eager / scale if scale else 0.0, 0.3 * epsilon) / carrying**0.5
-    slope_limit = SLOPE_LIMIT + 2 * abs(slope_eager) + noise
-    exact = (ours == truth.to(dtype).double()).double().mean().item() if truth.numel() else 1.0
-
+    errors, eager_errors = _Errors.of(ours, truth), _Errors.of(eager, truth)
+    limits = _limits(eager_errors, truth, compute_dtype or dtype)
     complaints = [
-        f"{what} {value:.3e} > {limit:.3e}"
-        for what, value, limit in (
-            ("rms error", rms, rms_limit),
-            ("max error", worst, max_limit),
-            ("slope error", abs(slope), slope_limit),
-        )
-        if value > limit
+        f"{what} error {abs(value):.3e} > {limit:.3e}"
+        for what, value, limit in zip(("rms", "max", "slope"), errors, limits, strict=True)
+        if abs(value) > limit
     ]
+    exact = (ours == truth.to(dtype).double()).double().mean().item() if min_exact_share and truth.numel() else 1.0
     if exact < min_exact_share:
         complaints.append(f"only {exact:.1%} of elements equal the rounded truth (at least {min_exact_share:.0%})")
     if complaints:
-        place = ""
         if truth.numel():
             at = torch.zeros_like(truth_fp64)
             at[finite] = (ours - truth).abs()
             index = tuple(int(i) for i in torch.unravel_index(at.argmax(), at.shape))
-            place = f"; worst at {index}: {actual[index].item():.6g}, truth {truth_fp64[index].item():.6g}"
-        raise AssertionError(f"{name} ({dtype}): " + ", ".join(complaints) + place)
+            complaints[-1] += f"; worst at {index}: {actual[index].item():.6g}, truth {truth_fp64[index].item():.6g}"
+        raise AssertionError(f"{name} ({dtype}): " + ", ".join(complaints))
     return Closeness(
-        rms_ratio=rms / rms_eager if rms_eager else float(rms > 0),
-        max_ratio=worst / worst_eager if worst_eager else float(worst > 0),
-        slope_error=slope,
-        exact_share=exact,
-        relative_rms=rms / scale if scale else 0.0,
+        rms_ratio=errors.rms / eager_errors.rms if eager_errors.rms else float(errors.rms > 0),
+        max_ratio=errors.largest / eager_errors.largest if eager_errors.largest else float(errors.largest > 0),
+        slope_error=errors.slope,
     )

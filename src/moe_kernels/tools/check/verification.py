@@ -1,4 +1,4 @@
-"""Is a kernel configuration right? Output and every gradient, hostile routings, poisoned memory, twice bit by bit.
+"""Verify a kernel configuration: output and every gradient, hostile routings, poisoned memory, two runs equal.
 
 Used by ``moe-kernels verify`` and by ``moe-kernels tune``, which accepts no tile that fails here.
 """
@@ -17,41 +17,32 @@ from moe_kernels import backends
 from moe_kernels.kernels.triton.launch import compiling_only
 from moe_kernels.moe import fused_experts
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, TILE_ROWS, GroupSize
-from moe_kernels.shapes import LayerShape
 from moe_kernels.tools.check.allocations import poisoned_allocations
 from moe_kernels.tools.check.problems import Case, Experts, Inputs, call, eager, make_inputs, rerouted, run, truth
 from moe_kernels.tools.check.tolerances import assert_close_to_truth
 
-#: The plain-torch backend has no tiles and no programs: one configuration says it all.
+#: The plain-torch backend has neither tiles nor programs: it has one configuration.
 TRITON_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = tuple(
-    (size, walk) for size in TILE_ROWS for walk in (True, False)
+    (size, persistent) for size in TILE_ROWS for persistent in (True, False)
 )
 TORCH_CONFIGURATIONS: tuple[tuple[GroupSize, bool], ...] = ((DEFAULT_GROUP_SIZE, True),)
 
 
 @dataclass
 class Verdict:
-    """What one configuration did on one shape: the worst over all routings and tensors.
-
-    Attributes:
-        backend: what ran.
-        rms_ratio, max_ratio: error over that of plain PyTorch in the same dtype, both against float64.
-        slope_error: largest relative scale error.
-        repeatable: two runs gave bitwise equal output and gradients.
-        failures: sentences; empty when the configuration is right.
-    """
+    """What one configuration did on one shape: the worst over all routings and tensors."""
 
     shape: str
     dtype: str
-    backend: str
+    backend: str  # what ran
     group_size: GroupSize
     persistent: bool
     routings: int = 0
-    rms_ratio: float = 0.0
+    rms_ratio: float = 0.0  # error over that of plain PyTorch in the same dtype, both against float64
     max_ratio: float = 0.0
-    slope_error: float = 0.0
-    repeatable: bool = True
-    failures: list[str] = field(default_factory=list)
+    slope_error: float = 0.0  # largest relative scale error
+    repeatable: bool = True  # two runs gave bitwise equal output and gradients
+    failures: list[str] = field(default_factory=list)  # sentences; empty when the configuration is right
 
     @property
     def ok(self) -> bool:
@@ -75,11 +66,11 @@ def verify_case(
     :mod:`moe_kernels.tools.check.tolerances`. What the package allocates without filling is NaN meanwhile.
     """
     dtype = str(case.dtype).removeprefix("torch.")
-    verdicts = [Verdict(name, dtype, backend, size, walk) for size, walk in configurations]
+    verdicts = [Verdict(name, dtype, backend, *configuration) for configuration in configurations]
     inputs = make_inputs(case, device)
     supported = [verdict for verdict in verdicts if _select(verdict, inputs, backend)]
     progress(f"{name}, compiling")
-    # One configuration after the other takes most of the time of a check.
+    # All at once: compiling one configuration after the other would take most of the time of a check.
     with compiling_only(device):
         for verdict in supported:
             compile_variants(_ours(verdict), verdict.backend, inputs)
@@ -96,7 +87,7 @@ def verify_case(
 
 
 def _select(verdict: Verdict, inputs: Inputs, backend: str) -> bool:
-    """Whether a backend can run this; which one, or why none, is written into ``verdict``."""
+    """Whether a backend can run this. Writes which one, or why none, into ``verdict``."""
     top_k, (group_size, persistent) = inputs.topk_ids.shape[1], (verdict.group_size, verdict.persistent)
     problem = backends.Problem.of(inputs.down, top_k, group_size=group_size, persistent=persistent)
     try:
@@ -107,7 +98,7 @@ def _select(verdict: Verdict, inputs: Inputs, backend: str) -> bool:
 
 
 def compile_variants(ours: Experts, backend: str, inputs: Inputs) -> None:
-    """Compile what ``ours``, which runs on ``backend``, needs for ``inputs``, all side by side; launch nothing."""
+    """Compile in parallel, without a launch, all that ``ours`` needs on ``backend`` for ``inputs``."""
     if not backends.load(backend).COMPILES or not inputs.x.is_cuda:  # Triton's interpreter compiles nothing
         return
     leaves = inputs.with_own_leaves()
@@ -119,7 +110,7 @@ def compile_variants(ours: Experts, backend: str, inputs: Inputs) -> None:
 
 
 def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
-    """What sizes and card choose, and those of a check may not: what to add to the routing, and how."""
+    """What a backend chooses by sizes and GPU, each choice forced: {suffix of the routing's name: how}."""
     if backend != "gluon":
         return {"": nullcontext()}
     from moe_kernels.kernels.hopper.ring import COOPERATIVE, PING_PONG
@@ -179,19 +170,3 @@ def _judge(
 def _ours(verdict: Verdict) -> Experts:
     settings: Any = {"group_size": verdict.group_size, "persistent": verdict.persistent, "backend": verdict.backend}
     return partial(fused_experts, **settings)
-
-
-def verify_shape(
-    shape: LayerShape,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    routings: Sequence[str],
-    configurations: Sequence[tuple[GroupSize, bool]] = TRITON_CONFIGURATIONS,
-    backend: str = "auto",
-) -> list[Verdict]:
-    """:func:`verify_case` of a plain SwiGLU layer of these sizes."""
-    case = Case(shape.tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, dtype)
-    return verify_case(
-        case, shape.name, device=device, routings=routings, configurations=configurations, backend=backend
-    )

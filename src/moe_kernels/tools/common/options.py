@@ -6,12 +6,18 @@ import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import moe_kernels
 from moe_kernels.tools.common.errors import MissingDependency, UsageError
 
+if TYPE_CHECKING:
+    import torch
+
 #: torch takes seeds of 64 bits, some of what it passes them on to one bit less.
 MAX_SEED = 2**63 - 1
+#: What ``--dtype`` may be, and torch's name for it.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def one_of(option: str, value: str, valid: Sequence[str]) -> str:
@@ -62,3 +68,17 @@ def ensure_writable(file: Path | None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of ``--device auto``, ``cuda`` or ``cpu``.
+
+    Raises:
+        MissingDependency: a GPU is asked for, and torch sees none.
+    """
+    import torch
+
+    one_of("device", wanted, ("auto", "cuda", "cpu"))
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise MissingDependency("torch sees no NVIDIA GPU. Cure: see `moe-kernels doctor`, or use --device cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

@@ -6,12 +6,13 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
+from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError
 from rich.table import Table
 
+from moe_kernels.tools.common.console import wide_console
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import read_object
 from moe_kernels.tools.common.options import several, shipped
@@ -19,9 +20,6 @@ from moe_kernels.tools.plan.estimate import MODELS, Assumptions, Estimate, Rates
 
 DEFAULT = Assumptions()
 MEASURED = Path("benchmarks/results/h100-layers.json")
-#: What is read of each row.
-READ = {"implementation", "device", "shape", "intermediate", "dtype", "routing", "tokens",
-        "forward_tflops", "forward_backward_tflops"}  # fmt: skip
 TOO_LARGE = 1e18
 CURE = "name with --measured a file that `moe-kernels bench --json` wrote."
 OURS = ("moe_kernels", "moe_kernels[g=128,p=1]")
@@ -29,6 +27,26 @@ COLUMNS = (
     "model", "GPUs", "EP", "weights GB", "grads GB", "optimizer GB", "gathered GB", "activations GB", "memory GB",
     "all-to-all GB", "experts ms", "other ms", "all-to-all ms", "FSDP ms", "tokens/s per GPU", "tokens/s",
 )  # fmt: skip
+
+
+class Row(BaseModel):
+    """What is read of a layer that `moe-kernels bench` measured, in any version."""
+
+    implementation: str
+    device: str
+    shape: str
+    intermediate: PositiveInt
+    dtype: str
+    routing: str
+    tokens: int
+    forward_tflops: PositiveFloat | None
+    forward_backward_tflops: PositiveFloat | None
+
+
+class Bench(BaseModel):
+    """What is read of its result file."""
+
+    results: list[Row]
 
 
 def plan(
@@ -41,8 +59,11 @@ def plan(
     tokens: Annotated[int, typer.Option(help="Tokens per GPU and micro-batch.", min=1)] = DEFAULT.tokens,
     sequence: Annotated[int, typer.Option(help="Length of a sequence.", min=1)] = DEFAULT.sequence,
     other_tflops: Annotated[
-        float, typer.Option(help="TFLOP/s of everything but routed experts.", min=1)
-    ] = DEFAULT.other_flops / 1e12,
+        float | None,
+        typer.Option(
+            help="TFLOP/s that everything but routed experts reaches; without it there are no tokens/s.", min=1
+        ),
+    ] = None,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs joined by the fast link.", min=1)] = DEFAULT.gpus_per_node,
     node_link: Annotated[float, typer.Option(help="GB/s that one GPU sends within a node.", min=0.1)] = (
         DEFAULT.node_link / 1e9
@@ -58,13 +79,14 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
-    """Estimate a training step on many GPUs from measured kernel rates and stated link speeds."""
+    """Estimate a training step on many GPUs: measured kernel rates, and speeds that you state."""
     assumptions = Assumptions(
-        tokens, sequence, other_tflops * 1e12, gpus_per_node, node_link * 1e9, network_link * 1e9,
+        tokens, sequence, other_tflops and other_tflops * 1e12, gpus_per_node, node_link * 1e9, network_link * 1e9,
         weight_bytes, grad_bytes, optimizer_bytes,
     )  # fmt: skip
-    if wild := [f"{name} is {value}" for name, value in asdict(assumptions).items() if not value < TOO_LARGE]:
-        raise UsageError(f"{wild[0]}: name a finite number below {TOO_LARGE:.0e} for it.")
+    for name, value in asdict(assumptions).items():
+        if value is not None and not value < TOO_LARGE:
+            raise UsageError(f"{name} is {value}: name a finite number below {TOO_LARGE:.0e} for it.")
     names = several("models", models, tuple(MODELS))
     sizes, groups = numbers("--gpus", gpus), numbers("--ep", ep)
     file = shipped(MEASURED, CURE.rstrip(".")) if measured is None else measured
@@ -76,15 +98,14 @@ def plan(
         for group in groups
         if size % group == 0 and MODELS[name].layer.experts % group == 0
     ]
-    planned = {(row.model, row.gpus) for row in rows}
-    missing = [f"{name} on {size} GPUs" for name in names for size in sizes if (name, size) not in planned]
     if not rows:
         raise UsageError(
             f"No --ep of {ep} divides both the GPUs ({gpus}) and the experts of a model "
             f"({', '.join(f'{name}: {MODELS[name].layer.experts}' for name in names)}). --ep 1 always does."
         )
-    notes = assumed(rates, assumptions, file)
-    if missing:
+    notes = basis(rates, assumptions, file)
+    planned = {(row.model, row.gpus) for row in rows}
+    if missing := [f"{name} on {size} GPUs" for name in names for size in sizes if (name, size) not in planned]:
         notes.append(f"Left out, since no --ep of {ep} divides GPUs and experts: {', '.join(missing)}.")
     if as_json:
         estimates = [asdict(row) | {"memory": row.memory, "step_s": row.step_s} for row in rows]
@@ -96,7 +117,7 @@ def plan(
         table = Table(*COLUMNS, title="Estimated, not measured")
         for row in rows:
             table.add_row(*cells(row, tokens))
-        console = Console()
+        console = wide_console(220)
         console.print(table)
         for note in notes:
             console.print(f"- {note}", highlight=False)
@@ -118,53 +139,53 @@ def measured_rates(path: Path, name: str) -> Rates:
     """
     if not path.is_file():
         raise UsageError(f"{path} is not there: {CURE}")
-    ours: dict[str, list[dict[str, Any]]] = {}
-    for row in _rows(path):
-        if row["implementation"] in OURS and row["device"] != "cpu" and row["forward_backward_tflops"]:
-            ours.setdefault(row["shape"], []).append(row)
+    try:
+        rows = Bench.model_validate(read_object(path, CURE)).results
+    except ValidationError:
+        raise UsageError(f"{path} is no result of `moe-kernels bench`: {CURE}") from None
+    ours: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.implementation in OURS and row.device != "cpu" and row.forward_tflops and row.forward_backward_tflops:
+            ours.setdefault(row.shape, []).append(row)
     if not ours:
         raise UsageError(
             f"{path} holds no measurement of moe_kernels on a GPU. Run `moe-kernels bench --json` on one."
         )
     width = MODELS[name].layer.intermediate
-    shape = name if name in ours else min(ours, key=lambda s: abs(math.log(ours[s][0]["intermediate"] / width)))
-    row = ours[shape][0]
-    if len(ours[shape]) > 1:
-        cells = [f"{row['dtype']}, {row['routing']} routing, {row['tokens']} tokens" for row in ours[shape]]
+    shape = name if name in ours else min(ours, key=lambda s: abs(math.log(ours[s][0].intermediate / width)))
+    row, *others = ours[shape]
+    if others:
+        found = [f"{row.dtype}, {row.routing} routing, {row.tokens} tokens" for row in ours[shape]]
         raise UsageError(
-            f"{path} holds {shape} {len(cells)} times ({'; '.join(cells)}), and plan takes one. Cure: name a file of "
+            f"{path} holds {shape} {len(found)} times ({'; '.join(found)}), and plan takes one. Cure: name a file of "
             "`moe-kernels bench --json` with one --dtype, --routing and --tokens."
         )
-    forward, both = row["forward_tflops"], row["forward_backward_tflops"]
-    dtype = "" if row["dtype"] == "bfloat16" else f", {row['dtype']}"
-    source = f"{shape} (I={row['intermediate']}{dtype}) on {row['device']}: {forward:.0f} and {both:.0f} TFLOP/s"
+    forward, both = row.forward_tflops or 0.0, row.forward_backward_tflops or 0.0
+    dtype = "" if row.dtype == "bfloat16" else f", {row.dtype}"
+    source = f"{shape} (I={row.intermediate}{dtype}) on {row.device}: {forward:.0f} and {both:.0f} TFLOP/s"
     return Rates(forward * 1e12, both * 1e12, source)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """What `moe-kernels bench` measured, of any version that had these columns."""
-    rows = read_object(path, CURE).get("results")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= READ for row in rows):
-        raise UsageError(f"{path} is no result of `moe-kernels bench`: {CURE}")
-    return rows
-
-
-def assumed(rates: dict[str, Rates], a: Assumptions, measured: Path) -> list[str]:
+def basis(rates: dict[str, Rates], a: Assumptions, measured: Path) -> list[str]:
     """What the numbers rest on, one sentence each."""
-    kept = f"{a.weight_bytes} + {a.grad_bytes} + {a.optimizer_bytes}"
+    other = "Not estimated: the time of everything else, and with it tokens/s. Name --other-tflops for them."
+    if a.other_flops is not None:
+        other = f"Assumed: everything else runs at {a.other_flops / 1e12:.0f} TFLOP/s (--other-tflops)."
     return [
-        f"Expert layers of {name} run at the rates (forward; forward and backward) measured in {measured.name} for "
-        f"{rate.source}."
-        for name, rate in rates.items()
-    ] + [
-        f"Everything else runs at {a.other_flops / 1e12:.0f} TFLOP/s: an assumption, not a measurement.",
-        f"A GPU sends {a.node_link / 1e9:.0f} GB/s within its node of {a.gpus_per_node} and "
-        f"{a.network_link / 1e9:.0f} GB/s to other nodes, without contention; latency is left out.",
+        *(
+            f"Measured ({measured.name}): expert layers of {name} run (forward; forward and backward) as "
+            f"{rate.source}."
+            for name, rate in rates.items()
+        ),
+        other,
+        f"Assumed: a GPU sends {a.node_link / 1e9:.0f} GB/s within its node of {a.gpus_per_node} (--node-link, "
+        f"--gpus-per-node) and {a.network_link / 1e9:.0f} GB/s to other nodes (--network-link), without contention.",
         f"{a.tokens} tokens per GPU and step in sequences of {a.sequence}, routed evenly; activations checkpointed.",
-        f"Bytes per parameter kept: {kept} (weights + gradients + optimizer), all of it sharded over all GPUs.",
-        "Nothing hides the all-to-all; the traffic of FSDP is hidden as far as the rest of the step lasts.",
-        "The optimizer's step, loading of data and fragmentation of memory are left out; whether it fits is for you "
-        "to compare with your GPU.",
+        f"Bytes kept per parameter: {a.weight_bytes} + {a.grad_bytes} + {a.optimizer_bytes} (weights + gradients + "
+        "optimizer), sharded over all GPUs.",
+        "The all-to-all overlaps with nothing; the traffic of FSDP with all the rest.",
+        "Left out: latency, the optimizer's step, loading of data, fragmentation of memory. Compare the memory with "
+        "that of your GPU.",
     ]
 
 
@@ -172,16 +193,18 @@ def cells(row: Estimate, tokens: int) -> list[str]:
     """One row of the table, as text."""
     gigabytes = (row.weights, row.grads, row.optimizer, row.gathered, row.activations, row.memory, row.all_to_all)
     times = (row.experts_s, row.other_s, row.all_to_all_s, row.fsdp_s)
-    rate = tokens / row.step_s
-    texts = [*(f"{value / 1e9:.1f}" for value in gigabytes), *(f"{1e3 * value:.0f}" for value in times)]
-    return [row.model, str(row.gpus), str(row.ep), *texts, f"{rate:,.0f}", f"{rate * row.gpus:,.0f}"]
+    rate = tokens / row.step_s if row.step_s else None
+    return [
+        row.model,
+        str(row.gpus),
+        str(row.ep),
+        *(f"{value / 1e9:.1f}" for value in gigabytes),
+        *("-" if value is None else f"{1e3 * value:.0f}" for value in times),
+        *("-" if rate is None else f"{rate * gpus:,.0f}" for gpus in (1, row.gpus)),
+    ]
 
 
 def as_markdown(rows: list[Estimate], notes: list[str], tokens: int) -> str:
     """The table and what it rests on, for the documentation."""
-    lines = [
-        " | ".join(COLUMNS),
-        " | ".join("---" for _ in COLUMNS),
-        *(" | ".join(cells(row, tokens)) for row in rows),
-    ]
-    return "\n".join([*(f"| {line} |" for line in lines), "", *(f"- {note}" for note in notes)])
+    lines = (COLUMNS, ("---",) * len(COLUMNS), *(cells(row, tokens) for row in rows))
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *(f"- {note}" for note in notes)])

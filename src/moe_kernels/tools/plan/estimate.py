@@ -1,10 +1,8 @@
-"""What a training step would cost on many GPUs: plain arithmetic over measured kernel rates and stated link speeds.
+"""What a training step costs on many GPUs: arithmetic over measured kernel rates and speeds that the user states.
 
-Layout: every GPU trains its own tokens. Experts are spread over groups of ``ep`` GPUs (expert parallelism) and each
-group's copy is sharded over the others (FSDP2); everything else is sharded over all GPUs. Activations are
-checkpointed per layer, so that a forward pass runs twice.
-
-Bytes are bytes, times seconds, G = 1e9.
+Layout: data parallel; experts over groups of ``ep`` GPUs (expert parallelism), each group's copy sharded over the
+other groups (FSDP2); everything else sharded over all GPUs. Activations are checkpointed per layer, so that a forward
+pass runs twice. Units are bytes and seconds, G = 1e9.
 """
 
 from __future__ import annotations
@@ -19,26 +17,16 @@ BF16 = 2
 
 @dataclass(frozen=True)
 class Model:
-    """A model to plan for.
-
-    Attributes:
-        layer: its expert layer in :data:`moe_kernels.shapes.LAYERS`.
-        layers, moe_layers: decoder layers, and those of them with routed experts.
-        attention: parameters of one layer's attention.
-        attention_width: heads * (query-key width + value width), for the work of the scores.
-        shared: parameters of the shared expert and the router in each expert layer.
-        dense_ffn: parameters of the feed-forward block in a layer without experts.
-        vocab: rows of the embedding and of the output head, which are not tied.
-    """
+    """A model to plan for."""
 
     layer: LayerShape
-    layers: int
-    moe_layers: int
-    attention: int
-    attention_width: int
-    shared: int
-    dense_ffn: int
-    vocab: int
+    layers: int  # decoder layers
+    moe_layers: int  # those of them with routed experts
+    attention: int  # parameters of one layer's attention
+    attention_width: int  # heads * (query-key width + value width): the cost of the scores
+    shared: int  # parameters of the shared expert and the router of an expert layer
+    dense_ffn: int  # parameters of the feed-forward block of a layer without experts
+    vocab: int  # rows of the embedding and of the output head, which are not tied
 
     @property
     def experts_per_layer(self) -> int:
@@ -93,32 +81,22 @@ class Rates:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the estimate takes for granted; every field is an option of ``moe-kernels plan``.
+    """What the user states; every field is an option of ``moe-kernels plan``."""
 
-    Attributes:
-        tokens: of one GPU in one micro-batch.
-        sequence: length of a sequence.
-        other_flops: FLOP/s that everything but routed experts reaches.
-        gpus_per_node: GPUs joined by the fast link.
-        node_link: bytes/s that one GPU sends within a node.
-        network_link: bytes/s that one GPU sends to other nodes.
-        weight_bytes, grad_bytes, optimizer_bytes: kept per parameter.
-    """
-
-    tokens: int = 8192
+    tokens: int = 8192  # of one GPU in one micro-batch
     sequence: int = 4096
-    other_flops: float = 300e12
-    gpus_per_node: int = 8
-    node_link: float = 300e9
-    network_link: float = 40e9
-    weight_bytes: int = 4
+    other_flops: float | None = None  # per second, of everything but routed experts; None: no time for it
+    gpus_per_node: int = 8  # joined by the fast link
+    node_link: float = 300e9  # bytes/s that one GPU sends within a node
+    network_link: float = 40e9  # bytes/s that one GPU sends to other nodes
+    weight_bytes: int = 4  # kept per parameter, like the next two
     grad_bytes: int = 4
     optimizer_bytes: int = 8
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One row of the plan: bytes per GPU, seconds per step, tokens per second."""
+    """One row of the plan: bytes per GPU and seconds per step."""
 
     model: str
     gpus: int
@@ -130,7 +108,7 @@ class Estimate:
     activations: float
     all_to_all: float
     experts_s: float
-    other_s: float
+    other_s: float | None
     all_to_all_s: float
     fsdp_s: float
 
@@ -140,9 +118,9 @@ class Estimate:
         return self.weights + self.grads + self.optimizer + self.gathered + self.activations
 
     @property
-    def step_s(self) -> float:
-        """All-to-all waits for the experts and they for it; FSDP's traffic runs beside both."""
-        return max(self.experts_s + self.other_s + self.all_to_all_s, self.fsdp_s)
+    def step_s(self) -> float | None:
+        """Experts and all-to-all wait for each other; FSDP's traffic overlaps both. None without ``other_s``."""
+        return None if self.other_s is None else max(self.experts_s + self.other_s + self.all_to_all_s, self.fsdp_s)
 
 
 def estimate(name: str, gpus: int, ep: int, rates: Rates, a: Assumptions) -> Estimate:
@@ -191,7 +169,7 @@ def estimate(name: str, gpus: int, ep: int, rates: Rates, a: Assumptions) -> Est
         activations=activations,
         all_to_all=to_network + in_node,
         experts_s=forward / rates.forward + 3 * forward / rates.forward_backward,
-        other_s=4 * (scores + linear) / a.other_flops,
+        other_s=None if a.other_flops is None else 4 * (scores + linear) / a.other_flops,
         all_to_all_s=in_node / a.node_link + to_network / a.network_link,
         fsdp_s=expert_bytes / expert_link + other_bytes / other_link,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_kernels.tools.prepare.models import find_shape, prepare_model
+from moe_kernels.shapes import FAMILIES
+from moe_kernels.tools.prepare.models import prepare_model
 from moe_kernels.tools.prepare.text import prepare_data
 
 __all__ = ["prepare_data", "prepare_model", "tiny_overrides"]
@@ -15,18 +16,11 @@ def tiny_overrides(family: str) -> dict[str, Any]:
 
     Neither bf16 nor fp16: without a GPU, Axolotl's trainer refuses the first and torch's layers the second.
     """
+    # The first rows alone, in one process: tokenising all of them would take longer than the training.
+    text = {"path": "artifacts/data/stdlib.jsonl", "ds_type": "json", "type": "completion", "field": "text"}
     return {
-        "base_model": f"artifacts/models/{find_shape(family, 'tiny').name}",
-        # The first rows alone, in one process: tokenising all of them would take longer than the training.
-        "datasets": [
-            {
-                "path": "artifacts/data/stdlib.jsonl",
-                "ds_type": "json",
-                "type": "completion",
-                "field": "text",
-                "split": "train[:4]",
-            }
-        ],
+        "base_model": f"artifacts/models/{FAMILIES[family].sizes['tiny'].name}",
+        "datasets": [{**text, "split": "train[:4]"}],
         "dataset_num_proc": 1,
         "sequence_len": 256,
         "micro_batch_size": 2,

@@ -1,10 +1,9 @@
-"""What was made before is kept: a manifest, written last, says that it is finished and how it was made."""
+"""What is finished is kept: a manifest, written last, says how it was made."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -12,23 +11,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from moe_kernels.tools.common.errors import MISSING, CommandError, UsageError
-from moe_kernels.tools.common.files import locked
+from pydantic import BaseModel, ValidationError
 
-logger = logging.getLogger("moe_kernels")
+from moe_kernels.tools.common.errors import MissingDependency, UsageError
+from moe_kernels.tools.common.files import locked
 
 MANIFEST = "moe_kernels.json"
 Report = Callable[[str], None]
-
-
-class NotEnoughSpace(CommandError):
-    """The disk is too full for what is to be written."""
-
-    exit_code = MISSING
-
-
-def silent(message: str) -> None:
-    """Report nothing."""
 
 
 def digest(text: str) -> str:
@@ -36,26 +25,30 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """What :func:`write_manifest` wrote, or None: a manifest that is damaged vouches for nothing."""
+class Manifest(BaseModel, strict=True):
+    """What is read of a manifest: how a thing was made, and how large a text or the files of a folder are."""
+
+    recipe: dict[str, Any]
+    bytes: int | None = None
+    files: dict[str, int] = {}
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """What :func:`write_manifest` wrote; None where it is missing or damaged."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return Manifest.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
         return None
-    return content if isinstance(content, dict) and isinstance(content.get("recipe"), dict) else None
 
 
 def made_with(folder: Path) -> dict[str, Any] | None:
-    """The recipe that a folder was made with; None where it is not whole: each file must be there in full length.
+    """The recipe of a folder in which each file of the manifest is there in full length, else None.
 
-    What else was put there does not matter.
+    Other files in it do not matter.
     """
-    content = read_manifest(folder / MANIFEST)
-    if content is None or not isinstance(content.get("files"), dict):
-        return None
-    there = file_sizes(folder)
-    whole = all(name in there and there[name] == size for name, size in content["files"].items())
-    return content["recipe"] if whole and content["files"] else None
+    manifest = read_manifest(folder / MANIFEST)
+    complete = manifest is not None and manifest.files and manifest.files.items() <= file_sizes(folder).items()
+    return manifest.recipe if manifest is not None and complete else None
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -65,7 +58,7 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def write_manifest(manifest: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Mark a thing as finished: ``recipe`` decides whether it is used again, ``facts`` are for the reader."""
+    """Mark a thing as finished. A thing with another ``recipe`` is made again; ``facts`` are for people to read."""
     content = {"recipe": recipe, "hash": digest(json.dumps(recipe, sort_keys=True)), **facts}
     partial = manifest.with_name(f".{manifest.name}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -84,7 +77,7 @@ def recover(folder: Path) -> None:
 
 
 def check_ours(folder: Path) -> None:
-    """Refuse to replace a folder that ``prepare`` did not make, and finish what a kill left half replaced.
+    """Finish or undo a replacement that was killed, and refuse to replace a folder that ``prepare`` did not make.
 
     Raises:
         UsageError: the folder has content and no manifest.
@@ -95,10 +88,10 @@ def check_ours(folder: Path) -> None:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Raises NotEnoughSpace unless the disk under ``path`` has ``needed`` bytes free."""
+    """Raises MissingDependency unless the disk under ``path`` has ``needed`` bytes free."""
     free = shutil.disk_usage(path).free
     if free < needed:
-        raise NotEnoughSpace(
+        raise MissingDependency(
             f"{path.resolve()} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed. "
             "Free some, or name another folder with --root."
         )
@@ -106,13 +99,13 @@ def check_space(path: Path, needed: int) -> None:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill; it takes the place of ``folder`` when the block ends well, and not before."""
+    """An empty folder to fill, which replaces ``folder`` when the block ends without an error."""
     partial, before = _partial(folder), _before(folder)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(before, ignore_errors=True)
     partial.mkdir(parents=True)
     with ExitStack() as undo:
-        # A full disk above all: what cannot be finished must not keep it full.
+        # Above all on a full disk: what cannot be finished must not keep it full.
         undo.callback(shutil.rmtree, partial, ignore_errors=True)
         yield partial
         undo.pop_all()
@@ -132,7 +125,7 @@ def _before(folder: Path) -> Path:
 
 @contextmanager
 def in_turn(folder: Path, report: Report) -> Iterator[None]:
-    """Wait until no other process makes anything in this folder: what is half made has one name."""
+    """Wait until no other process makes anything in this folder: their partial files would have the same names."""
     folder.mkdir(parents=True, exist_ok=True)
     said = f"waiting for another `moe-kernels` command that makes something in {folder}"
     with locked(folder / ".prepare.lock", lambda: report(said)):

@@ -8,14 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moe_kernels.shapes import FAMILIES, SIZES
 from moe_kernels.tools.common.errors import UsageError
@@ -49,12 +42,10 @@ def wanted(models: list[str], size: str | None) -> list[tuple[str, str]]:
 
 def prepare(
     models: Annotated[
-        list[str],
-        typer.Argument(help="mixtral-1b, qwen2-moe-1b, deepseek-v3-1b, or all; -tiny for a CPU."),
+        list[str], typer.Argument(help="mixtral-1b, qwen2-moe-1b, deepseek-v3-1b, or all; -tiny for a CPU.")
     ],
     size: Annotated[
-        str | None,
-        typer.Option(help="1b (for a GPU, 2 GB each) or tiny (for a CPU, 3 MB each).", show_default="1b"),
+        str | None, typer.Option(help="1b (for a GPU, 2 GB each) or tiny (for a CPU, 3 MB each).", show_default="1b")
     ] = None,
     root: Annotated[Path, typer.Option(help="Folder that gets artifacts/.")] = Path(),
     dataset: Annotated[
@@ -87,7 +78,7 @@ def prepare(
     todo = wanted(models, size)
     if dataset is not None and Path(dataset).suffix not in BUILDERS:
         go_online()
-    # transformers' own progress bars would break ours; it reads this when it is imported, further down.
+    # transformers' progress bars would break ours. It reads this when it is imported, further down.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     console = Console()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -1,4 +1,4 @@
-"""The models that the comparisons train: random weights from a seed, and a tokenizer trained right here."""
+"""The models that the comparisons train: random weights from a seed, and a tokenizer trained on this machine."""
 
 from __future__ import annotations
 
@@ -8,22 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_kernels.shapes import FAMILIES, SIZES, ModelShape
-from moe_kernels.tools.common.errors import UsageError
-from moe_kernels.tools.prepare.cache import (
-    MANIFEST,
-    NotEnoughSpace,
-    Report,
-    check_ours,
-    check_space,
-    digest,
-    file_sizes,
-    forget_tokens,
-    made_with,
-    replacing,
-    silent,
-    write_manifest,
-)
+import moe_kernels.tools.prepare.cache as cache
+from moe_kernels.shapes import FAMILIES
+from moe_kernels.tools.common.errors import MissingDependency
+from moe_kernels.tools.prepare.cache import MANIFEST, Report, digest
 from moe_kernels.tools.prepare.text import BOS, EOS, PAD, stdlib_sources
 
 if TYPE_CHECKING:
@@ -33,24 +21,11 @@ SPECIAL = (PAD, BOS, EOS)
 CONTEXT = 4096
 
 
-def find_shape(family: str, size: str) -> ModelShape:
-    """The sizes of one model.
-
-    Raises:
-        UsageError: no such family or size.
-    """
-    if family not in FAMILIES:
-        raise UsageError(f"There is no family {family!r}. Name one of {', '.join(FAMILIES)}.")
-    if size not in SIZES:
-        raise UsageError(f"There is no size {size!r}. Name one of {', '.join(SIZES)}.")
-    return FAMILIES[family].sizes[size]
-
-
 def model_config(family: str, size: str = "1b") -> PreTrainedConfig:
     """The transformers configuration of a model; what is not named here keeps the family's default."""
     from transformers import AutoConfig
 
-    shape = find_shape(family, size)
+    shape = FAMILIES[family].sizes[size]
     routed: dict[str, dict[str, int]] = {
         "mixtral": {"num_local_experts": shape.experts, "intermediate_size": shape.intermediate},
         "qwen2-moe": {"num_experts": shape.experts, "moe_intermediate_size": shape.intermediate},
@@ -78,40 +53,31 @@ def model_config(family: str, size: str = "1b") -> PreTrainedConfig:
 
 
 def build_model(family: str, size: str, seed: int, device: str) -> PreTrainedModel:
-    """A model with random weights. The same seed, size and kind of device give the same weights.
+    """A model with random weights, the same for the same seed, size and kind of device.
 
     The caller's random state is left as it was.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    shape = find_shape(family, size)
+    shape = FAMILIES[family].sizes[size]
     on_gpu = [torch.cuda.current_device()] if device == "cuda" else []
     with torch.random.fork_rng(devices=on_gpu), torch.device(device):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(model_config(family, size), dtype=getattr(torch, shape.dtype))
 
 
-def count_parameters(model: PreTrainedModel) -> int:
-    """Trainable numbers in a model."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def prepare_tokenizer(
-    root: Path, vocab: int, *, sources: list[str] | None = None, force: bool = False, report: Report = silent
-) -> Path:
-    """A byte-level BPE tokenizer of ``vocab`` entries, trained on the standard library unless it is there.
+def prepare_tokenizer(root: Path, vocab: int, sources: list[str], report: Report) -> Path:
+    """A byte-level BPE tokenizer of ``vocab`` entries, trained on ``sources`` unless it is there.
 
     Returns:
         ``artifacts/tokenizers/stdlib-<vocab>``.
     """
     folder = root / "artifacts" / "tokenizers" / f"stdlib-{vocab}"
-    sources = stdlib_sources() if sources is None else sources
     recipe = {"vocab": vocab, "special": list(SPECIAL), "text": digest(EOS.join(sources))}
-    if not force:
-        check_ours(folder)
-        if made_with(folder) == recipe:
-            return folder
+    cache.check_ours(folder)
+    if cache.made_with(folder) == recipe:
+        return folder
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -127,12 +93,12 @@ def prepare_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(sources, trainer)
-    with replacing(folder) as partial:
+    with cache.replacing(folder) as partial:
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS
         ).save_pretrained(partial)
-        facts = {"python": platform.python_version(), "files": file_sizes(partial)}
-        write_manifest(partial / MANIFEST, recipe, facts)
+        facts = {"python": platform.python_version(), "files": cache.file_sizes(partial)}
+        cache.write_manifest(partial / MANIFEST, recipe, facts)
     return folder
 
 
@@ -143,29 +109,21 @@ def prepare_model(
     seed: int | None = None,
     *,
     force: bool = False,
-    report: Report = silent,
+    report: Report = lambda message: None,
 ) -> Path:
     """Make a model with random weights and its tokenizer, on the GPU if there is one, unless they are there.
 
-    Args:
-        family: key of ``FAMILIES``.
-        size: ``"1b"`` or ``"tiny"``.
-        root: folder that holds ``artifacts/``.
-        seed: of the weights. None takes a finished model of any seed, and makes one from seed 0 otherwise.
-        force: make it again.
-        report: is told what happens.
+    ``seed`` is of the weights; None takes a finished model of any seed, and makes one from seed 0 otherwise.
 
     Returns:
-        ``artifacts/models/<family>-<size>``, which transformers and Axolotl load by its path.
+        ``root/artifacts/models/<family>-<size>``, which transformers and Axolotl load by its path.
 
     Raises:
-        UsageError: no such family or size, or the folder holds something else.
-        MissingDependency: this Python came without its library's sources.
-        NotEnoughSpace: the disk is too full.
+        UsageError: the folder holds something else.
+        MissingDependency: this Python came without its library's sources, or the disk is too full.
     """
-    shape = find_shape(family, size)
-    artifacts = root / "artifacts"
-    folder = artifacts / "models" / shape.name
+    shape = FAMILIES[family].sizes[size]
+    folder = root / "artifacts" / "models" / shape.name
     sources = stdlib_sources()
     recipe: dict[str, Any] = {
         "shape": asdict(shape),
@@ -174,8 +132,8 @@ def prepare_model(
         "text": digest(EOS.join(sources)),
     }
     if not force:
-        check_ours(folder)
-        known = made_with(folder)
+        cache.check_ours(folder)
+        known = cache.made_with(folder)
         if known is not None and seed is None:
             recipe["seed"] = known["seed"]
         if known == recipe:
@@ -183,38 +141,39 @@ def prepare_model(
             return folder
 
     import torch
-    import transformers
-    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        parameters = count_parameters(transformers.AutoModelForCausalLM.from_config(model_config(family, size)))
+        parameters = AutoModelForCausalLM.from_config(model_config(family, size)).num_parameters()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    check_space(folder.parent, int(1.1 * parameters * getattr(torch, shape.dtype).itemsize) + 20_000_000)
-    tokenizer = prepare_tokenizer(root, shape.vocab, sources=sources, report=report)
+    cache.check_space(folder.parent, int(1.1 * parameters * getattr(torch, shape.dtype).itemsize) + 20_000_000)
+    tokenizer = prepare_tokenizer(root, shape.vocab, sources, report)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report(f"{shape.name}: drawing {parameters:,} weights on the {device}")
     model = build_model(family, size, recipe["seed"], device)
-    with replacing(folder) as partial:
-        report(f"{shape.name}: writing {folder}")
+    report(f"{shape.name}: writing {folder}")
+    _save(model, tokenizer, folder, recipe, {"parameters": parameters, "device": device})
+    report(f"{shape.name}: {parameters:,} parameters in {folder}")
+    return folder
+
+
+def _save(
+    model: PreTrainedModel, tokenizer: Path, folder: Path, recipe: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Write ``folder``: the model, the files of the tokenizer's folder and the manifest."""
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    with cache.replacing(folder) as partial:
         try:
             model.save_pretrained(partial)
         except SafetensorError as error:
-            # Of a failed write it says no more than its text, in which the disk's own words are.
-            raise NotEnoughSpace(f"{folder} cannot be written: {error}. Cure: free some space.") from error
+            # safetensors says why a write failed in its text alone.
+            raise MissingDependency(f"{folder} cannot be written: {error}. Cure: free some space.") from error
         for file in tokenizer.glob("token*.json"):
             shutil.copy(file, partial)
-        forget_tokens(artifacts)
-        write_manifest(
-            partial / MANIFEST,
-            recipe,
-            {
-                "parameters": parameters,
-                "device": device,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "files": file_sizes(partial),
-            },
-        )
-    report(f"{shape.name}: {parameters:,} parameters in {folder}")
-    return folder
+        cache.forget_tokens(folder.parents[1])
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions["transformers"] = transformers.__version__
+        cache.write_manifest(partial / MANIFEST, recipe, {**facts, **versions, "files": cache.file_sizes(partial)})

@@ -12,28 +12,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import moe_kernels.tools.prepare.cache as cache
 from moe_kernels.install import pip_install
 from moe_kernels.tools.common.errors import MissingDependency, UsageError
-from moe_kernels.tools.prepare.cache import (
-    Report,
-    check_space,
-    digest,
-    forget_tokens,
-    read_manifest,
-    silent,
-    write_manifest,
-)
+from moe_kernels.tools.prepare.cache import Report, digest
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 
 # Axolotl cuts each row into sequences and pads the last one: a long row wastes little on padding.
 ROW_CHARACTERS = 500_000
-# What is taken of a data set that may be larger than any disk: about as much as the standard library has.
+# Of a data set, which may be larger than any disk, about as much is taken as the standard library has.
 MAX_CHARACTERS = 12_000_000
 
-# Not part of the library proper, and not on every machine.
+# Not on every machine.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-# Of the readable part of a file name; all of it may have 255.
+# Of the readable part of a file name; 255 are allowed in all.
 NAME_BYTES = 120
 BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 
@@ -59,8 +52,8 @@ def stdlib_sources() -> list[str]:
 def rows(texts: Iterable[str], length: int = ROW_CHARACTERS, limit: int = MAX_CHARACTERS) -> Iterator[str]:
     """Documents joined, each ended by the end-of-text token, into rows of about ``length`` characters.
 
-    No row ends inside that token, which would be none then. A document longer than a row fills several. Only what is
-    beyond ``limit`` characters in all is left out.
+    No row ends inside that token. A document longer than a row fills several. After ``limit`` characters in all the
+    rest is left out.
     """
     row, total = "", 0
     for text in texts:
@@ -83,66 +76,70 @@ def prepare_data(
     *,
     text_field: str = "text",
     force: bool = False,
-    report: Report = silent,
+    report: Report = lambda message: None,
 ) -> Path:
-    """Write the training text as lines of ``{"text": ...}``, unless it is there already.
+    """Write the training text as lines of ``{"text": ...}`` into ``root/artifacts/data``, unless it is there.
 
     Args:
-        root: folder that holds ``artifacts/``.
         dataset: a local .jsonl, .json, .txt or .parquet file, or a Hugging Face data set as ``NAME`` or
             ``NAME:CONFIGURATION`` (its ``train`` split). None is the Python standard library.
         text_field: column of ``dataset`` that holds the text; a .txt file is one text.
-        force: write it again.
-        report: is told what happens.
 
     Returns:
-        ``artifacts/data/stdlib.jsonl``, or ``<name>-<hash>.jsonl`` in the same folder, of no other ``dataset``.
+        ``stdlib.jsonl``, or a ``<name>-<hash>.jsonl`` of this ``dataset`` alone.
 
     Raises:
         UsageError: no such data set, it has no such column or no text, or the result's place is taken.
-        MissingDependency: a package, the network or the library's sources are missing.
-        NotEnoughSpace: the disk is too full.
+        MissingDependency: a package, the network, the library's sources or space on the disk is missing.
     """
-    artifacts = root / "artifacts"
     if dataset is not None and not dataset.strip():
         raise UsageError("--dataset names nothing. Name a file or a Hugging Face data set, or leave it out.")
+    artifacts = root / "artifacts"
     path = artifacts / "data" / f"{'stdlib' if dataset is None else _name(dataset)}.jsonl"
-    manifest = path.with_suffix(".manifest.json")
     texts: Iterable[str]
+    recipe: dict[str, Any]
     if dataset is None:
         texts = stdlib_sources()
-        recipe: dict[str, Any] = {"source": "stdlib", "python": platform.python_version()}
-        recipe["text"] = digest(EOS.join(texts))
+        recipe = {"source": "stdlib", "python": platform.python_version(), "text": digest(EOS.join(texts))}
     else:
-        texts = []
+        texts = dataset_texts(dataset, text_field)
         recipe = {"source": dataset, "text_field": text_field, **_file_facts(dataset)}
     recipe["row_characters"] = ROW_CHARACTERS
-    if not force and path.exists():
-        if not manifest.is_file():
-            raise UsageError(
-                f"{path} was not made by `moe-kernels prepare`. Move it away, or replace it with --force."
-            )
-        made = read_manifest(manifest)
-        if made and made["recipe"] == recipe and made.get("bytes") == path.stat().st_size:
-            report(f"{path} is there already")
-            return path
+    manifest = path.with_suffix(".manifest.json")
+    if not force and _is_made(path, manifest, recipe):
+        report(f"{path} is there already")
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    check_space(path.parent, 2 * MAX_CHARACTERS)
+    cache.check_space(path.parent, 2 * MAX_CHARACTERS)
     report(f"writing {path}")
     partial = path.with_name(f".{path.name}.partial")
+    characters = 0
     with ExitStack() as undo:
         undo.callback(partial.unlink, missing_ok=True)
-        characters = _write(partial, rows(texts if dataset is None else dataset_texts(dataset, text_field)))
+        with partial.open("w", encoding="utf-8") as file:
+            for row in rows(texts):
+                file.write(json.dumps({"text": row}) + "\n")
+                characters += len(row)
         undo.pop_all()
     if not characters:
         raise UsageError(f"{dataset} holds no text in {text_field!r}. Name another column with --text-field.")
-    forget_tokens(artifacts)
-    # In this order a kill leaves no text that the manifest beside it does not describe.
+    cache.forget_tokens(artifacts)
+    # In this order a kill never leaves a text beside the manifest of another.
     path.unlink(missing_ok=True)
-    write_manifest(manifest, recipe, {"characters": characters, "bytes": partial.stat().st_size})
+    cache.write_manifest(manifest, recipe, {"characters": characters, "bytes": partial.stat().st_size})
     os.replace(partial, path)
     report(f"{path}: {characters / 1e6:.1f} million characters")
     return path
+
+
+def _is_made(path: Path, manifest: Path, recipe: dict[str, Any]) -> bool:
+    """Whether the text is there, whole and of this recipe; UsageError where the file is not ours to replace."""
+    if not path.exists():
+        return False
+    if not manifest.is_file():
+        raise UsageError(f"{path} was not made by `moe-kernels prepare`. Move it away, or replace it with --force.")
+    made = cache.read_manifest(manifest)
+    return made is not None and made.recipe == recipe and made.bytes == path.stat().st_size
 
 
 def dataset_texts(dataset: str, text_field: str) -> Iterator[str]:
@@ -200,12 +197,3 @@ def _file_facts(dataset: str) -> dict[str, int]:
         return {}
     stat = Path(dataset).stat()
     return {"bytes": stat.st_size, "modified": stat.st_mtime_ns}
-
-
-def _write(path: Path, lines: Iterable[str]) -> int:
-    characters = 0
-    with path.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps({"text": line}) + "\n")
-            characters += len(line)
-    return characters
