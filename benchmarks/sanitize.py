@@ -47,7 +47,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import moe_kernels.kernels
 from moe_kernels import router
 from moe_kernels.activation import Activation
-from moe_kernels.kernels.triton.launch import interpreting
+from moe_kernels.kernels.device import interpreting
 from moe_kernels.moe import fused_experts
 from moe_kernels.tools.check.problems import Case, make_inputs, run
 from moe_kernels.tools.check.verification import variants

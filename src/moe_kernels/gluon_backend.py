@@ -17,10 +17,10 @@ from moe_kernels import trial, triton_backend
 from moe_kernels.activation import Gate
 from moe_kernels.backends import Problem
 from moe_kernels.kernels.hopper import gluon_names
-from moe_kernels.kernels.triton.launch import LowRank
+from moe_kernels.kernels.operands import LowRank
+from moe_kernels.kernels.tiles import config
 from moe_kernels.routing import RoutingPlan, TokenRows
 from moe_kernels.triton_backend import combine, combine_grad, expert_sum, gather, make_plan, up_low
-from moe_kernels.tuning import config
 
 _LACKS = gluon_names.lacks()
 if _LACKS is None:  # else `why_not` says so, and nothing below is called

@@ -35,14 +35,15 @@ from torch import Tensor
 
 from moe_kernels import backends, registry
 from moe_kernels.activation import Activation, Gate
-from moe_kernels.kernels.triton.launch import by_rows, compiling_only
-from moe_kernels.kernels.triton.replay import replayed
+from moe_kernels.kernels.launch.compile import compiling_only
+from moe_kernels.kernels.launch.replay import replayed
+from moe_kernels.kernels.operands import by_rows
+from moe_kernels.kernels.tiles import config
 from moe_kernels.memory import explains_out_of_memory
 from moe_kernels.plain import batched, plain_experts, traced, transformed, without_autocast
 from moe_kernels.reference import LowRankPair
 from moe_kernels.routing import AUTO_GROUP_SIZE, RoutingPlan, plan_elements, resolve_group_size
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, GroupSize, check_settings
-from moe_kernels.tuning import config
 
 logger = logging.getLogger("moe_kernels")
 

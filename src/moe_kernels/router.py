@@ -88,10 +88,9 @@ def route(
     if transformed([logits]):
         say_plain("a fused router")
         return reference_route(logits, correction_bias, settings)
-    if torch.compiler.is_compiling() or traced(logits):
-        weights, ids = torch.ops.moe_kernels.route_forward(logits.contiguous(), correction_bias, *settings)
-    else:
-        weights, ids = _Route.apply(logits.contiguous(), correction_bias, *settings)
+    compiled = torch.compiler.is_compiling() or traced(logits)
+    run = torch.ops.moe_kernels.route_forward if compiled else _Route.apply
+    weights, ids = run(logits.contiguous(), correction_bias, *settings)
     return weights, ids
 
 
@@ -170,7 +169,7 @@ def _backend(logits: torch.Tensor, backend: str) -> str:
 
 def _check_triton(logits: torch.Tensor) -> None:
     """Raise UnsupportedProblem with the cure where the kernel cannot run; in the op, so that nothing traces it."""
-    from moe_kernels.kernels.triton.launch import interpreting
+    from moe_kernels.kernels.device import interpreting
 
     capability, reason = device_capability(logits.device), None
     if logits.device.type != "cuda" and not interpreting():
@@ -199,10 +198,9 @@ def _forward(
     from moe_kernels.kernels.triton import router as kernels
 
     _check_triton(logits)
-    weights, ids, _ = kernels.route(
+    return kernels.route(
         logits, correction_bias, top_k, sigmoid, normalize, groups, top_groups, scale, weights_dtype
     )
-    return weights, ids
 
 
 def _backward(

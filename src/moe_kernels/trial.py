@@ -22,7 +22,7 @@ import torch
 import triton
 from filelock import FileLock
 
-from moe_kernels.tuning import tuned
+from moe_kernels.kernels.tiles import tuned
 
 logger = logging.getLogger("moe_kernels")
 

@@ -10,11 +10,11 @@ import torch
 
 from moe_kernels.activation import Gate
 from moe_kernels.backends import Problem
+from moe_kernels.kernels.device import driver_fault, interpreting
 from moe_kernels.kernels.triton.combine import combine, combine_grad, gather
 from moe_kernels.kernels.triton.dact import dact, down_grad
 from moe_kernels.kernels.triton.expert_sum import expert_sum
 from moe_kernels.kernels.triton.grouped_gemm import dgrad, down
-from moe_kernels.kernels.triton.launch import driver_fault, interpreting
 from moe_kernels.kernels.triton.plan import make_plan
 from moe_kernels.kernels.triton.up import up, up_low
 from moe_kernels.kernels.triton.wgrad import wgrad

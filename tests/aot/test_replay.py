@@ -9,8 +9,8 @@ import triton
 
 import moe_kernels
 from moe_kernels.activation import Activation
-from moe_kernels.kernels.triton import launch as module
-from moe_kernels.kernels.triton import replay
+from moe_kernels.kernels.launch import launch as module
+from moe_kernels.kernels.launch import replay
 from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, call, make_inputs
 from support import fake_cuda
 

@@ -48,7 +48,7 @@ def test_versions_tell_how_our_kernels_run(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("name", "counts"),
-    [("moe.py", True), ("kernels/triton/new.py", True), ("tuning/new.json", True), ("tools/compare/new.py", False)],
+    [("moe.py", True), ("kernels/triton/new.py", True), ("kernels/new.json", True), ("tools/compare/new.py", False)],
 )
 def test_the_hash_is_of_the_kernels_not_of_the_tools(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, counts: bool

@@ -443,14 +443,15 @@ def test_one_matrix_for_several_experts(experts, device, transposed):
 
 def test_tensor_maps_are_of_experts_on_a_grid_of_rows():
     """Experts over each other or off the grid of whole rows are loaded by pointers."""
-    launch = pytest.importorskip("moe_kernels.kernels.triton.launch")
+    operands = pytest.importorskip("moe_kernels.kernels.operands")
     weight = torch.zeros(4, 64, 32, dtype=torch.bfloat16)  # tensors of the CPU are taken for those of a Hopper
-    assert launch.tma_fits(weight)
-    assert launch.tma_fits(weight[::2])
-    assert launch.tma_fits(weight[:, :32])
-    assert not launch.tma_fits(weight[:1].expand(4, 64, 32))
-    assert not launch.tma_fits(weight.as_strided((4, 64, 32), (32, 32, 1)))
-    assert not launch.tma_fits(torch.zeros(3 * 64 * 33, dtype=torch.bfloat16).as_strided((3, 64, 32), (2056, 32, 1)))
+    assert operands.tma_fits(weight)
+    assert operands.tma_fits(weight[::2])
+    assert operands.tma_fits(weight[:, :32])
+    assert not operands.tma_fits(weight[:1].expand(4, 64, 32))
+    assert not operands.tma_fits(weight.as_strided((4, 64, 32), (32, 32, 1)))
+    off_grid = torch.zeros(3 * 64 * 33, dtype=torch.bfloat16).as_strided((3, 64, 32), (2056, 32, 1))
+    assert not operands.tma_fits(off_grid)
 
 
 def test_expanded_upstream_gradient(experts, device):

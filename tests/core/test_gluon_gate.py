@@ -11,9 +11,9 @@ import torch
 import triton
 
 from moe_kernels import backends, gluon_backend, trial
+from moe_kernels.kernels import device
 from moe_kernels.kernels.hopper import gluon_names
-from moe_kernels.kernels.triton import launch
-from moe_kernels.tuning import tuned
+from moe_kernels.kernels.tiles import tuned
 
 GPU = torch.device("cuda", 0)
 HOPPER = backends.Problem("cuda", (9, 0), torch.bfloat16, experts=8, top_k=2, hidden=1024, intermediate=512)
@@ -205,11 +205,11 @@ def test_a_triton_that_cannot_launch_is_said_before_the_first_launch(monkeypatch
         def active(self):
             raise error
 
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(device, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton.runtime, "driver", Driver())
-    launch.driver_fault.cache_clear()
+    device.driver_fault.cache_clear()
     backends.select.cache_clear()
     with pytest.raises(backends.UnsupportedProblem, match=r"cannot launch on the GPU that torch sees .* C compiler"):
         backends.select(HOPPER)
-    launch.driver_fault.cache_clear()
+    device.driver_fault.cache_clear()

@@ -9,7 +9,8 @@ import torch
 
 from moe_kernels import UnsupportedProblem, fused_experts, torch_backend
 from moe_kernels.activation import Activation, Gate
-from moe_kernels.kernels.triton import launch
+from moe_kernels.kernels.device import dot_precision
+from moe_kernels.kernels.tiles import fit
 from moe_kernels.tools.check.problems import Case, make_inputs, run
 from moe_kernels.tools.check.routings import ROUTINGS, make_routing
 from moe_kernels.tools.check.tolerances import assert_close_to_truth
@@ -222,14 +223,14 @@ def test_the_newer_switch_for_tf32_is_read_too(setting):
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = setting
-        assert launch.dot_precision(torch.float32) == setting
-        assert launch.dot_precision(torch.bfloat16) == "ieee"
+        assert dot_precision(torch.float32) == setting
+        assert dot_precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_factors_that_do_not_fit_beside_a_tile_are_refused(device, monkeypatch):
-    monkeypatch.setattr(launch, "shared_memory", lambda device: 99 * 1024)
+    monkeypatch.setattr(fit, "shared_memory", lambda device: 99 * 1024)
     with pytest.raises(UnsupportedProblem, match="set moe_group_size: 128"):
         run(
             functools.partial(fused_experts, backend="triton", group_size=256),

@@ -35,12 +35,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import moe_kernels
 import support
 from moe_kernels.activation import Activation
-from moe_kernels.kernels.triton import launch as module
-from moe_kernels.kernels.triton import replay
-from moe_kernels.kernels.triton.launch import Descriptor, descriptor, launch, launch_counts, launcher, refusal
+from moe_kernels.kernels.launch import launch as module
+from moe_kernels.kernels.launch import replay
+from moe_kernels.kernels.launch.compile import compiling_only
+from moe_kernels.kernels.launch.launch import launch, launch_counts, launcher, refusal
+from moe_kernels.kernels.operands import Descriptor, descriptor
+from moe_kernels.kernels.tiles import config
+from moe_kernels.kernels.tiles.table import GemmConfig
 from moe_kernels.tools import doctor
 from moe_kernels.tools.check.problems import Case, make_inputs, run
-from moe_kernels.tuning import config
 from support import fake_cuda
 
 pytestmark = pytest.mark.plain_memory
@@ -546,7 +549,7 @@ def test_other_tiles_and_observers_end_a_replay(replaying):
         return steps.ran - before
 
     assert ran(4) == 2
-    with config.use_config("up", config.GemmConfig(64, 64, 64, 4, 3)):
+    with config.use_config("up", GemmConfig(64, 64, 64, 4, 3)):
         assert ran(4) == 2
     assert ran(4) == 2
     config.forget_tuned_tiles()
@@ -782,10 +785,10 @@ def test_compiling_only_launches_nothing(cuda, choose, compiled):
     launch(COPY, (1,), args, KEYWORDS)
     compiled.clear()
     before = cuda.launches
-    with module.compiling_only(torch.device("cpu")) as asked:
+    with compiling_only(torch.device("cpu")) as asked:
         launch(kernel, (1,), args, KEYWORDS)
         launch(kernel, (1,), args, KEYWORDS)
-        with module.compiling_only(torch.device("cpu")) as inner:
+        with compiling_only(torch.device("cpu")) as inner:
             launch(other, (1,), args, KEYWORDS | {"BLOCK": 64})
         assert inner is asked
         thread = threading.Thread(target=launch, args=(COPY, (1,), args, KEYWORDS))
@@ -805,7 +808,7 @@ def test_what_does_not_compile_is_said_while_compiling_only(cuda, choose):
     def broken(x, BLOCK: tl.constexpr):
         tl.store(x, undefined)  # noqa: F821
 
-    with pytest.raises(triton.CompilationError, match="undefined"), module.compiling_only(torch.device("cpu")):
+    with pytest.raises(triton.CompilationError, match="undefined"), compiling_only(torch.device("cpu")):
         launch(JITFunction(broken), (1,), (memory(),), {"BLOCK": 32})
     assert not module._compilers
 
@@ -870,7 +873,7 @@ from triton.runtime.jit import JITFunction
 import moe_kernels
 from moe_kernels import backends
 from moe_kernels.kernels.hopper import gluon_names
-from moe_kernels.kernels.triton.launch import compiling_only
+from moe_kernels.kernels.launch.compile import compiling_only
 from moe_kernels.tools.check import verification
 from moe_kernels.tools.check.problems import Case, make_inputs, run
 from support import fake_cuda

@@ -12,15 +12,16 @@ from triton.runtime.errors import InterpreterError
 import moe_kernels
 from moe_kernels import torch_backend
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.kernels.tiles.config import use_config
+from moe_kernels.kernels.tiles.table import GemmConfig
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tools.check.problems import Case, check, make_inputs, run
 from moe_kernels.tools.check.routings import make_routing
-from moe_kernels.tuning.config import GemmConfig, use_config
 from support import interpreter
 
 triton_backend = pytest.importorskip("moe_kernels.triton_backend")
-launch = pytest.importorskip("moe_kernels.kernels.triton.launch")
-pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="needs Triton's interpreter: TRITON_INTERPRET=1")
+gpu = pytest.importorskip("moe_kernels.kernels.device")
+pytestmark = pytest.mark.skipif(not gpu.interpreting(), reason="needs Triton's interpreter: TRITON_INTERPRET=1")
 
 BF16 = torch.bfloat16
 SILU = Gate(Activation("silu"))

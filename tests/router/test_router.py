@@ -8,8 +8,8 @@ import torch
 
 from moe_kernels import router
 from moe_kernels.backends import UnsupportedProblem
+from moe_kernels.kernels.device import interpreting
 from moe_kernels.kernels.triton import router as kernels
-from moe_kernels.kernels.triton.launch import interpreting
 from moe_kernels.tools.check.tolerances import assert_close_to_truth
 from support import interpreter
 
@@ -250,20 +250,13 @@ def test_only_the_best_groups_are_chosen_from(backend, device):
     assert ids.tolist() == [[4, 5, 6]] * 3
 
 
-@pytest.mark.parametrize("tokens", [1, 300, 1100])
-def test_counts_are_the_histogram_of_each_chunk(model, tokens, device, monkeypatch):
-    monkeypatch.setattr(kernels, "_MAX_CHUNKS", 5)
-    logits = random(model, tokens, torch.float32, device)
-    settings = model.ours
-    bias = None if model.bias is None else model.bias.to(device)
-    _, ids, counts = kernels.route(
-        logits, bias, settings["top_k"], model.bias is not None, True, settings.get("groups", 1),
-        settings.get("top_groups", 1), 1.0, torch.float32, count=True,
-    )  # fmt: skip
-    number, length = kernels.chunks(tokens, model.experts, settings.get("groups", 1))
-    assert number <= 5
-    expected = [part.flatten().bincount(minlength=model.experts) for part in ids.split(length)]
-    assert torch.equal(counts, torch.stack(expected).int())
+def test_many_tokens_are_a_loop_in_each_program(model, device, monkeypatch):
+    logits = random(model, 300, torch.float32, device)
+    weights, ids = model.route(logits, "triton")
+    monkeypatch.setattr(kernels, "_MAX_PROGRAMS", 2)
+    again = model.route(logits, "triton")
+    assert torch.equal(again[0], weights)
+    assert torch.equal(again[1], ids)
 
 
 @pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter: TRITON_INTERPRET=1")

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.kernels.device import loads_by_tma
+from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
+from moe_kernels.kernels.tiles.table import ROW_TILED, GemmConfig, table
 from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
 from moe_kernels.kernels.triton.expert_sum import expert_sum_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
-from moe_kernels.kernels.triton.launch import fit_columns, fit_rank
 from moe_kernels.kernels.triton.plan import count_kernel, place_kernel, plan_blocks
 from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, route_grad_kernel, route_kernel
 from moe_kernels.kernels.triton.up import up_kernel
 from moe_kernels.kernels.triton.wgrad import wgrad_kernel
-from moe_kernels.tuning.config import ROW_TILED, GemmConfig, loads_by_tma, table
 from support import hopper_catalog
 from support.cases import EVERY_ACTIVATION, CompileCase
 
@@ -95,7 +96,7 @@ def gemm_case(
     divisible: bool = True,
     variant: Variant = PLAIN_EXPERTS,
 ) -> CompileCase:
-    """One of ``tuning.config.KERNELS`` with ``config``.
+    """One of ``tiles.table.KERNELS`` with ``config``.
 
     ``aligned``: sizes are multiples of the tile; ``divisible``: they are multiples of 16 at least.
     """
@@ -251,13 +252,13 @@ def _small_cases() -> Iterator[CompileCase]:
 
 
 def _router_cases() -> Iterator[CompileCase]:
-    # scoring, dtype of the logits, normalised, groups, groups kept, with the plan's histogram
+    # scoring, dtype of the logits, normalised, groups, groups kept
     kinds = {
-        "softmax": (False, "bf16", True, 1, 1, False),
-        "softmax-plain": (False, "fp32", False, 1, 1, True),
-        "sigmoid": (True, "fp32", True, 8, 4, False),
+        "softmax": (False, "bf16", True, 1, 1),
+        "softmax-plain": (False, "fp32", False, 1, 1),
+        "sigmoid": (True, "fp32", True, 8, 4),
     }
-    for (name, (sigmoid, t, normalize, groups, kept, count)), (experts, top_k) in itertools.product(
+    for (name, (sigmoid, t, normalize, groups, kept)), (experts, top_k) in itertools.product(
         kinds.items(), ((60, 4), (128, 8), (256, 8), (512, 10))
     ):
         if experts % groups:
@@ -265,11 +266,11 @@ def _router_cases() -> Iterator[CompileCase]:
         common = {"E": experts, "TOP_K": top_k, "SIGMOID": sigmoid, "NORMALIZE": normalize}
         tensors = {"logits_ptr": f"*{t}", "ids_ptr": "*i64", "T": "i32", "scale": "fp32"}
         blocks, num_warps = route_blocks(experts, groups)
-        chosen = {"HAS_BIAS": sigmoid, "GROUPS": groups, "TOP_GROUPS": kept, "COUNT": count}
+        chosen = {"HAS_BIAS": sigmoid, "GROUPS": groups, "TOP_GROUPS": kept}
         yield CompileCase(
             f"route-{name}-e{experts}",
             route_kernel,
-            tensors | {"bias_ptr": "*fp32", "weights_ptr": f"*{t}", "counts_ptr": "*i32", "tokens_per_chunk": "i32"},
+            tensors | {"bias_ptr": "*fp32", "weights_ptr": f"*{t}", "tokens_per_program": "i32"},
             common | chosen | blocks,
             {"num_warps": num_warps, "num_stages": 3},
             uses_dot=False,

@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.backends.nvidia import driver as nvidia
 
-from moe_kernels.kernels.triton import launch, replay
+from moe_kernels.kernels.launch import launch, replay
 
 SOURCE = r"""
 #include "cuda.h"

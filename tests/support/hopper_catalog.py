@@ -17,7 +17,7 @@ import torch
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.hopper import down_grad, gemm, wgrad
 from moe_kernels.kernels.hopper.ring import PING_PONG, use_schedule
-from moe_kernels.kernels.triton.launch import Descriptor
+from moe_kernels.kernels.operands import Descriptor
 from moe_kernels.routing import RoutingPlan, TokenRows
 from support.cases import EVERY_ACTIVATION, CompileCase
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-from moe_kernels.tuning.config import KERNELS, GemmConfig, use_config
+from moe_kernels.kernels.tiles.config import use_config
+from moe_kernels.kernels.tiles.table import KERNELS, GemmConfig
 
 SMALL = GemmConfig(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=2, group_m=2)
 

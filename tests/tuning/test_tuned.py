@@ -13,14 +13,15 @@ from typer.testing import CliRunner
 
 import moe_kernels
 from moe_kernels import triton_backend
+from moe_kernels.kernels.tiles import config, tuned
+from moe_kernels.kernels.tiles.config import select_config, use_config
+from moe_kernels.kernels.tiles.table import GemmConfig, table
 from moe_kernels.kernels.triton import grouped_gemm, up, wgrad
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.app import app
 from moe_kernels.tools.bench import tiles, tune
 from moe_kernels.tools.check.problems import Case, make_inputs, run
 from moe_kernels.tools.common import machine
-from moe_kernels.tuning import config, tuned
-from moe_kernels.tuning.config import GemmConfig, select_config, table, use_config
 
 CPU = torch.device("cpu")
 SHAPE = LayerShape("tiny", 48, 64, 48, 4, 2)
@@ -30,11 +31,8 @@ TILE = GemmConfig(64, 32, 64, 4, 2)
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """An empty cache, and nothing shipped."""
+    """An empty cache."""
     monkeypatch.setenv(tuned.CACHE_VARIABLE, str(tmp_path / "cache"))
-    shipped = tmp_path / "shipped"
-    shipped.mkdir()
-    monkeypatch.setattr(tuned, "SHIPPED", shipped)
     config.forget_tuned_tiles()
     yield tuned.cache_file(CPU)
     monkeypatch.undo()
@@ -48,7 +46,7 @@ def entry(kernel="down", group_size=64, loads="tma", sizes=SIZES, tile=TILE, **c
 
 def write(file, *entries, **changes):
     header = {"device": "cpu", "capability": [0, 0], "triton": triton.__version__} | changes
-    tuned.write(file, header, list(entries))
+    tune.write(file, header, list(entries))
     config.forget_tuned_tiles()
 
 
@@ -78,18 +76,9 @@ def test_measuring_comes_before_the_table(cache):
     measured = dataclasses.replace(TILE, block_n=128)
     with use_config("down", measured):
         assert select() == measured
-    assert select() == TILE
-
-
-def test_shipped_tiles_serve_their_capability_and_the_cache_comes_first(cache, monkeypatch):
-    other = dataclasses.replace(TILE, block_n=64)
-    write(tuned.SHIPPED / "a.json", entry(tile=other), capability=[9, 0])
-    write(tuned.SHIPPED / "b.json", entry(tile=dataclasses.replace(TILE, block_n=16)), capability=[8, 0])
-    assert select() == default()
-    monkeypatch.setattr(tuned, "device_capability", lambda device: (9, 0))
-    config.forget_tuned_tiles()
-    assert select() == other
-    write(cache, entry())
+        with use_config("down", TILE), use_config("up", measured):
+            assert (select(), select("up")) == (TILE, measured)
+        assert (select(), select("up")) == (measured, default("up"))
     assert select() == TILE
 
 
@@ -115,6 +104,7 @@ def test_tiles_of_another_compiler_are_not_used(cache, caplog):
     ("spoil", "message"),
     [
         (lambda text: text[:50], "cannot be read"),
+        (lambda text: "[" * 100_000, "cannot be read"),
         (lambda text: text.replace('"kind": "tiles"', '"kind": "bench"'), "holds no tuned tiles of this version"),
         (lambda text: text.replace('"schema": 1', '"schema": 0'), "holds no tuned tiles of this version"),
         (lambda text: text.replace('"capability"', '"skill"'), "lacks capability"),
@@ -142,6 +132,7 @@ def test_a_damaged_file_is_refused(cache, spoil, message):
         ({"block_k": 512}, "block_k=512 is no power of two from 16 to 256"),
         ({"num_warps": "4"}, "num_warps='4' is no power of two"),
         ({"num_stages": 0}, "num_stages=0 is not from 1 to 8"),
+        ({"num_stages": True}, "num_stages=True is not from 1 to 8"),
         ({"programs_per_sm": 9}, "programs_per_sm=9 is not from 1 to 4"),
         ({"flatten": 1}, "flatten=1 is no truth value"),
     ],
@@ -155,12 +146,6 @@ def test_a_tile_that_cannot_be_is_refused(cache, changes, message):
     del lacking["num_warps"]
     assert tuned.why_invalid(lacking) == "an entry lacks num_warps"
     assert tuned.why_invalid(entry()) is None
-
-
-def test_what_ships_is_valid(monkeypatch):
-    monkeypatch.undo()
-    for file in tuned.SHIPPED.glob("*.json"):
-        assert tuned.tiles(tuned.read(file))
 
 
 def test_every_measured_layer_has_a_bucket_for_each_gemm():
@@ -258,7 +243,7 @@ def few_candidates(monkeypatch):
     real = triton_backend.down
 
     def broken(rows, *args, **kwargs):
-        out, used = real(rows, *args, **kwargs), config._overrides.get("down")
+        out, used = real(rows, *args, **kwargs), config._overrides["down"].choice
         if used == WRONG or (used == LATE and rows.shape[0] == 42):
             out[0] *= 1.5
         return out
@@ -267,7 +252,7 @@ def few_candidates(monkeypatch):
     times = {GOOD: 0.8, WRONG: 0.1, LATE: 0.5}
 
     def median_ms(call):
-        (used,) = config._overrides.values()
+        (used,) = filter(None, (override.choice for override in config._overrides.values()))
         return times.get(used, 1.0)
 
     monkeypatch.setattr(tiles, "median_ms", median_ms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class UnsupportedExperts(ValueError):
 
     @classmethod
     def mended(cls, module: Any, reason_and_cure: str, name: str = "") -> UnsupportedExperts:
-        """Where the module itself is to be mended."""
+        """Where the cure is a change to the module itself."""
         where = f"{name} ({type(module).__name__})" if name else type(module).__name__
         return cls(f"{where}: {reason_and_cure}")
 
@@ -148,9 +148,8 @@ def _find_activation(
         for parameters in itertools.product(numbers, repeat=len(rule.parameters)):
             candidate = Activation(name, parameters)
             ours = _value_and_gradient(Gate(candidate, gated, interleaved).value, z)
-            if all(
-                ((a - b).abs() <= 1e-4 * b.abs() + c).all() for a, b, c in zip(ours, expected, slacks, strict=True)
-            ):
+            pairs = zip(ours, expected, slacks, strict=True)
+            if all(((a - b).abs() <= 1e-4 * b.abs() + c).all() for a, b, c in pairs):
                 return candidate
     return None
 
@@ -173,15 +172,10 @@ def _probe_points(numbers: list[float], device: torch.device) -> torch.Tensor:
 
 
 def _numbers(module: Any) -> list[float]:
-    """Every number among the attributes of ``module`` and its sub-modules (act_fn), each once."""
-    return list(dict.fromkeys(_numbers_of(module)))
-
-
-def _numbers_of(module: Any) -> Iterator[float]:
-    for part in module.modules():
-        for value in vars(part).values():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
-                yield float(value)
+    """Every positive number among the attributes of ``module`` and its sub-modules (act_fn), each once."""
+    values = [value for part in module.modules() for value in vars(part).values()]
+    numbers = (v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0)
+    return list(dict.fromkeys(map(float, numbers)))
 
 
 def plain_weight(module: Any, weight: Any) -> torch.Tensor:

@@ -129,9 +129,10 @@ def _launcher() -> list[Finding]:
     """How compiled kernels are launched; without a GPU none is, except in Triton's interpreter."""
     import torch
 
-    from moe_kernels.kernels.triton import launch
+    from moe_kernels.kernels.device import interpreting
+    from moe_kernels.kernels.launch import launch
 
-    if not torch.cuda.is_available() and not launch.interpreting():
+    if not torch.cuda.is_available() and not interpreting():
         return []
     what = "kernel launches"
     try:

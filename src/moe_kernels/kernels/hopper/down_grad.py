@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_kernels.activation import Gate, value_and_partials
+from moe_kernels.kernels.device import cdiv, multiprocessors
 from moe_kernels.kernels.hopper.gemm import producer
 from moe_kernels.kernels.hopper.gluon_names import tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
@@ -35,7 +36,7 @@ from moe_kernels.kernels.hopper.ring import (
     put,
     store_masked,
 )
-from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
+from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.routing import RoutingPlan, TokenRows
 

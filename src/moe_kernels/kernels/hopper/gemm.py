@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_kernels.activation import Gate, value
+from moe_kernels.kernels.device import cdiv, multiprocessors
 from moe_kernels.kernels.hopper.gluon_names import cp_async, tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
@@ -38,10 +39,11 @@ from moe_kernels.kernels.hopper.ring import (
     store_masked,
     write_chunk,
 )
-from moe_kernels.kernels.triton.launch import Descriptor, cdiv, launch, multiprocessors
+from moe_kernels.kernels.launch.launch import launch
+from moe_kernels.kernels.operands import Descriptor
+from moe_kernels.kernels.tiles import config
 from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.routing import RoutingPlan
-from moe_kernels.tuning import config
 
 
 @gluon.jit

@@ -17,8 +17,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from moe_kernels.kernels.hopper.gluon_names import tma_store
-from moe_kernels.kernels.triton.launch import Descriptor
-from moe_kernels.tuning import config
+from moe_kernels.kernels.operands import Descriptor
+from moe_kernels.kernels.tiles import config
 
 #: Rows per tile, and length of a k block.
 BLOCK_M, BLOCK_K = 128, 64

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from moe_kernels.kernels.device import cdiv, multiprocessors
 from moe_kernels.kernels.hopper.gluon_names import cp_async, tma_load
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
@@ -29,7 +30,7 @@ from moe_kernels.kernels.hopper.ring import (
     new_ring,
     write_chunk,
 )
-from moe_kernels.kernels.triton.launch import cdiv, launch, multiprocessors
+from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.routing import RoutingPlan, TokenRows
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.kernels.triton.launch import launch
+from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.routing import RoutingPlan
 
 

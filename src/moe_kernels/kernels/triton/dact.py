@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from moe_kernels.activation import Gate, value_and_partials
+from moe_kernels.kernels.device import cdiv
+from moe_kernels.kernels.launch.launch import launch
+from moe_kernels.kernels.operands import LowRank
 from moe_kernels.kernels.triton.grouped_gemm import dgrad
-from moe_kernels.kernels.triton.launch import LowRank, cdiv, launch
 from moe_kernels.routing import RoutingPlan
 
 

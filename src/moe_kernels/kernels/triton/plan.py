@@ -27,7 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.kernels.triton.launch import cdiv, launch
+from moe_kernels.kernels.device import cdiv
+from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.routing import RoutingPlan
 
 # Tunable.

@@ -15,16 +15,16 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from moe_kernels.kernels.triton.launch import cdiv, interpreting, launch
+from moe_kernels.kernels.device import cdiv, interpreting
+from moe_kernels.kernels.launch.launch import launch
 
 # CUDA's own expf, that torch uses: tl.exp differs in the last bits, and a sigmoid router compares them.
 _math = tl if interpreting() else libdevice
 
-_MAX_CHUNKS = 256  # programs, and rows of the histogram: every program of the plan reads all of them
+_MAX_PROGRAMS = 256  # more tokens than these route at a time are a loop in each of them
 _ELEMENTS = 2048  # logits per tile
 _LARGEST = tl.constexpr(0x7FFFFFFF)
 _TAKEN = tl.constexpr(-0x80000000)
-_RUNTIME_INTS = ["T", "tokens_per_chunk"]
 
 
 @triton.jit
@@ -66,15 +66,14 @@ def _keep_best_groups(key, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BLOCK
     return tl.where(kept[:, :, None] == 1, grouped, _TAKEN).reshape(BLOCK_T, BLOCK_G * BLOCK_S)
 
 
-@triton.jit(do_not_specialize=_RUNTIME_INTS)
+@triton.jit(do_not_specialize=["T", "tokens_per_program"])
 def route_kernel(
     logits_ptr,  # (T, E)
     bias_ptr,  # (E,) float32, or any pointer unless HAS_BIAS
     ids_ptr,  # (T, TOP_K)
     weights_ptr,  # (T, TOP_K)
-    counts_ptr,  # (programs, E) int32; not written unless COUNT
     T,
-    tokens_per_chunk,
+    tokens_per_program,
     scale,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -83,12 +82,10 @@ def route_kernel(
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
-    COUNT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
     column = tl.arange(0, BLOCK_G * BLOCK_S)
     in_group = column % BLOCK_S
     # Padding lies between the groups, so that columns order as experts do.
@@ -97,9 +94,8 @@ def route_kernel(
     bias = tl.zeros((BLOCK_G * BLOCK_S,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert, mask=valid, other=0.0).to(tl.float32)
-    counts = tl.zeros((BLOCK_T, BLOCK_G * BLOCK_S), tl.int32)
-    first = chunk * tokens_per_chunk
-    for t0 in range(first, tl.minimum(first + tokens_per_chunk, T), BLOCK_T):
+    first = tl.program_id(0) * tokens_per_program
+    for t0 in range(first, tl.minimum(first + tokens_per_program, T), BLOCK_T):
         token = t0 + tl.arange(0, BLOCK_T)
         inside = (token < T)[:, None] & valid[None, :]
         offsets = token.to(tl.int64)[:, None] * E + expert[None, :]
@@ -130,10 +126,6 @@ def route_kernel(
         slot = token.to(tl.int64)[:, None] * TOP_K + rank
         tl.store(ids_ptr + slot, tl.broadcast_to(expert[None, :], slot.shape).to(tl.int64), mask=chosen)
         tl.store(weights_ptr + slot, (weight * scale).to(weights_ptr.dtype.element_ty), mask=chosen)
-        if COUNT:
-            counts += chosen.to(tl.int32)
-    if COUNT:
-        tl.store(counts_ptr + chunk * E + expert, tl.sum(counts, axis=0), mask=valid)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -195,13 +187,6 @@ def route_grad_blocks(experts: int) -> tuple[dict[str, int], int]:
     return {"BLOCK_T": max(1, min(64, 1024 // block_e)), "BLOCK_E": block_e}, 4
 
 
-def chunks(tokens: int, experts: int, groups: int) -> tuple[int, int]:
-    """(number of programs, tokens each of them routes)."""
-    block_t = route_blocks(experts, groups)[0]["BLOCK_T"]
-    tokens_per_chunk = block_t * max(1, cdiv(cdiv(tokens, block_t), _MAX_CHUNKS))
-    return cdiv(tokens, tokens_per_chunk), tokens_per_chunk
-
-
 def route(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
@@ -212,31 +197,18 @@ def route(
     top_groups: int,
     scale: float,
     weights_dtype: torch.dtype,
-    count: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logits (T, E) contiguous -> weights (T, K), ids (T, K) int64, counts (chunks, E) int32 or empty.
-
-    Row c of the counts is the number of times each expert was chosen by the tokens of chunk c, see :func:`chunks`.
-    """
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (T, E) contiguous -> weights (T, K), ids (T, K) int64."""
     tokens, experts = logits.shape
     ids = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
     weights = torch.empty((tokens, top_k), dtype=weights_dtype, device=logits.device)
-    programs, tokens_per_chunk = chunks(tokens, experts, groups)
-    counts = torch.empty((programs if count else 0, experts), dtype=torch.int32, device=logits.device)
     blocks, num_warps = route_blocks(experts, groups)
+    block_t = blocks["BLOCK_T"]
+    tokens_per_program = block_t * max(1, cdiv(cdiv(tokens, block_t), _MAX_PROGRAMS))
     launch(
         route_kernel,
-        (programs,),
-        (
-            logits,
-            logits if bias is None else bias,
-            ids,
-            weights,
-            counts,
-            tokens,
-            tokens_per_chunk,
-            scale,
-        ),
+        (cdiv(tokens, tokens_per_program),),
+        (logits, logits if bias is None else bias, ids, weights, tokens, tokens_per_program, scale),
         {
             "E": experts,
             "TOP_K": top_k,
@@ -245,12 +217,11 @@ def route(
             "HAS_BIAS": bias is not None,
             "GROUPS": groups,
             "TOP_GROUPS": top_groups,
-            "COUNT": count,
             **blocks,
             "num_warps": num_warps,
         },
     )
-    return weights, ids, counts
+    return weights, ids
 
 
 def route_grad(
@@ -263,14 +234,7 @@ def route_grad(
     launch(
         route_grad_kernel,
         (cdiv(tokens, blocks["BLOCK_T"]),),
-        (
-            dweights,
-            logits,
-            ids,
-            dlogits,
-            tokens,
-            scale,
-        ),
+        (dweights, logits, ids, dlogits, tokens, scale),
         {
             "E": experts,
             "TOP_K": ids.shape[1],

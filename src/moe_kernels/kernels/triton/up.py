@@ -9,17 +9,11 @@ import triton
 import triton.language as tl
 
 from moe_kernels.activation import Gate, value
-from moe_kernels.kernels.triton.launch import (
-    LowRank,
-    descriptor,
-    dot_precision,
-    fit_columns,
-    fit_rank,
-    launch_tiles,
-    low_rank_arguments,
-    stored,
-    tma_fits,
-)
+from moe_kernels.kernels.device import dot_precision
+from moe_kernels.kernels.launch.launch import launch_tiles
+from moe_kernels.kernels.operands import LowRank, descriptor, low_rank_arguments, stored, tma_fits
+from moe_kernels.kernels.tiles.config import select_config
+from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
 from moe_kernels.kernels.triton.tile import (
     add_bias,
     add_low_rank,
@@ -32,7 +26,6 @@ from moe_kernels.kernels.triton.tile import (
     swizzled_tile,
 )
 from moe_kernels.routing import RoutingPlan
-from moe_kernels.tuning.config import select_config
 
 
 @triton.jit

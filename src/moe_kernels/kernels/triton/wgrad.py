@@ -12,10 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.kernels.triton.launch import cdiv, descriptor, dot_precision, fit_columns, launch_grid, tma_fits
+from moe_kernels.kernels.device import cdiv, dot_precision
+from moe_kernels.kernels.launch.launch import launch_grid
+from moe_kernels.kernels.operands import descriptor, tma_fits
+from moe_kernels.kernels.tiles.config import select_config
+from moe_kernels.kernels.tiles.fit import fit_columns
 from moe_kernels.kernels.triton.tile import load_rows, multiply_add, swizzled_tile
 from moe_kernels.routing import RoutingPlan
-from moe_kernels.tuning.config import select_config
 
 
 @triton.jit

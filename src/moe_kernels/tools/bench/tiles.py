@@ -23,14 +23,15 @@ import triton
 
 from moe_kernels import triton_backend as steps
 from moe_kernels.activation import Activation, Gate
-from moe_kernels.kernels.triton.launch import interpreting
+from moe_kernels.kernels.device import interpreting
+from moe_kernels.kernels.tiles.config import use_config
+from moe_kernels.kernels.tiles.table import GemmConfig, table
+from moe_kernels.kernels.tiles.tuned import Key, Sizes, bucket
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.bench.accuracy import Error
 from moe_kernels.tools.bench.layer import make_layer
 from moe_kernels.tools.check.problems import Case
 from moe_kernels.tools.check.verification import verify_case
-from moe_kernels.tuning.config import GemmConfig, table, use_config
-from moe_kernels.tuning.tuned import Key, Sizes, bucket
 
 #: The six GEMMs of a layer, and the kernel that runs each.
 CALLS = {

@@ -93,9 +93,9 @@ def conclude(
     """
     import torch
 
+    from moe_kernels.kernels.tiles import config, tuned
     from moe_kernels.tools.bench.tiles import choose
     from moe_kernels.tools.common.machine import environment
-    from moe_kernels.tuning import config, tuned
 
     file = out or tuned.cache_file(device)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -106,7 +106,7 @@ def conclude(
     if file.exists() and not fresh:
         before = tuned.read(file)
         if (before["device"], before["triton"]) == (header["device"], header["triton"]):
-            entries = {tuned.Key(*(entry[f] for f in tuned.Key._fields)): entry for entry in before["tiles"]}
+            entries = {tuned.key_of(entry): entry for entry in before["tiles"]}
     results = choose(timings, shapes, device, progress)
     for result in results:
         entries.pop(result.key, None)
@@ -117,10 +117,19 @@ def conclude(
                 if t.key == result.key and t.config == result.config
             ]
             entries[result.key] = {**result.key._asdict(), **asdict(result.config), "measured": measured}
-    tuned.write(file, header, list(entries.values()))
+    write(file, header, list(entries.values()))
     config.forget_tuned_tiles()
     Console(stderr=True).print(f"wrote {file}: {len(entries)} tiles", highlight=False)
     return results
+
+
+def write(file: Path, header: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    """Write a table of verified tiles, as :func:`moe_kernels.kernels.tiles.tuned.read` takes it."""
+    from moe_kernels.kernels.tiles import tuned
+    from moe_kernels.tools.common.files import write_text
+
+    report = {"schema": tuned.SCHEMA, "kind": "tiles", **header, "tiles": entries, "digest": tuned.digest(entries)}
+    write_text(file, json.dumps(report, indent=1) + "\n")
 
 
 def show(results: list[Tuned], timings: list[Timing]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moe_kernels import backends
-from moe_kernels.kernels.triton.launch import compiling_only
+from moe_kernels.kernels.launch.compile import compiling_only
 from moe_kernels.moe import fused_experts
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, TILE_ROWS, GroupSize
 from moe_kernels.tools.check.allocations import poisoned_allocations

@@ -27,7 +27,7 @@ PACKAGES: tuple[str, ...] = (
     "apache-tvm-ffi",
 )
 #: What decides how an expert layer runs. The tools around it do not.
-KERNEL_SOURCES = ("*.py", "kernels", "tuning", "integrations", "telemetry")
+KERNEL_SOURCES = ("*.py", "kernels", "integrations", "telemetry")
 
 
 def installed_version(package: str) -> str | None:
@@ -90,7 +90,7 @@ def tuned_tiles() -> str | None:
     """Fingerprint of the tiles that `moe-kernels tune` found on this GPU, or None where the package's are used."""
     import torch
 
-    from moe_kernels.tuning import tuned
+    from moe_kernels.kernels.tiles import tuned
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     file = tuned.own_file(device)

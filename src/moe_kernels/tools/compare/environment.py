@@ -31,7 +31,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 def versions() -> dict[str, str]:
     """Versions of Python and packages, ``"not installed"`` where one is missing, and what our kernels run with."""
-    from moe_kernels.kernels.triton.launch import DEFAULT_LAUNCHER, LAUNCHER_VARIABLE
+    from moe_kernels.kernels.launch.launch import DEFAULT_LAUNCHER, LAUNCHER_VARIABLE
 
     return {
         "python": platform.python_version(),
@@ -83,7 +83,7 @@ def _tuned_tiles() -> str:
     """A short hash of the tiles that `moe-kernels tune` left for any GPU, read without a look at the GPU."""
     import torch
 
-    from moe_kernels.tuning import tuned
+    from moe_kernels.kernels.tiles import tuned
 
     try:
         files = sorted(tuned.cache_file(torch.device("cpu")).parent.glob("tiles-*.json"))

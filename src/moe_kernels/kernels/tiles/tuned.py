@@ -1,13 +1,11 @@
 """Tuned tiles: the fastest correct tile of a kernel for a bucket of sizes, measured on one kind of GPU.
 
-`moe-kernels tune` measures and verifies tiles and writes them into the user's cache; tables of the same form ship
-with the package (``moe_kernels/tuning/*.json``). A process reads them once, at the first launch; nothing is measured
-while a model trains. What the cache holds for this GPU comes first, then what is shipped for its compute capability,
-then the tables of ``tuning/config.py``.
+`moe-kernels tune` writes them into the user's cache. A process reads them once, at the first launch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -20,17 +18,18 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from moe_kernels.backends import device_capability
+from moe_kernels.kernels.tiles.table import KERNELS, ROW_TILED, GemmConfig
 from moe_kernels.settings import TILE_ROWS
 
 logger = logging.getLogger("moe_kernels")
 
 SCHEMA = 1
 CACHE_VARIABLE = "MOE_KERNELS_CACHE"
-SHIPPED = Path(__file__).parent
 CURE = "Remove the file, or write it again with `moe-kernels tune --fresh`."
-TILE_FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "flatten", "programs_per_sm")
-ROW_TILED = ("up", "down", "dgrad")
+_FIELDS = tuple(field.name for field in dataclasses.fields(GemmConfig))
+# Least and greatest value of a field.
+_POWERS_OF_TWO = {"block_m": (16, 256), "block_n": (16, 512), "block_k": (16, 256), "num_warps": (1, 16)}
+_NUMBERS = {"num_stages": (1, 8), "group_m": (1, 64), "programs_per_sm": (1, 4)}
 
 
 class TunedTilesError(ValueError):
@@ -117,43 +116,29 @@ def own_file(device: torch.device) -> Path | None:
         return None
 
 
-def find(kernel: str, device: torch.device, group_size: int | None, tma: bool, sizes: Sizes) -> dict[str, Any] | None:
-    """The fields of the tuned tile, or None where nothing was tuned.
+@functools.cache
+def tiles_of(device: torch.device) -> dict[Key, GemmConfig]:
+    """Every tuned tile for ``device``, read once per process.
 
     Raises:
-        TunedTilesError: a file is there and cannot be used.
+        TunedTilesError: the file is there and cannot be used.
     """
-    return tiles_of(device).get(Key(kernel, group_size, "tma" if tma else "pointer", bucket(sizes)))
+    file = own_file(device)
+    if file is None:
+        return {}
+    report = read(file)
+    if report["triton"] != triton.__version__:
+        logger.warning(
+            "tuned tiles in %s are not used: verified with triton %s, this is %s. Run `moe-kernels tune`.",
+            file, report["triton"], triton.__version__,
+        )  # fmt: skip
+        return {}
+    return {key_of(entry): GemmConfig(**{field: entry[field] for field in _FIELDS}) for entry in report["tiles"]}
 
 
-@functools.cache
-def tiles_of(device: torch.device) -> dict[Key, dict[str, Any]]:
-    """Every tuned tile for ``device``, read once per process."""
-    found: dict[Key, dict[str, Any]] = {}
-    capability = device_capability(device)
-    for file in sorted(SHIPPED.glob("*.json")):
-        report = read(file)
-        if capability is not None and tuple(report["capability"]) == capability:
-            found |= tiles(report)
-    own = own_file(device)
-    if own is not None:
-        report = read(own)
-        if report["triton"] == triton.__version__:
-            found |= tiles(report)
-        else:
-            logger.warning(
-                "tuned tiles in %s are not used: verified with triton %s, this is %s. Run `moe-kernels tune`.",
-                own, report["triton"], triton.__version__,
-            )  # fmt: skip
-    return found
-
-
-def tiles(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
-    """Tile fields by key, of a report that :func:`read` returned."""
-    return {
-        Key(*(entry[field] for field in Key._fields)): {field: entry[field] for field in TILE_FIELDS}
-        for entry in report["tiles"]
-    }
+def key_of(entry: dict[str, Any]) -> Key:
+    """The key of an entry of a report."""
+    return Key(*(entry[field] for field in Key._fields))
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -164,7 +149,7 @@ def read(file: Path) -> dict[str, Any]:
     """
     try:
         report = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # brackets without end
         raise TunedTilesError(f"tuned tiles in {file} cannot be read ({error}). {CURE}") from None
     if not isinstance(report, dict) or report.get("kind") != "tiles" or report.get("schema") != SCHEMA:
         raise TunedTilesError(f"{file} holds no tuned tiles of this version. {CURE}")
@@ -187,31 +172,20 @@ def digest(entries: list[dict[str, Any]]) -> str:
 
 def why_invalid(entry: dict[str, Any]) -> str | None:
     """None if an entry of a table is a tile that its kernel could run, else what is wrong with it."""
-    lacking = [field for field in (*Key._fields, *TILE_FIELDS) if field not in entry]
+    lacking = [field for field in (*Key._fields, *_FIELDS) if field not in entry]
     if lacking:
         return f"an entry lacks {', '.join(lacking)}"
     kernel, group_size = entry["kernel"], entry["group_size"]
     name = f"{kernel} g={group_size}, {entry['bucket']}"
-    if kernel not in (*ROW_TILED, "wgrad"):
+    if kernel not in KERNELS:
         return f"{name}: no such kernel"
     if group_size not in (TILE_ROWS if kernel in ROW_TILED else (None,)):
         return f"{name}: no such group size"
     if kernel in ROW_TILED and entry["block_m"] != group_size:
         return f"{name}: block_m={entry['block_m']} is not the group size"
-    for field, low, high in (("block_m", 16, 256), ("block_n", 16, 512), ("block_k", 16, 256), ("num_warps", 1, 16)):
+    for field, (low, high) in (_POWERS_OF_TWO | _NUMBERS).items():
         value = entry[field]
-        if not isinstance(value, int) or not low <= value <= high or value & (value - 1):
-            return f"{name}: {field}={value!r} is no power of two from {low} to {high}"
-    for field, low, high in (("num_stages", 1, 8), ("group_m", 1, 64), ("programs_per_sm", 1, 4)):
-        if not isinstance(entry[field], int) or not low <= entry[field] <= high:
-            return f"{name}: {field}={entry[field]!r} is not from {low} to {high}"
+        if type(value) is not int or not low <= value <= high or (field in _POWERS_OF_TWO and value & (value - 1)):
+            kind = "no power of two" if field in _POWERS_OF_TWO else "not"
+            return f"{name}: {field}={value!r} is {kind} from {low} to {high}"
     return None if isinstance(entry["flatten"], bool) else f"{name}: flatten={entry['flatten']!r} is no truth value"
-
-
-def write(file: Path, header: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """Write verified ``entries`` with their fingerprint, in one move."""
-    report = {"schema": SCHEMA, "kind": "tiles", **header, "tiles": entries, "digest": digest(entries)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(part, file)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_kernels.kernels.triton import launch as launches
-from moe_kernels.kernels.triton.launch import Descriptor
-from moe_kernels.tuning import config
+from moe_kernels.kernels.device import dot_precision
+from moe_kernels.kernels.launch import launch as launches
+from moe_kernels.kernels.operands import Descriptor
+from moe_kernels.kernels.tiles import config
 
 logger = logging.getLogger("moe_kernels")
 
@@ -101,7 +102,7 @@ class _Recorder(TorchDispatchMode):
 
     Attributes:
         obstacle: why the recording cannot be replayed; empty if it can.
-        passing: the obstacle is gone at the next call: Triton had to launch a kernel for the first time.
+        transient: the next call will not meet the obstacle: Triton launched a kernel for the first time.
     """
 
     def __init__(self, inputs: list[Tensor | None]) -> None:
@@ -110,7 +111,7 @@ class _Recorder(TorchDispatchMode):
         self.allocated: list[_Memory] = []
         self.launched: list[_Launch] = []
         self.directs: list[Any] = []
-        self.obstacle, self.passing = "", False
+        self.obstacle, self.transient = "", False
         self.memory: dict[int, int] = {}  # number of each storage allocated while recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -140,7 +141,7 @@ class _Recorder(TorchDispatchMode):
     def launch(self, direct: Any, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         """Record one launch that was just made."""
         if direct is None:
-            self.obstacle, self.passing = "a launch through Triton", True
+            self.obstacle, self.transient = "a launch through Triton", True
             return
         pointers, tensor_maps = [], []
         maps = iter(direct.tensor_maps[::-1])
@@ -239,7 +240,7 @@ def replayed(
 
     Args:
         steps: takes tensors, None and settings by position and returns tensors that it allocated. Its allocations and
-            launches may depend only on shapes, strides, dtypes, settings and ``tuning.config``.
+            launches may depend only on shapes, strides, dtypes, settings and ``tiles.config``.
         on_replay: called once with the arguments that are recorded; what it returns is called at every replay, for
             what steps do beside launching (counting).
         first: called with the arguments before the first call of a signature.
@@ -247,12 +248,15 @@ def replayed(
 
     @functools.wraps(steps)
     def call(*args: Any) -> Any:
-        if not _on_gpu(args[0]) or launches.launcher() != "replay":
-            return steps(*args)
-        if launches.refusal() is not None or launches._watched():
+        if (
+            not _on_gpu(args[0])
+            or launches.launcher() != "replay"
+            or launches.refusal() is not None
+            or launches._watched()
+        ):
             return steps(*args)
         device = args[0].device
-        key: list[Any] = [steps, device, launches.dot_precision(args[0].dtype)]
+        key: list[Any] = [steps, device, dot_precision(args[0].dtype)]
         addresses: list[int] = []
         bits = 0
         for arg in args:
@@ -302,7 +306,7 @@ def _record(
     program = _Program(recorder, outputs, None if on_replay is None else on_replay(*args))
     if not recorder.obstacle:
         _programs[signature] = program
-    elif not recorder.passing:
+    elif not recorder.transient:
         _programs[signature] = _TRIES
     logger.debug("%s: %s", steps.__name__, recorder.obstacle or f"{len(program.launches)} launches to replay")
     return outputs

@@ -1,24 +1,24 @@
-"""Host side of a launch: grids, TMA descriptors, the precision of tl.dot, and the launch itself.
+"""Host side of a launch: grids, tensor maps, and the launch itself.
 
 Triton 3.6 needs about 0.1 ms of Python for a launch: it binds and specialises some thirty arguments, builds a cache
 key as a string, and encodes every tensor map again. One call of the op launches a dozen kernels, so on small layers
 the GPU would wait for the host. :func:`launch` leaves the first launch of a specialisation to Triton, keeps the
 compiled kernel, and calls its C launcher directly from then on.
+
+Triton launches every time, with the same result, where :func:`refusal` names a reason, while a profiler's hook,
+debugging or instrumentation is on, and for kernels that need more than the C launcher (scratch memory).
 """
 
 from __future__ import annotations
 
 import collections
-import concurrent.futures
-import contextlib
-import dataclasses
 import functools
 import inspect
 import logging
 import os
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +27,10 @@ from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.backends import UnsupportedProblem, device_capability
+from moe_kernels.kernels.device import cdiv, interpreting, multiprocessors
+from moe_kernels.kernels.operands import Descriptor
+from moe_kernels.kernels.tiles.table import GemmConfig
 from moe_kernels.routing import RoutingPlan
-from moe_kernels.tuning.config import GemmConfig, loads_by_tma
 
 logger = logging.getLogger("moe_kernels")
 
@@ -45,136 +46,6 @@ _IN_ONE = triton.__version__.startswith(("3.7.", "3.8.", "3.9.")) and hasattr(nv
 # From 3.8 on, the function that encodes a tensor map also takes the launcher's own arguments, which it does not read.
 _MAP_ARGUMENTS = (None,) * (len(inspect.signature(nvidia.make_tensordesc_arg).parameters) - 2)
 _TENSOR_MAPS = 1024  # kept per argument of a compiled kernel; a map is 128 bytes and some Python
-
-# The low-rank part of a GEMM: low (R, r), and the factor of each expert.
-LowRank = tuple[torch.Tensor, torch.Tensor]
-
-# Number of programs of a persistent grid where there is no GPU, that is, under Triton's interpreter.
-_INTERPRETER_PROGRAMS = 3
-
-
-def interpreting() -> bool:
-    """True if Triton runs kernels in its CPU interpreter (TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of ``device``: the size of a persistent grid."""
-    if device.type != "cuda":
-        return _INTERPRETER_PROGRAMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up: triton.cdiv without the two microseconds its wrapper takes."""
-    return -(-a // b)
-
-
-def tma_fits(*tensors: torch.Tensor) -> bool:
-    """True if a GEMM over these row-major operands loads by TMA.
-
-    Needs Hopper or data-centre Blackwell, 16-bit elements, rows of a multiple of 16 elements, and aligned bases. With
-    other sizes the epilogue would store element by element, and the large tiles of this path leave no registers for
-    that. float32 stays on pointer loads: its exact products run on the CUDA cores, not on the tensor cores.
-    """
-    if not loads_by_tma(device_capability(tensors[0].device)):
-        return False
-    for t in tensors:  # a generator would cost another microsecond
-        if t.element_size() != 2 or t.shape[-1] % 16 or t.data_ptr() % 16 or t.numel() == 0:
-            return False
-        # There may be gaps between experts, of whole rows; experts must not overlap.
-        if not t.is_contiguous() and (t.stride(0) < t.shape[-2] * t.shape[-1] or t.stride(0) % t.shape[-1]):
-            return False
-    return True
-
-
-class Descriptor(NamedTuple):
-    """A kernel argument that is loaded or stored by TMA in blocks. Loads give zeros outside the tensor.
-
-    Attributes:
-        tensor: its last stride is 1; base and rows are aligned to 16 bytes.
-        block: shape of a block in elements.
-        layout: Gluon's NVMMASharedLayout of the block in shared memory; None for ``triton.jit`` kernels.
-    """
-
-    tensor: torch.Tensor
-    block: tuple[int, ...]
-    layout: Any = None
-
-
-def descriptor(tensor: torch.Tensor, *block: int) -> Descriptor:
-    """Descriptor of a tensor that :func:`tma_fits`, in blocks of shape ``block``."""
-    # With a single expert or row the outer stride is arbitrary, and TMA may refuse it. A view has a valid one.
-    return Descriptor(tensor.view(tensor.shape) if len(tensor) == 1 else tensor, block)
-
-
-def by_rows(weight: torch.Tensor) -> bool:
-    """Whether each expert's matrix of ``weight`` (E, rows, columns) is row-major; experts may be apart in memory."""
-    if weight.is_contiguous():
-        return True
-    (_, rows, columns), (_, row, column) = weight.shape, weight.stride()
-    return (columns == 1 or column == 1) and (rows == 1 or row == columns)
-
-
-def stored(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """(``weight`` with row-major matrices, whether that took a transpose): the op takes column-major weights too."""
-    return (weight, False) if by_rows(weight) else (weight.mT, True)
-
-
-def low_rank_arguments(low_rank: LowRank | None, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(low, factor, RANK) of a kernel; without a low-rank part any pointers and RANK 0."""
-    if low_rank is None:
-        return unused, unused, 0
-    return *low_rank, low_rank[0].shape[1]
-
-
-def fit_columns(config: GemmConfig, width: int) -> GemmConfig:
-    """``config`` with a smaller ``block_n`` for a narrow output, such as the r columns of a low-rank factor."""
-    if width > config.block_n // 2:
-        return config
-    return _narrowed(config, width)
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int | None:
-    """Bytes of shared memory that a thread block may use on ``device``; None in the interpreter."""
-    if device.type != "cuda":
-        return None
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs do not know this one
-    return int(properties.shared_memory_per_block_optin)
-
-
-def fit_rank(config: GemmConfig, rank: int, device: torch.device, element_size: int) -> GemmConfig:
-    """``config`` with fewer stages where the factors of a low-rank part need the shared memory.
-
-    Raises:
-        UnsupportedProblem: the factors alone do not fit, such as float32 of a rank above 64 on tiles of 256 rows
-            where a thread block has 99 KiB.
-    """
-    limit = shared_memory(device) if rank else None
-    if limit is not None and (config.block_m + config.block_n) * rank * element_size > limit:
-        raise UnsupportedProblem(
-            f"low-rank factors of rank {rank} do not fit beside tiles of {config.block_m} rows on this GPU: set "
-            "moe_group_size: 128."
-        )
-    return config if config.num_stages <= 4 - rank // 64 else _shortened(config, rank)
-
-
-@functools.cache
-def _shortened(config: GemmConfig, rank: int) -> GemmConfig:
-    return dataclasses.replace(config, num_stages=4 - rank // 64)
-
-
-@functools.cache
-def _narrowed(config: GemmConfig, width: int) -> GemmConfig:
-    return dataclasses.replace(config, block_n=max(16, triton.next_power_of_2(width)))
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """float32 products are exact (IEEE) unless torch's own switch allows TF32; 16-bit types ignore this."""
-    # allow_tf32, the older switch, cannot be read once the newer one was set. This one reflects both.
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def launch_grid(
@@ -216,7 +87,6 @@ def launch_tiles(
     launch_grid(kernel, config, plan.max_tiles * column_blocks, persistent, tensors, sizes, constants)
 
 
-# --------------------------------------------------------------------------------------------------- the launch
 class _Direct(NamedTuple):
     """The fixed part of a direct launch of one specialisation: all but grid, stream and arguments.
 
@@ -257,12 +127,9 @@ def launch_counts() -> dict[str, int]:
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """``kernel[grid](*args, **keywords)`` on the device of its tensors, with a fraction of the host time.
 
-    The cache key has everything that Triton specialises on: keywords (constexprs and options), device, dtype and
-    16-byte alignment of pointers, whether an integer is 1, a multiple of 16 or wider than 32 bits, and dtype, block
-    and layout of descriptors. So a kernel never runs on arguments that it was not specialised for.
-
-    Triton launches instead, with the same result, where :func:`refusal` names a reason, while a profiler's hook,
-    debugging or instrumentation is on, and for kernels that need more than the C launcher (scratch memory).
+    The cache key has all that Triton specialises on: keywords, device, dtype and 16-byte alignment of pointers,
+    whether an integer is 1, a multiple of 16 or wider than 32 bits, and dtype, block and layout of descriptors. So a
+    kernel never runs on arguments that it was not compiled for.
 
     Args:
         kernel: a ``triton.jit`` or ``gluon.jit`` function whose compile-time arguments come last.
@@ -272,20 +139,13 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
         keywords: the compile-time arguments, and options such as num_warps.
     """
     if _compilers and (kernels := _compilers.get(threading.get_ident())) is not None:
-        with torch.cuda.device_of(_tensor(args[0])):
-            compiled = kernel.warmup(*_bound(args), grid=grid, **keywords)
-        if compiled not in kernels:
-            kernels.append(compiled)
-        return None
+        return _compile(kernels, kernel, grid, args, keywords)
     if refusal() is not None or _watched(kernel):
         return _through_triton(kernel, grid, args, keywords)
     first = args[0]
     device = (first.tensor if type(first) is Descriptor else first).get_device()
     if device != _current_device():
-        if device < 0:  # Triton says what is wrong with a tensor of the CPU
-            return _through_triton(kernel, grid, args, keywords)
-        with torch.cuda.device(device):
-            return launch(kernel, grid, args, keywords)
+        return _launch_elsewhere(device, kernel, grid, args, keywords)
     key = [kernel.fn, device, *keywords, *keywords.values()]
     values: list[Any] = []
     descriptors: list[tuple[int, Descriptor]] = []
@@ -309,13 +169,9 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
             key.append(kind)
         else:
             raise TypeError(f"{kernel.fn.__name__} got a {kind.__name__}: pass tensors, descriptors or plain numbers")
-    specialised = tuple(key)
-    direct = _known.get(specialised)
+    direct = _known.get(tuple(key))
     if direct is None:
-        compiled = _through_triton(kernel, grid, args, keywords)
-        if compiled is not None and specialised not in _known:
-            _known[specialised] = _direct(kernel, compiled, len(args), [which for _, which in descriptors])
-        return None
+        return _launch_unknown(tuple(key), kernel, grid, args, keywords)
     for (place, which), tensor_map in zip(reversed(descriptors), direct.tensor_maps, strict=True):
         tensor = which.tensor
         values[place : place + 1] = tensor_map(tensor.data_ptr(), tensor.shape, tensor.stride())
@@ -330,33 +186,39 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: 
     return None
 
 
-@contextlib.contextmanager
-def compiling_only(device: torch.device) -> Iterator[list[Any]]:
-    """Within this context launches of this thread run nothing; their kernels are compiled in parallel.
+def _compile(
+    kernels: list[Any], kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
+    """Instead of a launch: add the kernel, which is compiled meanwhile, to ``kernels``."""
+    with torch.cuda.device_of(_tensor(args[0])):
+        compiled = kernel.warmup(*_bound(args), grid=grid, **keywords)
+    if compiled not in kernels:
+        kernels.append(compiled)
 
-    Yields the list of these kernels. When the context ends they are ready for ``device``: compiled or found in
-    Triton's cache, loaded, and with the C launcher of their signature built (Triton runs a C compiler for it). A
-    nested context adds to the list of the outer one.
-    """
 
-    def prepare(kernel: Any) -> None:
-        compiled = kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel
-        with torch.cuda.device(device if device.type == "cuda" else -1):
-            _ = compiled.run  # a property that loads the kernel and builds its launcher
-
-    thread = threading.get_ident()
-    if thread in _compilers:
-        yield _compilers[thread]
+def _launch_elsewhere(
+    device: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
+    """A launch on a device that is not the current one."""
+    if device < 0:  # Triton says what is wrong with a tensor of the CPU
+        _through_triton(kernel, grid, args, keywords)
         return
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        with triton.AsyncCompileMode(pool, ignore_errors=True):  # or it stays active after one; prepare raises it
-            kernels: list[Any] = []
-            _compilers[thread] = kernels
-            try:
-                yield kernels
-            finally:
-                del _compilers[thread]
-        list(pool.map(prepare, kernels))
+    with torch.cuda.device(device):
+        launch(kernel, grid, args, keywords)
+
+
+def _launch_unknown(
+    specialised: tuple[Any, ...],
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> None:
+    """A launch through Triton, after which the kernel is known as ``specialised``."""
+    compiled = _through_triton(kernel, grid, args, keywords)
+    if compiled is not None and specialised not in _known:
+        descriptors = [arg for arg in args if type(arg) is Descriptor]
+        _known[specialised] = _direct(kernel, compiled, len(args), descriptors)
 
 
 @functools.cache
@@ -370,25 +232,6 @@ def launcher() -> str:
     if asked not in LAUNCHERS:
         raise ValueError(f"{LAUNCHER_VARIABLE}={asked!r} is not one of {', '.join(LAUNCHERS)}")
     return asked
-
-
-def choose_launcher(name: str) -> None:
-    """Use launcher ``name`` from now on, as if MOE_KERNELS_LAUNCHER had said so from the start: for measurements."""
-    os.environ[LAUNCHER_VARIABLE] = name
-    launcher.cache_clear()
-    refusal.cache_clear()
-
-
-@functools.cache
-def driver_fault() -> str | None:
-    """Why triton cannot launch on the GPU that torch sees, or None. Triton says so only at the first launch."""
-    if not torch.cuda.is_available() or interpreting():
-        return None
-    try:
-        triton.runtime.driver.active.get_current_target()  # compiles a little C, the first time on a machine
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        return f"triton {triton.__version__} cannot launch on the GPU that torch sees ({error})"
-    return None
 
 
 @functools.cache
@@ -435,7 +278,7 @@ def _through_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], k
 
 
 def _bound(args: tuple[Any, ...]) -> list[Any]:
-    """``args`` as Triton takes them."""
+    """``args`` with Triton's own descriptors."""
     return [
         _host_descriptor(arg.tensor, arg.tensor.shape, arg.tensor.stride(), arg.block, arg.layout)
         if isinstance(arg, Descriptor)
@@ -447,7 +290,7 @@ def _bound(args: tuple[Any, ...]) -> list[Any]:
 def _host_descriptor(
     base: Any, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], layout: Any
 ) -> Any:
-    """The descriptor of Triton, or with a layout that of Gluon."""
+    """Triton's descriptor, or with a layout Gluon's."""
     if torch.cuda.is_initialized():
         # Encoding needs a CUDA context. An autograd thread that has not called CUDA yet has none; setting the device
         # makes one, even if it is the current device already.
@@ -458,16 +301,6 @@ def _host_descriptor(
     from triton.experimental.gluon.nvidia import hopper as gluon
 
     return gluon.TensorDescriptor(base, list(shape), list(strides), list(block), layout)
-
-
-class _Address(NamedTuple):
-    """What a host descriptor needs of a tensor. The tensor itself would keep its memory alive."""
-
-    pointer: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.pointer
 
 
 def _tensor_map(
@@ -483,7 +316,9 @@ def _tensor_map(
 
     They depend on address and layout only, so they may be cached and used for any tensor at that address.
     """
-    host = _host_descriptor(_Address(pointer, dtype), shape, strides, block, layout)
+    # In place of the tensor, whose memory the descriptor would keep alive.
+    address = SimpleNamespace(data_ptr=lambda: pointer, dtype=dtype)
+    host = _host_descriptor(address, shape, strides, block, layout)
     return tuple(nvidia.make_tensordesc_arg(host, meta, *_MAP_ARGUMENTS))
 
 
