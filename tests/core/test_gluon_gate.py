@@ -102,6 +102,23 @@ print(backends.select(problem)[0], "|", backends.why_not("gluon", problem))
 """
 
 
+def test_a_gluon_without_aggregates_is_named(monkeypatch):
+    monkeypatch.delattr(triton.language.core, "_aggregate")
+    assert gluon_names.lacks() == "triton.language.core._aggregate"
+
+
+@pytest.mark.parametrize("fields", [{"size": 1}, {"size": 1, "TOP_K": 2, "other": 3}], ids=["too few", "too many"])
+def test_an_aggregate_takes_each_of_its_fields(fields):
+    @gluon_names.aggregate
+    class Sizes:
+        size: triton.language.constexpr
+        TOP_K: triton.language.constexpr
+
+    assert Sizes(TOP_K=2, size=1).size.value == 1
+    with pytest.raises(TypeError, match="Sizes takes size, TOP_K, not size"):
+        Sizes(**fields)
+
+
 def test_a_triton_without_gluon_runs_the_triton_kernels():
     """In a process of its own: this one has imported Gluon already."""
     ran = subprocess.run([sys.executable, "-c", WITHOUT_GLUON], capture_output=True, text=True, check=False)

@@ -37,7 +37,9 @@ def test_titles_are_unique(suite):
 
 
 #: The synchronisation of warps: a warp that waits for what never comes stops the GPU.
-BARRIERS = ("mbarrier.", "await_turn", "pass_turn", "range(start", "range(0, K", "range(0, H", "step", "pid")
+BARRIERS = (
+    "mbarrier.", "await_", "pass_turn", "free_before", "range(tile.start", "range(0, K", "range(0, H", "step", "pid",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("mutant", SUITES["gpu"].mutants, ids=lambda mutant: mutant.title)

@@ -4,8 +4,6 @@ The same math and the same row tiles as ``kernels/triton/up.py`` and ``grouped_g
 cp.async; everything else is loaded and stored by TMA.
 """
 
-import contextlib
-from collections.abc import Iterator
 
 import torch
 from triton.experimental import gluon
@@ -21,13 +19,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_kernels.activation import Gate, value
 from moe_kernels.kernels.device import cdiv, multiprocessors
-from moe_kernels.kernels.hopper.gluon_names import cp_async, tma_load, tma_store
+from moe_kernels.kernels.hopper.gluon_names import aggregate, cp_async, tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
     CHUNK,
+    SWIZZLED,
+    Matrix,
+    RowTiles,
     Schedule,
+    accumulator_layout,
     await_turn,
+    copy_layout,
     halves,
     has_fast_memory,
     matrix,
@@ -36,214 +39,143 @@ from moe_kernels.kernels.hopper.ring import (
     pass_turn,
     put,
     schedule_of,
-    store_masked,
     write_chunk,
 )
 from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.operands import Descriptor
-from moe_kernels.kernels.tiles import config
-from moe_kernels.kernels.triton.tile import swizzled_tile
+from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.routing import RoutingPlan
 
 
-@gluon.jit
-def tile_rows(tiles, m, BLOCK_M: gl.constexpr, FULL: gl.constexpr):
-    """(expert, first row, end of the expert's rows) of row tile m.
+@aggregate
+class Operands:
+    """The rows and the weights that a GEMM multiplies, (R, K) times (K, N) of each expert."""
 
-    FULL: if the expert's last tile would be partial, move its start back until it is full, so that it needs no masked
-    stores. The rows that it then shares with the tile before are computed twice, with bitwise equal results.
-    """
-    expert_start_ptr, tile_expert_ptr, tile_row_ptr, _, _ = tiles
-    expert = gl.load(tile_expert_ptr + m)
-    row0 = gl.load(tile_row_ptr + m)
-    row_end = gl.load(expert_start_ptr + expert + 1)
-    if FULL:
-        row0 = gl.maximum(gl.minimum(row0, row_end - BLOCK_M), gl.load(expert_start_ptr + expert))
-    return expert, row0, row_end
+    rows: Matrix  # with GATHER the tokens that are the sorted rows' sources, else the sorted rows
+    weight: tma.tensor_descriptor
+    row_slot: gl.tensor
+    N: gl.tensor
+    TOP_K: gl.constexpr
+    GATED: gl.constexpr
+    GATHER: gl.constexpr
+    W_IS_KN: gl.constexpr
 
+    @gluon.jit
+    def sources(self, tile, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr):
+        """With GATHER, pointers to the first k block of the tokens of a tile's rows."""
+        if self.GATHER:
+            layout: gl.constexpr = copy_layout(BLOCK_K)
+            rows = tile.row0 + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+            # Rows past the expert's end read slot 0: a valid token, whose result is not stored.
+            slot = gl.load(self.row_slot + rows, mask=rows < tile.row_end, other=0)
+            cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+            token = (slot // self.TOP_K).to(gl.int64)
+            pointers = self.rows.pointer + token[:, None] * self.rows.width + cols[None, :]
+        else:
+            pointers = self.rows.pointer
+        return pointers
 
-@gluon.jit
-def _fill(
-    rows_in,
-    pointers,
-    w,
-    ring,
-    stage,
-    expert,
-    row0,
-    n,
-    k0,
-    sizes,
-    GATED: gl.constexpr,
-    GATHER: gl.constexpr,
-    W_IS_KN: gl.constexpr,
-):
-    """Issue the loads of the k block at k0 into one stage of the ring."""
-    a_ring, b_ring, ready, _ = ring
-    K, N = sizes
-    a = a_ring.index(stage)
-    b = b_ring.index(stage)
-    bar = ready.index(stage)
-    mbarrier.expect(bar, b.numel * 2 if GATHER else (a.numel + b.numel) * 2)
-    if GATED:
-        HALF: gl.constexpr = b.shape[0] // 2
-        gate_row = expert * N * 2 + n * HALF
-        tma_load(w, [gate_row, k0], bar, b.slice(0, HALF))
-        tma_load(w, [gate_row + N, k0], bar, b.slice(HALF, HALF))
-    elif W_IS_KN:
-        tma_load(w, [expert * K + k0, n * b.shape[1]], bar, b)
-    else:
-        tma_load(w, [expert * N + n * b.shape[0], k0], bar, b)
-    if GATHER:
-        cp_async(a, pointers + k0)
-        async_copy.mbarrier_arrive(bar, increment_count=False)
-    else:
-        tma_load(rows_in, [row0, k0], bar, a)
+    @gluon.jit
+    def load(self, stage, sources, tile, k0):
+        """Issue the loads of the k block at k0 of ``tile`` into a stage of the ring."""
+        a, b, ready = stage
+        mbarrier.expect(ready, b.numel * 2 if self.GATHER else (a.numel + b.numel) * 2)
+        if self.GATED:
+            HALF: gl.constexpr = b.shape[0] // 2
+            gate_row = tile.expert * self.N * 2 + tile.n * HALF
+            tma_load(self.weight, [gate_row, k0], ready, b.slice(0, HALF))
+            tma_load(self.weight, [gate_row + self.N, k0], ready, b.slice(HALF, HALF))
+        elif self.W_IS_KN:
+            tma_load(self.weight, [tile.expert * self.rows.width + k0, tile.n * b.shape[1]], ready, b)
+        else:
+            tma_load(self.weight, [tile.expert * self.N + tile.n * b.shape[0], k0], ready, b)
+        if self.GATHER:
+            cp_async(a, sources + k0)
+            async_copy.mbarrier_arrive(ready, increment_count=False)
+        else:
+            tma_load(self.rows.descriptor, [tile.row0, k0], ready, a)
 
 
 @gluon.jit
-def producer(
-    rows_in,
-    rows_ptr,
-    w,
-    row_slot_ptr,
-    tiles,
-    ring,
-    sizes,
-    TOP_K: gl.constexpr,
-    GATED: gl.constexpr,
-    GATHER: gl.constexpr,
-    W_IS_KN: gl.constexpr,
-    K_BLOCKS_PER_WAIT: gl.constexpr,
-    FULL: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def producer(operands, tiles, ring, K_BLOCKS_PER_WAIT: gl.constexpr):
     """The producer warps: load the k blocks of every tile of this program into the ring.
 
     K_BLOCKS_PER_WAIT: wait for this many empty stages, 1 or 2, then load them back to back; see
     ``k_blocks_per_wait``.
     """
-    _, _, _, num_m, num_n = tiles
-    _, _, _, empty = ring
-    K, _ = sizes
-    gathered: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    BLOCK_M: gl.constexpr = ring.a.shape[1]
+    BLOCK_K: gl.constexpr = ring.a.shape[2]
+    K = operands.rows.width
     step = 0
-    for pid in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        m, n = swizzled_tile(pid, num_m, num_n, GROUP_M)
-        expert, row0, row_end = tile_rows(tiles, m, BLOCK_M, FULL)
-        if GATHER:
-            rows = row0 + gl.arange(0, BLOCK_M, gl.SliceLayout(1, gathered))
-            # Rows past the expert's end read slot 0: a valid token, whose result is not stored.
-            slot = gl.load(row_slot_ptr + rows, mask=rows < row_end, other=0)
-            cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, gathered))
-            pointers = rows_ptr + (slot // TOP_K).to(gl.int64)[:, None] * K + cols[None, :]
-        else:
-            pointers = rows_ptr
+    for pid in range(gl.program_id(0), tiles.count(), gl.num_programs(0)):
+        tile = tiles.at(pid)
+        sources = operands.sources(tile, BLOCK_M, BLOCK_K)
         for k0 in range(0, K, K_BLOCKS_PER_WAIT * BLOCK_K):
-            mbarrier.wait(empty.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
-            if K_BLOCKS_PER_WAIT == 2:
-                k1 = k0 + BLOCK_K
-                if k1 < K:
-                    mbarrier.wait(empty.index((step + 1) % STAGES), (((step + 1) // STAGES) & 1) ^ 1)
-            stage = step % STAGES
-            _fill(rows_in, pointers, w, ring, stage, expert, row0, n, k0, sizes, GATED, GATHER, W_IS_KN)
+            k1 = k0 + BLOCK_K
+            ring.await_empty(step)
+            if K_BLOCKS_PER_WAIT == 2 and k1 < K:
+                ring.await_empty(step + 1)
+            first = ring.stage(step)
+            operands.load(first, sources, tile, k0)
             step += 1
-            if K_BLOCKS_PER_WAIT == 2:
-                stage = step % STAGES
-                if k1 < K:
-                    _fill(rows_in, pointers, w, ring, stage, expert, row0, n, k1, sizes, GATED, GATHER, W_IS_KN)
-                    step += 1
+            if K_BLOCKS_PER_WAIT == 2 and k1 < K:
+                second = ring.stage(step)
+                operands.load(second, sources, tile, k1)
+                step += 1
+
+
+@aggregate
+class Epilogue:
+    """What is written of a tile: its sums, or if GATED those as Z, with SAVE_Z, and the activation of them."""
+
+    z: Matrix
+    out: Matrix
+    ACTIVATION: gl.constexpr
+    P0: gl.constexpr
+    P1: gl.constexpr
+    SAVE_Z: gl.constexpr
 
 
 @gluon.jit
-def _consumer(
-    WARPGROUP: gl.constexpr,
-    buffers,
-    tensors,
-    tiles,
-    ring,
-    turns,
-    sizes,
-    ACTIVATION: gl.constexpr,
-    P0: gl.constexpr,
-    P1: gl.constexpr,
-    GATED: gl.constexpr,
-    GATHER: gl.constexpr,
-    SAVE_Z: gl.constexpr,
-    W_IS_KN: gl.constexpr,
-    COOPERATIVE: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring, turns, COOPERATIVE: gl.constexpr):
     """A consumer warpgroup: multiply the k blocks in the ring, then run the epilogue of the tile."""
-    z, z_ptr, out, out_ptr = tensors
-    _, _, _, num_m, num_n = tiles
-    a_ring, b_ring, ready, empty = ring
-    K, N = sizes
-    ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M
-    HALF: gl.constexpr = BLOCK_N // 2
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    BLOCK_K: gl.constexpr = ring.a.shape[2]
+    BLOCK_N: gl.constexpr = ring.b.shape[2] if operands.W_IS_KN else ring.b.shape[1]
+    ROWS: gl.constexpr = buffers.shape[1]
+    K = operands.rows.width
     step = 0
     turn = 0
-    for pid in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    for pid in range(gl.program_id(0), tiles.count(), gl.num_programs(0)):
         if COOPERATIVE or turn % 2 == WARPGROUP:
-            m, n = swizzled_tile(pid, num_m, num_n, GROUP_M)
-            _expert, row0, row_end = tile_rows(tiles, m, BLOCK_M, COOPERATIVE)
-            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, acc_layout)
+            tile = tiles.at(pid)
+            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
             if not COOPERATIVE:
                 await_turn(turns, WARPGROUP, turn // 2)
             for k0 in range(0, K, BLOCK_K):
-                stage = step % STAGES
-                mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-                if GATHER:
+                ring.await_ready(step)
+                if operands.GATHER:
                     fence_async_shared()  # make cp.async writes visible to wgmma's async proxy
-                a = a_ring.index(stage)
+                a, b, _ready = ring.stage(step)
                 if COOPERATIVE:
                     a = a.slice(WARPGROUP * ROWS, ROWS)
-                b = b_ring.index(stage)
-                if not W_IS_KN:
+                if not operands.W_IS_KN:
                     b = b.permute((1, 0))
                 acc = warpgroup_mma(a, b, acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=(acc,))
                 if k0 > 0:
-                    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+                    ring.free_before(step)
                 step += 1
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-            if not COOPERATIVE:
-                pass_turn(turns, WARPGROUP)
+            ring.free_before(step)
+            row0 = tile.row0
             if COOPERATIVE:
                 row0 += WARPGROUP * ROWS
-            left, right = halves(acc)
-            if GATED:
-                # Two chunks share a fence, and the activation is computed while the stores before are in flight.
-                gate0, gate1 = halves(left)
-                up0, up1 = halves(right)
-                if SAVE_Z:
-                    _write_pair(gate0, gate1, buffers, z, z_ptr, row0, row_end, n * HALF, N, 2 * N)
-                a0 = value(gate0, up0, ACTIVATION, P0, P1).to(out.dtype)
-                if SAVE_Z:
-                    _write_pair(up0, up1, buffers, z, z_ptr, row0, row_end, N + n * HALF, 2 * N, 2 * N)
-                a1 = value(gate1, up1, ACTIVATION, P0, P1).to(out.dtype)
-                _write_pair(a0, a1, buffers, out, out_ptr, row0, row_end, n * HALF, N, N)
             else:
-                tma.store_wait(0)  # the stores of the tile before are done: both buffers are free
-                if COOPERATIVE:
-                    left0, left1 = halves(left)
-                    right0, right1 = halves(right)
-                    _write(left0, buffers.index(0), out, out_ptr, row0, row_end, n * BLOCK_N, N)
-                    _write(left1, buffers.index(1), out, out_ptr, row0, row_end, n * BLOCK_N + CHUNK, N)
-                    _write(right0, buffers.index(0), out, out_ptr, row0, row_end, n * BLOCK_N + HALF, N)
-                    _write(right1, buffers.index(1), out, out_ptr, row0, row_end, n * BLOCK_N + HALF + CHUNK, N)
-                else:
-                    _write(left, buffers.index(0), out, out_ptr, row0, row_end, n * BLOCK_N, N)
-                    _write(right, buffers.index(1), out, out_ptr, row0, row_end, n * BLOCK_N + HALF, N)
+                pass_turn(turns, WARPGROUP)
+            if operands.GATED:
+                _write_gated(acc, buffers, epilogue, row0, tile.row_end, tile.n * (BLOCK_N // 2))
+            else:
+                _write(acc, buffers, epilogue.out, row0, tile.row_end, tile.n * BLOCK_N)
         else:
             step += (K + BLOCK_K - 1) // BLOCK_K
         turn += 1  # noqa: SIM113 (Gluon has no enumerate)
@@ -251,22 +183,60 @@ def _consumer(
 
 
 @gluon.jit
-def _write(values, buffer, out, out_ptr, row0, row_end, col0, width):
-    """Store values [rows, CHUNK] to (row0, col0) of a (., width) tensor; only rows < row_end and columns < width."""
-    if col0 >= width:  # widths are multiples of CHUNK, so a chunk is inside or outside as a whole
+def _write(acc, buffers, out, row0, row_end, col0):
+    """Store acc [rows, columns] to (row0, col0) of ``out``; only rows < row_end and columns inside of it."""
+    HALF: gl.constexpr = acc.shape[1] // 2
+    left, right = halves(acc)
+    tma.store_wait(0)  # the stores of the tile before are done: both buffers are free
+    if HALF == CHUNK:
+        _write_chunk(left, buffers.index(0), out, row0, row_end, col0)
+        _write_chunk(right, buffers.index(1), out, row0, row_end, col0 + HALF)
+    else:
+        left0, left1 = halves(left)
+        right0, right1 = halves(right)
+        _write_chunk(left0, buffers.index(0), out, row0, row_end, col0)
+        _write_chunk(left1, buffers.index(1), out, row0, row_end, col0 + CHUNK)
+        _write_chunk(right0, buffers.index(0), out, row0, row_end, col0 + HALF)
+        _write_chunk(right1, buffers.index(1), out, row0, row_end, col0 + HALF + CHUNK)
+
+
+@gluon.jit
+def _write_chunk(values, buffer, out, row0, row_end, col0):
+    """The same for values [rows, CHUNK]."""
+    if col0 >= out.width:  # widths are multiples of CHUNK, so a chunk is inside or outside as a whole
         tma.store_wait(0)
     elif row0 + values.shape[0] <= row_end:
-        write_chunk(values, buffer, out, row0, col0)
+        write_chunk(values, buffer, out.descriptor, row0, col0)
     else:
         # A partial tile: its rows from row_end on belong to the next expert.
         tma.store_wait(0)
         put(values, buffer)
-        store_masked(buffer, out_ptr, row0, row_end, col0, width)
+        out.store_masked(buffer, row0, row_end, col0)
 
 
 @gluon.jit
-def _write_pair(left, right, buffers, out, out_ptr, row0, row_end, col0, col_end, width):
-    """The same for two neighbouring chunks; columns < col_end."""
+def _write_gated(acc, buffers, epilogue, row0, row_end, col0):
+    """Store acc [rows, gate and up columns], with SAVE_Z, and its activation.
+
+    Two chunks share a fence, and the activation is computed while the stores before are in flight.
+    """
+    z, out = epilogue.z, epilogue.out
+    N = out.width
+    gate, up = halves(acc)
+    gate0, gate1 = halves(gate)
+    up0, up1 = halves(up)
+    if epilogue.SAVE_Z:
+        _write_pair(gate0, gate1, buffers, z, row0, row_end, col0, N)
+    a0 = value(gate0, up0, epilogue.ACTIVATION, epilogue.P0, epilogue.P1).to(out.descriptor.dtype)
+    if epilogue.SAVE_Z:
+        _write_pair(up0, up1, buffers, z, row0, row_end, N + col0, 2 * N)
+    a1 = value(gate1, up1, epilogue.ACTIVATION, epilogue.P0, epilogue.P1).to(out.descriptor.dtype)
+    _write_pair(a0, a1, buffers, out, row0, row_end, col0, N)
+
+
+@gluon.jit
+def _write_pair(left, right, buffers, out, row0, row_end, col0, col_end):
+    """Store two neighbouring chunks to (row0, col0) of ``out``; only rows < row_end and columns < col_end."""
     tma.store_wait(0)
     put(left, buffers.index(0))
     put(right, buffers.index(1))
@@ -274,13 +244,13 @@ def _write_pair(left, right, buffers, out, out_ptr, row0, row_end, col0, col_end
         two = col0 + CHUNK < col_end
         if row0 + left.shape[0] <= row_end:
             fence_async_shared()
-            tma_store(out, [row0, col0], buffers.index(0))
+            tma_store(out.descriptor, [row0, col0], buffers.index(0))
             if two:
-                tma_store(out, [row0, col0 + CHUNK], buffers.index(1))
+                tma_store(out.descriptor, [row0, col0 + CHUNK], buffers.index(1))
         else:
-            store_masked(buffers.index(0), out_ptr, row0, row_end, col0, width)
+            out.store_masked(buffers.index(0), row0, row_end, col0)
             if two:
-                store_masked(buffers.index(1), out_ptr, row0, row_end, col0 + CHUNK, width)
+                out.store_masked(buffers.index(1), row0, row_end, col0 + CHUNK)
 
 
 @gluon.jit
@@ -317,100 +287,36 @@ def hopper_gemm_kernel(
 ):
     gl.static_assert(COOPERATIVE or not GATED, "the epilogue of gated tiles is cooperative only")
     dtype: gl.constexpr = out_ptr.dtype.element_ty
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M
-    a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], swizzled)
-    if W_IS_KN:
-        b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], swizzled)
-    else:
-        b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], swizzled)
-    buffers0 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
-    buffers1 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
-    # A stage is ready when the bytes of its TMA loads and, with GATHER, the cp.async of all 128 threads have arrived.
-    ready, empty = new_ring(STAGES, 1 + (128 if GATHER else 0), 2 if COOPERATIVE else 1)
-    turns = empty if COOPERATIVE else new_turns()  # not used if cooperative
-    num_m = gl.load(tile_count_ptr)
     COLUMNS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    # A stage is ready when the bytes of its TMA loads and, with GATHER, the cp.async of all 128 threads have arrived.
+    READY_COUNT: gl.constexpr = 1 + (128 if GATHER else 0)
+    W_BLOCK: gl.constexpr = (BLOCK_K, BLOCK_N) if W_IS_KN else (BLOCK_N, BLOCK_K)
+    ring = new_ring(dtype, STAGES, (BLOCK_M, BLOCK_K), W_BLOCK, READY_COUNT, 2 if COOPERATIVE else 1)
+    turns = ring.empty if COOPERATIVE else new_turns()  # not used if cooperative
+    buffers0 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], SWIZZLED)
+    buffers1 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], SWIZZLED)
+    num_m = gl.load(tile_count_ptr)
     num_n = (N + COLUMNS - 1) // COLUMNS
-    tensors = (z, z_ptr, out, out_ptr)
-    tiles = (expert_start_ptr, tile_expert_ptr, tile_row_ptr, num_m, num_n)
-    ring = (a_ring, b_ring, ready, empty)
+    tiles = RowTiles(
+        expert_start=expert_start_ptr, tile_expert=tile_expert_ptr, tile_row=tile_row_ptr, num_m=num_m, num_n=num_n,
+        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=COOPERATIVE,
+    )  # fmt: skip
+    operands = Operands(
+        rows=Matrix(descriptor=rows_in, pointer=rows_ptr, width=K), weight=w, row_slot=row_slot_ptr, N=N,
+        TOP_K=TOP_K, GATED=GATED, GATHER=GATHER, W_IS_KN=W_IS_KN,
+    )  # fmt: skip
+    epilogue = Epilogue(
+        z=Matrix(descriptor=z, pointer=z_ptr, width=2 * N), out=Matrix(descriptor=out, pointer=out_ptr, width=N),
+        ACTIVATION=ACTIVATION, P0=P0, P1=P1, SAVE_Z=SAVE_Z,
+    )  # fmt: skip
     # Registers per thread, whose sum over the three warpgroups is at most 512. A gathering producer needs four warps
     # and registers for pointers; to issue TMA loads one warp is enough.
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    0,
-                    buffers0,
-                    tensors,
-                    tiles,
-                    ring,
-                    turns,
-                    (K, N),
-                    ACTIVATION,
-                    P0,
-                    P1,
-                    GATED,
-                    GATHER,
-                    SAVE_Z,
-                    W_IS_KN,
-                    COOPERATIVE,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    GROUP_M,
-                    STAGES,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    1,
-                    buffers1,
-                    tensors,
-                    tiles,
-                    ring,
-                    turns,
-                    (K, N),
-                    ACTIVATION,
-                    P0,
-                    P1,
-                    GATED,
-                    GATHER,
-                    SAVE_Z,
-                    W_IS_KN,
-                    COOPERATIVE,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    GROUP_M,
-                    STAGES,
-                ),
-            ),
-            (
-                producer,
-                (
-                    rows_in,
-                    rows_ptr,
-                    w,
-                    row_slot_ptr,
-                    tiles,
-                    ring,
-                    (K, N),
-                    TOP_K,
-                    GATED,
-                    GATHER,
-                    W_IS_KN,
-                    K_BLOCKS_PER_WAIT,
-                    COOPERATIVE,
-                    BLOCK_M,
-                    BLOCK_K,
-                    GROUP_M,
-                    STAGES,
-                ),
-            ),
+            (_consumer, (0, buffers0, epilogue, operands, tiles, ring, turns, COOPERATIVE)),
+            (_consumer, (1, buffers1, epilogue, operands, tiles, ring, turns, COOPERATIVE)),
+            (producer, (operands, tiles, ring, K_BLOCKS_PER_WAIT)),
         ],
         [4, 4 if GATHER else 1],
         [216 if GATHER else 232, 72 if GATHER else 40],
@@ -433,8 +339,8 @@ def k_blocks_per_wait(kernel: str, plan: RoutingPlan, weight: torch.Tensor) -> i
     neighbouring 128-byte pieces are faster if they are issued together. Waiting for two stages costs a few percent.
     Measured (benchmarks/results/h*00-log-9-epilogues.json): faster for dgrad on both GPUs, for up and down on H100.
     """
-    if _forced:
-        return _forced["all"]
+    if _forced.choice is not None:
+        return _forced.choice
     few_rows = plan.rows < _ROWS_PER_EXPERT * plan.experts
     if not few_rows or weight.numel() * weight.element_size() <= _CACHED_BYTES:
         return 1
@@ -442,14 +348,9 @@ def k_blocks_per_wait(kernel: str, plan: RoutingPlan, weight: torch.Tensor) -> i
     return 2 if kernel == "dgrad" or slow else 1
 
 
-_forced: dict[str, int] = {}
-
-
-@contextlib.contextmanager
-def use_k_blocks_per_wait(number: int) -> Iterator[None]:
-    """Within this context :func:`k_blocks_per_wait` is ``number``: for checks and tests."""
-    with config.override(_forced, "all", number):
-        yield
+_forced: Override[int] = Override()
+#: Within ``use_k_blocks_per_wait(number)`` it is ``number``: for checks and tests.
+use_k_blocks_per_wait = _forced.use
 
 
 _IDENTITY = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "GATHER": False, "SAVE_Z": False}

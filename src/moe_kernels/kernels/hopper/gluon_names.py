@@ -7,9 +7,10 @@ here, so that one source compiles with every release. :func:`lacks` says what th
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton
+import triton.language as tl
 
 #: Releases of triton with which these kernels were verified and measured on an H200 (benchmarks/results). With any
 #: other release they are first checked on the user's GPU: see ``trial.py``.
@@ -18,9 +19,12 @@ _HOPPER = "triton.experimental.gluon.language.nvidia.hopper"
 _TMA, _MBARRIER = f"{_HOPPER}.tma", f"{_HOPPER}.mbarrier"
 _ASYNC_COPY = "triton.experimental.gluon.language.nvidia.ampere.async_copy"
 # 3.8 renamed the copies and kept the old names as well; in 3.9 the old ones raise when they are called.
+_CORE = "triton.language.core"
 _LOAD, _STORE = ("async_load", "async_copy_global_to_shared"), ("async_store", "async_copy_shared_to_global")
+_AGGREGATE = ("_aggregate",)  # from 3.8 on also triton.aggregate
 #: What the kernels use, by module, each with all the names it has had.
 _USED: dict[str, tuple[tuple[str, ...], ...]] = {
+    _CORE: (_AGGREGATE,),
     "triton.experimental.gluon": (("jit",), ("constexpr_function",)),
     "triton.experimental.gluon.language": (
         ("NVMMADistributedLayout",),
@@ -57,3 +61,33 @@ def lacks() -> str | None:
 
 
 tma_load, tma_store, cp_async = _find(_TMA, _LOAD), _find(_TMA, _STORE), _find(_ASYNC_COPY, _LOAD)
+_aggregate = _find(_CORE, _AGGREGATE)
+
+
+def _constructed(cls: type) -> Any:
+    """Gluon's aggregate: a value of named fields, with methods. Its constructor takes each field by name.
+
+    Releases before 3.8 make no constructor, and none turns the constants that triton makes of literals, and of
+    arguments that are 1, into the tensors that a field is declared to be.
+    """
+    kinds = cls.__annotations__
+
+    def construct(self: Any, _semantic: Any = None, **values: Any) -> None:
+        if values.keys() != kinds.keys():
+            raise TypeError(f"{cls.__name__} takes {', '.join(kinds)}, not {', '.join(values)}")
+        for name, value in values.items():
+            if kinds[name] is tl.constexpr:
+                value = tl.constexpr(value)
+            elif kinds[name] is tl.tensor:
+                value = _semantic.to_tensor(value)
+            setattr(self, name, value)
+
+    construct.__triton_builtin__ = True  # type: ignore[attr-defined]  # it is no source of a kernel
+    cls.__init__ = construct  # type: ignore[misc]
+    return _aggregate(cls)
+
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass as aggregate  # whose constructor mypy knows
+else:
+    aggregate = _constructed

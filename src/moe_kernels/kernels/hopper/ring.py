@@ -8,7 +8,6 @@ stage has two mbarriers: ``ready`` (the producer's data has arrived) and ``empty
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,25 +15,80 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from moe_kernels.kernels.hopper.gluon_names import tma_store
+from moe_kernels.kernels.hopper.gluon_names import aggregate, tma_store
 from moe_kernels.kernels.operands import Descriptor
-from moe_kernels.kernels.tiles import config
+from moe_kernels.kernels.tiles.config import Override
+from moe_kernels.kernels.triton.tile import swizzled_tile
 
 #: Rows per tile, and length of a k block.
 BLOCK_M, BLOCK_K = 128, 64
 CHUNK = gl.constexpr(64)  # columns per store of the epilogue: 128 bytes, the width of a swizzled row
+#: Layout of a block in shared memory, as TMA and wgmma know it.
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+
+
+@gluon.constexpr_function
+def accumulator_layout(columns):
+    """Layout of wgmma's accumulator [rows, columns] over a warpgroup."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def copy_layout(columns):
+    """Layout of a [rows, columns] block over 128 threads: 16 bytes per thread and copy, neighbours side by side."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+
+
+@aggregate
+class Ring:
+    """The stages of a kernel. Each holds a k block of both operands, and has the mbarriers ready and empty.
+
+    Producer and consumers count the k blocks of their program: number ``step`` is in stage ``step % STAGES``.
+    """
+
+    a: gl.shared_memory_descriptor  # [STAGES, rows, columns]
+    b: gl.shared_memory_descriptor
+    ready: gl.shared_memory_descriptor  # [STAGES, 1]
+    empty: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+
+    @gluon.jit
+    def stage(self, step):
+        """(a, b, ready) of k block ``step``: its two blocks, and the mbarrier at which their loads arrive."""
+        stage = step % self.STAGES
+        return self.a.index(stage), self.b.index(stage), self.ready.index(stage)
+
+    @gluon.jit
+    def await_empty(self, step):
+        """Producer: wait until the stage of k block ``step`` may be filled, which at first it may."""
+        mbarrier.wait(self.empty.index(step % self.STAGES), ((step // self.STAGES) & 1) ^ 1)
+
+    @gluon.jit
+    def await_ready(self, step):
+        """Consumer: wait until k block ``step`` is in its stage."""
+        mbarrier.wait(self.ready.index(step % self.STAGES), (step // self.STAGES) & 1)
+
+    @gluon.jit
+    def free_before(self, step):
+        """Consumer: the k block before ``step`` has been read, so the producer may fill its stage."""
+        mbarrier.arrive(self.empty.index((step + self.STAGES - 1) % self.STAGES), count=1)
 
 
 @gluon.jit
-def new_ring(STAGES: gl.constexpr, READY_COUNT: gl.constexpr, EMPTY_COUNT: gl.constexpr):
-    """(ready, empty): the mbarriers of a ring. A phase completes after READY_COUNT or EMPTY_COUNT arrivals."""
+def new_ring(dtype: gl.constexpr, STAGES: gl.constexpr, a, b, READY_COUNT: gl.constexpr, EMPTY_COUNT: gl.constexpr):
+    """Ring of STAGES blocks of shapes a and b.
+
+    A phase of its mbarriers completes after READY_COUNT or EMPTY_COUNT arrivals.
+    """
+    a_blocks = gl.allocate_shared_memory(dtype, [STAGES, a[0], a[1]], SWIZZLED)
+    b_blocks = gl.allocate_shared_memory(dtype, [STAGES, b[0], b[1]], SWIZZLED)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=READY_COUNT)
         mbarrier.init(empty.index(i), count=EMPTY_COUNT)
     fence_async_shared()
-    return ready, empty
+    return Ring(a=a_blocks, b=b_blocks, ready=ready, empty=empty, STAGES=STAGES)
 
 
 @gluon.jit
@@ -72,37 +126,85 @@ def halves(x):
 @gluon.jit
 def put(values, buffer):
     """Store values [rows, columns], in the accumulator's layout, to the shared memory of ``buffer``."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, buffer.shape[1], 16])
-    buffer.store(gl.convert_layout(values.to(buffer.dtype), layout, assert_trivial=True))
+    buffer.store(gl.convert_layout(values.to(buffer.dtype), accumulator_layout(buffer.shape[1]), assert_trivial=True))
+
+
+@aggregate
+class Matrix:
+    """A (rows, width) tensor in device memory: TMA copies whole blocks of it, and threads those that are partial."""
+
+    descriptor: tma.tensor_descriptor | gl.tensor  # any pointer where nothing is copied by TMA
+    pointer: gl.tensor
+    width: gl.tensor
+
+    @gluon.jit
+    def store_masked(self, buffer, row0, row_end, col0):
+        """Copy the rows of ``buffer`` that are below row_end to (row0, col0), by masked st.global."""
+        COLUMNS: gl.constexpr = buffer.shape[1]
+        layout: gl.constexpr = copy_layout(COLUMNS)
+        rows = row0 + gl.arange(0, buffer.shape[0], gl.SliceLayout(1, layout))
+        cols = col0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+        pointers = self.pointer + rows.to(gl.int64)[:, None] * self.width + cols[None, :]
+        gl.store(pointers, buffer.load(layout), mask=(rows < row_end)[:, None])
 
 
 @gluon.jit
-def store_masked(buffer, out_ptr, row0, row_end, col0, width):
-    """Copy the rows below row_end of ``buffer`` to (row0, col0) of a (., width) tensor, by masked st.global."""
-    COLUMNS: gl.constexpr = buffer.shape[1]
-    coalesced: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
-    rows = row0 + gl.arange(0, buffer.shape[0], gl.SliceLayout(1, coalesced))
-    cols = col0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, coalesced))
-    pointers = out_ptr + rows.to(gl.int64)[:, None] * width + cols[None, :]
-    gl.store(pointers, buffer.load(coalesced), mask=(rows < row_end)[:, None])
-
-
-@gluon.jit
-def write_chunk(values, buffer, out, row, col):
-    """Start a TMA store of values [rows, CHUNK] to (row, col) of the descriptor ``out``, through ``buffer``.
+def write_chunk(values, buffer, descriptor, row, col):
+    """Start a TMA store of values [rows, CHUNK] to (row, col) of a matrix, through ``buffer``.
 
     Callers alternate between two buffers, so ``buffer`` is free once at most one store is in flight.
     """
     tma.store_wait(1)
     put(values, buffer)
     fence_async_shared()
-    tma_store(out, [row, col], buffer)
+    tma_store(descriptor, [row, col], buffer)
+
+
+@aggregate
+class RowTile:
+    """Rows row0, row0 + 1, ... of one expert, below its row_end, and block ``n`` of the columns."""
+
+    expert: gl.tensor
+    row0: gl.tensor
+    row_end: gl.tensor
+    n: gl.tensor
+
+
+@aggregate
+class RowTiles:
+    """The tiles of a GEMM over the plan's row tiles: num_m of them, times num_n blocks of columns.
+
+    FULL: if an expert's last tile would be partial, move its start back until it is full, so that it needs no masked
+    stores. The rows that it then shares with the tile before are computed twice, with bitwise equal results.
+    """
+
+    expert_start: gl.tensor
+    tile_expert: gl.tensor
+    tile_row: gl.tensor
+    num_m: gl.tensor
+    num_n: gl.tensor
+    BLOCK_M: gl.constexpr
+    GROUP_M: gl.constexpr
+    FULL: gl.constexpr
+
+    @gluon.jit
+    def count(self):
+        """How many there are."""
+        return self.num_m * self.num_n
+
+    @gluon.jit
+    def at(self, number):
+        """Tile ``number`` in the order in which programs take them."""
+        m, n = swizzled_tile(number, self.num_m, self.num_n, self.GROUP_M)
+        expert = gl.load(self.tile_expert + m)
+        row0 = gl.load(self.tile_row + m)
+        row_end = gl.load(self.expert_start + expert + 1)
+        if self.FULL:
+            row0 = gl.maximum(gl.minimum(row0, row_end - self.BLOCK_M), gl.load(self.expert_start + expert))
+        return RowTile(expert=expert, row0=row0, row_end=row_end, n=n)
 
 
 # --------------------------------------------------------------------------------------------------- host side
-_SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
-
 @dataclass(frozen=True)
 class Schedule:
     """Tile shape and warp schedule of a kernel.
@@ -139,7 +241,7 @@ class Schedule:
 COOPERATIVE = Schedule(cooperative=True, block_n=256, stages=4)
 PING_PONG = Schedule(cooperative=False, block_n=128, stages=5, group_m=4)
 _PING_PONG_MAX_K = 1024  # up to this K, ping-pong is faster than cooperative on an H200
-_overrides: dict[str, Schedule] = {}
+_overrides: dict[str, Override[Schedule]] = {kernel: Override() for kernel in ("up", "down", "dgrad")}
 
 
 def schedule_of(kernel: str, depth: int, device: torch.device) -> Schedule:
@@ -149,8 +251,8 @@ def schedule_of(kernel: str, depth: int, device: torch.device) -> Schedule:
     rows are read twice as often; on an H100 that costs more than it gains
     (benchmarks/results/h*00-log-9-epilogues.json).
     """
-    if kernel in _overrides:
-        return _overrides[kernel]
+    if (chosen := _overrides[kernel].choice) is not None:
+        return chosen
     return PING_PONG if kernel != "up" and depth <= _PING_PONG_MAX_K and has_fast_memory(device) else COOPERATIVE
 
 
@@ -160,13 +262,11 @@ def has_fast_memory(device: torch.device) -> bool:
     return device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
 
 
-@contextlib.contextmanager
-def use_schedule(kernel: str, schedule: Schedule) -> Iterator[None]:
+def use_schedule(kernel: str, schedule: Schedule) -> contextlib.AbstractContextManager[None]:
     """Within this context ``kernel`` uses ``schedule``: for measuring candidates and for tests, not for training."""
-    with config.override(_overrides, kernel, schedule):
-        yield
+    return _overrides[kernel].use(schedule)
 
 
-def matrix(tensor: torch.Tensor, *block: int, layout: gl.NVMMASharedLayout = _SWIZZLED) -> Descriptor:
+def matrix(tensor: torch.Tensor, *block: int, layout: gl.NVMMASharedLayout = SWIZZLED.value) -> Descriptor:
     """TMA descriptor of a contiguous tensor as a matrix; all dimensions but the last are its rows."""
     return Descriptor(tensor.view(-1, tensor.shape[-1]), block, layout)

@@ -19,12 +19,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_kernels.kernels.device import cdiv, multiprocessors
-from moe_kernels.kernels.hopper.gluon_names import cp_async, tma_load
+from moe_kernels.kernels.hopper.gluon_names import aggregate, cp_async, tma_load
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
     CHUNK,
     COOPERATIVE,
+    SWIZZLED,
+    Matrix,
+    accumulator_layout,
+    copy_layout,
     halves,
     matrix,
     new_ring,
@@ -35,161 +39,154 @@ from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.routing import RoutingPlan, TokenRows
 
 
-@gluon.constexpr_function
-def _layout(columns):
-    """Layout of a [rows, columns] block over the producer's 128 threads: 16 bytes per thread and copy."""
-    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
-
-
 @gluon.jit
-def _copy_rows(buffer, base, sources, row0, row_end, col0, width):
-    """cp.async rows ``sources`` (BLOCK_K,) of a (., width) tensor, from column col0 on, into ``buffer``.
+def _copy_rows(buffer, matrix, sources, row0, row_end, col0):
+    """cp.async rows ``sources`` (BLOCK_K,) of ``matrix``, from column col0 on, into ``buffer``.
 
     Zero fill for columns past the width, and for those of the sorted rows row0, row0 + 1, ... that are >= row_end.
     """
-    layout: gl.constexpr = _layout(buffer.shape[1])
+    layout: gl.constexpr = copy_layout(buffer.shape[1])
     rows = row0 + gl.arange(0, buffer.shape[0], gl.SliceLayout(1, layout))
     cols = col0 + gl.arange(0, buffer.shape[1], gl.SliceLayout(0, layout))
-    pointers = base + sources.to(gl.int64)[:, None] * width + cols[None, :]
-    cp_async(buffer, pointers, mask=(rows < row_end)[:, None] & (cols < width)[None, :])
+    pointers = matrix.pointer + sources.to(gl.int64)[:, None] * matrix.width + cols[None, :]
+    cp_async(buffer, pointers, mask=(rows < row_end)[:, None] & (cols < matrix.width)[None, :])
 
 
 @gluon.jit
 def _sources(row_slot_ptr, row0, row_end, COLS: gl.constexpr, BLOCK_K: gl.constexpr, TOP_K: gl.constexpr):
     """Which rows to load for the sorted rows from row0 on: the same ones, or with TOP_K their tokens."""
-    rows = row0 + gl.arange(0, BLOCK_K, gl.SliceLayout(1, _layout(COLS)))
+    rows = row0 + gl.arange(0, BLOCK_K, gl.SliceLayout(1, copy_layout(COLS)))
     if TOP_K > 0:
         rows = gl.load(row_slot_ptr + rows, mask=rows < row_end, other=0) // TOP_K
     return rows
 
 
-@gluon.jit
-def _first_tile(tiles):
-    """(first tile of this program, stride to its second, ``_place`` of the first).
+@aggregate
+class Tile:
+    """A tile of one expert's gradient: the sum over the rows start to end."""
+
+    number: gl.tensor
+    stride: gl.tensor  # to the number of this program's next tile
+    expert: gl.tensor
+    start: gl.tensor
+    end: gl.tensor
+
+
+@aggregate
+class Tiles:
+    """The tiles of all experts' gradients, ``per_expert`` of each: num_m blocks of rows times num_n of columns.
 
     A tile's time grows with its expert's rows. Tiles are sorted by falling row count and dealt to the programs in
     snake order, so that the program with the longest tile of a round gets the shortest of the next: program p of P
     takes tiles p, 2P - 1 - p, 2P + p, 4P - 1 - p, ...
     """
-    tile = gl.program_id(0)
-    return tile, 2 * (gl.num_programs(0) - 1 - tile) + 1, _place(tile, tiles)
+
+    expert_start: gl.tensor
+    expert_order: gl.tensor
+    experts: gl.tensor
+    per_expert: gl.tensor
+    num_m: gl.tensor
+    num_n: gl.tensor
+    GROUP_M: gl.constexpr
+
+    @gluon.jit
+    def count(self):
+        """How many there are."""
+        return self.experts * self.per_expert
+
+    @gluon.jit
+    def first(self):
+        """This program's first tile."""
+        number = gl.program_id(0)
+        return self._at(number, 2 * (gl.num_programs(0) - 1 - number) + 1)
+
+    @gluon.jit
+    def after(self, tile):
+        """This program's next tile. Call it early: that is two dependent loads."""
+        return self._at(tile.number + tile.stride, 2 * gl.num_programs(0) - tile.stride)
+
+    @gluon.jit
+    def _at(self, number, stride):
+        """Tile ``number``; past the last one, a tile of the last expert."""
+        expert = gl.load(self.expert_order + gl.minimum(number // self.per_expert, self.experts - 1))
+        start, end = gl.load(self.expert_start + expert), gl.load(self.expert_start + expert + 1)
+        return Tile(number=number, stride=stride, expert=expert, start=start, end=end)
+
+    @gluon.jit
+    def blocks(self, tile):
+        """(m, n): the blocks of rows and columns of a tile."""
+        return swizzled_tile(tile.number % self.per_expert, self.num_m, self.num_n, self.GROUP_M)
 
 
 @gluon.jit
-def _next_tile(tile, stride, tiles):
-    """The same for this program's next tile. Call it early: ``_place`` is two dependent loads."""
-    tile += stride
-    return tile, 2 * gl.num_programs(0) - stride, _place(tile, tiles)
-
-
-@gluon.jit
-def _place(tile, tiles):
-    """(expert, its first row, end of its rows) of a tile; past the last tile, those of the last expert."""
-    expert_start_ptr, expert_order_ptr, experts, per_expert = tiles
-    expert = gl.load(expert_order_ptr + gl.minimum(tile // per_expert, experts - 1))
-    return expert, gl.load(expert_start_ptr + expert), gl.load(expert_start_ptr + expert + 1)
-
-
-@gluon.jit
-def _producer(
-    left,
-    right,
-    left_ptr,
-    right_ptr,
-    row_slot_ptr,
-    tiles,
-    ring,
-    sizes,
-    TOP_K: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _producer(left, right, row_slot_ptr, tiles, ring, TOP_K: gl.constexpr):
     """The producer warps: load the k blocks of every tile of this program into the ring."""
-    a_ring, b_ring, ready, empty = ring
-    num_m, num_n, M, N = sizes
-    _, _, experts, per_expert = tiles
+    BLOCK_K: gl.constexpr = ring.a.shape[1]
+    BLOCK_M: gl.constexpr = ring.a.shape[2]
+    BLOCK_N: gl.constexpr = ring.b.shape[2]
     step = 0
-    tile, stride, place = _first_tile(tiles)
-    while tile < experts * per_expert:
-        m, n = swizzled_tile(tile % per_expert, num_m, num_n, GROUP_M)
-        _expert, start, end = place
-        tile, stride, place = _next_tile(tile, stride, tiles)
-        following = _sources(row_slot_ptr, start, end, BLOCK_M, BLOCK_K, TOP_K)
-        for row in range(start, end, BLOCK_K):
+    next_tile = tiles.first()
+    while next_tile.number < tiles.count():
+        tile = next_tile
+        m, n = tiles.blocks(tile)
+        next_tile = tiles.after(tile)
+        end = tile.end
+        following = _sources(row_slot_ptr, tile.start, end, BLOCK_M, BLOCK_K, TOP_K)
+        for row in range(tile.start, end, BLOCK_K):
             sources = following
             following = _sources(row_slot_ptr, row + BLOCK_K, end, BLOCK_M, BLOCK_K, TOP_K)  # prefetched
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            a = a_ring.index(stage)
-            b = b_ring.index(stage)
-            bar = ready.index(stage)
+            ring.await_empty(step)
+            a, b, ready = ring.stage(step)
             whole = row + BLOCK_K <= end
             if whole:
-                mbarrier.expect(bar, (BLOCK_N if TOP_K > 0 else BLOCK_M + BLOCK_N) * BLOCK_K * 2)
-                tma_load(right, [row, n * BLOCK_N], bar, b)
+                mbarrier.expect(ready, (BLOCK_N if TOP_K > 0 else BLOCK_M + BLOCK_N) * BLOCK_K * 2)
+                tma_load(right.descriptor, [row, n * BLOCK_N], ready, b)
             else:
                 rows = _sources(row_slot_ptr, row, end, BLOCK_N, BLOCK_K, 0)
-                _copy_rows(b, right_ptr, rows, row, end, n * BLOCK_N, N)
-                mbarrier.arrive(bar, count=1)
+                _copy_rows(b, right, rows, row, end, n * BLOCK_N)
+                mbarrier.arrive(ready, count=1)
             if TOP_K == 0 and whole:
-                tma_load(left, [row, m * BLOCK_M], bar, a)
-                mbarrier.arrive(bar, count=128)
+                tma_load(left.descriptor, [row, m * BLOCK_M], ready, a)
+                mbarrier.arrive(ready, count=128)
             else:
-                _copy_rows(a, left_ptr, sources, row, end, m * BLOCK_M, M)
-                async_copy.mbarrier_arrive(bar, increment_count=False)
+                _copy_rows(a, left, sources, row, end, m * BLOCK_M)
+                async_copy.mbarrier_arrive(ready, increment_count=False)
             step += 1
 
 
 @gluon.jit
-def _consumer(
-    WARPGROUP: gl.constexpr,
-    buffers,
-    out,
-    tiles,
-    ring,
-    sizes,
-    GATHER: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _consumer(WARPGROUP: gl.constexpr, buffers, out, M, tiles, ring, GATHER: gl.constexpr):
     """A consumer warpgroup: multiply the k blocks in the ring, then store its half of the tile."""
-    a_ring, b_ring, ready, empty = ring
-    num_m, num_n, M, _ = sizes
-    _, _, experts, per_expert = tiles
+    BLOCK_K: gl.constexpr = ring.a.shape[1]
+    BLOCK_M: gl.constexpr = ring.a.shape[2]
+    BLOCK_N: gl.constexpr = ring.b.shape[2]
     ROWS: gl.constexpr = BLOCK_M // 2
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     step = 0
-    tile, stride, place = _first_tile(tiles)
-    while tile < experts * per_expert:
-        m, n = swizzled_tile(tile % per_expert, num_m, num_n, GROUP_M)
-        expert, start, end = place
-        tile, stride, place = _next_tile(tile, stride, tiles)
-        acc = gl.zeros((ROWS, BLOCK_N), gl.float32, acc_layout)
-        for row in range(start, end, BLOCK_K):
-            stage = step % STAGES
-            mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-            if GATHER or row + BLOCK_K > end:
+    next_tile = tiles.first()
+    while next_tile.number < tiles.count():
+        tile = next_tile
+        m, n = tiles.blocks(tile)
+        next_tile = tiles.after(tile)
+        acc = gl.zeros((ROWS, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
+        for row in range(tile.start, tile.end, BLOCK_K):
+            ring.await_ready(step)
+            if GATHER or row + BLOCK_K > tile.end:
                 fence_async_shared()  # make cp.async writes visible to wgmma's async proxy
-            a = a_ring.index(stage).slice(WARPGROUP * ROWS, ROWS, dim=1)
-            acc = warpgroup_mma(a.permute((1, 0)), b_ring.index(stage), acc, is_async=True)
+            a, b, _ready = ring.stage(step)
+            a = a.slice(WARPGROUP * ROWS, ROWS, dim=1)
+            acc = warpgroup_mma(a.permute((1, 0)), b, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
-            if row > start:
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            if row > tile.start:
+                ring.free_before(step)
             step += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        if start < end:
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        if tile.start < tile.end:
+            ring.free_before(step)
         m0 = m * BLOCK_M + WARPGROUP * ROWS
         if m0 < M:  # M is a multiple of ROWS
             left, right = halves(acc)
-            _write(left, buffers, out, expert * M + m0, n * BLOCK_N)
-            _write(right, buffers, out, expert * M + m0, n * BLOCK_N + BLOCK_N // 2)
+            _write(left, buffers, out, tile.expert * M + m0, n * BLOCK_N)
+            _write(right, buffers, out, tile.expert * M + m0, n * BLOCK_N + BLOCK_N // 2)
     tma.store_wait(0)
 
 
@@ -222,74 +219,23 @@ def hopper_wgrad_kernel(
     STAGES: gl.constexpr,
 ):
     dtype: gl.constexpr = left_ptr.dtype.element_ty
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    ROWS: gl.constexpr = BLOCK_M // 2
-    a_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_M], swizzled)
-    b_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], swizzled)
-    buffers0 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
-    buffers1 = gl.allocate_shared_memory(dtype, [2, ROWS, CHUNK], swizzled)
     # A stage is ready when the bytes of its TMA loads and the cp.async of all 128 threads have arrived.
-    ready, empty = new_ring(STAGES, 129, 2)
+    ring = new_ring(dtype, STAGES, (BLOCK_K, BLOCK_M), (BLOCK_K, BLOCK_N), 129, 2)
+    buffers0 = gl.allocate_shared_memory(dtype, [2, BLOCK_M // 2, CHUNK], SWIZZLED)
+    buffers1 = gl.allocate_shared_memory(dtype, [2, BLOCK_M // 2, CHUNK], SWIZZLED)
     num_m = (M + BLOCK_M - 1) // BLOCK_M
     num_n = (N + BLOCK_N - 1) // BLOCK_N
-    ring = (a_ring, b_ring, ready, empty)
-    tiles = (expert_start_ptr, expert_order_ptr, E, num_m * num_n)
-    sizes = (num_m, num_n, M, N)
+    tiles = Tiles(
+        expert_start=expert_start_ptr, expert_order=expert_order_ptr, experts=E, per_expert=num_m * num_n,
+        num_m=num_m, num_n=num_n, GROUP_M=GROUP_M,
+    )  # fmt: skip
+    left_matrix = Matrix(descriptor=left, pointer=left_ptr, width=M)
+    right_matrix = Matrix(descriptor=right, pointer=right_ptr, width=N)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    0,
-                    buffers0,
-                    out,
-                    tiles,
-                    ring,
-                    sizes,
-                    TOP_K > 0,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    GROUP_M,
-                    STAGES,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    1,
-                    buffers1,
-                    out,
-                    tiles,
-                    ring,
-                    sizes,
-                    TOP_K > 0,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    GROUP_M,
-                    STAGES,
-                ),
-            ),
-            (
-                _producer,
-                (
-                    left,
-                    right,
-                    left_ptr,
-                    right_ptr,
-                    row_slot_ptr,
-                    tiles,
-                    ring,
-                    sizes,
-                    TOP_K,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    GROUP_M,
-                    STAGES,
-                ),
-            ),
+            (_consumer, (0, buffers0, out, M, tiles, ring, TOP_K > 0)),
+            (_consumer, (1, buffers1, out, M, tiles, ring, TOP_K > 0)),
+            (_producer, (left_matrix, right_matrix, row_slot_ptr, tiles, ring, TOP_K)),
         ],
         [4, 4],
         [208, 96],
