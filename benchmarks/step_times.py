@@ -73,16 +73,16 @@ def table(measured: Path, bench: Path) -> str:
 def calls_of(backend: str, t: SimpleNamespace) -> dict[str, Call]:
     """Name of a step -> one call of it."""
     steps, plan, gate = backends.load(backend), t.plan, t.gate
-    y = steps.down(t.a, t.down, plan, True)
+    y = steps.down(t.a, t.down, plan)
     return {
         "make_plan": lambda: steps.make_plan(t.ids, t.experts, 128),
-        "up": lambda: steps.up(t.x, t.gate_up, plan, gate, True, True),
-        "down": lambda: steps.down(t.a, t.down, plan, True),
+        "up": lambda: steps.up(t.x, t.gate_up, plan, gate, True),
+        "down": lambda: steps.down(t.a, t.down, plan),
         "combine": lambda: steps.combine(y, t.weights, plan),
         "gather (dO)": lambda: steps.gather(t.dout, plan),
-        "down_grad": lambda: steps.down_grad(t.dout_rows, t.down, t.z, t.weights, plan, gate, True),
+        "down_grad": lambda: steps.down_grad(t.dout_rows, t.down, t.z, t.weights, plan, gate),
         "wgrad (dW2)": lambda: steps.wgrad(t.dout_rows, t.wa, plan),
-        "dgrad (dXr)": lambda: steps.dgrad(t.dz, t.gate_up, plan, True),
+        "dgrad (dXr)": lambda: steps.dgrad(t.dz, t.gate_up, plan),
         "combine_grad": lambda: steps.combine_grad(y, plan),
         "gather (X)": lambda: steps.gather(t.x, plan),
         "wgrad (dW1)": lambda: steps.wgrad(t.dz, t.x_rows, plan),
@@ -91,7 +91,7 @@ def calls_of(backend: str, t: SimpleNamespace) -> dict[str, Call]:
 
 def dense_calls(t: SimpleNamespace) -> dict[str, Call]:
     """The six GEMMs with one expert's weights for all rows, through torch.mm."""
-    gate_up, down = t.gate_up[0], t.down[0]
+    gate_up, down = t.gate_up.matrix[0], t.down.matrix[0]
     return {
         "up": lambda: t.x_rows @ gate_up.T,
         "down": lambda: t.a @ down.T,
@@ -118,7 +118,8 @@ def main() -> None:
     for name in args.shapes.split(","):
         shape = LAYERS[name]
         t = layer_tensors(shape, 128, device)
-        who = {b: calls_of(b, t) for b in BACKENDS if backends.why_not(b, Problem.of(t.down, shape.top_k)) is None}
+        problem = Problem.of(t.down.matrix, shape.top_k)
+        who = {b: calls_of(b, t) for b in BACKENDS if backends.why_not(b, problem) is None}
         who["dense"] = dense_calls(t)
         sums = dict.fromkeys(who, 0.0)
         for step in calls_of("triton", t):

@@ -75,7 +75,7 @@ def test_nothing_imports_in_a_circle(unit):
 
 
 def test_kernels_do_not_import_the_op():
-    above = ("moe_kernels.moe", "moe_kernels.triton_backend", "moe_kernels.torch_backend")
+    above = ("moe_kernels.moe", "moe_kernels.steps", "moe_kernels.autograd", "moe_kernels.backends")
     for path in (p for p in PYTHON if p.startswith("moe_kernels/kernels/")):
         assert not set(imported(PYTHON[path])) & set(above), path
 
@@ -123,6 +123,24 @@ def test_every_masked_load_says_what_masked_lanes_read(path):
         given = {k.arg for k in call.keywords}
         assert len(call.args) == 1, f"{path}:{call.lineno}: mask and other by keyword"
         assert ("mask" in given) == ("other" in given), f"{path}:{call.lineno}: mask= without other="
+
+
+def functions(tree):
+    return (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+@pytest.mark.parametrize("path", PYTHON)
+def test_functions_are_short(path):
+    """Device code is one loop with its epilogue; the op's door and the commands are mostly what they document."""
+    from moe_kernels.tools.app import COMMANDS
+
+    doors = {"moe_kernels.moe:fused_experts", *(entry.body for entry in COMMANDS.values())}
+    for node in functions(PYTHON[path]):
+        device_code = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+        if not device_code and f"{path.removesuffix('.py').replace('/', '.')}:{node.name}" not in doors:
+            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            assert node.end_lineno - node.lineno < 60, f"{path}:{node.lineno}"
+            assert len(arguments) <= 12, f"{path}:{node.lineno}"
 
 
 def test_no_machine_paths():

@@ -6,15 +6,17 @@ Letters as in :mod:`moe_kernels.moe`. Weights, their gradients and the inputs ar
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
-from torch import Tensor  # torch.library reads the decorated functions' annotations by the names of this module
+
+from moe_kernels.layer import AnyTensors, BackwardSpec, Spec
 
 GIB = 2**30
-Steps = TypeVar("Steps", bound=Callable[..., Any])
+T = TypeVar("T", bound=AnyTensors)
+S = TypeVar("S", Spec, BackwardSpec)
+R = TypeVar("R")
 
 
 def saved_bytes(tokens: int, top_k: int, hidden: int, width: int, size: int, recompute: bool = False) -> int:
@@ -33,47 +35,31 @@ def peak_bytes(tokens: int, top_k: int, hidden: int, intermediate: int, width: i
     return size * tokens * (2 * hidden + top_k * (width + hidden + max(intermediate, hidden)))
 
 
-def explains_out_of_memory(what: str) -> Callable[[Steps], Steps]:
-    """Decorator of the op's forward or backward: an allocation that fails there names the layer's sizes and a cure.
+def explains_out_of_memory(what: str) -> Callable[[Callable[[T, S], R]], Callable[[T, S], R]]:
+    """Decorator of the layer's forward or backward: an allocation that fails there names the sizes and a cure."""
 
-    The decorated function takes x, topk_weights, gate_up, down and recompute under these names.
-    """
-
-    def decorate(steps: Steps) -> Steps:
-        @functools.wraps(steps)
-        def call(*args: Any, **kwargs: Any) -> Any:
+    def decorate(run: Callable[[T, S], R]) -> Callable[[T, S], R]:
+        @functools.wraps(run)
+        def call(tensors: T, spec: S) -> R:
             try:
-                return steps(*args, **kwargs)
+                return run(tensors, spec)
             except torch.OutOfMemoryError as error:
                 # Without its traceback, whose frames would keep the layer's tensors for whoever catches it.
-                reason = error.with_traceback(None)
-                arguments = inspect.signature(steps).bind(*args, **kwargs).arguments
-                explain(what, reason, **{name: arguments[name] for name in _NAMES})
+                _explain(what, error.with_traceback(None), tensors, spec)
 
-        return call  # type: ignore[return-value]
+        return call
 
     return decorate
 
 
-_NAMES = ("x", "topk_weights", "gate_up", "down", "recompute")
-
-
-def explain(
-    what: str,
-    reason: torch.OutOfMemoryError,
-    x: Tensor,
-    topk_weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    recompute: bool,
-) -> None:
-    """Raise torch.OutOfMemoryError: the sizes of the layer whose ``what`` failed, what helps, and ``reason``."""
-    (tokens, top_k), (experts, hidden, intermediate) = topk_weights.shape, down.shape
-    width, size = gate_up.shape[1], x.element_size()
+def _explain(what: str, reason: torch.OutOfMemoryError, t: AnyTensors, spec: Spec | BackwardSpec) -> NoReturn:
+    recompute = (spec if isinstance(spec, Spec) else spec.forward).recompute
+    (tokens, top_k), (experts, hidden, intermediate) = t.topk_weights.shape, t.down.shape
+    width, size = t.gate_up.shape[1], t.x.element_size()
     kept = saved_bytes(tokens, top_k, hidden, width, size, recompute) / GIB
     less = saved_bytes(tokens, top_k, hidden, width, size, True) / GIB
     peak = peak_bytes(tokens, top_k, hidden, intermediate, width, size) / GIB
-    dtype = str(x.dtype).removeprefix("torch.")
+    dtype = str(t.x.dtype).removeprefix("torch.")
     cures = "" if recompute else f"set moe_recompute: true (recompute=True), which keeps {less:.2f} GiB a layer, or "
     raise torch.OutOfMemoryError(
         f"the {what} of an expert layer ran out of memory: T={tokens} tokens, K={top_k}, E={experts}, H={hidden}, "

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.layer import BackwardSpec, BackwardTensors, Grads, Needs, Spec, Tensors
 from moe_kernels.reference import LowRankPair, reference_experts
 
 logger = logging.getLogger("moe_kernels")
@@ -77,45 +78,50 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
-def plain_experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gate_up_left: Tensor | None,
-    gate_up_right: Tensor | None,
-    down_left: Tensor | None,
-    down_right: Tensor | None,
-    activation: str,
-    parameters: list[float],
-    interleaved: bool,
-    reduce: bool,
-    *_: Any,
-) -> Tensor:
-    """out (T, H), or (R, H) without ``reduce``, of the arguments of the op ``experts_forward``."""
+def plain_experts(t: Tensors, spec: Spec) -> Tensor:
+    """out (T, H), or (R, H) without ``reduce``."""
     say_plain("an expert layer")
     # Where ids cannot be read, no expert can take its own tokens alone.
-    blind = torch.compiler.is_compiling() or traced(topk_ids) or _vmapped()
+    blind = torch.compiler.is_compiling() or traced(t.topk_ids) or _vmapped()
     experts = _every_expert_on_every_token if blind else reference_experts
-    with without_autocast(x.device.type):
+    with without_autocast(t.x.device.type):
         out = experts(
-            x,
-            topk_ids,
-            topk_weights if reduce else None,
-            gate_up,
-            down,
-            Activation(activation, tuple(parameters)),
-            gate_up_bias=gate_up_bias,
-            down_bias=down_bias,
-            interleaved=interleaved,
-            reduce=reduce,
-            gate_up_lora=None if gate_up_left is None or gate_up_right is None else (gate_up_left, gate_up_right),
-            down_lora=None if down_left is None or down_right is None else (down_left, down_right),
+            t.x,
+            t.topk_ids,
+            t.topk_weights if spec.reduce else None,
+            t.gate_up,
+            t.down,
+            Activation(spec.activation, spec.parameters),
+            gate_up_bias=t.gate_up_bias,
+            down_bias=t.down_bias,
+            interleaved=spec.interleaved,
+            reduce=spec.reduce,
+            gate_up_lora=_pair(t.gate_up_lora_b, t.gate_up_lora_a),
+            down_lora=_pair(t.down_lora_b, t.down_lora_a),
         )
-    return out if reduce else out.flatten(0, 1)
+    return out if spec.reduce else out.flatten(0, 1)
+
+
+def _pair(lora_b: Tensor | None, lora_a: Tensor | None) -> LowRankPair | None:
+    return None if lora_b is None or lora_a is None else (lora_b, lora_a)
+
+
+def plain_grads(t: BackwardTensors, spec: BackwardSpec) -> Grads:
+    """What the backward steps give, as a graph that autograd can differentiate again."""
+    plan = spec.forward.plan(t)
+    # Experts of the slots, E where a slot was dropped.
+    topk_ids = torch.bucketize(plan.slot_row, plan.expert_start[1:], right=True).view(t.topk_weights.shape)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), without_autocast(t.dout.device.type):
+        # Views, as one tensor may be made of another (routing weights of x): each is to get its own share alone.
+        own = {name: None if (value := getattr(t, name)) is None else value.view_as(value) for name in Needs._fields}
+        wanted = [name for name, needed in spec.needs._asdict().items() if needed]
+        out = plain_experts(Tensors(topk_ids=topk_ids, **own), spec.forward)  # type: ignore[arg-type]
+        inputs = [own[name] for name in wanted]
+        found = torch.autograd.grad(
+            out, inputs, t.dout, create_graph=again, allow_unused=True, materialize_grads=True  # type: ignore[arg-type]
+        )
+    return Grads(**dict(zip(wanted, found, strict=True)))
 
 
 def _every_expert_on_every_token(

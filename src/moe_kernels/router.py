@@ -24,8 +24,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from moe_kernels.backends import UnsupportedProblem, device_capability
 from moe_kernels.plain import batched, say_plain, traced, transformed, without_autocast
+from moe_kernels.problem import UnsupportedProblem, device_capability
 
 Scoring = Literal["softmax", "sigmoid"]
 MAX_EXPERTS = 512

@@ -82,6 +82,7 @@ class RoutingPlan:
         tile_count: (1,) number of tiles in use.
         top_k: K.
         group_size: rows per tile.
+        persistent: kernels over these tiles run one program per multiprocessor, instead of one per tile.
     """
 
     packed: torch.Tensor
@@ -94,19 +95,24 @@ class RoutingPlan:
     tile_count: torch.Tensor
     top_k: int
     group_size: int
+    persistent: bool = True
 
     @classmethod
-    def from_packed(cls, packed: torch.Tensor, tokens: int, top_k: int, experts: int, group_size: int) -> RoutingPlan:
+    def from_packed(
+        cls, packed: torch.Tensor, tokens: int, top_k: int, experts: int, group_size: int, persistent: bool = True
+    ) -> RoutingPlan:
         """View a packed plan, filled or just allocated, as its fields."""
         parts = packed.split_with_sizes(_layout(tokens * top_k, experts, _MIN_GROUP_SIZE))
         row_slot, slot_row, start, order, tile_expert, tile_row, tile_count = parts[::2]
-        return cls(packed, row_slot, slot_row, start, order, tile_expert, tile_row, tile_count, top_k, group_size)
+        fields = packed, row_slot, slot_row, start, order, tile_expert, tile_row, tile_count
+        return cls(*fields, top_k, group_size, persistent)
 
     @classmethod
-    def empty(cls, tokens: int, top_k: int, experts: int, group_size: int, device: torch.device) -> RoutingPlan:
-        """An unfilled plan on ``device``."""
-        packed = torch.empty(plan_elements(tokens * top_k, experts), dtype=torch.int32, device=device)
-        return cls.from_packed(packed, tokens, top_k, experts, group_size)
+    def empty(cls, topk_ids: torch.Tensor, experts: int, group_size: int, persistent: bool = True) -> RoutingPlan:
+        """An unfilled plan for ``topk_ids`` (T, K), on its device."""
+        packed = topk_ids.new_empty(plan_elements(topk_ids.numel(), experts), dtype=torch.int32)
+        tokens, top_k = topk_ids.shape
+        return cls.from_packed(packed, tokens, top_k, experts, group_size, persistent)
 
     @property
     def rows(self) -> int:

@@ -8,7 +8,10 @@ import torch
 import triton
 
 import moe_kernels
+from moe_kernels import registry
 from moe_kernels.activation import Activation
+from moe_kernels.backends import register_backend
+from moe_kernels.backends.triton import TritonBackend
 from moe_kernels.kernels.launch import launch as module
 from moe_kernels.kernels.launch import replay
 from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, call, make_inputs
@@ -34,7 +37,7 @@ _ALLOCATE = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), 
 @pytest.fixture(scope="module")
 def cuda(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_kernels.triton_backend.why_not", lambda problem: None)  # tensors of the CPU
+        patch.setattr(TritonBackend, "why_not", lambda self, problem: None)  # tensors of the CPU
         with fake_cuda.install(tmp_path_factory.mktemp("cuda"), patch) as cuda:
             cuda.expect()
             yield cuda
@@ -90,9 +93,21 @@ def flat(values):
             yield value
 
 
+class Mine(TritonBackend):
+    """A backend from outside the package: its steps launch what they like."""
+
+    name = "mine"
+
+    def down(self, a, weight, plan):
+        return super().down(a, weight, plan)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_a_replay_launches_what_the_steps_launch(cuda, launched, monkeypatch, case, recompute):
+@pytest.mark.parametrize("backend", [TritonBackend, Mine], ids=lambda backend: backend.name)
+def test_a_replay_launches_what_the_steps_launch(cuda, launched, monkeypatch, backend, case, recompute):
+    monkeypatch.setattr(registry, "registered", {})
+    register_backend(backend)
     inputs = make_inputs(CASES[case])
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves().items()}
     if case == "apart":  # each expert's two matrices side by side: one lies in the gaps of the other
@@ -103,7 +118,7 @@ def test_a_replay_launches_what_the_steps_launch(cuda, launched, monkeypatch, ca
 
     def step():
         def experts(*args, **options):
-            return moe_kernels.fused_experts(*args, **options, recompute=recompute, backend="triton")
+            return moe_kernels.fused_experts(*args, **options, recompute=recompute, backend=backend.name)
 
         launched.clear()
         out = call(experts, inputs)

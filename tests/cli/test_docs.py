@@ -1,6 +1,7 @@
 """The pages name what exists: files, functions with their arguments, run files, YAML keys, commands."""
 
 import inspect
+import pkgutil
 import re
 import subprocess
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 import moe_kernels
-from moe_kernels import torch_backend, triton_backend
+from moe_kernels.backends import Backend
 from moe_kernels.shapes import FAMILIES, LAYERS
 from moe_kernels.tools.app import COMMANDS
 
@@ -26,6 +27,18 @@ def test_named_files_exist(page):
         assert (ROOT / "configs" / "moe" / name).is_file(), name
     for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):
         assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_modules_and_functions_can_be_imported(page):
+    text = page.read_text()
+    names = set(re.findall(r"(?<![\w./:])((?:moe_kernels|axolotl\.integrations\.moe_kernels)(?:\.\w+)+)", text))
+    for module, imported in re.findall(
+        r"from ((?:moe_kernels|axolotl\.integrations\.moe_kernels)[.\w]*) import ([\w, ]+)", text
+    ):
+        names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+    for name in names:
+        pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -63,23 +76,18 @@ def test_the_site_lists_every_page():
 def test_the_backend_page_has_every_step_with_its_arguments():
     text = (ROOT / "docs" / "add-a-backend.md").read_text()
     listed = dict(re.findall(r"^\| `(\w+)\(([^)]*)\)`", text, re.MULTILINE))
-    public = {
-        name for name, value in vars(torch_backend).items()
-        if inspect.isfunction(value) and value.__module__ == torch_backend.__name__ and not name.startswith("_")
-    }  # fmt: skip
-    assert set(listed) == public
+    steps = {name: step for name, step in vars(Backend).items() if inspect.isfunction(step) and name[0] != "_"}
+    assert set(listed) == set(steps)
     for name, arguments in listed.items():
-        for backend in (torch_backend, triton_backend):
-            assert list(inspect.signature(getattr(backend, name)).parameters) == arguments.split(", "), name
+        assert ["self", *arguments.split(", ")] == list(inspect.signature(steps[name]).parameters), name
 
 
 def test_how_it_works_follows_the_steps_in_order():
     text = (ROOT / "docs" / "how-it-works.md").read_text()
     forward, backward = text.split("| step | file | our row |")
-    source = (SOURCES / "moe.py").read_text()
-    for table, function in ((forward, "_forward_steps"), (backward, "_backward_steps")):
-        body = source[source.index(f"def {function}(") :].partition("\n\n\n")[0]
-        called = set(re.findall(r"steps\.(\w+)\(", body))
+    before, after = (SOURCES / "steps.py").read_text().split("def backward(")
+    for table, source in ((forward, before), (backward, after)):
+        called = set(re.findall(r"backend\.(\w+)\(", source))
         named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| ([^|]*) \|", table, re.MULTILINE))))
         assert called <= named, called - named
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from moe_kernels.backends.triton import TritonBackend
 from moe_kernels.tools import doctor
 from moe_kernels.tools.app import app
 
@@ -43,7 +44,7 @@ def test_reports_every_part(run):
 
 
 def test_says_why_a_backend_does_not_run(run, monkeypatch):
-    monkeypatch.setattr("moe_kernels.triton_backend.why_not", lambda problem: "the moon is full.")
+    monkeypatch.setattr(TritonBackend, "why_not", lambda self, problem: "the moon is full.")
     assert "triton does not: the moon is full." in findings_of(run())["experts of qwen2-moe"]["detail"]
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moe_kernels import backends, torch_backend
+from moe_kernels import backends
+from moe_kernels.backends.torch import TorchBackend
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LayerShape
 from moe_kernels.tools import verify
@@ -62,7 +63,7 @@ def test_what_sizes_decide_is_checked_both_ways(wrong, monkeypatch):
 
 def broken(step, breakage):
     """The torch backend's function ``step`` with its first result changed by ``breakage``."""
-    original = getattr(torch_backend, step)
+    original = getattr(TorchBackend, step)
 
     def changed(*args, **options):
         result = original(*args, **options)
@@ -83,7 +84,7 @@ BREAKAGES = {
 @pytest.mark.parametrize("step", ["combine", "combine_grad", "wgrad"])
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_a_broken_backend_fails(monkeypatch, step, breakage):
-    monkeypatch.setattr(torch_backend, step, broken(step, BREAKAGES[breakage]))
+    monkeypatch.setattr(TorchBackend, step, broken(step, BREAKAGES[breakage]))
     (verdict,) = judge(routings=("random",))
     assert not verdict.ok
     assert verdict.failures
@@ -138,7 +139,7 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeyp
 
 
 def test_command_fails_with_the_reason(monkeypatch):
-    monkeypatch.setattr(torch_backend, "combine", broken("combine", BREAKAGES["half a percent too large"]))
+    monkeypatch.setattr(TorchBackend, "combine", broken("combine", BREAKAGES["half a percent too large"]))
     monkeypatch.setattr(verify, "SMALL_SHAPES", (SHAPE,))
     result = CliRunner().invoke(app, ["verify", "--device", "cpu", "--shapes", "small"])
     assert result.exit_code == 1

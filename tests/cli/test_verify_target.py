@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 pytest.importorskip("transformers", reason="needs the extra [transformers]")
 from transformers import AutoConfig
 
-from moe_kernels import torch_backend
+from moe_kernels.backends.torch import TorchBackend
 from moe_kernels.tools.app import app
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.layers import Target, expert_layers, read_target
@@ -101,6 +101,6 @@ def test_the_command_verifies_and_notices(tmp_path: Path, monkeypatch: pytest.Mo
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "layers.0.mlp.experts" in result.output
-    right = torch_backend.combine
-    monkeypatch.setattr(torch_backend, "combine", lambda *args, **kwargs: right(*args, **kwargs) * 1.005)
+    right = TorchBackend.combine
+    monkeypatch.setattr(TorchBackend, "combine", lambda *args, **kwargs: right(*args, **kwargs) * 1.005)
     assert CliRunner().invoke(app, command).exit_code == 1

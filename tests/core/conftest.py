@@ -1,22 +1,11 @@
 import functools
-import importlib.util
 
 import pytest
 
 import moe_kernels
 
-BACKENDS = [
-    "torch",
-    pytest.param(
-        "triton",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("moe_kernels.triton_backend") is None, reason="the Triton backend is absent"
-        ),
-    ),
-]
 
-
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["torch", "triton"])
 def backend(request):
     return request.param
 

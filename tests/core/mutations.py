@@ -173,11 +173,11 @@ GPU_MUTANTS = [
     ("dZ written over the next expert's rows", "down_grad.py", "if row0 + da.shape[0] <= row_end:", "if row0 <= row_end:", ROUTINGS),
     ("dw without its last partial sum", "down_grad.py", "for _ in range(blocks):", "for _ in range(blocks - 1):", ROUTINGS),
     ("dw of dropped slots is not zero", "down_grad.py", "tl.load(part, mask=kept, other=0.0)", "tl.load(part, mask=kept, other=1.0)", ROUTINGS),
-    ("interleaved experts multiplied as halves", "../../gluon_backend.py", "and gate.gated and not gate.interleaved and _fits(x, weight)", "and gate.gated and _fits(x, weight)", INTERLEAVED),
-    ("down projection forgets the bias", "../../gluon_backend.py", "if bias is None and low_rank is None and _fits(a, weight)", "if low_rank is None and _fits(a, weight)", BIAS),
-    ("dx forgets the low-rank part", "../../gluon_backend.py", "if low_rank is None and _fits(rows, weight)", "if _fits(rows, weight)", LORA),
-    ("dZ forgets the low-rank part", "../../gluon_backend.py", "plain = bias is None and low_rank is None and", "plain = bias is None and", LORA),
-    ("rows in expert order taken for tokens", "../../gluon_backend.py", "return TokenRows(dout, plan.top_k)", "return TokenRows(gather(dout, plan), plan.top_k)", ROUTINGS),
+    ("interleaved experts multiplied as halves", "../../backends/gluon.py", "weight.plain and _halves(gate) and _fits(x, weight.matrix)", "weight.plain and gate.gated and _fits(x, weight.matrix)", INTERLEAVED),
+    ("down projection forgets the bias", "../../backends/gluon.py", "if weight.plain and _fits(a, weight.matrix)", "if weight.factor is None and _fits(a, weight.matrix)", BIAS),
+    ("dx forgets the low-rank part", "../../backends/gluon.py", "if weight.plain and _fits(rows, weight.matrix)", "if _fits(rows, weight.matrix)", LORA),
+    ("dZ forgets the low-rank part", "../../backends/gluon.py", "if weight.plain and _halves(gate) and (isinstance", "if weight.bias is None and _halves(gate) and (isinstance", LORA),
+    ("rows in expert order taken for tokens", "../../backends/gluon.py", "return TokenRows(dout, plan.top_k)", "return TokenRows(self.gather(dout, plan), plan.top_k)", ROUTINGS),
 ]  # fmt: skip
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from moe_kernels import backends, fused_experts, registry
+from moe_kernels.backends import Backend
+from moe_kernels.kernels.launch import launch, replay
 from moe_kernels.settings import ExpertsSettings
 from moe_kernels.tools.check.problems import Case, make_inputs
 
@@ -22,11 +24,12 @@ def mine(tmp_path, monkeypatch):
     """The page's module, registered for one test as the page says."""
     (tmp_path / "my_backend.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_registered", {})
-    exec(USE.partition("out = ")[0], {})
-    yield
-    registry.load.cache_clear()
-    backends.select.cache_clear()
+    monkeypatch.setattr(registry, "registered", {})
+    names = {}
+    exec(USE.partition("out = ")[0], names)
+    yield names["MyBackend"]
+    for cache in (backends.load, backends.select, backends._backend_of):
+        cache.cache_clear()
     sys.modules.pop("my_backend", None)
 
 
@@ -55,9 +58,27 @@ def test_the_pages_backend_runs(mine, compiled):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_it_runs_where_launches_are_replayed(mine, monkeypatch):
+    """What plain torch does cannot be replayed: it runs as it is, in every call."""
+    for place, name, value in (
+        (replay, "_on_gpu", lambda tensor: True),
+        (launch, "launcher", lambda: "replay"),
+        (launch, "refusal", lambda: None),
+        (launch, "_watched", lambda: False),
+        (launch, "_current_device", lambda: -1),
+    ):
+        monkeypatch.setattr(place, name, value)
+    monkeypatch.setattr(replay, "_programs", {})
+    first, *others = [results(lambda *given: fused_experts(*given, backend="mine")) for _ in range(6)]
+    assert all(not isinstance(program, replay._Program) for program in replay._programs.values())
+    assert len(replay._programs) == 2
+    for again in others:
+        assert all(torch.equal(one, other) for one, other in zip(again, first, strict=True))
+
+
 def test_its_step_is_the_one_that_ran(mine, monkeypatch):
-    module = registry.load("mine")
-    monkeypatch.setattr(module, "combine", lambda y, topk_weights, plan: torch.full((plan.tokens, y.shape[1]), 7.0))
+    sevens = torch.full((CASE.tokens, CASE.hidden), 7.0)
+    monkeypatch.setattr(mine, "combine", lambda self, y, topk_weights, plan: sevens)
     assert (fused_experts(*arguments(), backend="mine") == 7.0).all()
 
 
@@ -75,20 +96,21 @@ def test_auto_never_takes_it(mine):
 
 @pytest.mark.parametrize("name", ["auto", "torch", "mine"])
 def test_a_name_that_is_taken(mine, name):
+    other = type("Other", (mine,), {"name": name})
     with pytest.raises(ValueError, match=f"backend '{name}' is .* already: take another name"):
-        registry.register_backend(name, "somewhere.else")
-    registry.register_backend("mine", "my_backend")  # again, the same
+        backends.register_backend(other)
+    backends.register_backend(mine)  # again, the same
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("parts", "message"),
     [
-        (lambda text: text + "\ndel wgrad, up\n", "my_backend has no up, wgrad"),
-        (lambda text: text.replace('"mine"', '"other"'), "my_backend has NAME = 'other'; they must be the same"),
+        ({"wgrad": Backend.wgrad, "up": None}, "Broken has no up, wgrad"),
+        ({"name": "other"}, "Broken has the name 'other'; they must be the same"),
     ],
 )
-def test_a_module_that_is_none(mine, tmp_path, change, message):
-    (tmp_path / "my_backend.py").write_text(change(MODULE))
+def test_a_class_that_is_none(mine, monkeypatch, parts, message):
+    monkeypatch.setitem(registry.registered, "mine", type("Broken", (mine,), parts))
     with pytest.raises(ValueError, match=message):
         fused_experts(*arguments(), backend="mine")
 
@@ -108,7 +130,7 @@ def test_an_installed_package_declares_it(tmp_path, name, ending):
     info = tmp_path / "mine-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[moe_kernels.backends]\n{name} = my_backend\n")
+    (info / "entry_points.txt").write_text(f"[moe_kernels.backends]\n{name} = my_backend:MyBackend\n")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); NAME = {name!r}\n{ENTRY}"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ending in ran.stdout + ran.stderr, ran.stderr

@@ -9,13 +9,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import moe_kernels
-from moe_kernels import backends
+from moe_kernels import backends, steps
 from moe_kernels.activation import Activation
 from moe_kernels.routing import plan_elements
 from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, call, eager, make_inputs, run, truth
 from moe_kernels.tools.check.tolerances import assert_close_to_truth
 
-MIXED_EXTRAS = ("gate_up_bias", "down_bias", "gate_up_left", "gate_up_right", "down_left", "down_right")
+MIXED_EXTRAS = ("gate_up_bias", "down_bias", "gate_up_lora_b", "gate_up_lora_a", "down_lora_b", "down_lora_a")
 SMALL = Case(tokens=9, top_k=2, experts=3, hidden=32, intermediate=16, dtype=torch.bfloat16)
 
 
@@ -114,9 +114,9 @@ MIXED = Case(**{**SMALL.__dict__, "bias": True, "lora_rank": 4})
 MIXTURES = {
     "down": {"down"},
     "gate_up": {"gate_up"},
-    "down and its factors": {"down", "down_left", "down_right"},
+    "down and its factors": {"down", "down_lora_b", "down_lora_a"},
     "biases": {"gate_up_bias", "down_bias"},
-    "one bias and one factor": {"down_bias", "gate_up_left"},
+    "one bias and one factor": {"down_bias", "gate_up_lora_b"},
     "x": {"x"},
     "all but x": {"gate_up", "down", *MIXED_EXTRAS},
 }
@@ -211,8 +211,13 @@ def test_the_backend_of_the_forward_runs_the_backward(experts, backend, device, 
     leaves = args(inputs)
     out = experts(*leaves)
     asked = []
-    load = backends.load
-    monkeypatch.setattr(backends, "load", lambda name: asked.append(name) or load(name))
+    choose = steps.backend_of
+
+    def backend_of(*call):
+        asked.append(choose(*call).name)
+        return choose(*call)
+
+    monkeypatch.setattr(steps, "backend_of", backend_of)
     out.backward(inputs.grad)
     assert backend in asked
     assert other not in asked
@@ -245,13 +250,13 @@ BAD = {
         "nothing to route to",
     ),
     "a low-rank pair of numbers": (
-        lambda a: {"extras": {"down_left": a.down.sum(), "down_right": a.down.sum()}},
+        lambda a: {"extras": {"down_lora_b": a.down.sum(), "down_lora_a": a.down.sum()}},
         "down_lora is",
     ),
     "weights without a sum": (lambda a: {"options": {"reduce": False}}, "None with reduce=False"),
     "bias of another size": (lambda a: {"extras": {"gate_up_bias": a.gate_up[:, 1:, 0]}}, "gate_up_bias is"),
     "rank of the factors": (
-        lambda a: {"extras": {"down_left": a.down[..., :4], "down_right": a.down[:, :3]}},
+        lambda a: {"extras": {"down_lora_b": a.down[..., :4], "down_lora_a": a.down[:, :3]}},
         "down_lora is",
     ),
     "interleaved without a gate": (

@@ -20,7 +20,7 @@ KINDS = {
     "unreduced": Case(**{**SMALL.__dict__, "reduce": False}),
     APART: Case(**{**SMALL.__dict__, "transposed": True}),
 }
-EXTRAS = ("gate_up_bias", "down_bias", "gate_up_left", "gate_up_right", "down_left", "down_right")
+EXTRAS = ("gate_up_bias", "down_bias", "gate_up_lora_b", "gate_up_lora_a", "down_lora_b", "down_lora_a")
 
 
 def tensors(inputs, requires_grad, apart=False):

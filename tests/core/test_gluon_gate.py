@@ -10,7 +10,8 @@ import pytest
 import torch
 import triton
 
-from moe_kernels import backends, gluon_backend, trial
+from moe_kernels import backends, trial
+from moe_kernels.backends import gluon
 from moe_kernels.kernels import device
 from moe_kernels.kernels.hopper import gluon_names
 from moe_kernels.kernels.tiles import tuned
@@ -57,7 +58,7 @@ def again():
 
 def test_the_installed_gluon_has_all_that_the_kernels_use():
     assert gluon_names.lacks() is None
-    assert gluon_backend.why_not(HOPPER) is None
+    assert gluon.GluonBackend().why_not(HOPPER) is None
 
 
 def test_a_name_of_either_release_will_do(monkeypatch):
@@ -73,7 +74,7 @@ def test_what_is_missing_is_named_and_the_triton_kernels_run(monkeypatch):
 
     monkeypatch.delattr(hopper, "warpgroup_mma")
     assert gluon_names.lacks() == "triton.experimental.gluon.language.nvidia.hopper.warpgroup_mma"
-    monkeypatch.setattr(gluon_backend, "_LACKS", gluon_names.lacks())
+    monkeypatch.setattr(gluon, "_LACKS", gluon_names.lacks())
     backends.select.cache_clear()
     chosen, why = backends.select(HOPPER)
     assert chosen == "triton"
@@ -138,7 +139,7 @@ def untried(monkeypatch):
 
 def test_a_release_that_was_tried_is_not_checked(check):
     started = check("raise SystemExit(1)")
-    assert gluon_backend.why_not(HOPPER) is None
+    assert gluon.GluonBackend().why_not(HOPPER) is None
     assert not started
 
 

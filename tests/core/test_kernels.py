@@ -7,18 +7,20 @@ import functools
 import pytest
 import torch
 
-from moe_kernels import UnsupportedProblem, fused_experts, torch_backend
+from moe_kernels import UnsupportedProblem, fused_experts
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.backends.torch import TorchBackend
+from moe_kernels.backends.triton import TritonBackend
 from moe_kernels.kernels.device import dot_precision
 from moe_kernels.kernels.tiles import fit
+from moe_kernels.layer import Weight
 from moe_kernels.tools.check.problems import Case, make_inputs, run
 from moe_kernels.tools.check.routings import ROUTINGS, make_routing
 from moe_kernels.tools.check.tolerances import assert_close_to_truth
 
-triton_backend = pytest.importorskip("moe_kernels.triton_backend")
-
 BF16 = torch.bfloat16
 SILU = Gate(Activation("silu"))
+torch_backend, triton_backend = TorchBackend(), TritonBackend()
 
 
 # ---------------------------------------------------------------------------------------------------- the plan
@@ -41,14 +43,14 @@ def check_plan(plan, ids, experts, group_size):
 BACKENDS = [torch_backend, triton_backend]
 
 
-@pytest.mark.parametrize("steps", BACKENDS, ids=lambda b: b.NAME)
+@pytest.mark.parametrize("steps", BACKENDS, ids=lambda b: b.name)
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_plan_of_hostile_routings(steps, device, name):
     ids, _ = make_routing(name, 47, 3, 5)
     check_plan(steps.make_plan(ids.to(device), 5, 64), ids, 5, 64)
 
 
-@pytest.mark.parametrize("steps", BACKENDS, ids=lambda b: b.NAME)
+@pytest.mark.parametrize("steps", BACKENDS, ids=lambda b: b.name)
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "group_size"),
     [
@@ -119,10 +121,10 @@ def prepare(case, device):
     wide = inputs.to(torch.float64)
     plan = torch_backend.make_plan(inputs.topk_ids, case.experts, 16)
     t = {}
-    t["z"], t["a"] = torch_backend.up(wide.x, wide.gate_up, plan, SILU, True, True)
-    t["y"] = torch_backend.down(t["a"], wide.down, plan, True)
+    t["z"], t["a"] = torch_backend.up(wide.x, Weight(wide.gate_up), plan, SILU, True)
+    t["y"] = torch_backend.down(t["a"], Weight(wide.down), plan)
     t["dout"] = torch_backend.gather(wide.grad, plan)
-    t["da"] = torch_backend.dgrad(t["dout"], wide.down, plan, True)
+    t["da"] = torch_backend.dgrad(t["dout"], Weight(wide.down), plan)
     t["dz"], t["wa"], _ = torch_backend.dact(t["da"], t["z"], wide.topk_weights, plan, SILU)
     rounded = {name: value.to(case.dtype) for name, value in t.items()}
     return Steps(case, inputs, plan, slice(0, int(plan.expert_start[-1])), rounded)
@@ -135,7 +137,8 @@ def s(request, device, small_tiles):
 
 def both(s, step, *args, triton_args=None, **kwargs):
     """(triton in the dtype, torch in float64 from the same rounded inputs, torch in the dtype)."""
-    wide = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    wide = [Weight(a.matrix.double()) if isinstance(a, Weight) else a for a in args]
+    wide = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in wide]
     return (
         getattr(triton_backend, step)(*(triton_args or args), **kwargs),
         getattr(torch_backend, step)(*wide, **kwargs),
@@ -143,31 +146,35 @@ def both(s, step, *args, triton_args=None, **kwargs):
     )
 
 
+def walk(s, persistent):
+    return dataclasses.replace(s.plan, persistent=persistent)
+
+
 @pytest.mark.parametrize("persistent", [True, False])
 def test_up(s, persistent):
-    ours, truth, eager = both(s, "up", s.inputs.x, s.inputs.gate_up, s.plan, SILU, persistent, True)
+    ours, truth, eager = both(s, "up", s.inputs.x, Weight(s.inputs.gate_up), walk(s, persistent), SILU, True)
     r = s.routed
     assert_close_to_truth(ours[0][r], truth[0][r], eager[0][r], "z", min_exact_share=0.9)
     assert_close_to_truth(ours[1][r], truth[1][r], eager[1][r], "a", min_exact_share=0.9)
 
 
 def test_up_without_saving_z(s):
-    z, a = triton_backend.up(s.inputs.x, s.inputs.gate_up, s.plan, SILU, True, False)
-    _, expected = triton_backend.up(s.inputs.x, s.inputs.gate_up, s.plan, SILU, True, True)
+    z, a = triton_backend.up(s.inputs.x, Weight(s.inputs.gate_up), s.plan, SILU, False)
+    _, expected = triton_backend.up(s.inputs.x, Weight(s.inputs.gate_up), s.plan, SILU, True)
     assert z.numel() == 0
     assert torch.equal(a[s.routed], expected[s.routed])
 
 
 @pytest.mark.parametrize("persistent", [True, False])
 def test_down(s, persistent):
-    ours, truth, eager = both(s, "down", s.rounded["a"], s.inputs.down, s.plan, persistent)
+    ours, truth, eager = both(s, "down", s.rounded["a"], Weight(s.inputs.down), walk(s, persistent))
     assert_close_to_truth(ours[s.routed], truth[s.routed], eager[s.routed], "y", min_exact_share=0.9)
 
 
 @pytest.mark.parametrize("persistent", [True, False])
 @pytest.mark.parametrize(("rows", "weight"), [("dz", "gate_up"), ("dout", "down")])
 def test_dgrad(s, rows, weight, persistent):
-    ours, truth, eager = both(s, "dgrad", s.rounded[rows], getattr(s.inputs, weight), s.plan, persistent)
+    ours, truth, eager = both(s, "dgrad", s.rounded[rows], Weight(getattr(s.inputs, weight)), walk(s, persistent))
     assert_close_to_truth(ours[s.routed], truth[s.routed], eager[s.routed], rows, min_exact_share=0.9)
 
 

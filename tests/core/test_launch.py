@@ -416,15 +416,16 @@ class Steps:
     """Two launches on two allocations, and how often Python decided them."""
 
     def __init__(self, foreign=None):
-        self.ran, self.replays = 0, []
+        self.ran = 0
         self.first, self.second = Kernel(run_time=3), Kernel(run_time=4, tensor_maps=2)
         self.foreign = foreign
-        self.call = replay.replayed(self.steps, self.on_replay)
+        self.replayed = replay.replayed(self.steps)
 
-    def on_replay(self, *args):
-        return lambda: self.replays.append(args[1])
+    def call(self, x, number, flags, other):
+        return self.replayed((x, other), (number, *flags))
 
-    def steps(self, x, number, flags, other):
+    def steps(self, tensors, settings):
+        (x, _), (number, *_) = tensors, settings
         self.ran += 1
         low = x.new_empty(6, 8)
         launch(self.first, (5, 2), (x[1:], low[2:], number), {"num_warps": 4})
@@ -457,7 +458,6 @@ def test_the_third_call_is_replayed(replaying, driver, counted):
         low_map, high_map = maps[low + 32], maps[high.data_ptr()]
         assert [[*low_map[5]], [*low_map[6]], low_map[4]] == [[2, 16], [16, 1], [16, 16]]
         assert second[13:] == (high.data_ptr(), 48, low_map, 2, 16, 16, 1, high_map, 6, 8, 8, 1)
-    assert steps.replays == [48] * 3
     assert (steps.first.through_triton, len(steps.first.direct)) == (1, 4)
     assert vars(counted()) == {"replay": 6, "direct": 2, "triton": 2}
 
@@ -510,17 +510,19 @@ def test_what_cannot_be_replayed_is_not(replaying):
         steps.call(memory().view(-1)[1:65].view(8, 8), 48, [], None)  # unaligned
     assert steps.ran == 12
 
-    def hands_through(x):
+    def hands_through(tensors, _):
+        (x,) = tensors
         launch(steps.first, (1,), (x, x.new_empty(3), 5), {})
         return (x,)
 
-    def writes_nothing(x):
+    def writes_nothing(tensors, _):
+        (x,) = tensors
         launch(steps.first, (1,), (x, x, 5), {})
         return (x.new_empty(3),)
 
     for function in (hands_through, writes_nothing):
         call = replay.replayed(function)
-        assert [call(x)[0].shape for _ in range(5)] == [function(x)[0].shape] * 5
+        assert [call((x,), ())[0].shape for _ in range(5)] == [function((x,), ())[0].shape] * 5
         assert not any(
             isinstance(program, replay._Program) for key, program in replay._programs.items() if key[0] is function
         )
@@ -565,17 +567,18 @@ def test_other_tiles_and_observers_end_a_replay(replaying):
 def test_an_absent_tensor_has_its_place_in_the_signature(replaying):
     kernel, ran = Kernel(), []
 
-    def steps(x, a, b):
+    def steps(tensors, _):
+        x, a, _ = tensors
         ran.append(a is None)
         launch(kernel, (1,), (x.new_empty(3), 5 if a is None else 6), {})
         out = x.new_empty(2)
         launch(kernel, (1,), (out, 5), {})
-        return (out,)
+        return out, None
 
     call, x, y = replay.replayed(steps), memory(), memory()
     for args in ((x, y, None), (x, None, y)):
         for _ in range(4):
-            call(*args)
+            assert call(args, ())[1] is None
     assert ran == [False, False, True, True]
 
 
@@ -599,7 +602,8 @@ def test_sizes_that_never_repeat_are_forgotten(replaying, monkeypatch):
 def test_temporaries_live_as_long_as_they_are_needed(replaying, monkeypatch):
     kernel, x = Kernel(run_time=3), memory()
 
-    def steps(x):
+    def steps(tensors, _):
+        (x,) = tensors
         a, b, c = x.new_empty(3), x.new_empty(4), x.new_empty(5)
         launch(kernel, (1,), (x, a, 5), {})
         launch(kernel, (1,), (a, b, 5), {})
@@ -608,7 +612,7 @@ def test_temporaries_live_as_long_as_they_are_needed(replaying, monkeypatch):
 
     call = replay.replayed(steps)
     for _ in range(2):
-        call(x)
+        call((x,), ())
     made, alive = [], []
     allocate = torch.empty_strided
 
@@ -623,7 +627,7 @@ def test_temporaries_live_as_long_as_they_are_needed(replaying, monkeypatch):
     (program,) = (entry for entry in replay._programs.values() if isinstance(entry, replay._Program))
     program.launches[:] = [each._replace(call=record) for each in program.launches]
     monkeypatch.setattr(torch, "empty_strided", followed)
-    output = call(x)
+    output = call((x,), ())
     assert alive == [[True], [True, True], [False, True, True]]
     assert [ref() is not None for ref in made] == [False, False, True]
     del output

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import moe_kernels
-from moe_kernels import memory, torch_backend
+from moe_kernels import memory
+from moe_kernels.backends.torch import TorchBackend
 from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, make_inputs, run
 
 CASE = Case(tokens=11, top_k=3, experts=5, hidden=48, intermediate=32, dtype=torch.bfloat16)
@@ -23,7 +24,7 @@ def full(monkeypatch):
     def fill(step):
         monkeypatch.undo()
         if step is not None:
-            monkeypatch.setattr(torch_backend, step, fail)
+            monkeypatch.setattr(TorchBackend, step, fail)
 
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError(CUDA_SAYS)
@@ -99,11 +100,11 @@ def test_the_next_step_is_right(full, step):
 def test_nothing_of_the_layer_stays_alive_with_the_exception(monkeypatch):
     alive = []
 
-    def fail(y, *args):
+    def fail(self, y, *args):
         alive.append(weakref.ref(y))
         raise torch.OutOfMemoryError(CUDA_SAYS)
 
-    monkeypatch.setattr(torch_backend, "combine", fail)
+    monkeypatch.setattr(TorchBackend, "combine", fail)
     inputs = make_inputs(CASE)
     with torch.no_grad():
         try:
@@ -118,7 +119,7 @@ def test_other_errors_stay_what_they_are(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(torch_backend, "up", fail)
+    monkeypatch.setattr(TorchBackend, "up", fail)
     with pytest.raises(RuntimeError, match=r"^an illegal memory access was encountered$"):
         run(experts, make_inputs(CASE))
 

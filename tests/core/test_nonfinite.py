@@ -70,7 +70,7 @@ def untouched(inputs, where):
     + [("plain", where, bad) for where, bad in (("x", INF), ("topk_weights", -INF), ("gate_up", INF), ("grad", -INF))]
     + [(name, where, NAN) for name in CASES if name != "plain" for where in ("x", "grad", "gate_up")]
     + [("gpt-oss", "gate_up_bias", NAN), ("gpt-oss", "down_bias", INF)]
-    + [("lora", "gate_up_left", NAN), ("lora", "down_right", INF)],
+    + [("lora", "gate_up_lora_b", NAN), ("lora", "down_lora_a", INF)],
 )
 def test_where_the_reference_has_them_and_nowhere_else(backend, device, name, where, bad):
     with use_small_tiles():  # many tiles, and experts that share the columns of one

@@ -2,7 +2,6 @@
 
 import functools
 
-import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
@@ -13,7 +12,6 @@ from moe_kernels.tools.check.routings import ROUTINGS
 from support.tiles import use_small_tiles
 
 triton_only = functools.partial(moe_kernels.fused_experts, backend="triton")
-pytest.importorskip("moe_kernels.triton_backend")
 
 
 def budget(examples):

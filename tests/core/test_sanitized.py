@@ -10,16 +10,18 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 import moe_kernels
-from moe_kernels import torch_backend
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.backends.torch import TorchBackend
+from moe_kernels.backends.triton import TritonBackend
 from moe_kernels.kernels.tiles.config import use_config
 from moe_kernels.kernels.tiles.table import GemmConfig
+from moe_kernels.layer import Weight
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tools.check.problems import Case, check, make_inputs, run
 from moe_kernels.tools.check.routings import make_routing
 from support import interpreter
 
-triton_backend = pytest.importorskip("moe_kernels.triton_backend")
+torch_backend, triton_backend = TorchBackend(), TritonBackend()
 gpu = pytest.importorskip("moe_kernels.kernels.device")
 pytestmark = pytest.mark.skipif(not gpu.interpreting(), reason="needs Triton's interpreter: TRITON_INTERPRET=1")
 
@@ -81,7 +83,7 @@ def test_plan_of_many_blocks(seed, small_plan_blocks):
     with interpreter.sanitize(), interpreter.overflow_asserts(), interpreter.shuffled(seed):
         plan = triton_backend.make_plan(ids, 4, 64)
     tiles = int(expected.tile_count)
-    for field in dataclasses.fields(RoutingPlan)[1:-2]:  # but for the packed tensor, which has gaps, and two numbers
+    for field in dataclasses.fields(RoutingPlan)[1:-3]:  # but for the packed tensor, which has gaps, and the settings
         used = slice(tiles if field.name in ("tile_expert", "tile_row") else None)
         assert torch.equal(getattr(plan, field.name)[used], getattr(expected, field.name)[used]), field.name
 
@@ -103,7 +105,7 @@ def test_no_32_bit_product_overflows(small_tiles):
 # ------------------------------------------------------------------------------------- offsets beyond 2**31
 def last_tile_plan(rows, expert, experts_, top_k=1):
     """A plan with one tile: the last five of ``rows`` rows, which belong to ``expert``."""
-    plan = RoutingPlan.empty(rows // top_k, top_k, experts_, 64, torch.device("cpu"))
+    plan = RoutingPlan.empty(torch.empty(rows // top_k, top_k, dtype=torch.int32), experts_, 64)
     plan.packed.zero_()
     plan.row_slot.copy_(torch.arange(rows))
     plan.expert_start[expert] = rows - 5
@@ -140,8 +142,8 @@ def test_expert_weights_beyond_two_billion_elements(large_tiles):
     weight[-1] = 2.0**-11
     plan = torch_backend.make_plan(torch.full((5, 1), e - 1), e, 64)
     with interpreter.sanitize(races=False), interpreter.overflow_asserts():
-        z, _ = triton_backend.up(x, weight, plan, SILU, True, True)
-        dxr = triton_backend.dgrad(torch.ones_like(z), weight, plan, True)
+        z, _ = triton_backend.up(x, Weight(weight), plan, SILU, True)
+        dxr = triton_backend.dgrad(torch.ones_like(z), Weight(weight), plan)
     assert torch.equal(z, torch.ones_like(z))
     assert torch.equal(dxr, torch.ones_like(dxr))
 
@@ -153,13 +155,13 @@ def test_rows_beyond_two_billion_elements(large_tiles):
     plan = last_tile_plan(rows, expert=1, experts_=2)
     gate_up = torch.ones(2, 2 * i, h, dtype=BF16)
     with interpreter.sanitize(races=False), interpreter.overflow_asserts():
-        z, _ = triton_backend.up(torch.ones(rows, h, dtype=BF16), gate_up, plan, SILU, True, True)
+        z, _ = triton_backend.up(torch.ones(rows, h, dtype=BF16), Weight(gate_up), plan, SILU, True)
         assert z.numel() > 2**31
         assert torch.equal(z[-5:], torch.full((5, 2 * i), 16.0, dtype=BF16))
-        dxr = triton_backend.dgrad(z, gate_up, plan, True)
+        dxr = triton_backend.dgrad(z, Weight(gate_up), plan)
         assert torch.equal(dxr[-5:], torch.full((5, h), 16.0 * 2 * i, dtype=BF16))
         # The same kernel with the long side out: rows times columns of the result.
-        z = triton_backend.down(torch.ones(rows, h, dtype=BF16), gate_up, plan, True)
+        z = triton_backend.down(torch.ones(rows, h, dtype=BF16), Weight(gate_up), plan)
         assert torch.equal(z[-5:], torch.full((5, 2 * i), 16.0, dtype=BF16))
 
 

@@ -104,7 +104,7 @@ def test_weights_that_come_from_memory(case, together, record_property):
 @pytest.mark.parametrize("gathered", [True, False])
 @pytest.mark.parametrize("sizes", [(700, 2, 5, 128, 704), (129, 1, 2, 64, 576)], ids=str)
 def test_either_way_of_the_output_gradient(sizes, gathered, record_property):
-    from moe_kernels.gluon_backend import use_gathered
+    from moe_kernels.backends.gluon import use_gathered
 
     with use_gathered(gathered):
         judge(Case(*sizes, BF16, "zipf"), record_property)

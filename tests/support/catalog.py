@@ -116,7 +116,7 @@ def gemm_case(
     low = {"bias_ptr": pointer, "low_ptr": pointer}
     if kernel == "up":
         columns = 2 * n if variant.interleaved else n
-        types = {"x_ptr": pointer, "w": weight(columns, variant.transposed), "left_ptr": pointer}
+        types = {"x_ptr": pointer, "w": weight(columns, variant.transposed), "factor_ptr": pointer}
         types |= low | {"z_ptr": pointer, "a_ptr": pointer}
         constants = common | variant.gate.constants() | {"TOP_K": 8, "EVEN_K": aligned, "SAVE_Z": True}
         constants |= {"W_IS_KN": variant.transposed, "HAS_BIAS": variant.bias, "RANK": variant.rank}

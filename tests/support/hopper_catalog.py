@@ -73,7 +73,7 @@ def _cases(dtype: torch.dtype, activation: Activation) -> Iterator[CompileCase]:
     down = torch.zeros(_EXPERTS, _HIDDEN, _INTERMEDIATE, dtype=dtype)
     z, a = torch.zeros(rows, 2 * _INTERMEDIATE, dtype=dtype), torch.zeros(rows, _INTERMEDIATE, dtype=dtype)
     weights, dout_rows = torch.zeros(_TOKENS, _TOP_K), torch.zeros(rows, _HIDDEN, dtype=dtype)
-    plan = RoutingPlan.empty(_TOKENS, _TOP_K, _EXPERTS, 128, torch.device("cpu"))
+    plan = RoutingPlan.empty(torch.empty(_TOKENS, _TOP_K, dtype=torch.int32), _EXPERTS, 128)
     t = _TYPES[dtype]
     suffix = f"{activation.name}-{t}"
     yield _recorded(f"hopper-up-{suffix}", gemm, lambda: gemm.up(x, gate_up, plan, gate, True))

@@ -18,6 +18,6 @@ def use_small_tiles(config: GemmConfig = SMALL) -> Iterator[None]:
     with ExitStack() as stack:
         for kernel in KERNELS:
             stack.enter_context(use_config(kernel, config))
-        stack.enter_context(mock.patch("moe_kernels.moe.resolve_group_size", return_value=config.block_m))
+        stack.enter_context(mock.patch("moe_kernels.layer.resolve_group_size", return_value=config.block_m))
         stack.enter_context(mock.patch("moe_kernels.routing._MIN_GROUP_SIZE", config.block_m))
         yield

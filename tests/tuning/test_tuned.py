@@ -12,7 +12,7 @@ import triton
 from typer.testing import CliRunner
 
 import moe_kernels
-from moe_kernels import triton_backend
+from moe_kernels.backends.triton import TritonBackend
 from moe_kernels.kernels.tiles import config, tuned
 from moe_kernels.kernels.tiles.config import select_config, use_config
 from moe_kernels.kernels.tiles.table import GemmConfig, table
@@ -240,7 +240,7 @@ def few_candidates(monkeypatch):
     monkeypatch.setattr(tiles, "VERIFY_SHAPES", (LayerShape("ragged", 21, 32, 16, 3, 2),))
     monkeypatch.setattr(tiles, "VERIFY_ROUTINGS", ("random",))
     monkeypatch.setattr(tiles, "VERIFY_TOKENS", 16)
-    real = triton_backend.down
+    real = TritonBackend.down
 
     def broken(rows, *args, **kwargs):
         out, used = real(rows, *args, **kwargs), config._overrides["down"].choice
@@ -248,7 +248,7 @@ def few_candidates(monkeypatch):
             out[0] *= 1.5
         return out
 
-    monkeypatch.setattr(triton_backend, "down", broken)
+    monkeypatch.setattr(TritonBackend, "down", staticmethod(broken))
     times = {GOOD: 0.8, WRONG: 0.1, LATE: 0.5}
 
     def median_ms(call):

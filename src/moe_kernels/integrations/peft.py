@@ -106,7 +106,7 @@ def _is_fused(wrapper: Any) -> bool:
 
 
 def low_rank_pair(wrapper: Any, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(left (E, N, r), right (E, r, K)) of ``adapters`` together: ``left @ right`` is what they add to a weight
+    """(lora_b (E, N, r), lora_a (E, r, K)) of ``adapters`` together: ``lora_b @ lora_a`` is what they add to a weight
     (E, N, K), the scaling included. None where no adapter has this weight.
 
     PEFT packs A as (E*r, K), experts slowest, and B as (N, r*E), experts fastest, whichever way the weight is stored.
@@ -120,14 +120,14 @@ def low_rank_pair(wrapper: Any, adapters: list[str]) -> tuple[torch.Tensor, torc
         return None
     _check_rank(wrapper, adapters)
     experts = wrapper.num_experts
-    lefts, rights = [], []
+    lora_bs, lora_as = [], []
     for name in adapters:
         a, b = (_factor(wrapper, factors[name].weight) for factors in (wrapper.lora_A, wrapper.lora_B))
-        rights.append(a.view(experts, -1, a.shape[1]) * wrapper.scaling[name])
-        lefts.append(b.view(b.shape[0], -1, experts).permute(2, 0, 1))
+        lora_as.append(a.view(experts, -1, a.shape[1]) * wrapper.scaling[name])
+        lora_bs.append(b.view(b.shape[0], -1, experts).permute(2, 0, 1))
     if len(adapters) == 1:  # torch.cat would copy it, and its gradient
-        return lefts[0], rights[0]
-    return torch.cat(lefts, dim=2), torch.cat(rights, dim=1)
+        return lora_bs[0], lora_as[0]
+    return torch.cat(lora_bs, dim=2), torch.cat(lora_as, dim=1)
 
 
 def _factor(wrapper: Any, weight: Any) -> torch.Tensor:

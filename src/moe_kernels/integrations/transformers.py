@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from moe_kernels.checks import check_weights
 from moe_kernels.install import pip_install
-from moe_kernels.moe import check_weights, fused_experts
+from moe_kernels.moe import fused_experts
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, ExpertsSettings, GroupSize
 
 try:

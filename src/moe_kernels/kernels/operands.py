@@ -6,11 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_kernels.backends import device_capability
 from moe_kernels.kernels.device import loads_by_tma
-
-#: The low-rank part of a GEMM: low (R, r), and the factor of each expert.
-LowRank = tuple[torch.Tensor, torch.Tensor]
+from moe_kernels.layer import Weight
+from moe_kernels.problem import device_capability
 
 
 def tma_fits(*tensors: torch.Tensor) -> bool:
@@ -64,8 +62,8 @@ def stored(weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return (weight, False) if by_rows(weight) else (weight.mT, True)
 
 
-def low_rank_arguments(low_rank: LowRank | None, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+def low_rank_arguments(weight: Weight, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     """(low, factor, RANK) of a kernel; without a low-rank part any pointers and RANK 0."""
-    if low_rank is None:
+    if weight.low is None or weight.factor is None:
         return unused, unused, 0
-    return *low_rank, low_rank[0].shape[1]
+    return weight.low, weight.factor, weight.low.shape[1]

@@ -27,10 +27,9 @@ from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.kernels.device import cdiv, interpreting, multiprocessors
+from moe_kernels.kernels.device import interpreting, multiprocessors
 from moe_kernels.kernels.operands import Descriptor
 from moe_kernels.kernels.tiles.table import GemmConfig
-from moe_kernels.routing import RoutingPlan
 
 logger = logging.getLogger("moe_kernels")
 
@@ -70,21 +69,6 @@ def launch_grid(
     constants["num_warps"] = config.num_warps
     constants["num_stages"] = config.num_stages
     launch(kernel, (programs,), tensors + sizes, constants)
-
-
-def launch_tiles(
-    kernel: Any,
-    config: GemmConfig,
-    plan: RoutingPlan,
-    width: int,
-    persistent: bool,
-    tensors: tuple[Any, ...],
-    sizes: tuple[int, ...],
-    constants: dict[str, Any],
-) -> None:
-    """Launch a kernel over the plan's row tiles times the column blocks of an output ``width`` wide."""
-    column_blocks = cdiv(width, config.block_n)
-    launch_grid(kernel, config, plan.max_tiles * column_blocks, persistent, tensors, sizes, constants)
 
 
 class _Direct(NamedTuple):

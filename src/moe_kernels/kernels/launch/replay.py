@@ -13,8 +13,8 @@ import functools
 import logging
 import operator
 import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ _VIEWS = {
     _aten.transpose.int,
     _aten.view.default,
 }
+T = TypeVar("T", bound=tuple[Tensor | None, ...])
+S = TypeVar("S", bound=Hashable)
+R = TypeVar("R", bound=tuple[Tensor | None, ...])
 _on_gpu = operator.attrgetter("is_cuda")  # of a tensor
 _SIGNATURES = 512  # limit of the cache; more signatures than this mean that the sizes do not repeat
 _TRIES = 4  # calls of a signature after which it is never recorded
@@ -105,7 +108,7 @@ class _Recorder(TorchDispatchMode):
         transient: the next call will not meet the obstacle: Triton launched a kernel for the first time.
     """
 
-    def __init__(self, inputs: list[Tensor | None]) -> None:
+    def __init__(self, inputs: tuple[Tensor | None, ...]) -> None:
         super().__init__()
         self.inputs = inputs
         self.allocated: list[_Memory] = []
@@ -161,26 +164,25 @@ class _Recorder(TorchDispatchMode):
 class _Program:
     """A recording, which can be replayed on other tensors of the same signature."""
 
-    def __init__(
-        self, recorder: _Recorder, outputs: tuple[Tensor, ...], on_replay: Callable[[], None] | None
-    ) -> None:
-        self.on_replay = on_replay
+    def __init__(self, recorder: _Recorder, outputs: Any) -> None:
+        self.named = getattr(type(outputs), "_make", tuple)
         self.inputs = len(recorder.inputs)
         self.allocated, self.launches = recorder.allocated, recorder.launched
         self.directs = recorder.directs  # keeps the compiled kernels alive
-        # An output is an allocation, a view of one, or without elements: then one tensor serves all calls.
+        # An output is an allocation or a view of one. None, and what has no elements, is the same in all calls (-1).
         self.outputs: list[tuple[int, tuple[Any, ...] | None, Tensor | None]] = []
         for out in outputs:
+            if out is None or not out.numel():
+                self.outputs.append((-1, None, out))
+                continue
             number = recorder.place(out).memory - self.inputs
-            if not out.numel():
-                self.outputs.append((0, None, out))
-            elif number < 0:
+            if number < 0:
                 recorder.obstacle = "an output that is an input"
             else:
                 whole = self.allocated[number] == (tuple(out.shape), out.stride(), out.dtype)
                 view = (tuple(out.shape), out.stride(), out.storage_offset())
                 self.outputs.append((number, None if whole and not out.storage_offset() else view, None))
-        kept = {number for number, _, empty in self.outputs if empty is None}
+        kept = {number for number, _, _ in self.outputs if number >= 0}
         used: dict[int, list[int]] = {}
         for step, launch in enumerate(self.launches):
             for place in (*(p for _, p in launch.pointers), *(p for _, _, p, _, _ in launch.tensor_maps)):
@@ -193,10 +195,8 @@ class _Program:
             if number not in kept:
                 self.launches[uses[-1]].dead.append(number)
 
-    def __call__(self, addresses: list[int], device: torch.device) -> tuple[Tensor, ...]:
+    def __call__(self, addresses: list[int], device: torch.device) -> Any:
         """Replay on inputs at these addresses, and return the outputs."""
-        if self.on_replay is not None:
-            self.on_replay()
         stream = self.directs[0].stream(launches._current_device())
         inputs = self.inputs
         addresses += [0] * len(self.allocated)
@@ -218,10 +218,10 @@ class _Program:
             for number in dead:
                 live[number] = None
         launches._counts["replay"] += len(self.launches)
-        return tuple(
+        return self.named(
             [
-                empty if empty is not None else live[number] if view is None else live[number].as_strided(*view)
-                for number, view, empty in self.outputs
+                same if number < 0 else live[number] if view is None else live[number].as_strided(*view)
+                for number, view, same in self.outputs
             ]
         )
 
@@ -232,46 +232,42 @@ config.on_change.append(_programs.clear)
 
 
 def replayed(
-    steps: Callable[..., Any],
-    on_replay: Callable[..., Callable[[], None]] | None = None,
-    first: Callable[..., None] | None = None,
-) -> Callable[..., Any]:
+    steps: Callable[[T, S], R], first: Callable[[T, S], None] | None = None
+) -> Callable[[T, S], R]:
     """``steps``, replayed from the third call of a signature on.
 
     Args:
-        steps: takes tensors, None and settings by position and returns tensors that it allocated. Its allocations and
-            launches may depend only on shapes, strides, dtypes, settings and ``tiles.config``.
-        on_replay: called once with the arguments that are recorded; what it returns is called at every replay, for
-            what steps do beside launching (counting).
-        first: called with the arguments before the first call of a signature.
+        steps: takes a named tuple of tensors and None, the first a tensor, and hashable settings; returns a tuple,
+            named or not, of None and tensors that it allocated. Its allocations and launches may depend only on
+            shapes, strides, dtypes, settings and ``tiles.config``.
+        first: called before the first call of a signature.
     """
 
     @functools.wraps(steps)
-    def call(*args: Any) -> Any:
+    def call(tensors: T, settings: S) -> R:
+        first_tensor: Any = tensors[0]
         if (
-            not _on_gpu(args[0])
+            not _on_gpu(first_tensor)
             or launches.launcher() != "replay"
             or launches.refusal() is not None
             or launches._watched()
         ):
-            return steps(*args)
-        device = args[0].device
-        key: list[Any] = [steps, device, dot_precision(args[0].dtype)]
+            return steps(tensors, settings)
+        device = first_tensor.device
+        key: list[Any] = [steps, settings, device, dot_precision(first_tensor.dtype)]
         addresses: list[int] = []
         bits = 0
-        for arg in args:
-            if isinstance(arg, Tensor):
-                address = arg.data_ptr()
-                addresses.append(address)
-                bits |= address
-                key += arg.shape, arg.stride(), arg.dtype
-            elif arg is None:
+        for tensor in tensors:
+            if tensor is None:
                 addresses.append(0)
                 key.append(None)
             else:
-                key.append(tuple(arg) if type(arg) is list else arg)
-        if bits & 15 or args[0].get_device() != launches._current_device():
-            return steps(*args)
+                address = tensor.data_ptr()
+                addresses.append(address)
+                bits |= address
+                key += tensor.shape, tensor.stride(), tensor.dtype
+        if bits & 15 or first_tensor.get_device() != launches._current_device():
+            return steps(tensors, settings)
         signature = tuple(key)
         program = _programs.get(signature, 0)
         if isinstance(program, _Program):
@@ -280,30 +276,25 @@ def replayed(
             _programs.clear()
         _programs[signature] = program + 1
         if program == 0 and first is not None:
-            first(*args)
+            first(tensors, settings)
         if not 1 <= program < _TRIES:
-            return steps(*args)
-        return _record(signature, steps, args, on_replay)
+            return steps(tensors, settings)
+        return _record(signature, steps, tensors, settings)
 
     return call
 
 
-def _record(
-    signature: tuple[Any, ...],
-    steps: Callable[..., Any],
-    args: tuple[Any, ...],
-    on_replay: Callable[..., Callable[[], None]] | None,
-) -> Any:
+def _record(signature: tuple[Any, ...], steps: Callable[[T, S], R], tensors: T, settings: S) -> R:
     """Run and record ``steps``; return its outputs, and keep the program if it can be replayed."""
-    recorder = _Recorder([arg for arg in args if arg is None or isinstance(arg, Tensor)])
+    recorder = _Recorder(tensors)
     thread = threading.get_ident()
     launches._recorders[thread] = recorder.launch
     try:
         with recorder:
-            outputs = steps(*args)
+            outputs = steps(tensors, settings)
     finally:
         del launches._recorders[thread]
-    program = _Program(recorder, outputs, None if on_replay is None else on_replay(*args))
+    program = _Program(recorder, outputs)
     if not recorder.obstacle:
         _programs[signature] = program
     elif not recorder.transient:

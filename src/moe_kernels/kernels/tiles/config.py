@@ -12,9 +12,9 @@ from typing import Generic, TypeVar
 
 import torch
 
-from moe_kernels.backends import device_capability
 from moe_kernels.kernels.tiles import tuned
 from moe_kernels.kernels.tiles.table import KERNELS, GemmConfig, table
+from moe_kernels.problem import device_capability
 
 Choice = TypeVar("Choice")
 # Called when the same sizes may get other kernels than before.
@@ -46,20 +46,6 @@ class Override(Generic[Choice]):
         finally:
             self.choice = previous
             changed()
-
-
-@contextlib.contextmanager
-def override(choices: dict[str, Choice], kernel: str, choice: Choice) -> Iterator[None]:
-    """Within this context ``choices`` has ``choice`` for ``kernel``."""
-    previous = dict(choices)
-    choices[kernel] = choice
-    changed()
-    try:
-        yield
-    finally:
-        choices.clear()
-        choices.update(previous)
-        changed()
 
 
 _overrides: dict[str, Override[GemmConfig]] = {kernel: Override() for kernel in KERNELS}

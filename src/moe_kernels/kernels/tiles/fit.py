@@ -8,9 +8,9 @@ import functools
 import torch
 import triton
 
-from moe_kernels.backends import UnsupportedProblem
 from moe_kernels.kernels.device import shared_memory
 from moe_kernels.kernels.tiles.table import GemmConfig
+from moe_kernels.problem import UnsupportedProblem
 
 
 def fit_columns(config: GemmConfig, width: int) -> GemmConfig:

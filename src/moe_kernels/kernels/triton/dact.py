@@ -15,8 +15,6 @@ import triton.language as tl
 from moe_kernels.activation import Gate, value_and_partials
 from moe_kernels.kernels.device import cdiv
 from moe_kernels.kernels.launch.launch import launch
-from moe_kernels.kernels.operands import LowRank
-from moe_kernels.kernels.triton.grouped_gemm import dgrad
 from moe_kernels.routing import RoutingPlan
 
 
@@ -149,23 +147,3 @@ def dact(
         },
     )
     return dz, da, dw
-
-
-def down_grad(
-    dout_rows: torch.Tensor,
-    weight: torch.Tensor,
-    z: torch.Tensor,
-    topk_weights: torch.Tensor,
-    plan: RoutingPlan,
-    gate: Gate,
-    persistent: bool,
-    overwrite_z: bool = False,
-    bias: torch.Tensor | None = None,
-    low_rank: LowRank | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dO in sorted rows (R, H), W2 (E, H, I), Z (R, Z), b2 (E, H), low_rank (R, r), (E, r, I) -> dZ, wA, dw.
-
-    dZ (R, Z) overwrites ``z`` if overwrite_z; wA is (R, I), dw (T, K).
-    """
-    da = dgrad(dout_rows, weight, plan, persistent, low_rank)
-    return dact(da, z, topk_weights, plan, gate, overwrite_z, dout_rows, bias)

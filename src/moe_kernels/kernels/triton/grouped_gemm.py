@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.kernels.device import dot_precision
-from moe_kernels.kernels.launch.launch import launch_tiles
-from moe_kernels.kernels.operands import LowRank, descriptor, low_rank_arguments, stored, tma_fits
+from moe_kernels.kernels.device import cdiv, dot_precision
+from moe_kernels.kernels.launch.launch import launch_grid
+from moe_kernels.kernels.operands import descriptor, low_rank_arguments, stored, tma_fits
 from moe_kernels.kernels.tiles.config import select_config
 from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
 from moe_kernels.kernels.triton.tile import (
@@ -19,6 +19,7 @@ from moe_kernels.kernels.triton.tile import (
     store_tile,
     swizzled_tile,
 )
+from moe_kernels.layer import Weight
 from moe_kernels.routing import RoutingPlan
 
 
@@ -73,43 +74,33 @@ def grouped_gemm_kernel(
         store_tile(out_ptr, rows, row_mask, n0, N, total, BLOCK_N, N - n0)
 
 
-def _grouped_gemm(
-    kernel_name: str,
-    rows_in: torch.Tensor,
-    weight: torch.Tensor,
-    plan: RoutingPlan,
-    persistent: bool,
-    bias: torch.Tensor | None,
-    low_rank: LowRank | None,
-) -> torch.Tensor:
+def _grouped_gemm(kernel_name: str, rows_in: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
     transposed = kernel_name == "dgrad"  # multiply by the weight itself instead of by its transpose
-    inner, width = rows_in.shape[1], weight.shape[2 if transposed else 1]
-    matrix, by_columns = stored(weight)
+    inner, width = rows_in.shape[1], weight.matrix.shape[2 if transposed else 1]
+    matrix, by_columns = stored(weight.matrix)
     w_is_kn = by_columns != transposed
     out = rows_in.new_empty(plan.rows, width)
     tma = tma_fits(rows_in, matrix, out)
-    plain = bias is None and low_rank is None and not by_columns
-    sizes = (plan.rows // plan.experts, width, inner) if plain else None
-    config = fit_columns(select_config(kernel_name, weight.device, rows_in.dtype, plan.group_size, tma, sizes), width)
+    sizes = (plan.rows // plan.experts, width, inner) if weight.plain and not by_columns else None
+    config = fit_columns(select_config(kernel_name, out.device, rows_in.dtype, plan.group_size, tma, sizes), width)
     block = (config.block_k, config.block_n) if w_is_kn else (config.block_n, config.block_k)
-    low, factor, rank = low_rank_arguments(low_rank, out)
+    low, factor, rank = low_rank_arguments(weight, out)
     config = fit_rank(config, rank, rows_in.device, rows_in.element_size())
-    launch_tiles(
+    launch_grid(
         grouped_gemm_kernel,
         config,
-        plan,
-        width,
-        persistent,
+        plan.max_tiles * cdiv(width, config.block_n),
+        plan.persistent,
         (
             descriptor(rows_in, config.block_m, config.block_k) if tma else rows_in,
             descriptor(matrix, 1, *block) if tma else matrix,
-            *(out if bias is None else bias, low, factor, out),
+            *(out if weight.bias is None else weight.bias, low, factor, out),
             *(plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
         ),
         (inner, width, matrix.stride(0)),
         {
             "W_IS_KN": w_is_kn,
-            "HAS_BIAS": bias is not None,
+            "HAS_BIAS": weight.bias is not None,
             "RANK": rank,
             "LOW_IS_KN": transposed,
             "USE_TMA": tma,
@@ -121,23 +112,11 @@ def _grouped_gemm(
     return out
 
 
-def down(
-    a: torch.Tensor,
-    weight: torch.Tensor,
-    plan: RoutingPlan,
-    persistent: bool,
-    bias: torch.Tensor | None = None,
-    low_rank: LowRank | None = None,
-) -> torch.Tensor:
-    """Y = A W2[e]^T + b2[e]: a (R, I), weight (E, H, I), bias (E, H), low_rank (R, r), (E, H, r) -> (R, H)."""
-    return _grouped_gemm("down", a, weight, plan, persistent, bias, low_rank)
+def down(a: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
+    """Y = A W2[e]^T + b2[e]: a (R, I), weight (E, H, I) -> (R, H)."""
+    return _grouped_gemm("down", a, weight, plan)
 
 
-def dgrad(
-    rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, persistent: bool, low_rank: LowRank | None = None
-) -> torch.Tensor:
-    """rows @ weight[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, 2I) and W1 (E, 2I, H).
-
-    low_rank (R, r), (E, r, width of the result) adds the low-rank part of the weight.
-    """
-    return _grouped_gemm("dgrad", rows, weight, plan, persistent, None, low_rank)
+def dgrad(rows: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
+    """rows W[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H)."""
+    return _grouped_gemm("dgrad", rows, weight, plan)

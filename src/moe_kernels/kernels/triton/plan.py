@@ -155,10 +155,9 @@ def plan_blocks(experts: int) -> tuple[dict[str, int], dict[str, int], int]:
     return count, count | {"BLOCK_C": max(1, _COUNTS // block_e), "BLOCK_T": _BLOCK_T}, _NUM_WARPS
 
 
-def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int) -> RoutingPlan:
+def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int, persistent: bool = True) -> RoutingPlan:
     """Fill a plan from topk_ids (T, K) int32 or int64, contiguous."""
-    tokens, top_k = topk_ids.shape
-    plan = RoutingPlan.empty(tokens, top_k, experts, group_size, topk_ids.device)
+    plan = RoutingPlan.empty(topk_ids, experts, group_size, persistent)
     count_blocks, place_blocks, num_warps = plan_blocks(experts)
     num_blocks = cdiv(plan.rows, count_blocks["BLOCK_S"])
     blocks_per_chunk = cdiv(num_blocks, _MAX_CHUNKS)

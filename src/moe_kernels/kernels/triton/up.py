@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from moe_kernels.activation import Gate, value
-from moe_kernels.kernels.device import dot_precision
-from moe_kernels.kernels.launch.launch import launch_tiles
-from moe_kernels.kernels.operands import LowRank, descriptor, low_rank_arguments, stored, tma_fits
+from moe_kernels.kernels.device import cdiv, dot_precision
+from moe_kernels.kernels.launch.launch import launch_grid
+from moe_kernels.kernels.operands import descriptor, low_rank_arguments, stored, tma_fits
 from moe_kernels.kernels.tiles.config import select_config
 from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
 from moe_kernels.kernels.triton.tile import (
@@ -25,6 +25,7 @@ from moe_kernels.kernels.triton.tile import (
     store_tile,
     swizzled_tile,
 )
+from moe_kernels.layer import Weight
 from moe_kernels.routing import RoutingPlan
 
 
@@ -34,7 +35,7 @@ def up_kernel(
     w,  # (E, Z, H), or (E, H, Z) if W_IS_KN, with Z = 2I or I: tensor or descriptor
     bias_ptr,  # (E, Z), or any pointer unless HAS_BIAS
     low_ptr,  # (R, RANK), or any pointer if RANK is 0
-    left_ptr,  # (E, Z, RANK)
+    factor_ptr,  # (E, Z, RANK)
     z_ptr,  # (R, Z); not written unless SAVE_Z
     a_ptr,  # (R, I)
     row_slot_ptr,
@@ -81,10 +82,10 @@ def up_kernel(
                 up = multiply_add(x, w_up, up, PRECISION)
             if RANK > 0:
                 gate = add_low_rank(
-                    gate, low_ptr, left_ptr, expert, rows, row_mask, n0, 2 * I, RANK, False, BLOCK_N, PRECISION
+                    gate, low_ptr, factor_ptr, expert, rows, row_mask, n0, 2 * I, RANK, False, BLOCK_N, PRECISION
                 )
                 up = add_low_rank(
-                    up, low_ptr, left_ptr, expert, rows, row_mask, I + n0, 2 * I, RANK, False, BLOCK_N, PRECISION
+                    up, low_ptr, factor_ptr, expert, rows, row_mask, I + n0, 2 * I, RANK, False, BLOCK_N, PRECISION
                 )
             if HAS_BIAS:
                 gate = add_bias(gate, bias_ptr, expert, n0, 2 * I, BLOCK_N)
@@ -106,7 +107,8 @@ def up_kernel(
                 z = multiply_add(x, block, z, PRECISION)
             if RANK > 0:
                 z = add_low_rank(
-                    z, low_ptr, left_ptr, expert, rows, row_mask, z0, PER_COLUMN * I, RANK, False, BLOCK_Z, PRECISION
+                    *(z, low_ptr, factor_ptr, expert, rows, row_mask, z0, PER_COLUMN * I),
+                    *(RANK, False, BLOCK_Z, PRECISION),
                 )
             if HAS_BIAS:
                 z = add_bias(z, bias_ptr, expert, z0, PER_COLUMN * I, BLOCK_Z)
@@ -121,64 +123,51 @@ def up_kernel(
 
 
 def up(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    plan: RoutingPlan,
-    gate: Gate,
-    persistent: bool,
-    save_z: bool,
-    bias: torch.Tensor | None = None,
-    low_rank: LowRank | None = None,
+    x: torch.Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (T, H), weight (E, Z, H), bias (E, Z), low_rank (R, r), (E, Z, r) -> Z (R, Z) and A (R, I).
-
-    Z = 2I columns with a gate, I without; the first result is empty unless save_z.
-    """
-    z = x.new_empty(plan.rows, weight.shape[1]) if save_z else x.new_empty(0)
-    a = x.new_empty(plan.rows, weight.shape[1] // (2 if gate.gated else 1))
-    _launch(x, weight, plan, persistent, gate.constants(), z, a, bias, low_rank)
+    """x (T, H), weight (E, Z, H) -> Z (R, Z), empty unless save_z, and A (R, I)."""
+    width = weight.matrix.shape[1]
+    z = x.new_empty(plan.rows, width) if save_z else x.new_empty(0)
+    a = x.new_empty(plan.rows, width // 2 if gate.gated else width)
+    _launch(x, weight, plan, gate.constants(), z, a)
     return z, a
 
 
-def up_low(x: torch.Tensor, right: torch.Tensor, plan: RoutingPlan, persistent: bool) -> torch.Tensor:
-    """X[token] right[e]^T: x (T, H), right (E, r, H) -> (R, r), the inner half of a low-rank product."""
-    low = x.new_empty(plan.rows, right.shape[1])
+def up_low(x: torch.Tensor, lora_a: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """X[token] lora_a[e]^T: x (T, H), lora_a (E, r, H) -> (R, r), the inner half of a low-rank product."""
+    low = x.new_empty(plan.rows, lora_a.shape[1])
     identity = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "INTERLEAVED": False}
-    _launch(x, right, plan, persistent, identity, x.new_empty(0), low, None, None)
+    _launch(x, Weight(lora_a), plan, identity, x.new_empty(0), low)
     return low
 
 
 def _launch(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     plan: RoutingPlan,
-    persistent: bool,
     gate: dict[str, object],
     z: torch.Tensor,
     a: torch.Tensor,
-    bias: torch.Tensor | None,
-    low_rank: LowRank | None,
 ) -> None:
     hidden, width = x.shape[1], a.shape[1]
-    matrix, w_is_kn = stored(weight)
+    matrix, w_is_kn = stored(weight.matrix)
     tma = tma_fits(matrix, x, a)
-    plain = bias is None and low_rank is None and not w_is_kn and gate["GATED"] and not gate["INTERLEAVED"]
+    plain = weight.plain and not w_is_kn and gate["GATED"] and not gate["INTERLEAVED"]
     sizes = (plan.rows // plan.experts, width, hidden) if plain else None
-    config = fit_columns(select_config("up", weight.device, x.dtype, plan.group_size, tma, sizes), width)
+    config = fit_columns(select_config("up", x.device, x.dtype, plan.group_size, tma, sizes), width)
     columns = config.block_n * (2 if gate["INTERLEAVED"] else 1)
     block = (config.block_k, columns) if w_is_kn else (columns, config.block_k)
-    low, left, rank = low_rank_arguments(low_rank, a)
+    low, factor, rank = low_rank_arguments(weight, a)
     config = fit_rank(config, rank, x.device, x.element_size())
-    launch_tiles(
+    launch_grid(
         up_kernel,
         config,
-        plan,
-        width,
-        persistent,
+        plan.max_tiles * cdiv(width, config.block_n),
+        plan.persistent,
         (
             x,
             descriptor(matrix, 1, *block) if tma else matrix,
-            *(a if bias is None else bias, low, left, z, a),
+            *(a if weight.bias is None else weight.bias, low, factor, z, a),
             *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
         ),
         (hidden, width, matrix.stride(0)),
@@ -186,7 +175,7 @@ def _launch(
             "TOP_K": plan.top_k,
             **gate,
             "W_IS_KN": w_is_kn,
-            "HAS_BIAS": bias is not None,
+            "HAS_BIAS": weight.bias is not None,
             "RANK": rank,
             "SAVE_Z": z.numel() > 0,
             "USE_TMA": tma,

@@ -21,18 +21,20 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from moe_kernels import triton_backend as steps
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.backends.triton import TritonBackend
 from moe_kernels.kernels.device import interpreting
 from moe_kernels.kernels.tiles.config import use_config
 from moe_kernels.kernels.tiles.table import GemmConfig, table
 from moe_kernels.kernels.tiles.tuned import Key, Sizes, bucket
+from moe_kernels.layer import Weight
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.bench.accuracy import Error
 from moe_kernels.tools.bench.layer import make_layer
 from moe_kernels.tools.check.problems import Case
 from moe_kernels.tools.check.verification import verify_case
 
+STEPS = TritonBackend()
 #: The six GEMMs of a layer, and the kernel that runs each.
 CALLS = {
     "up": "up",
@@ -115,12 +117,13 @@ def layer_tensors(shape: LayerShape, group: int, device: torch.device) -> Simple
     """A layer's plan, inputs and intermediate tensors: random bf16 data, mildly skewed routing."""
     layer = make_layer(shape, "mild", device, torch.bfloat16)
     t = SimpleNamespace(x=layer.x.detach(), dout=layer.grad_out, experts=shape.experts, ids=layer.topk_ids)
-    t.gate_up, t.down, t.weights = layer.gate_up.detach(), layer.down.detach(), layer.topk_weights.detach()
+    t.gate_up, t.down = Weight(layer.gate_up.detach()), Weight(layer.down.detach())
+    t.weights = layer.topk_weights.detach()
     t.gate = Gate(Activation("silu"))
-    t.plan = steps.make_plan(t.ids, t.experts, group)
-    t.z, t.a = steps.up(t.x, t.gate_up, t.plan, t.gate, True, True)
-    t.dout_rows, t.x_rows = steps.gather(t.dout, t.plan), steps.gather(t.x, t.plan)
-    t.dz, t.wa, _ = steps.down_grad(t.dout_rows, t.down, t.z, t.weights, t.plan, t.gate, True)
+    t.plan = STEPS.make_plan(t.ids, t.experts, group)
+    t.z, t.a = STEPS.up(t.x, t.gate_up, t.plan, t.gate, True)
+    t.dout_rows, t.x_rows = STEPS.gather(t.dout, t.plan), STEPS.gather(t.x, t.plan)
+    t.dz, t.wa, _ = STEPS.down_grad(t.dout_rows, t.down, t.z, t.weights, t.plan, t.gate, True)
     return t
 
 
@@ -128,12 +131,12 @@ def gemms(shape: LayerShape, group: int, device: torch.device) -> dict[str, Call
     """The six GEMMs of a layer on the tensors above: name of the call -> a call of it."""
     t = layer_tensors(shape, group, device)
     return {
-        "up": lambda: steps.up(t.x, t.gate_up, t.plan, t.gate, True, True)[1],
-        "down": lambda: steps.down(t.a, t.down, t.plan, True),
-        "dgrad": lambda: steps.dgrad(t.dz, t.gate_up, t.plan, True),
-        "dgrad (dA0)": lambda: steps.dgrad(t.dout_rows, t.down, t.plan, True),
-        "wgrad": lambda: steps.wgrad(t.dz, t.x_rows, t.plan),
-        "wgrad (dW2)": lambda: steps.wgrad(t.dout_rows, t.wa, t.plan),
+        "up": lambda: STEPS.up(t.x, t.gate_up, t.plan, t.gate, True)[1],
+        "down": lambda: STEPS.down(t.a, t.down, t.plan),
+        "dgrad": lambda: STEPS.dgrad(t.dz, t.gate_up, t.plan),
+        "dgrad (dA0)": lambda: STEPS.dgrad(t.dout_rows, t.down, t.plan),
+        "wgrad": lambda: STEPS.wgrad(t.dz, t.x_rows, t.plan),
+        "wgrad (dW2)": lambda: STEPS.wgrad(t.dout_rows, t.wa, t.plan),
     }
 
 

@@ -62,7 +62,7 @@ class Inputs:
     """The tensors of a case. ``grad`` (T, H), or (T, K, H) unreduced, is the gradient of the loss to the output.
 
     ``extras`` holds the optional tensors under the names of :func:`moe_kernels.fused_experts`, low-rank pairs as
-    ``..._left`` and ``..._right``; ``options`` its arguments that are no tensors.
+    ``..._lora_b`` and ``..._lora_a``; ``options`` its arguments that are no tensors.
     """
 
     x: Tensor
@@ -119,8 +119,8 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
     if case.lora_rank:
         rank = case.lora_rank
         for name, (rows, cols) in (("gate_up", (width, hidden)), ("down", (hidden, intermediate))):
-            extras[f"{name}_left"] = normal(experts, rows, rank, scale=rank**-0.5)
-            extras[f"{name}_right"] = normal(experts, rank, cols, scale=cols**-0.5)
+            extras[f"{name}_lora_b"] = normal(experts, rows, rank, scale=rank**-0.5)
+            extras[f"{name}_lora_a"] = normal(experts, rank, cols, scale=cols**-0.5)
     settings: dict[str, Any] = {"activation": case.activation, "interleaved": case.interleaved, "reduce": case.reduce}
     defaults = {"activation": "silu", "interleaved": False, "reduce": True}
     options = {name: value for name, value in settings.items() if value != defaults[name]}
@@ -143,8 +143,8 @@ def call(implementation: Experts, inputs: Inputs) -> Tensor:
     extras = inputs.extras
     arguments: dict[str, Any] = {name: bias for name, bias in extras.items() if name.endswith("_bias")}
     for name in ("gate_up", "down"):
-        if f"{name}_left" in extras:
-            arguments[f"{name}_lora"] = (extras[f"{name}_left"], extras[f"{name}_right"])
+        if f"{name}_lora_b" in extras:
+            arguments[f"{name}_lora"] = (extras[f"{name}_lora_b"], extras[f"{name}_lora_a"])
     return implementation(
         inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.gate_up, inputs.down, **arguments, **inputs.options
     )

@@ -99,14 +99,13 @@ def _select(verdict: Verdict, inputs: Inputs, backend: str) -> bool:
 
 def compile_variants(ours: Experts, backend: str, inputs: Inputs) -> None:
     """Compile in parallel, without a launch, all that ``ours`` needs on ``backend`` for ``inputs``."""
-    if not backends.load(backend).COMPILES or not inputs.x.is_cuda:  # Triton's interpreter compiles nothing
+    if not backends.load(backend).compiles or not inputs.x.is_cuda:  # Triton's interpreter compiles nothing
         return
     leaves = inputs.with_own_leaves()
-    with compiling_only(inputs.x.device):
+    with compiling_only(inputs.x.device), backends.uncounted():
         for chosen in variants(backend).values():
             with chosen:
                 call(ours, leaves)
-            backends.count_dispatch(backend, -1)  # nothing ran
 
 
 def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
@@ -123,7 +122,7 @@ def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
 
 @contextmanager
 def _hopper(schedule: Any, together: int, gathered: bool) -> Iterator[None]:
-    from moe_kernels.gluon_backend import use_gathered
+    from moe_kernels.backends.gluon import use_gathered
     from moe_kernels.kernels.hopper.gemm import use_k_blocks_per_wait
     from moe_kernels.kernels.hopper.ring import use_schedule
 

@@ -27,7 +27,7 @@ PACKAGES: tuple[str, ...] = (
     "apache-tvm-ffi",
 )
 #: What decides how an expert layer runs. The tools around it do not.
-KERNEL_SOURCES = ("*.py", "kernels", "integrations", "telemetry")
+KERNEL_SOURCES = ("*.py", "backends", "kernels", "integrations", "telemetry")
 
 
 def installed_version(package: str) -> str | None:

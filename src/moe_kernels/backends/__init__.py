@@ -1,0 +1,164 @@
+"""Which backend runs an expert layer, why, and proof that it ran.
+
+A backend is a :class:`Backend` of :mod:`moe_kernels.registry`. Nothing falls back in silence: :func:`select` returns
+the reason for its choice, and every expert call is counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import logging
+import pkgutil
+from collections.abc import Iterator
+
+import torch
+
+from moe_kernels import registry
+from moe_kernels.backends.protocol import Backend
+from moe_kernels.layer import AnyTensors, Spec
+from moe_kernels.problem import Problem, UnsupportedProblem, device_capability
+
+logger = logging.getLogger("moe_kernels")
+__all__ = ["Backend", "Problem", "UnsupportedProblem", "device_capability"]
+
+
+def register_backend(backend: type[Backend]) -> None:
+    """Make ``backend=`` accept the name of this class. Again, with the class or its successor: takes its place.
+
+    Raises:
+        ValueError: the name is another backend's.
+    """
+    name, path = backend.name, registry.path_of(backend)
+    taken = {"auto": "what chooses one", **registry.paths()}
+    if taken.get(name, path) != path:
+        raise ValueError(f"backend {name!r} is {taken[name]} already: take another name.")
+    registry.registered[name] = backend
+    for cache in (load, select, _backend_of):
+        cache.cache_clear()
+
+
+@functools.cache
+def load(name: str) -> Backend:
+    """The backend ``name``, imported at its first use.
+
+    Raises:
+        ValueError: its class lacks something that a backend has, or goes by another name.
+    """
+    path = registry.paths()[name]
+    found = registry.registered.get(name) or pkgutil.resolve_name(path)
+    lacking = [part for part in sorted({"name", "compiles", *Backend.__abstractmethods__}) if not _has(found, part)]
+    if lacking:
+        raise ValueError(f"backend {name!r}: {path} has no {', '.join(lacking)}.")
+    backend: Backend = found()
+    if name != backend.name:
+        raise ValueError(f"backend {name!r}: {path} has the name {backend.name!r}; they must be the same.")
+    return backend
+
+
+def _has(backend: type, part: str) -> bool:
+    value = getattr(backend, part, None)
+    return value is not None and not getattr(value, "__isabstractmethod__", False)
+
+
+def why_not(name: str, problem: Problem) -> str | None:
+    """None if backend ``name`` runs ``problem``, else the reason and the cure in one sentence."""
+    return load(name).why_not(problem)
+
+
+def explain(problem: Problem) -> list[tuple[str, str | None]]:
+    """``why_not`` of every backend: the package's own in order of preference, then those that were added."""
+    return [(name, why_not(name, problem)) for name in registry.paths()]
+
+
+@functools.lru_cache(maxsize=256)
+def select(problem: Problem, name: str = "auto") -> tuple[str, str]:
+    """The backend that runs ``problem`` and the reason, logged once per problem.
+
+    On a GPU ``auto`` takes gluon where it runs and triton elsewhere; torch only off CUDA: on a GPU it would be a
+    silent slowdown, so it must be asked for by name.
+
+    Raises:
+        UnsupportedProblem: the backend asked for, or on CUDA the Triton backend, cannot run the problem.
+    """
+    if name != "auto":
+        reason = why_not(name, problem)
+        if reason is not None:
+            raise UnsupportedProblem(f"backend {name!r} cannot run this: {reason}")
+        chosen, why = name, "asked for by name"
+    elif problem.device_type == "cuda":
+        reason = why_not("triton", problem)
+        if reason is not None:
+            raise UnsupportedProblem(
+                f"the Triton kernels cannot run this: {reason} backend='torch' runs it slowly; "
+                "experts_implementation='grouped_mm' runs it without these kernels."
+            )
+        slower = why_not("gluon", problem)
+        gpu = f"CUDA compute capability {problem.capability}"
+        chosen, why = ("gluon", gpu) if slower is None else ("triton", f"{gpu}; not gluon: {slower}")
+    else:
+        chosen, why = "torch", f"tensors are on {problem.device_type}, Triton kernels need an NVIDIA GPU"
+    logger.info("expert layers run on backend %s (%s)", chosen, why)
+    _reasons[chosen] = why
+    return chosen, why
+
+
+def backend_of(tensors: AnyTensors, spec: Spec) -> Backend:
+    """The backend that runs a call."""
+    return _backend_of(spec, tensors.down.device, tensors.down.dtype, tensors.down.shape, tensors.topk_weights.shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backend_of(
+    spec: Spec, device: torch.device, dtype: torch.dtype, down: torch.Size, topk: torch.Size
+) -> Backend:
+    (experts, hidden, intermediate), (tokens, top_k) = down, topk
+    problem = Problem(
+        device.type,
+        device_capability(device),
+        dtype,
+        experts,
+        top_k,
+        hidden,
+        intermediate,
+        spec.activation,
+        spec.rows_per_tile(tokens * top_k, experts),
+        spec.persistent,
+    )
+    return load(select(problem, spec.backend)[0])
+
+
+_counts: collections.Counter[str] = collections.Counter()
+_reasons: dict[str, str] = {}
+
+
+def count_dispatch(name: str, why: str = "") -> None:
+    """Called once by every forward of the op that runs. ``why``: where :func:`select` did not choose."""
+    _counts[name] += 1
+    if why:
+        _reasons.setdefault(name, why)
+
+
+def dispatch_counts() -> dict[str, int]:
+    """Expert forward calls that ran since the start or the last reset, by backend."""
+    return dict(_counts)
+
+
+def dispatch_reason() -> str:
+    """Why the backends in :func:`dispatch_counts` were chosen."""
+    return "; ".join(_reasons[name] for name in sorted(_counts))
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Within this context forwards are not counted: nothing runs, or it is no part of what is proved."""
+    before = _counts.copy()
+    yield
+    _counts.clear()
+    _counts.update(before)
+
+
+def reset_dispatch_counts() -> None:
+    """Forget the counts."""
+    _counts.clear()

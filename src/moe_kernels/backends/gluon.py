@@ -1,0 +1,120 @@
+"""The Gluon backend, for Hopper: the Triton backend with warp-specialised GEMMs.
+
+Rows of X are gathered inside the up projection, and rows of dO inside the backward where experts are small. The
+backward of the activation is the epilogue of a GEMM. Steps that these kernels do not cover (a bias, a low-rank part,
+column-major weights, interleaved gate and up, no gate) run on the Triton backend's kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from moe_kernels import trial
+from moe_kernels.activation import Gate
+from moe_kernels.backends.triton import TritonBackend
+from moe_kernels.kernels.hopper import gluon_names
+from moe_kernels.kernels.tiles.config import Override
+from moe_kernels.layer import Rows, Weight
+from moe_kernels.problem import Problem
+from moe_kernels.routing import RoutingPlan, TokenRows
+
+_LACKS = gluon_names.lacks()
+if _LACKS is None:  # else `why_not` says so, and nothing below is called
+    from moe_kernels.kernels.hopper import down_grad, gemm, wgrad
+
+GROUP_SIZE = 128  # rows per tile
+ALIGNMENT = 64  # of hidden and intermediate sizes: the length of a k block, and the columns per store
+
+
+class GluonBackend(TritonBackend):
+    """Steps as Gluon kernels where these fit, else as Triton kernels."""
+
+    name = "gluon"
+
+    def why_not(self, problem: Problem) -> str | None:
+        reason = super().why_not(problem)
+        if reason is not None:
+            return reason
+        if problem.capability is None or problem.capability[0] != 9:
+            return "it is written for Hopper (H100, H200): use backend='triton'."
+        if _LACKS is not None:
+            return f"the Gluon of triton {triton.__version__} has no {_LACKS}: use backend='triton', or install " \
+                   f"triton {' or '.join(gluon_names.TRIED)}."  # fmt: skip
+        if problem.dtype == torch.float32:
+            return "it multiplies 16-bit numbers: use backend='triton' for float32."
+        if problem.group_size != GROUP_SIZE or not problem.persistent:
+            return f"its kernels are persistent, on tiles of {GROUP_SIZE} rows: set moe_group_size: {GROUP_SIZE} " \
+                   "and moe_persistent_kernel: true, or use backend='triton'."  # fmt: skip
+        if problem.hidden % ALIGNMENT or problem.intermediate % ALIGNMENT:
+            return f"hidden size {problem.hidden} or intermediate size {problem.intermediate} is no multiple of " \
+                   f"{ALIGNMENT}: use backend='triton'."  # fmt: skip
+        if gluon_names.release() not in gluon_names.TRIED:  # last: it takes a minute, once
+            refusal = trial.refusal(torch.device("cuda", torch.cuda.current_device()))
+            if refusal is not None:
+                return f"triton {triton.__version__} is newer than any tried with it, and {refusal}: use " \
+                       "backend='triton'."  # fmt: skip
+        return None
+
+    def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
+        if weight.plain and _halves(gate) and _fits(x, weight.matrix):
+            return gemm.up(x, weight.matrix, plan, gate, save_z)
+        return super().up(x, weight, plan, gate, save_z)
+
+    def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
+        if weight.plain and _fits(a, weight.matrix):
+            return gemm.down(a, weight.matrix, plan)
+        return super().down(a, weight, plan)
+
+    def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
+        if weight.plain and _fits(rows, weight.matrix):
+            return gemm.dgrad(rows, weight.matrix, plan)
+        return super().dgrad(rows, weight, plan)
+
+    def dout_rows(self, dout: Tensor, down: Tensor, plan: RoutingPlan, gate: Gate) -> Rows:
+        gathered = down.shape[2] <= _GATHERED if _forced.choice is None else _forced.choice
+        if gathered and _halves(gate) and _fits(dout, down):
+            return TokenRows(dout, plan.top_k)
+        return self.gather(dout, plan)
+
+    def down_grad(
+        self,
+        dout_rows: Rows,
+        weight: Weight,
+        z: Tensor,
+        topk_weights: Tensor,
+        plan: RoutingPlan,
+        gate: Gate,
+        overwrite_z: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if weight.plain and _halves(gate) and (isinstance(dout_rows, TokenRows) or _fits(dout_rows, weight.matrix)):
+            return down_grad.down_grad(dout_rows, weight.matrix, z, topk_weights, plan, gate, overwrite_z)
+        return super().down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z)
+
+    def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
+        if isinstance(left, TokenRows) or _fits(left, right):
+            return wgrad.wgrad(left, right, plan)
+        return super().wgrad(left, right, plan)
+
+
+def _halves(gate: Gate) -> bool:
+    """Whether the rows of W1 are [gate; up]."""
+    return gate.gated and not gate.interleaved
+
+
+def _fits(*tensors: Tensor) -> bool:
+    """Whole matrices, aligned, whose columns (and rows, of weights) are multiples of what the kernels work on."""
+    for t in tensors:
+        sizes = t.shape[1:]
+        if not t.is_contiguous() or t.numel() == 0 or t.data_ptr() % 16 or any(n % ALIGNMENT for n in sizes):
+            return False
+    return True
+
+
+#: Intermediate sizes up to which the kernels gather rows of dO themselves. The copy costs R H, what the kernels lose
+#: R H I: benchmarks/results/h*00-log-9-epilogues.json has 256 (faster) and from 704 on (as fast, or slower).
+_GATHERED = 512
+_forced: Override[bool] = Override()
+#: Within ``use_gathered(gathered)`` the kernels gather rows of dO themselves, or never do: for checks and tests.
+use_gathered = _forced.use

@@ -1,0 +1,101 @@
+"""What a backend is: the steps of :mod:`moe_kernels.steps`, and when it can run them."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from moe_kernels.activation import Gate
+from moe_kernels.layer import Rows, Weight
+from moe_kernels.problem import Problem
+from moe_kernels.routing import RoutingPlan
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The steps of one layer. Subclass it: mypy then checks them, and Python that none is missing.
+
+    Sorted rows are rows in expert order. Rows from ``plan.expert_start[-1]`` on belong to no expert: what a step
+    writes there is never read.
+
+    Attributes:
+        name: what ``backend=`` calls it.
+        compiles: it launches kernels of Triton or Gluon, which are compiled side by side ahead of the first call.
+    """
+
+    name: str
+    compiles: bool
+
+    @abstractmethod
+    def why_not(self, problem: Problem) -> str | None:
+        """None, or one sentence with the reason and the cure. Everything it accepts must run."""
+
+    @abstractmethod
+    def make_plan(self, topk_ids: Tensor, experts: int, group_size: int, persistent: bool = True) -> RoutingPlan:
+        """Step 0: stable sort of the slots (T, K) by expert, and the tiles of the sorted rows."""
+
+    @abstractmethod
+    def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
+        """Step 1, of x (T, H): Z = X[row_token] W1[e]^T (R, Z), empty unless save_z, and A = f(Z) (R, I)."""
+
+    @abstractmethod
+    def up_low(self, x: Tensor, lora_a: Tensor, plan: RoutingPlan) -> Tensor:
+        """X[row_token] lora_a[e]^T: x (T, H), lora_a (E, r, H) -> (R, r)."""
+
+    @abstractmethod
+    def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
+        """Step 2: Y = A W2[e]^T: a (R, I), weight (E, H, I) -> (R, H)."""
+
+    @abstractmethod
+    def combine(self, y: Tensor, topk_weights: Tensor, plan: RoutingPlan) -> Tensor:
+        """Step 3: O[t] = sum_k w(t,k) Y[slot_row(t,k)] (T, H); dropped slots add nothing."""
+
+    @abstractmethod
+    def gather(self, x: Tensor, plan: RoutingPlan) -> Tensor:
+        """Xs[r] = X[row_token]: (T, H) -> (R, H)."""
+
+    def dout_rows(self, dout: Tensor, down: Tensor, plan: RoutingPlan, gate: Gate) -> Rows:
+        """dO (T, H) as ``down_grad`` and ``wgrad`` take it: sorted, or TokenRows that they gather themselves.
+
+        Called where W2 ``down`` (E, H, I) has neither bias nor low-rank part, whose gradients need sorted rows.
+        """
+        return self.gather(dout, plan)
+
+    @abstractmethod
+    def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
+        """rows W[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H)."""
+
+    @abstractmethod
+    def down_grad(
+        self,
+        dout_rows: Rows,
+        weight: Weight,
+        z: Tensor,
+        topk_weights: Tensor,
+        plan: RoutingPlan,
+        gate: Gate,
+        overwrite_z: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Step 4, from dO, W2 and Z: dZ (R, Z), written over Z if overwrite_z, w A (R, I), and dw (T, K)."""
+
+    @abstractmethod
+    def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
+        """Steps 5 and 8, (R, M), (R, N) -> (E, M, N): left[rows of e]^T right[rows of e]; zeros without rows."""
+
+    @abstractmethod
+    def combine_grad(self, dxr: Tensor, plan: RoutingPlan) -> Tensor:
+        """Step 7: dX[t] = sum_k dXr[slot_row(t,k)] (T, H)."""
+
+    @abstractmethod
+    def expert_sum(self, rows: Tensor, plan: RoutingPlan, topk_weights: Tensor | None = None) -> Tensor:
+        """Bias gradients, sum over the rows of e of w rows: (R, N) -> (E, N); w = 1 without topk_weights (T, K)."""
+
+
+def in_expert_order(rows: Rows, plan: RoutingPlan, backend: Backend) -> Tensor:
+    """Sorted rows (R, H): gathered with ``backend`` where they are not yet."""
+    if isinstance(rows, Tensor):
+        return rows
+    return backend.gather(rows.tokens, dataclasses.replace(plan, top_k=rows.top_k))

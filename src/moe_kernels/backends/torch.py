@@ -1,0 +1,155 @@
+"""The plain-torch backend: the same steps as the Triton backend, one loop over experts each.
+
+Runs on any device and in any floating dtype, float64 included. It reads the routing on the host, so on a GPU it
+synchronises: it exists for the CPU, for debugging and as a second opinion, not for speed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moe_kernels.activation import Gate
+from moe_kernels.backends.protocol import Backend, in_expert_order
+from moe_kernels.layer import Rows, Weight
+from moe_kernels.problem import Problem
+from moe_kernels.routing import RoutingPlan
+
+
+class TorchBackend(Backend):
+    """Steps in plain torch."""
+
+    name = "torch"
+    compiles = False
+
+    def why_not(self, problem: Problem) -> str | None:
+        """None: this backend runs everything that the op accepts."""
+        return None
+
+    def make_plan(self, topk_ids: Tensor, experts: int, group_size: int, persistent: bool = True) -> RoutingPlan:
+        plan = RoutingPlan.empty(topk_ids, experts, group_size, persistent)
+        ids = topk_ids.reshape(-1).long()
+        ids = torch.where((ids >= 0) & (ids < experts), ids, experts)
+        order = torch.sort(ids, stable=True).indices
+        counts = torch.bincount(ids, minlength=experts + 1)[:experts]
+        plan.packed.zero_()
+        plan.row_slot.copy_(order)
+        plan.slot_row[order] = torch.arange(plan.rows, dtype=torch.int32, device=ids.device)
+        plan.expert_start[1:] = counts.cumsum(0)
+        plan.expert_order.copy_(counts.sort(descending=True, stable=True).indices)
+        tiles = (counts + group_size - 1) // group_size
+        first_tile = tiles.cumsum(0) - tiles
+        tile_expert = torch.repeat_interleave(torch.arange(experts, device=ids.device), tiles)
+        tile_in_expert = torch.arange(len(tile_expert), device=ids.device) - first_tile[tile_expert]
+        plan.tile_expert[: len(tile_expert)] = tile_expert
+        plan.tile_row[: len(tile_expert)] = plan.expert_start[tile_expert] + tile_in_expert * group_size
+        plan.tile_count.fill_(len(tile_expert))
+        return plan
+
+    def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
+        z = self.down(self.gather(x, plan), weight, plan)
+        a = gate.value(z.to(_accumulator(x.dtype))).to(x.dtype)
+        return (z if save_z else z.new_empty(0)), a
+
+    def up_low(self, x: Tensor, lora_a: Tensor, plan: RoutingPlan) -> Tensor:
+        return self.down(self.gather(x, plan), Weight(lora_a), plan)
+
+    def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
+        factor = None if weight.factor is None else weight.factor.mT
+        return self.dgrad(a, weight._replace(matrix=weight.matrix.mT, factor=factor), plan)
+
+    def combine(self, y: Tensor, topk_weights: Tensor, plan: RoutingPlan) -> Tensor:
+        out = y.new_zeros(plan.tokens, y.shape[1], dtype=_accumulator(y.dtype))
+        slot_row = plan.slot_row.view(plan.tokens, plan.top_k).long()
+        kept = slot_row < plan.expert_start[-1]
+        for k in range(plan.top_k):
+            row = y[slot_row[:, k]].to(out.dtype) * topk_weights[:, k, None].to(out.dtype)
+            out += torch.where(kept[:, k, None], row, 0.0)
+        return out.to(y.dtype)
+
+    def gather(self, x: Tensor, plan: RoutingPlan) -> Tensor:
+        return x[plan.row_slot.long() // plan.top_k]
+
+    def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
+        out = rows.new_zeros(plan.rows, weight.matrix.shape[2])
+        for expert, block in _experts(plan):
+            total = rows[block] @ weight.matrix[expert]
+            if weight.low is not None and weight.factor is not None:
+                total = total + weight.low[block] @ weight.factor[expert]
+            out[block] = total if weight.bias is None else total + weight.bias[expert]
+        return out
+
+    def down_grad(
+        self,
+        dout_rows: Rows,
+        weight: Weight,
+        z: Tensor,
+        topk_weights: Tensor,
+        plan: RoutingPlan,
+        gate: Gate,
+        overwrite_z: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = in_expert_order(dout_rows, plan, self)
+        da = self.dgrad(rows, weight._replace(bias=None), plan)
+        return self.dact(da, z, topk_weights, plan, gate, overwrite_z, rows, weight.bias)
+
+    def dact(
+        self,
+        da: Tensor,
+        z: Tensor,
+        topk_weights: Tensor,
+        plan: RoutingPlan,
+        gate: Gate,
+        overwrite_z: bool = False,
+        dout_rows: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From dA0 (R, I) and Z (R, Z): dZ (R, Z), wA = w * A (R, I) and dw = <dO, Y> (T, K)."""
+        acc = _accumulator(da.dtype)
+        slots = plan.row_slot.long()
+        kept = torch.arange(plan.rows, device=da.device) < plan.expert_start[-1]
+        w = topk_weights.reshape(-1)[slots].to(acc).unsqueeze(1)
+        da_acc, z_acc = da.to(acc), z.to(acc)
+        a = gate.value(z_acc)
+        dz = gate.join(*(w * da_acc * partial for partial in gate.partials(z_acc))).to(da.dtype)
+        dots = (da_acc * a).sum(-1)
+        if dout_rows is not None and down_bias is not None:
+            for expert, rows in _experts(plan):
+                dots[rows] += dout_rows[rows].to(acc) @ down_bias[expert].to(acc)
+        dw = torch.empty_like(topk_weights)
+        dw.view(-1)[slots] = torch.where(kept, dots, 0.0).to(dw.dtype)
+        return (z.copy_(dz) if overwrite_z else dz), (w * a).to(da.dtype), dw
+
+    def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
+        left = in_expert_order(left, plan, self)
+        dw = left.new_zeros(plan.experts, left.shape[1], right.shape[1])
+        for expert, rows in _experts(plan):
+            dw[expert] = left[rows].T @ right[rows]
+        return dw
+
+    def combine_grad(self, dxr: Tensor, plan: RoutingPlan) -> Tensor:
+        ones = torch.ones(plan.tokens, plan.top_k, dtype=_accumulator(dxr.dtype), device=dxr.device)
+        return self.combine(dxr, ones, plan)
+
+    def expert_sum(self, rows: Tensor, plan: RoutingPlan, topk_weights: Tensor | None = None) -> Tensor:
+        acc = _accumulator(rows.dtype)
+        out = rows.new_zeros(plan.experts, rows.shape[1])
+        for expert, block in _experts(plan):
+            total = rows[block].to(acc)
+            if topk_weights is not None:
+                total = total * topk_weights.reshape(-1)[plan.row_slot[block].long(), None].to(acc)
+            out[expert] = total.sum(0).to(out.dtype)
+        return out
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _experts(plan: RoutingPlan) -> Iterator[tuple[int, slice]]:
+    starts = plan.expert_start.tolist()
+    for expert, (start, end) in enumerate(itertools.pairwise(starts)):
+        yield expert, slice(start, end)

@@ -1,0 +1,156 @@
+"""A layer's forward and backward as the steps of its backend. Numbers and letters as in :mod:`moe_kernels.moe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from moe_kernels.activation import Gate
+from moe_kernels.backends import Backend, backend_of
+from moe_kernels.kernels.launch.compile import compiling_only
+from moe_kernels.kernels.operands import by_rows
+from moe_kernels.kernels.tiles import config
+from moe_kernels.layer import BackwardSpec, BackwardTensors, Grads, Needs, Rows, Spec, Tensors, Weight
+from moe_kernels.routing import RoutingPlan
+
+logger = logging.getLogger("moe_kernels")
+
+
+class Forward(NamedTuple):
+    """Attributes:
+    out: (T, H), or (R, H) by slot without the sum.
+    z, x_low, packed_plan: see :class:`moe_kernels.layer.BackwardTensors`.
+    """
+
+    out: Tensor
+    z: Tensor
+    x_low: Tensor
+    packed_plan: Tensor
+
+
+def forward(t: Tensors, spec: Spec) -> Forward:
+    """Steps 0 to 3."""
+    backend, gate = backend_of(t, spec), spec.gate(t)
+    experts = t.gate_up.shape[0]
+    plan = backend.make_plan(t.topk_ids, experts, spec.rows_per_tile(t.topk_ids.numel(), experts), spec.persistent)
+    x_low = t.x.new_empty(0) if t.gate_up_lora_a is None else backend.up_low(t.x, t.gate_up_lora_a, plan)
+    gate_up = Weight(t.gate_up, t.gate_up_bias, x_low, t.gate_up_lora_b)
+    z, a = backend.up(t.x, gate_up, plan, gate, spec.needs_grad and not spec.recompute)
+    a_low = None if t.down_lora_a is None else backend.down(a, Weight(t.down_lora_a), plan)
+    y = backend.down(a, Weight(t.down, t.down_bias, a_low, t.down_lora_b), plan)
+    del a
+    if spec.reduce:
+        out = backend.combine(y, t.topk_weights, plan)
+    else:
+        out = backend.combine(y, t.topk_weights.view(-1, 1), _by_slot(plan))
+    return Forward(out, z, x_low, plan.packed)
+
+
+def _by_slot(plan: RoutingPlan) -> RoutingPlan:
+    """The plan of an output that is not summed: every slot is a token of its own, K = 1."""
+    return dataclasses.replace(plan, top_k=1)
+
+
+def backward(t: BackwardTensors, spec: BackwardSpec) -> Grads:
+    """Steps 4 to 8."""
+    needs, settings = spec.needs, spec.forward
+    backend, plan, gate = backend_of(t, settings), settings.plan(t), settings.gate(t)
+    z, overwrite_z = t.z, spec.overwrite_z
+    if settings.recompute:
+        gate_up = Weight(t.gate_up, t.gate_up_bias, t.x_low, t.gate_up_lora_b)
+        (z, _), overwrite_z = backend.up(t.x, gate_up, plan, gate, True), True
+    dz, grads = _down_grads(t, spec, z, overwrite_z, plan, gate, backend)
+    return Grads(**grads, **_gate_up_grads(t, needs, dz, plan, backend))
+
+
+def _down_grads(
+    t: BackwardTensors,
+    spec: BackwardSpec,
+    z: Tensor,
+    overwrite_z: bool,
+    plan: RoutingPlan,
+    gate: Gate,
+    backend: Backend,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Steps 4 and 5: dZ (R, Z), and the gradients that dO in expert order and wA serve. Both die here."""
+    needs, dout = spec.needs, t.dout.contiguous()
+    plan_of_dout = plan if spec.forward.reduce else _by_slot(plan)
+    dout_rows: Rows
+    dout_low = None
+    if t.down_bias is None and t.down_lora_b is None:
+        dout_rows = backend.dout_rows(dout, t.down, plan_of_dout, gate)
+    else:
+        dout_rows = in_order = backend.gather(dout, plan_of_dout)
+        if t.down_lora_b is not None:
+            dout_low = backend.dgrad(in_order, Weight(t.down_lora_b), plan)
+    down = Weight(t.down, t.down_bias, dout_low, t.down_lora_a)
+    dz, wa, dw = backend.down_grad(dout_rows, down, z, t.topk_weights, plan, gate, overwrite_z)
+    grads = {"topk_weights": dw} if needs.topk_weights else {}
+    if needs.down:
+        grads["down"] = _weight_grad(backend, t.down, dout_rows, wa, plan)
+    if needs.down_bias:
+        grads["down_bias"] = backend.expert_sum(in_order, plan, t.topk_weights)
+    if needs.down_lora_b and t.down_lora_a is not None:
+        grads["down_lora_b"] = backend.wgrad(in_order, backend.down(wa, Weight(t.down_lora_a), plan), plan)
+    if needs.down_lora_a and dout_low is not None:
+        grads["down_lora_a"] = backend.wgrad(dout_low, wa, plan)
+    return dz, grads
+
+
+def _gate_up_grads(
+    t: BackwardTensors, needs: Needs, dz: Tensor, plan: RoutingPlan, backend: Backend
+) -> dict[str, Tensor]:
+    """Steps 6 to 8, from dZ (R, Z)."""
+    grads: dict[str, Tensor] = {}
+    dz_low = None if t.gate_up_lora_b is None else backend.dgrad(dz, Weight(t.gate_up_lora_b), plan)
+    if needs.x:
+        dxr = backend.dgrad(dz, Weight(t.gate_up, None, dz_low, t.gate_up_lora_a), plan)
+        grads["x"] = backend.combine_grad(dxr, plan)
+        del dxr
+    if needs.gate_up_bias:
+        grads["gate_up_bias"] = backend.expert_sum(dz, plan)
+    if needs.gate_up_lora_b:
+        grads["gate_up_lora_b"] = backend.wgrad(dz, t.x_low, plan)
+    if needs.gate_up or needs.gate_up_lora_a:
+        x_rows = backend.gather(t.x, plan)
+        if needs.gate_up:
+            grads["gate_up"] = _weight_grad(backend, t.gate_up, dz, x_rows, plan)
+        if needs.gate_up_lora_a and dz_low is not None:
+            grads["gate_up_lora_a"] = backend.wgrad(dz_low, x_rows, plan)
+    return grads
+
+
+def _weight_grad(backend: Backend, weight: Tensor, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
+    """left[rows of e]^T right[rows of e], in the memory order of ``weight``."""
+    if isinstance(left, Tensor) and not by_rows(weight):
+        return backend.wgrad(right, left, plan).mT
+    return backend.wgrad(left, right, plan)
+
+
+_ahead: set[tuple[Any, ...]] = set()
+config.on_change.append(_ahead.clear)
+
+
+def compile_ahead(t: Tensors, spec: Spec) -> None:
+    """Compile the kernels of a layer, side by side, before its first forward: those of the backward too.
+
+    One after the other, each where it is first launched, they take several seconds of a training's first step.
+    """
+    needs = Needs(*(tensor is not None and tensor.requires_grad for tensor in t[:1] + t[2:]))
+    # What tells kernels apart, but for the number of tokens: one is as good as another.
+    layouts = [None if tensor is None else (tensor.dtype, tensor.stride(), tensor.shape[1:]) for tensor in t]
+    key = (t.gate_up.shape, *layouts, needs, spec)
+    if key in _ahead or not backend_of(t, spec).compiles:
+        return
+    _ahead.add(key)
+    began = time.perf_counter()
+    with compiling_only(t.x.device) as kernels:
+        out = forward(t, spec)
+        if spec.needs_grad:
+            backward(t.for_backward(*out), BackwardSpec(spec, needs, False))
+    sizes = f"gate_up {tuple(t.gate_up.shape)}, down {tuple(t.down.shape)}"
+    logger.info("compiled %d kernels for %s in %.1f s", len(kernels), sizes, time.perf_counter() - began)
