@@ -99,7 +99,7 @@ def fused_experts(
         reload: makes gate_up and down again, equal in all but their memory. They are then not kept for the backward,
             and must not require grad. ``torch.compile`` keeps them all the same.
         group_size: rows per tile, 64, 128, 256 or "auto".
-        persistent: one program per multiprocessor walks all tiles, instead of one program per tile.
+        persistent: one program per multiprocessor loops over all tiles, instead of one program per tile.
         backend: "auto", "triton", "gluon" or "torch".
 
     Returns:

@@ -58,7 +58,7 @@ def _field_sizes(rows: int, experts: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _layout(rows: int, experts: int, _smallest_tile: int) -> list[int]:
-    """Elements of each field and of the gap behind it, in turn. The last argument is part of the key alone."""
+    """Elements of each field and of the gap behind it, alternating. The last argument is part of the key alone."""
     return [n for size in _field_sizes(rows, experts) for n in (size, _aligned(size) - size)]
 
 

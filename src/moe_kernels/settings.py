@@ -33,7 +33,7 @@ class ExpertsSettings:
     Attributes:
         group_size: rows per tile of the grouped GEMMs. Each tile of that many sorted rows belongs to one
             expert. ``"auto"`` picks from the mean number of rows per expert.
-        persistent: one program per multiprocessor walks all tiles, instead of one program per tile.
+        persistent: one program per multiprocessor loops over all tiles, instead of one program per tile.
         backend: ``"auto"``, ``"gluon"``, ``"triton"``, ``"torch"``, or one that was added (moe_kernels.registry).
         recompute: keep X but not Z for the backward, which runs the up projection once more.
     """

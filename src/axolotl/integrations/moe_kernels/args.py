@@ -80,7 +80,7 @@ class MoeKernelsArgs(BaseModel):
     moe_persistent_kernel: StrictBool | None = Field(
         default=None,
         description=(
-            "One program per multiprocessor walks all tiles of a grouped GEMM, instead of one "
+            "One program per multiprocessor loops over all tiles of a grouped GEMM, instead of one "
             "program per tile. Default: true."
         ),
     )
