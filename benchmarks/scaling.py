@@ -44,7 +44,6 @@ from moe_kernels.shapes import FAMILIES
 from moe_kernels.tools.bench.timing import Spread
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import read_json, write_json
-from moe_kernels.tools.common.files import read_object as read_results
 from moe_kernels.tools.common.machine import environment
 from moe_kernels.tools.common.options import shipped
 from moe_kernels.tools.common.runfile import load_yaml
@@ -392,10 +391,10 @@ class Store:
         # Where the newest transformers lies, and how long a run may take, say nothing about what was run.
         said = {key: value for key, value in asdict(setting).items() if key not in ("newest", "timeout_s")}
         cure = "use another --json, or --fresh to measure all of it again."
-        old = read_results(path, cure) if path.is_file() and not fresh else None
+        old = read_json(path, cure) if path.is_file() and not fresh else None
         here = environment()
         if old is not None:
-            if old.get("kind") != "scaling":
+            if not isinstance(old, dict) or old.get("kind") != "scaling":
                 raise UsageError(f"{path} is no result of this program: {cure}")
             then = {**{key: old["setting"].get(key) for key in said}, **_machine(old["environment"])}
             now = {**said, **_machine(here)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import threading
 from pathlib import Path
 from unittest.mock import Mock
@@ -11,6 +12,7 @@ import pytest
 
 from moe_kernels.tools.bench import store
 from moe_kernels.tools.common import files
+from moe_kernels.tools.compare import comparison
 
 
 def opened(file: Path) -> store.Store:
@@ -48,3 +50,17 @@ def test_a_call_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.Monke
     waiting.join(10)
     assert not waiting.is_alive()
     assert messages == [f"waiting for another `moe-kernels bench` that writes to {file}"]
+
+
+COMMITTED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("*.json"))
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_results_of_earlier_versions_are_read(file: Path) -> None:
+    content = json.loads(file.read_text())
+    if content.get("kind") == "bench" and content["schema"] == 2:
+        rows = store.Report.model_validate(content).model_dump(by_alias=True)["results"]
+        assert [{name: row[name] for name in found} for row, found in zip(rows, content["results"], strict=True)]
+    elif file.parent.name.startswith("compare-"):
+        (found,) = comparison.load(file)
+        assert found.name == content["name"]

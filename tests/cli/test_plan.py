@@ -89,7 +89,7 @@ def test_own_layer_is_preferred_and_the_nearest_named(tmp_path: Path) -> None:
     [
         (b"# Title", "is not JSON"),
         (b"\xff", "is not JSON"),
-        (b"[]", "is not a result of this project"),
+        (b"[]", "is no result of `moe-kernels bench`"),
         (b"{}", "is no result of `moe-kernels bench`"),
         (b'{"results": [{"implementation": "moe_kernels"}]}', "is no result of `moe-kernels bench`"),
         (json.dumps({"results": [{**ROW, "forward_tflops": "x"}]}).encode(), "is no result of `moe-kernels bench`"),

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from moe_kernels.tools.bench.experts import Measurement
 from moe_kernels.tools.common.errors import UsageError
-from moe_kernels.tools.common.files import locked, read_object, write_text
+from moe_kernels.tools.common.files import locked, read_json, write_text
 from moe_kernels.tools.common.machine import PACKAGES
 
 logger = logging.getLogger("moe_kernels")
@@ -90,7 +90,7 @@ class Store:
             return
         cure = "use another --json, or --fresh"
         try:
-            found = Report.model_validate(read_object(self.file, f"{cure}.")).model_dump(by_alias=True)
+            found = Report.model_validate(read_json(self.file, f"{cure}.")).model_dump(by_alias=True)
         except ValidationError:
             raise UsageError(f"{self.file} is no result of this version of `moe-kernels bench`: {cure}.") from None
         for what, names in (("environment", SAME), ("arguments", self.report["arguments"])):

@@ -42,14 +42,6 @@ def read_json(path: Path, cure: str = "") -> Any:
         raise UsageError(f"{path} is not JSON ({error}){ending}") from error
 
 
-def read_object(path: Path, cure: str) -> dict[str, Any]:
-    """The JSON object in a file; raises like :func:`read_json`, also where the file holds something else."""
-    found = read_json(path, cure)
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} is not a result of this project: {cure}")
-    return found
-
-
 def write_json(path: Path, data: object) -> None:
     """Write JSON atomically. A number that is not finite becomes ``"nan"``, ``"inf"`` or ``"-inf"``."""
     write_text(path, json.dumps(_finite(data), separators=(",", ":"), allow_nan=False))

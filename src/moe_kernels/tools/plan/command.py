@@ -14,7 +14,7 @@ from rich.table import Table
 
 from moe_kernels.tools.common.console import wide_console
 from moe_kernels.tools.common.errors import UsageError
-from moe_kernels.tools.common.files import read_object
+from moe_kernels.tools.common.files import read_json
 from moe_kernels.tools.common.options import several, shipped
 from moe_kernels.tools.plan.estimate import MODELS, Assumptions, Estimate, Rates, estimate
 
@@ -140,7 +140,7 @@ def measured_rates(path: Path, name: str) -> Rates:
     if not path.is_file():
         raise UsageError(f"{path} is not there: {CURE}")
     try:
-        rows = Bench.model_validate(read_object(path, CURE)).results
+        rows = Bench.model_validate(read_json(path, CURE)).results
     except ValidationError:
         raise UsageError(f"{path} is no result of `moe-kernels bench`: {CURE}") from None
     ours: dict[str, list[Row]] = {}
