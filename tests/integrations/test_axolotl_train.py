@@ -281,6 +281,8 @@ def test_other_layouts_and_lora(kind: str, folder: Path) -> None:
     calls = 4 if optimized["gradient_checkpointing"] else 2
     assert [row["train/moe/expert_calls"] for row in actual.rows] == [calls] * STEPS
     assert ("LoRA of 4 expert weights runs inside the kernels" in actual.log) == lora
+    assert ("it trains (parameters): routed experts" in actual.log) == lora
+    assert "adapts no routed expert" not in actual.log
     differences = [abs(a - b) for a, b in zip(expected.losses, actual.losses, strict=True)]
     assert differences[0] < 4e-6, differences
     assert max(differences) < 1e-4, differences

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ try:
     from packaging.version import Version  # which transformers needs
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    from moe_kernels.integrations.adapters import Adapted, adapted, doubts
     from moe_kernels.integrations.dispatch import dispatches, experts_modules, is_served, registered
     from moe_kernels.integrations.probe import probe_device
     from moe_kernels.integrations.quantized import Load, packed_weight, run_in_blocks
@@ -144,10 +146,22 @@ def run_experts(
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
-def check_model(model: torch.nn.Module) -> int:
-    """The number of expert layers of ``model``, all of them served by these kernels.
+class Served(int):
+    """The number of expert layers that these kernels serve.
 
-    Where PEFT is in use, LoRA on expert weights runs inside the kernels from here on (integrations.peft).
+    Attributes:
+        adapted: what LoRA trains, by the part of the model; None without PEFT.
+    """
+
+    adapted: Adapted | None = None
+
+
+def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) -> Served:
+    """The number of expert layers of ``model``, all of them served by these kernels, and what LoRA trains.
+
+    Where PEFT is in use, LoRA on expert weights runs inside the kernels from here on (integrations.peft). A warning
+    says where no routed expert is adapted although expert projections are named, and where the router is adapted but
+    not named in ``targets``, what the user wrote as target_modules and target_parameters.
 
     The modules are asked, not the config: where another plugin replaced the experts class, the config still
     names our implementation although it is never called.
@@ -185,13 +199,17 @@ def check_model(model: torch.nn.Module) -> int:
         for parameter in module.parameters(recurse=False):  # not by attribute, which may dequantise it
             local_tensor(module, parameter, name)
         _check_weights(module, recipe, name)
+    served = Served(len(modules))
     if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
         from moe_kernels.integrations.peft import check_lora, fuse_lora
 
         fuse_lora()
         check_lora(model)
+        served.adapted = adapted(model)
+        for doubt in doubts(model, targets):
+            logger.warning(doubt)
     _warn_of_small_gradients(model)
-    return len(modules)
+    return served
 
 
 def _warn_of_small_gradients(model: torch.nn.Module) -> None:

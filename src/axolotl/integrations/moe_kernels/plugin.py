@@ -114,12 +114,16 @@ class MoeOptimizedPlugin(BasePlugin):
         from moe_kernels.integrations.transformers import check_model
 
         with _autocast(cfg, model):
-            self.expert_layers = check_model(model)
+            served = check_model(model, _lora_targets(cfg))
+        self.expert_layers = int(served)
         LOG.info(f"moe_kernels: serves the {self.expert_layers} expert layers of {type(model).__name__}")
         if cfg.adapter:  # PEFT makes some lora_target_modules into parameters
             from moe_kernels.integrations.peft import check_lora
 
-            LOG.info(f"moe_kernels: LoRA of {check_lora(model)} expert weights runs inside the kernels")
+            LOG.info(
+                f"moe_kernels: LoRA of {check_lora(model)} expert weights runs inside the kernels; it trains "
+                f"(parameters): {served.adapted}"
+            )
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
         callbacks: list[Any] = []
@@ -137,6 +141,13 @@ class MoeOptimizedPlugin(BasePlugin):
             each_layer = cfg.moe_router_telemetry == "layers"
             callbacks.append(RouterCallback(trainer, counter, cfg.output_dir, each_layer))
         return callbacks
+
+
+def _lora_targets(cfg: DictDefault) -> list[str]:
+    """What the run file names for LoRA, as modules and as parameters."""
+    lists = (cfg.lora_target_modules, cfg.lora_target_parameters)
+    named = [name for names in lists for name in ([names] if isinstance(names, str) else names or ())]
+    return [*named, "all-linear"] if cfg.lora_target_linear else named
 
 
 def _warn_of_untried_axolotl() -> None:

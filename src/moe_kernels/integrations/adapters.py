@@ -1,0 +1,117 @@
+"""What LoRA trains: the parts of a model that its adapters are on, and a warning where that is hardly meant.
+
+The same ``target_modules`` adapt the routed experts of one model, where each is a module, and only the shared expert
+of another, whose routed experts are parameters of one module; ``all-linear`` adapts some routers. PEFT says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_kernels.integrations.dispatch import experts_modules
+
+#: Names of expert projections, in target_modules and in target_parameters.
+PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w2", "w3")
+_WRAPPING = ("base_model", "model", "base_layer", "module", "_fsdp_wrapped_module", "_orig_mod")
+
+
+class Adapted(NamedTuple):
+    """Trainable elements of LoRA's factors, by the part of the model that they adapt."""
+
+    routed_experts: int
+    shared_expert: int
+    router: int
+    attention: int
+    rest: int
+
+    def __str__(self) -> str:
+        parts = (f"{name.replace('_', ' ')} {count:,}" for name, count in self._asdict().items() if count)
+        return ", ".join(parts) or "nothing"
+
+
+def adapted(model: torch.nn.Module) -> Adapted:
+    """What LoRA trains in ``model``; the parts are told apart by where they stand beside the experts modules."""
+    counts = dict.fromkeys(Adapted._fields, 0)
+    for part, _, size in _factors(model):
+        counts[part] += size
+    return Adapted(**counts)
+
+
+def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> list[str]:
+    """Sentences about adapters that are hardly meant, each with the line to write instead.
+
+    targets: what the user named, as modules and parameters. None: what PEFT's configuration holds, where
+    ``all-linear`` stands as the names that it led to, so that a router that was named is doubted too.
+    """
+    found = list(_factors(model))
+    if not found:
+        return []
+    trained = adapted(model)
+    configs = getattr(model, "peft_config", {}).values()
+    named = {name.rpartition(".")[2] for name in targets or _configured(configs)}
+    said = []
+    if not trained.routed_experts and named & {*PROJECTIONS, "all-linear"}:
+        weights = sorted({f"{place[-2]}.{place[-1]}.{weight}" for place, weight in _expert_weights(model)})
+        said.append(
+            f"LoRA adapts no routed expert, though expert projections are named "
+            f"({', '.join(sorted(named & {*PROJECTIONS, 'all-linear'}))}): the routed experts of this model are "
+            f"parameters, not modules. To train them write lora_target_parameters: [{', '.join(weights)}] "
+            "(target_parameters of PEFT)."
+        )
+    routers = {place[-1] for part, place, _ in found if part == "router"}
+    if routers and (targets is None or not routers <= named):
+        others = sorted({place[-1] for part, place, _ in found if part not in ("router", "routed_experts")})
+        said.append(
+            f"LoRA trains the router ({', '.join(sorted(routers))}), {trained.router:,} parameters: if that is not "
+            f"meant, write lora_target_modules: [{', '.join(others)}] (target_modules of PEFT)."
+        )
+    return said
+
+
+def _configured(configs: Collection[Any]) -> set[str]:
+    names: set[str] = set()
+    for config in configs:
+        for targets in (config.target_modules, getattr(config, "target_parameters", None)):
+            names |= {targets} if isinstance(targets, str) else set(targets or ())
+    return names
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """A module's name in parts, without what wrapping adds."""
+    return tuple(part for part in name.split(".") if part not in _WRAPPING)
+
+
+def _expert_weights(model: torch.nn.Module) -> list[tuple[tuple[str, ...], str]]:
+    return [
+        (_place(name), weight)
+        for name, module in experts_modules(model)
+        for weight in PROJECTIONS
+        if weight in module._parameters or weight in getattr(module, "parametrizations", ())
+    ]
+
+
+def _factors(model: torch.nn.Module) -> list[tuple[str, tuple[str, ...], int]]:
+    """(part, place of the adapted module, elements) of every trainable factor."""
+    experts = {_place(name) for name, _ in experts_modules(model)}
+    blocks = {place[:-1] for place in experts}
+    found = []
+    for name, parameter in model.named_parameters():
+        parts = _place(name)
+        first = next((n for n, part in enumerate(parts) if part.startswith("lora_")), None)
+        if first is not None and parameter.requires_grad:
+            place, size = parts[:first], int(getattr(parameter, "ds_numel", parameter.numel()))
+            found.append((_part(place, experts, blocks), place, size))
+    return found
+
+
+def _part(place: tuple[str, ...], experts: set[tuple[str, ...]], blocks: set[tuple[str, ...]]) -> str:
+    above = {place[:length] for length in range(len(place) + 1)}
+    if above & experts:
+        return "routed_experts"
+    if beside := above & blocks:
+        inside = place[len(max(beside, key=len))]
+        return "shared_expert" if inside.startswith("shared") else "router"
+    return "attention" if any("attn" in part or "attention" in part for part in place) else "rest"

@@ -1,0 +1,107 @@
+"""What LoRA trains is said before training: the same targets reach different parts of different models."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+mk = pytest.importorskip("moe_kernels.integrations.transformers")
+
+from moe_kernels.integrations.adapters import Adapted, adapted, doubts  # noqa: E402
+
+SIZES = {
+    "vocab_size": 53,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "num_experts_per_tok": 2,
+}
+CONFIGS = {
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **SIZES, moe_intermediate_size=24, shared_expert_intermediate_size=24, num_experts=4
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, moe_intermediate_size=24, num_experts=4),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **SIZES, head_dim=16, num_local_experts=4, layer_types=["full_attention"] * 2
+    ),
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
+WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+R = 4
+# Both factors of both weights, E = 4, H = 32, I = 24, two layers.
+EXPERTS = 2 * R * 4 * ((48 + 32) + (32 + 24))
+SHARED = 2 * R * 3 * (32 + 24)
+
+
+def model(name: str, modules: list[str] | str, weights: list[str] | None = None) -> torch.nn.Module:
+    mk.register(backend="torch")
+    base = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), experts_implementation="moe_kernels")
+    return peft.get_peft_model(base, peft.LoraConfig(r=R, target_modules=modules, target_parameters=weights))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_part_is_counted(name: str) -> None:
+    found = adapted(model(name, ATTENTION, WEIGHTS))
+    assert found.routed_experts == EXPERTS
+    assert found.attention > 0
+    assert found[1:3] == (0, 0)
+    assert doubts(model(name, ATTENTION, WEIGHTS)) == []
+    assert adapted(model(name, ATTENTION)) == found._replace(routed_experts=0)
+    whole = model(name, ATTENTION, WEIGHTS)
+    assert sum(found) == sum(p.numel() for p in whole.parameters() if p.requires_grad)
+
+
+def test_projections_that_are_only_the_shared_experts(caplog: pytest.LogCaptureFixture) -> None:
+    named = [*ATTENTION, *PROJECTIONS]
+    with caplog.at_level(logging.WARNING, "moe_kernels"):
+        served = mk.check_model(model("qwen2_moe", named), named)
+    assert (served, served.adapted.routed_experts, served.adapted.shared_expert) == (2, 0, SHARED)
+    assert "no routed expert, though expert projections are named (down_proj, gate_proj, up_proj)" in caplog.text
+    assert "lora_target_parameters: [mlp.experts.down_proj, mlp.experts.gate_up_proj]" in caplog.text
+    caplog.clear()
+    served = mk.check_model(model("qwen2_moe", named, WEIGHTS), [*named, *WEIGHTS])
+    assert (served.adapted.routed_experts, caplog.text) == (EXPERTS, "")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_all_linear_that_reaches_no_expert(name: str) -> None:
+    """Where PEFT does not make it into expert weights: as a list of what is linear in the model."""
+    (doubt,) = doubts(model(name, ATTENTION), ["all-linear"])
+    assert "expert projections are named (all-linear)" in doubt
+
+
+def test_a_router_that_nobody_named() -> None:
+    tuned = model("mixtral", "all-linear")
+    trained = adapted(tuned)
+    assert trained.router == 2 * R * (32 + 4)
+    (doubt,) = doubts(tuned, ["all-linear"])
+    assert f"LoRA trains the router (gate), {trained.router} parameters" in doubt
+    assert "lora_target_modules: [k_proj, o_proj, q_proj, v_proj]" in doubt
+    assert doubts(tuned) == [doubt], "what all-linear led to is all that PEFT keeps of it"
+    assert doubts(tuned, [*ATTENTION, "gate"]) == []
+
+
+def test_without_an_adapter() -> None:
+    mk.register(backend="torch")
+    base = transformers.AutoModelForCausalLM.from_config(CONFIGS["mixtral"](), experts_implementation="moe_kernels")
+    assert adapted(base) == Adapted(0, 0, 0, 0, 0)
+    assert str(adapted(base)) == "nothing"
+    assert doubts(base, PROJECTIONS) == []
+    assert mk.check_model(base) == 2
+
+
+def test_frozen_factors_are_not_trained() -> None:
+    tuned = model("mixtral", ATTENTION, WEIGHTS)
+    for name, parameter in tuned.named_parameters():
+        if "experts" in name:
+            parameter.requires_grad_(False)
+    assert adapted(tuned).routed_experts == 0
