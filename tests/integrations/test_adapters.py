@@ -90,6 +90,37 @@ def test_a_router_that_nobody_named() -> None:
     assert doubts(tuned, [*ATTENTION, "gate"]) == []
 
 
+DEEPSEEK = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
+
+
+def test_a_shared_expert_whose_names_peft_takes_for_the_routed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """findings/peft-deepseek-shared-expert.sh; the line that the warning gives adapts both."""
+    sizes = SIZES | {"num_key_value_heads": 2}
+    monkeypatch.setitem(CONFIGS, "deepseek_v3", lambda: transformers.DeepseekV3Config(**sizes, **DEEPSEEK))
+    for named in (["o_proj", *PROJECTIONS], [f"shared_experts.{name}" for name in PROJECTIONS], ["all-linear"]):
+        tuned = model("deepseek_v3", named if len(named) > 1 else "all-linear")
+        assert adapted(tuned).shared_expert == adapted(tuned).rest == 0
+        doubt = next(doubt for doubt in doubts(tuned, named) if "and not" in doubt)
+        assert "mlp.down_proj, mlp.gate_proj, mlp.up_proj, shared_experts.down_proj" in doubt
+    cure = doubt.rpartition("[")[2].rstrip("].").split(", ")
+    whole = model("deepseek_v3", ["o_proj"], [*WEIGHTS, *cure])
+    assert adapted(whole).shared_expert == adapted(whole).rest == R * 3 * (32 + 24)
+    assert adapted(whole).routed_experts > 0
+    assert doubts(whole, ["o_proj", *WEIGHTS, *cure]) == []
+    assert doubts(model("deepseek_v3", ["o_proj"], WEIGHTS), ["o_proj", *WEIGHTS]) == []
+
+
 def test_without_an_adapter() -> None:
     mk.register(backend="torch")
     base = transformers.AutoModelForCausalLM.from_config(CONFIGS["mixtral"](), experts_implementation="moe_kernels")

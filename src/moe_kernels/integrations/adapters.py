@@ -1,7 +1,8 @@
 """What LoRA trains: the parts of a model that its adapters are on, and a warning where that is hardly meant.
 
-The same ``target_modules`` adapt the routed experts of one model, where each is a module, and only the shared expert
-of another, whose routed experts are parameters of one module; ``all-linear`` adapts some routers. PEFT says nothing.
+PEFT takes the same ``target_modules`` for the routed experts of one model and only for the shared expert of another;
+``all-linear`` adapts some routers, and of DeepSeek-V3 the shared expert's names mean the routed experts
+(findings/peft-deepseek-shared-expert.sh). It says nothing of it.
 """
 
 from __future__ import annotations
@@ -61,6 +62,14 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
             f"parameters, not modules. To train them write lora_target_parameters: [{', '.join(weights)}] "
             "(target_parameters of PEFT)."
         )
+    left_out = _left_out(model, {place for _, place, _ in found})
+    modules = {name for name in targets or () if ".experts." not in f".{name}"}
+    if trained.routed_experts and left_out and {n.rpartition(".")[2] for n in modules} & {*PROJECTIONS, "all-linear"}:
+        said.append(
+            f"LoRA adapts the routed experts and not {', '.join(left_out)}: PEFT takes these names for the routed "
+            "experts of this model. To train both add to lora_target_parameters (target_parameters of PEFT): "
+            f"[{', '.join(f'{name}.weight' for name in left_out)}]."
+        )
     routers = {place[-1] for part, place, _ in found if part == "router"}
     if routers and (targets is None or not routers <= named):
         others = sorted({place[-1] for part, place, _ in found if part not in ("router", "routed_experts")})
@@ -69,6 +78,12 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
             f"meant, write lora_target_modules: [{', '.join(others)}] (target_modules of PEFT)."
         )
     return said
+
+
+def _left_out(model: torch.nn.Module, places: set[tuple[str, ...]]) -> list[str]:
+    """Projections outside routed experts that no adapter is on, by the last two parts of their names."""
+    linears = (_place(name) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    return sorted({".".join(place[-2:]) for place in linears if place[-1] in PROJECTIONS and place not in places})
 
 
 def _configured(configs: Collection[Any]) -> set[str]:
