@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[2]
 TRITON, HOPPER = "src/moe_kernels/kernels/triton", "src/moe_kernels/kernels/hopper"
 TESTS = ["tests/core/test_kernels.py", "tests/core/test_sanitized.py"]
 ROUTER_TESTS = ["tests/router/test_router.py"]
+AT_A_BOUND = "tests/core/test_experts.py::test_a_clamp_at_its_bound_is_the_installed_torchs"
 QUICK = "not shipped_tiles and not scheduling and not sanitisers"
 GPU_TESTS = ["tests/device/test_gluon_gpu.py"]
 # Without the options of pyproject.toml, which refuse to run where a plugin for one of its settings is missing.
@@ -229,7 +230,7 @@ def interpreted_suite() -> Suite:
     """The Triton kernels, in the interpreter."""
     mutants = []
     for title, file, text, replacement, *times in MUTANTS:
-        tests = ROUTER_TESTS if file == "router.py" else TESTS
+        tests = {"router.py": ROUTER_TESTS, "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
         mutants.append(Mutant(title, f"{TRITON}/{file}", text, replacement, ("-k", QUICK, *tests), *times))
     return Suite(mutants, True, 600)
 
