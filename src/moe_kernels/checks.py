@@ -10,6 +10,7 @@ from moe_kernels.kernels.operands import by_rows
 from moe_kernels.layer import Tensors
 from moe_kernels.reference import LowRankPair
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check_weights(
     gate_up: Tensor,
@@ -70,8 +71,7 @@ def check_inputs(
     if topk_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"topk_ids must be int64 or int32, not {topk_ids.dtype}")
     for name, tensor in (("x", x), ("topk_weights", topk_weights), ("gate_up", gate_up), ("down", down)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating dtype, not {tensor.dtype}")
+        _check_dtype(name, tensor)
 
 
 def check_devices(tensors: Tensors) -> None:
@@ -94,6 +94,7 @@ def check_experts(
         ("gate_up_bias", gate_up_bias, gate_up.shape[:2]),
         ("down_bias", down_bias, down.shape[:2]),
     ):
+        _check_dtype(name, bias)
         if bias is not None and bias.shape != wanted:
             raise ValueError(f"{name} is {tuple(bias.shape)}, want {tuple(wanted)}")
     if gate_up.shape[1] == down.shape[2] and (interleaved or activation.parameters):
@@ -117,8 +118,16 @@ def check_low_rank(name: str, weight: Tensor, pair: LowRankPair | None) -> None:
         return
     (experts, rows, cols), (lora_b, lora_a) = weight.shape, pair
     rank = lora_b.shape[-1] if lora_b.dim() == 3 else 0
+    _check_dtype(f"{name}_lora", lora_b)
+    _check_dtype(f"{name}_lora", lora_a)
     if lora_b.shape != (experts, rows, rank) or lora_a.shape != (experts, rank, cols) or not 1 <= rank <= 128:
         raise ValueError(
             f"{name}_lora is {tuple(lora_b.shape)}, {tuple(lora_a.shape)}; want ({experts}, {rows}, r), "
             f"({experts}, r, {cols}) with r from 1 to 128"
         )
+
+
+def _check_dtype(name: str, tensor: Tensor | None) -> None:
+    if tensor is not None and tensor.dtype not in DTYPES:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"{name} must be a floating dtype ({wanted}), not {tensor.dtype}")

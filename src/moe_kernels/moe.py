@@ -167,8 +167,8 @@ def _padded(pair: LowRankPair | None, dtype: torch.dtype) -> tuple[Tensor | None
 
 
 # Steps of known sizes are replayed.
-_forward = explains_out_of_memory("forward pass")(replayed(steps.forward, first=steps.compile_ahead))
-_backward = explains_out_of_memory("backward pass")(replayed(steps.backward))
+_forward = explains_out_of_memory("forward pass")(replayed(steps.forward, steps.replays, first=steps.compile_ahead))
+_backward = explains_out_of_memory("backward pass")(replayed(steps.backward, steps.replays))
 
 
 class _Experts(torch.autograd.Function):

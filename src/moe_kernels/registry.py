@@ -16,6 +16,8 @@ _own: dict[str, str] = {
     "triton": "moe_kernels.backends.triton:TritonBackend",
     "torch": "moe_kernels.backends.torch:TorchBackend",
 }
+#: Those of which all steps do nothing but allocate and launch this package's kernels. Their names cannot be taken.
+LAUNCHES_ONLY = ("gluon", "triton")
 registered: dict[str, type] = {}
 
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from moe_kernels.activation import Gate
-from moe_kernels.backends import Backend, backend_of
+from moe_kernels.backends import Backend, backend_of, launches_only
 from moe_kernels.kernels.launch.compile import compiling_only
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.kernels.tiles import config
-from moe_kernels.layer import BackwardSpec, BackwardTensors, Grads, Needs, Rows, Spec, Tensors, Weight
+from moe_kernels.layer import AnyTensors, BackwardSpec, BackwardTensors, Grads, Needs, Rows, Spec, Tensors, Weight
 from moe_kernels.routing import RoutingPlan
 
 logger = logging.getLogger("moe_kernels")
@@ -131,6 +131,11 @@ def _weight_grad(backend: Backend, weight: Tensor, left: Rows, right: Tensor, pl
     return backend.wgrad(left, right, plan)
 
 
+def replays(t: AnyTensors, spec: Spec | BackwardSpec) -> bool:
+    """Whether what these steps allocate and launch is all that they do."""
+    return launches_only(backend_of(t, spec if isinstance(spec, Spec) else spec.forward))
+
+
 _ahead: set[tuple[Any, ...]] = set()
 config.on_change.append(_ahead.clear)
 
@@ -144,7 +149,7 @@ def compile_ahead(t: Tensors, spec: Spec) -> None:
     # What tells kernels apart, but for the number of tokens: one is as good as another.
     layouts = [None if tensor is None else (tensor.dtype, tensor.stride(), tensor.shape[1:]) for tensor in t]
     key = (t.gate_up.shape, *layouts, needs, spec)
-    if key in _ahead or not backend_of(t, spec).compiles:
+    if key in _ahead:
         return
     _ahead.add(key)
     began = time.perf_counter()

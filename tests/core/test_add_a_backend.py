@@ -10,6 +10,7 @@ import torch
 
 from moe_kernels import backends, fused_experts, registry
 from moe_kernels.backends import Backend
+from moe_kernels.backends.torch import TorchBackend
 from moe_kernels.kernels.launch import launch, replay
 from moe_kernels.settings import ExpertsSettings
 from moe_kernels.tools.check.problems import Case, make_inputs
@@ -102,17 +103,41 @@ def test_a_name_that_is_taken(mine, name):
     backends.register_backend(mine)  # again, the same
 
 
+HALF = {"wgrad": Backend.wgrad, "up": None}
+
+
 @pytest.mark.parametrize(
-    ("parts", "message"),
+    ("make", "message"),
     [
-        ({"wgrad": Backend.wgrad, "up": None}, "Broken has no up, wgrad"),
-        ({"name": "other"}, "Broken has the name 'other'; they must be the same"),
+        (lambda mine: type("Broken", (mine,), HALF), "Broken has no wgrad, up: write them"),
+        (lambda mine: type("Broken", (mine,), {"name": None}), 'Broken has no name: write name = "..."'),
+        (lambda mine: type("Broken", (Backend,), {}), "Broken has no name"),
+        (lambda mine: type("Broken", (), {"name": "x", **vars(TorchBackend), "dout_rows": None}), "has no dout_rows"),
+        (lambda mine: type("Broken", (mine,), {"__init__": lambda self, size: None}), "made without arguments, and"),
+        (lambda mine: mine(), "is no class"),
+        (lambda mine: "my_backend", "is no class"),
     ],
 )
-def test_a_class_that_is_none(mine, monkeypatch, parts, message):
-    monkeypatch.setitem(registry.registered, "mine", type("Broken", (mine,), parts))
+def test_what_is_none_is_refused_where_it_is_registered(mine, make, message):
     with pytest.raises(ValueError, match=message):
-        fused_experts(*arguments(), backend="mine")
+        backends.register_backend(make(mine))
+    assert registry.names()[-1] == "mine"
+
+
+def test_an_entry_point_that_leads_to_none(mine, monkeypatch):
+    monkeypatch.setattr(registry, "registered", {})
+    monkeypatch.setattr(registry, "_declared", lambda: dict.fromkeys(["mine", "other"], "my_backend:MyBackend"))
+    with pytest.raises(ValueError, match="MyBackend has the name 'mine'; they must be the same"):
+        fused_experts(*arguments(), backend="other")
+
+
+def test_a_successor_takes_its_place(mine):
+    """As in a notebook, where the cell of a class runs again."""
+    before = fused_experts(*arguments(), backend="mine")
+    twice = type("MyBackend", (mine,), {"combine": lambda self, *args: mine.combine(self, *args) * 2})
+    twice.__module__, twice.__qualname__ = mine.__module__, mine.__qualname__
+    backends.register_backend(twice)
+    torch.testing.assert_close(fused_experts(*arguments(), backend="mine"), 2 * before)
 
 
 ENTRY = """

@@ -241,6 +241,10 @@ BAD = {
     "integer x": (lambda a: {"x": a.x.long()}, "must be a floating dtype"),
     "integer routing weights": (lambda a: {"topk_weights": a.topk_weights.long()}, "must be a floating dtype"),
     "weights of two dtypes": (lambda a: {"down": a.down.float()}, "cast one of them"),
+    "weights of 8 bits": (
+        lambda a: {"gate_up": a.gate_up.to(torch.float8_e4m3fn), "down": a.down.to(torch.float8_e4m3fn)},
+        "gate_up must be a floating dtype .*, not torch.float8_e4m3fn",
+    ),
     "integer weights": (lambda a: {"down": a.down.long()}, "down must be a floating dtype"),
     "weights with gaps": (lambda a: {"down": a.down.repeat(1, 1, 2)[..., ::2]}, "must be contiguous"),
     "one id": (lambda a: {"topk_ids": a.topk_ids[0, 0]}, r"must be \(T, K\)"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import inspect
 import logging
 import pkgutil
 from collections.abc import Iterator
@@ -28,9 +29,10 @@ def register_backend(backend: type[Backend]) -> None:
     """Make ``backend=`` accept the name of this class. Again, with the class or its successor: takes its place.
 
     Raises:
-        ValueError: the name is another backend's.
+        ValueError: it is no whole backend, or its name is another backend's.
     """
-    name, path = backend.name, registry.path_of(backend)
+    path = registry.path_of(backend) if isinstance(backend, type) else repr(backend)
+    name = _whole(backend, path).name
     taken = {"auto": "what chooses one", **registry.paths()}
     if taken.get(name, path) != path:
         raise ValueError(f"backend {name!r} is {taken[name]} already: take another name.")
@@ -47,24 +49,43 @@ def load(name: str) -> Backend:
         ValueError: its class lacks something that a backend has, or goes by another name.
     """
     path = registry.paths()[name]
-    found = registry.registered.get(name) or pkgutil.resolve_name(path)
-    lacking = [part for part in sorted({"name", "compiles", *Backend.__abstractmethods__}) if not _has(found, part)]
-    if lacking:
-        raise ValueError(f"backend {name!r}: {path} has no {', '.join(lacking)}.")
-    backend: Backend = found()
+    backend = _whole(registry.registered.get(name) or pkgutil.resolve_name(path), path)
     if name != backend.name:
         raise ValueError(f"backend {name!r}: {path} has the name {backend.name!r}; they must be the same.")
     return backend
 
 
-def _has(backend: type, part: str) -> bool:
-    value = getattr(backend, part, None)
-    return value is not None and not getattr(value, "__isabstractmethod__", False)
+def _whole(backend: type[Backend], path: str) -> Backend:
+    """An instance of ``backend``, which stands at ``path``, if it has all that a backend has."""
+    if not isinstance(backend, type):
+        raise ValueError(f"{path} is no class: a backend is a subclass of moe_kernels.backends.Backend.")
+    name = getattr(backend, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f'{path} has no name: write name = "..." in the class.')
+    parts = sorted({"dout_rows", *Backend.__abstractmethods__})
+    lacking = [part for part in parts if getattr(getattr(backend, part, None), "__isabstractmethod__", False)]
+    lacking += [part for part in parts if not callable(getattr(backend, part, None))]
+    if lacking:
+        raise ValueError(f"{path} has no {', '.join(lacking)}: write them, or subclass a backend that has them.")
+    try:
+        inspect.signature(backend).bind()
+    except TypeError as error:
+        raise ValueError(f"{path} is made without arguments, and {error}: give its __init__ defaults.") from error
+    return backend()
+
+
+def launches_only(backend: Backend) -> bool:
+    """Whether all that the steps do is allocate and launch kernels by this package's launcher.
+
+    Only then can the kernels be compiled ahead of a launch, and launches be recorded: what a backend of somebody else
+    does besides would be lost in a replay.
+    """
+    return backend.name in registry.LAUNCHES_ONLY
 
 
 def why_not(name: str, problem: Problem) -> str | None:
     """None if backend ``name`` runs ``problem``, else the reason and the cure in one sentence."""
-    return load(name).why_not(problem)
+    return load(name).why_not(problem) or None
 
 
 def explain(problem: Problem) -> list[tuple[str, str | None]]:

@@ -23,11 +23,9 @@ class Backend(Protocol):
 
     Attributes:
         name: what ``backend=`` calls it.
-        compiles: it launches kernels of Triton or Gluon, which are compiled side by side ahead of the first call.
     """
 
     name: str
-    compiles: bool
 
     @abstractmethod
     def why_not(self, problem: Problem) -> str | None:

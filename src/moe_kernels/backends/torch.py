@@ -23,7 +23,6 @@ class TorchBackend(Backend):
     """Steps in plain torch."""
 
     name = "torch"
-    compiles = False
 
     def why_not(self, problem: Problem) -> str | None:
         """None: this backend runs everything that the op accepts."""

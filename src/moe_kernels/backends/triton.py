@@ -30,7 +30,6 @@ class TritonBackend(Backend):
     """Steps as Triton kernels."""
 
     name = "triton"
-    compiles = True
 
     def why_not(self, problem: Problem) -> str | None:
         if problem.device_type != "cuda" and not interpreting():

@@ -232,7 +232,9 @@ config.on_change.append(_programs.clear)
 
 
 def replayed(
-    steps: Callable[[T, S], R], first: Callable[[T, S], None] | None = None
+    steps: Callable[[T, S], R],
+    allowed: Callable[[T, S], bool] = lambda tensors, settings: True,
+    first: Callable[[T, S], None] | None = None,
 ) -> Callable[[T, S], R]:
     """``steps``, replayed from the third call of a signature on.
 
@@ -240,6 +242,7 @@ def replayed(
         steps: takes a named tuple of tensors and None, the first a tensor, and hashable settings; returns a tuple,
             named or not, of None and tensors that it allocated. Its allocations and launches may depend only on
             shapes, strides, dtypes, settings and ``tiles.config``.
+        allowed: whether steps do nothing else; where it is False, they are not recorded.
         first: called before the first call of a signature.
     """
 
@@ -275,9 +278,11 @@ def replayed(
         if len(_programs) >= _SIGNATURES:
             _programs.clear()
         _programs[signature] = program + 1
-        if program == 0 and first is not None:
-            first(tensors, settings)
-        if not 1 <= program < _TRIES:
+        if program >= _TRIES or not allowed(tensors, settings):
+            return steps(tensors, settings)
+        if program == 0:
+            if first is not None:
+                first(tensors, settings)
             return steps(tensors, settings)
         return _record(signature, steps, tensors, settings)
 

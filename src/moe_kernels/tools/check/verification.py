@@ -99,7 +99,8 @@ def _select(verdict: Verdict, inputs: Inputs, backend: str) -> bool:
 
 def compile_variants(ours: Experts, backend: str, inputs: Inputs) -> None:
     """Compile in parallel, without a launch, all that ``ours`` needs on ``backend`` for ``inputs``."""
-    if not backends.load(backend).compiles or not inputs.x.is_cuda:  # Triton's interpreter compiles nothing
+    # Triton's interpreter compiles nothing.
+    if not backends.launches_only(backends.load(backend)) or not inputs.x.is_cuda:
         return
     leaves = inputs.with_own_leaves()
     with compiling_only(inputs.x.device), backends.uncounted():

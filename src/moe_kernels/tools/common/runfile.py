@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_kernels.shapes import FAMILIES
 from moe_kernels.tools.common.errors import UsageError
 
 Config = dict[str, Any]
@@ -20,7 +19,7 @@ def load_yaml(path: Path) -> Config:
     import yaml
 
     if not path.is_file():
-        raise UsageError(f"There is no file {path}. Name a family ({', '.join(FAMILIES)}), all, or two YAML files.")
+        raise UsageError(f"There is no file {path}. Cure: name a run file (.yml) that is there.")
     try:
         config = yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:

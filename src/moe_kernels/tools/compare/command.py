@@ -88,7 +88,7 @@ def compare(
     ] = None,
     wandb: Annotated[str, typer.Option(help="offline, or online for those with an account.")] = "offline",
     timeout: Annotated[
-        float, typer.Option(help="Minutes after which one training, or the layer's measurement, is stopped.")
+        float, typer.Option(min=0.1, help="Minutes after which one training, or the layer's measurement, is stopped.")
     ] = 30.0,
     keep_weights: Annotated[
         bool, typer.Option("--keep-weights", help="Keep the trained weights (2 GB a run).")

@@ -86,7 +86,8 @@ def plan(
     )  # fmt: skip
     for name, value in asdict(assumptions).items():
         if value is not None and not value < TOO_LARGE:
-            raise UsageError(f"{name} is {value}: name a finite number below {TOO_LARGE:.0e} for it.")
+            option = name.replace("other_flops", "other_tflops").replace("_", "-")
+            raise UsageError(f"--{option} is {value}: name a finite number below {TOO_LARGE:.0e} for it.")
     names = several("models", models, tuple(MODELS))
     sizes, groups = numbers("--gpus", gpus), numbers("--ep", ep)
     file = shipped(MEASURED, CURE.rstrip(".")) if measured is None else measured
