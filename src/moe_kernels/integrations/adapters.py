@@ -35,10 +35,7 @@ class Adapted(NamedTuple):
 
 def adapted(model: torch.nn.Module) -> Adapted:
     """What LoRA trains in ``model``; the parts are told apart by where they stand beside the experts modules."""
-    counts = dict.fromkeys(Adapted._fields, 0)
-    for part, _, size in _factors(model):
-        counts[part] += size
-    return Adapted(**counts)
+    return _counted(_factors(model))
 
 
 def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> list[str]:
@@ -47,10 +44,10 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
     targets: what the user named, as modules and parameters. None: what PEFT's configuration holds, where
     ``all-linear`` stands as the names that it led to, so that a router that was named is doubted too.
     """
-    found = list(_factors(model))
+    found = _factors(model)
     if not found:
         return []
-    trained = adapted(model)
+    trained = _counted(found)
     configs = getattr(model, "peft_config", {}).values()
     named = {name.rpartition(".")[2] for name in targets or _configured(configs)}
     said = []
@@ -106,6 +103,13 @@ def _expert_weights(model: torch.nn.Module) -> list[tuple[tuple[str, ...], str]]
         for weight in PROJECTIONS
         if weight in module._parameters or weight in getattr(module, "parametrizations", ())
     ]
+
+
+def _counted(factors: list[tuple[str, tuple[str, ...], int]]) -> Adapted:
+    counts = dict.fromkeys(Adapted._fields, 0)
+    for part, _, size in factors:
+        counts[part] += size
+    return Adapted(**counts)
 
 
 def _factors(model: torch.nn.Module) -> list[tuple[str, tuple[str, ...], int]]:

@@ -151,9 +151,11 @@ class Served(int):
 
     Attributes:
         adapted: what LoRA trains, by the part of the model; None without PEFT.
+        lora_weights: expert weights whose LoRA runs inside the kernels.
     """
 
     adapted: Adapted | None = None
+    lora_weights: int = 0
 
 
 def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) -> Served:
@@ -204,7 +206,7 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
         from moe_kernels.integrations.peft import check_lora, fuse_lora
 
         fuse_lora()
-        check_lora(model)
+        served.lora_weights = check_lora(model)
         served.adapted = adapted(model)
         for doubt in doubts(model, targets):
             logger.warning(doubt)

@@ -118,10 +118,8 @@ class MoeOptimizedPlugin(BasePlugin):
         self.expert_layers = int(served)
         LOG.info(f"moe_kernels: serves the {self.expert_layers} expert layers of {type(model).__name__}")
         if cfg.adapter:  # PEFT makes some lora_target_modules into parameters
-            from moe_kernels.integrations.peft import check_lora
-
             LOG.info(
-                f"moe_kernels: LoRA of {check_lora(model)} expert weights runs inside the kernels; it trains "
+                f"moe_kernels: LoRA of {served.lora_weights} expert weights runs inside the kernels; it trains "
                 f"(parameters): {served.adapted}"
             )
 
