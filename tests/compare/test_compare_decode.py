@@ -9,6 +9,8 @@ from typing import Any
 import builders
 import pytest
 
+from moe_kernels.shapes import LAYERS, LayerShape
+from moe_kernels.tools.bench.timing import Spread
 from moe_kernels.tools.compare.comparison import Comparison
 from moe_kernels.tools.compare.decode import Misfit, Number, decode
 
@@ -60,3 +62,19 @@ def test_what_is_no_number(value: Any) -> None:
 
 def test_a_lone_surrogate_of_a_command_line_is_read() -> None:
     assert decode(Comparison, stored(command="compare \udcff.yml")).command == "compare ?.yml"
+
+
+SPREAD = {"median": 1.0, "p20": 1.0, "p80": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [(Spread, SPREAD), (Spread | None, SPREAD), (LayerShape | None, asdict(LAYERS["mixtral-1b"]))],
+    ids=str,
+)
+def test_a_key_that_nobody_wrote_is_refused_at_every_depth(kind: Any, known: dict[str, Any]) -> None:
+    assert asdict(decode(kind, known)) == known
+    with pytest.raises(Misfit, match=r"^other is an unknown key$"):
+        decode(kind, {**known, "other": 1})
+    with pytest.raises(Misfit, match=r"^\[0\]\.other is an unknown key$"):
+        decode(list[kind], [{**known, "other": 1}])

@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import read_json, write_json
 from moe_kernels.tools.common.runfile import precision
-from moe_kernels.tools.compare.decode import NO_OTHER_KEYS, Misfit, decode
+from moe_kernels.tools.compare.decode import Misfit, decode
 from moe_kernels.tools.compare.experts_bench import check_experts
 from moe_kernels.tools.compare.gpu import Gpu
 from moe_kernels.tools.compare.judge import CONFIRMED, NOT_CONFIRMED, Claim, judge_claims, judge_loss, kernels_ran
@@ -36,8 +36,6 @@ RESERVED = ("how",)
 @dataclass
 class Comparison:
     """Everything one comparison measured, raw."""
-
-    __pydantic_config__ = NO_OTHER_KEYS
 
     name: str
     size: str

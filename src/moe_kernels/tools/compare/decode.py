@@ -13,11 +13,6 @@ NOT_FINITE = ("nan", "inf", "-inf")
 LARGEST = 1e300
 #: Words for those of pydantic's errors that do not say what a value should be.
 MESSAGES = {"missing": "is missing", "unexpected_keyword_argument": "is an unknown key"}
-#: ``__pydantic_config__`` of a dataclass that takes no unknown key.
-NO_OTHER_KEYS = ConfigDict(extra="forbid")
-
-# Cached, for making one takes milliseconds.
-_adapter = functools.cache(TypeAdapter)
 
 
 class Misfit(ValueError):
@@ -38,6 +33,13 @@ def _number(value: Any) -> float:
 Number = Annotated[float, PlainValidator(_number)]
 
 
+# Cached, for making one takes milliseconds.
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[list[Any]]:
+    """For a list of one: pydantic takes a configuration for no dataclass, and those inside a list inherit it."""
+    return TypeAdapter(list[kind], config=ConfigDict(extra="forbid"))
+
+
 def decode(kind: Any, value: Any, where: str = "") -> Any:
     """A value from JSON as a ``kind``: a dataclass, a container, a union, or a plain type.
 
@@ -47,10 +49,10 @@ def decode(kind: Any, value: Any, where: str = "") -> Any:
     # pydantic takes no lone surrogates, which the text of a command line may hold: they become "?".
     text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
     try:
-        return _adapter(kind).validate_json(text, strict=True)
+        return _adapter(kind).validate_json(b"[" + text + b"]", strict=True)[0]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = where + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        place = where + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
         place = "".join(letter for letter in place.lstrip(".")[:200] if letter.isprintable())
         says = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
         says = f"{says[:1].lower()}{says[1:]} and is {first['input']!r:.60}"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_kernels.tools.compare.decode import NO_OTHER_KEYS, Misfit, Number
+from moe_kernels.tools.compare.decode import Misfit, Number
 
 INTERVAL_S = 0.1
 GIB = 1 << 30
@@ -21,8 +21,6 @@ COUNTERS_EVERY = 5
 @dataclass
 class Samples:
     """Samples of one run; the lists of one group have the same length."""
-
-    __pydantic_config__ = NO_OTHER_KEYS
 
     t: list[Number] = field(default_factory=list)  # Unix seconds of the next three
     busy: list[Number] = field(default_factory=list)  # percent of the period with a kernel running, as nvidia-smi
@@ -47,8 +45,6 @@ class Samples:
 @dataclass(frozen=True)
 class Gpu:
     """One GPU by name, with its driver and memory."""
-
-    __pydantic_config__ = NO_OTHER_KEYS
 
     name: str
     driver: str

@@ -22,7 +22,7 @@ from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import locked, read_json, write_json
 from moe_kernels.tools.common.network import SWITCHES
 from moe_kernels.tools.common.runfile import COUNTS, dump_yaml
-from moe_kernels.tools.compare.decode import NO_OTHER_KEYS, Misfit, Number, decode
+from moe_kernels.tools.compare.decode import Misfit, Number, decode
 from moe_kernels.tools.compare.environment import NOT_FOR_OURS, NOT_FOR_STOCK, cpu_name, inputs, token_inputs
 from moe_kernels.tools.compare.gpu import Gpu, Samples, sampled
 from moe_kernels.tools.compare.plan import ROLES, Plan, RunSpec, digest
@@ -78,8 +78,6 @@ _ERROR = re.compile(
 @dataclass
 class RunResult:
     """One training as it was run, raw: nothing is judged or averaged here."""
-
-    __pydantic_config__ = NO_OTHER_KEYS
 
     run_id: str
     role: str
