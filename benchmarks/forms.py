@@ -2,7 +2,7 @@
 
     python benchmarks/forms.py --out forms.json                        # on a GPU: both layers, every form
     python benchmarks/forms.py --forms frozen,lora-16 --kernels --out forms.json   # with the time of every kernel
-    python benchmarks/forms.py --device cpu --out forms.json           # tiny: proves the script, says nothing of speed
+    python benchmarks/forms.py --device cpu --out forms.json           # tiny: proves the script, not the speed
 
 "dense" is the same GEMMs by torch.mm with R rows and one expert's weights, without weight gradients for the forms
 whose base is frozen. Times are GPU times of forward and backward, launches queued ahead, L2 flushed before each call,

@@ -107,10 +107,12 @@ def _fake_forward(*flat: Any) -> steps.Forward:
     rows = t.topk_ids.shape[0] * t.topk_ids.shape[1]
     out = torch.empty_like(t.x) if spec.reduce else t.x.new_empty(rows, t.x.shape[1])
     z = t.x.new_empty(rows, t.gate_up.shape[1]) if spec.needs_grad and not spec.recompute else t.x.new_empty(0)
-    lora_a = t.gate_up_lora_a
-    x_low = t.x.new_empty(0) if lora_a is None else t.x.new_empty(rows, lora_a.shape[1])
+    x_low, a_low = (
+        t.x.new_empty(0) if lora_a is None else t.x.new_empty(rows, lora_a.shape[1])
+        for lora_a in (t.gate_up_lora_a, t.down_lora_a)
+    )
     plan = t.topk_ids.new_empty(plan_elements(rows, t.gate_up.shape[0]), dtype=torch.int32)
-    return steps.Forward(out, z, x_low, plan)
+    return steps.Forward(out, z, x_low, a_low, plan)
 
 
 def _backward(*flat: Any) -> tuple[Tensor, ...]:

@@ -6,6 +6,8 @@ Letters as in :mod:`moe_kernels.moe`; Z is 2I with a gate and I without. LoRA ad
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,6 +17,13 @@ from moe_kernels.routing import RoutingPlan, TokenRows, resolve_group_size
 
 #: Rows in expert order (R, N), or the tokens to take them from.
 Rows = Tensor | TokenRows
+
+
+def in_expert_order(rows: Rows, plan: RoutingPlan, gather: Callable[[Tensor, RoutingPlan], Tensor]) -> Tensor:
+    """Rows in expert order (R, N), by the backend's ``gather`` where they are tokens."""
+    if isinstance(rows, Tensor):
+        return rows
+    return gather(rows.tokens, dataclasses.replace(plan, top_k=rows.top_k))
 
 
 class Weight(NamedTuple):
@@ -38,6 +47,25 @@ class Weight(NamedTuple):
         return self.bias is None and self.factor is None
 
 
+class AddedGrads(NamedTuple):
+    """From dY (R, N), with ``Y = rows W[e]^T + low factor[e]^T + bias[e]``: the gradients of what is added.
+
+    Attributes:
+        rows: dY in expert order.
+        low: dY factor[e], (R, r); None without a factor.
+        factor: (w dY)^T low of each expert, (E, N, r); None where it is not needed. w = 1 without routing weights.
+        bias: the sum of w dY over each expert's rows, (E, N); None where it is not needed.
+        bias_dot: <dY, bias[e]> of each row, (R,) float32, which belongs to the gradient of the routing weight; None
+            without a bias or without routing weights.
+    """
+
+    rows: Tensor
+    low: Tensor | None = None
+    factor: Tensor | None = None
+    bias: Tensor | None = None
+    bias_dot: Tensor | None = None
+
+
 class Tensors(NamedTuple):
     """The tensors of a call. Shapes and dtypes as in :func:`moe_kernels.fused_experts`, already checked and cast."""
 
@@ -53,11 +81,13 @@ class Tensors(NamedTuple):
     down_lora_b: Tensor | None = None
     down_lora_a: Tensor | None = None
 
-    def for_backward(self, dout: Tensor, z: Tensor, x_low: Tensor, packed_plan: Tensor) -> BackwardTensors:
+    def for_backward(
+        self, dout: Tensor, z: Tensor, x_low: Tensor, a_low: Tensor, packed_plan: Tensor
+    ) -> BackwardTensors:
         """These tensors but for the ids, with dO and what the forward made."""
         lora = self.gate_up_lora_b, self.gate_up_lora_a, self.down_lora_b, self.down_lora_a
         tensors = self.x, self.topk_weights, self.gate_up, self.down, self.gate_up_bias, self.down_bias, *lora
-        return BackwardTensors(dout, *tensors, z, x_low, packed_plan)
+        return BackwardTensors(dout, *tensors, z, x_low, a_low, packed_plan)
 
 
 class BackwardTensors(NamedTuple):
@@ -66,7 +96,7 @@ class BackwardTensors(NamedTuple):
     Attributes:
         dout: (T, H), or (R, H) by slot without the sum.
         z: (R, Z); without elements if it is to be computed again.
-        x_low: (R, r), X lora_a^T of gate_up; without elements if it has no LoRA.
+        x_low, a_low: (R, r), X lora_a^T of gate_up and A lora_a^T of down; without elements if there is no LoRA.
         packed_plan: of :class:`moe_kernels.routing.RoutingPlan`.
     """
 
@@ -83,6 +113,7 @@ class BackwardTensors(NamedTuple):
     down_lora_a: Tensor | None
     z: Tensor
     x_low: Tensor
+    a_low: Tensor
     packed_plan: Tensor
 
 

@@ -14,8 +14,19 @@ from moe_kernels.backends import Backend, backend_of, launches_only
 from moe_kernels.kernels.launch.compile import compiling_only
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.kernels.tiles import config
-from moe_kernels.layer import AnyTensors, BackwardSpec, BackwardTensors, Grads, Needs, Rows, Spec, Tensors, Weight
-from moe_kernels.routing import RoutingPlan
+from moe_kernels.layer import (
+    AddedGrads,
+    AnyTensors,
+    BackwardSpec,
+    BackwardTensors,
+    Grads,
+    Needs,
+    Rows,
+    Spec,
+    Tensors,
+    Weight,
+)
+from moe_kernels.routing import RoutingPlan, TokenRows
 
 logger = logging.getLogger("moe_kernels")
 
@@ -23,12 +34,13 @@ logger = logging.getLogger("moe_kernels")
 class Forward(NamedTuple):
     """Attributes:
     out: (T, H), or (R, H) by slot without the sum.
-    z, x_low, packed_plan: see :class:`moe_kernels.layer.BackwardTensors`.
+    z, x_low, a_low, packed_plan: see :class:`moe_kernels.layer.BackwardTensors`.
     """
 
     out: Tensor
     z: Tensor
     x_low: Tensor
+    a_low: Tensor
     packed_plan: Tensor
 
 
@@ -37,17 +49,20 @@ def forward(t: Tensors, spec: Spec) -> Forward:
     backend, gate = backend_of(t, spec), spec.gate(t)
     experts = t.gate_up.shape[0]
     plan = backend.make_plan(t.topk_ids, experts, spec.rows_per_tile(t.topk_ids.numel(), experts), spec.persistent)
-    x_low = t.x.new_empty(0) if t.gate_up_lora_a is None else backend.up_low(t.x, t.gate_up_lora_a, plan)
+    x_low, a_low = t.x.new_empty(0), t.x.new_empty(0)  # two: an op must not return one tensor twice
+    if t.gate_up_lora_a is not None:
+        x_low = backend.low(TokenRows(t.x, plan.top_k), t.gate_up_lora_a, plan)
     gate_up = Weight(t.gate_up, t.gate_up_bias, x_low, t.gate_up_lora_b)
     z, a = backend.up(t.x, gate_up, plan, gate, spec.needs_grad and not spec.recompute)
-    a_low = None if t.down_lora_a is None else backend.down(a, Weight(t.down_lora_a), plan)
+    if t.down_lora_a is not None:
+        a_low = backend.low(a, t.down_lora_a, plan)
     y = backend.down(a, Weight(t.down, t.down_bias, a_low, t.down_lora_b), plan)
     del a
     if spec.reduce:
         out = backend.combine(y, t.topk_weights, plan)
     else:
         out = backend.combine(y, t.topk_weights.view(-1, 1), _by_slot(plan))
-    return Forward(out, z, x_low, plan.packed)
+    return Forward(out, z, x_low, a_low, plan.packed)
 
 
 def _by_slot(plan: RoutingPlan) -> RoutingPlan:
@@ -75,52 +90,51 @@ def _down_grads(
     plan: RoutingPlan,
     gate: Gate,
     backend: Backend,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor | None]]:
     """Steps 4 and 5: dZ (R, Z), and the gradients that dO in expert order and wA serve. Both die here."""
     needs, dout = spec.needs, t.dout.contiguous()
     plan_of_dout = plan if spec.forward.reduce else _by_slot(plan)
-    dout_rows: Rows
-    dout_low = None
+    added: AddedGrads | None = None
     if t.down_bias is None and t.down_lora_b is None:
         dout_rows = backend.dout_rows(dout, t.down, plan_of_dout, gate)
     else:
-        dout_rows = in_order = backend.gather(dout, plan_of_dout)
-        if t.down_lora_b is not None:
-            dout_low = backend.dgrad(in_order, Weight(t.down_lora_b), plan)
-    down = Weight(t.down, t.down_bias, dout_low, t.down_lora_a)
-    dz, wa, dw = backend.down_grad(dout_rows, down, z, t.topk_weights, plan, gate, overwrite_z)
-    grads = {"topk_weights": dw} if needs.topk_weights else {}
+        tokens = TokenRows(dout, plan_of_dout.top_k)
+        down = Weight(t.down, t.down_bias, t.a_low, t.down_lora_b)
+        added = backend.added_grads(tokens, down, plan, needs.down_lora_b, needs.down_bias, t.topk_weights)
+        dout_rows = added.rows
+    low, bias_dot = (None, None) if added is None else (added.low, added.bias_dot)
+    down = Weight(t.down, None, low, t.down_lora_a)
+    dz, wa, dw = backend.down_grad(dout_rows, down, z, t.topk_weights, plan, gate, overwrite_z, bias_dot)
+    grads: dict[str, Tensor | None] = {"topk_weights": dw if needs.topk_weights else None}
     if needs.down:
         grads["down"] = _weight_grad(backend, t.down, dout_rows, wa, plan)
-    if needs.down_bias:
-        grads["down_bias"] = backend.expert_sum(in_order, plan, t.topk_weights)
-    if needs.down_lora_b and t.down_lora_a is not None:
-        grads["down_lora_b"] = backend.wgrad(in_order, backend.down(wa, Weight(t.down_lora_a), plan), plan)
-    if needs.down_lora_a and dout_low is not None:
-        grads["down_lora_a"] = backend.wgrad(dout_low, wa, plan)
+    if added is not None:
+        grads |= {"down_bias": added.bias, "down_lora_b": added.factor}
+    if needs.down_lora_a and low is not None:
+        grads["down_lora_a"] = backend.lora_a_grad(low, wa, plan)
     return dz, grads
 
 
 def _gate_up_grads(
     t: BackwardTensors, needs: Needs, dz: Tensor, plan: RoutingPlan, backend: Backend
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | None]:
     """Steps 6 to 8, from dZ (R, Z)."""
-    grads: dict[str, Tensor] = {}
-    dz_low = None if t.gate_up_lora_b is None else backend.dgrad(dz, Weight(t.gate_up_lora_b), plan)
+    grads: dict[str, Tensor | None] = {}
+    low = None
+    if t.gate_up_lora_b is not None or needs.gate_up_bias:
+        gate_up = Weight(t.gate_up, t.gate_up_bias, t.x_low, t.gate_up_lora_b)
+        added = backend.added_grads(dz, gate_up, plan, needs.gate_up_lora_b, needs.gate_up_bias)
+        low, grads["gate_up_lora_b"], grads["gate_up_bias"] = added.low, added.factor, added.bias
     if needs.x:
-        dxr = backend.dgrad(dz, Weight(t.gate_up, None, dz_low, t.gate_up_lora_a), plan)
+        dxr = backend.dgrad(dz, Weight(t.gate_up, None, low, t.gate_up_lora_a), plan)
         grads["x"] = backend.combine_grad(dxr, plan)
         del dxr
-    if needs.gate_up_bias:
-        grads["gate_up_bias"] = backend.expert_sum(dz, plan)
-    if needs.gate_up_lora_b:
-        grads["gate_up_lora_b"] = backend.wgrad(dz, t.x_low, plan)
-    if needs.gate_up or needs.gate_up_lora_a:
-        x_rows = backend.gather(t.x, plan)
-        if needs.gate_up:
-            grads["gate_up"] = _weight_grad(backend, t.gate_up, dz, x_rows, plan)
-        if needs.gate_up_lora_a and dz_low is not None:
-            grads["gate_up_lora_a"] = backend.wgrad(dz_low, x_rows, plan)
+    x_rows: Rows = TokenRows(t.x, plan.top_k)
+    if needs.gate_up:
+        x_rows = in_order = backend.gather(t.x, plan)
+        grads["gate_up"] = _weight_grad(backend, t.gate_up, dz, in_order, plan)
+    if needs.gate_up_lora_a and low is not None:
+        grads["gate_up_lora_a"] = backend.lora_a_grad(low, x_rows, plan)
     return grads
 
 

@@ -67,11 +67,12 @@ def test_forward_contract(backend, device, dtype, kind):
 )
 def test_backward_contract(backend, device, kind, needs):
     inputs, apart = make_inputs(KINDS[kind], device), kind == APART
-    _, z, x_low, plan = torch.ops.moe_kernels.experts_forward(*forward_arguments(inputs, backend, False, apart))
+    arguments = forward_arguments(inputs, backend, False, apart)
+    _, z, x_low, a_low, plan = torch.ops.moe_kernels.experts_forward(*arguments)
     x, _, *others = tensors(inputs, False, apart)
     torch.library.opcheck(
         torch.ops.moe_kernels.experts_backward.default,
-        (inputs.grad, x, *others, z, x_low, plan, *settings(inputs, backend), needs, False),
+        (inputs.grad, x, *others, z, x_low, a_low, plan, *settings(inputs, backend), needs, False),
     )
 
 

@@ -13,7 +13,9 @@ from moe_kernels.backends.torch import TorchBackend
 from moe_kernels.backends.triton import TritonBackend
 from moe_kernels.kernels.device import dot_precision
 from moe_kernels.kernels.tiles import fit
+from moe_kernels.kernels.triton import row_pass
 from moe_kernels.layer import Weight
+from moe_kernels.routing import TokenRows
 from moe_kernels.tools.check.problems import Case, make_inputs, run
 from moe_kernels.tools.check.routings import ROUTINGS, make_routing
 from moe_kernels.tools.check.tolerances import assert_close_to_truth
@@ -207,6 +209,68 @@ def test_wgrad(s, left, right):
     assert_close_to_truth(ours, truth, eager, f"{left}^T {right}", min_exact_share=0.9)
     counts = s.plan.expert_start.diff()
     assert torch.count_nonzero(ours[counts == 0]) == 0
+
+
+def spoiled(rows, s):
+    """``rows`` with NaN behind the routed ones: rows that belong to nobody and may hold anything."""
+    rows = rows.clone()
+    rows[s.routed.stop :] = float("nan")
+    return rows
+
+
+def factors(s, width, inner):
+    """lora_b (E, width, 16), low (R, 16) and lora_a (E, 16, inner)."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (s.case.experts, width, 16), (s.plan.rows, 16), (s.case.experts, 16, inner)
+    return [torch.randn(shape, generator=generator).to(s.inputs.x) * 0.3 for shape in shapes]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("asked", ["lora", "bias", "lora frozen", "bias frozen", "both"])
+def test_added_grads(s, weighted, asked, fused, monkeypatch):
+    """Of W2 from tokens and routing weights, of W1 from rows in expert order."""
+    monkeypatch.setattr(row_pass, "MAX_RANK", 32 if fused else 0)
+    name = "down" if weighted else "gate_up"
+    matrix = getattr(s.inputs, name)
+    width = matrix.shape[1]
+    lora_b, low, _ = factors(s, width, 1)
+    bias = torch.linspace(-1, 1, s.case.experts * width).view(s.case.experts, width).to(matrix)
+    lora, biased = asked != "bias" and "bias f" not in asked, asked in ("bias", "bias frozen", "both")
+    weight = Weight(matrix, bias if biased else None, low if lora else None, lora_b if lora else None)
+    given = spoiled(low, s) if lora else None
+    dy = TokenRows(s.inputs.grad, s.case.top_k) if weighted else s.rounded["dz"]
+    ours_dy = dy if weighted else spoiled(dy, s)
+    rest = "frozen" not in asked and lora, "frozen" not in asked and biased
+    w = (s.inputs.topk_weights,) if weighted else ()
+    ours = triton_backend.added_grads(ours_dy, weight._replace(low=given), s.plan, *rest, *w)
+    wide = Weight(*(None if t is None else t.double() for t in weight))
+    wide_dy = TokenRows(dy.tokens.double(), dy.top_k) if weighted else dy.double()
+    truth = torch_backend.added_grads(wide_dy, wide, s.plan, *rest, *(t.double() for t in w))
+    eager = torch_backend.added_grads(dy, weight, s.plan, *rest, *w)
+    for field, mine, want, plain in zip(ours._fields, ours, truth, eager, strict=True):
+        assert (mine is None) == (want is None), field
+        if mine is not None:
+            part = s.routed if field in ("rows", "low", "bias_dot") else slice(None)
+            assert_close_to_truth(mine[part], want[part], plain[part], field)
+    if not any(rest) and not lora and not (biased and weighted):
+        assert ours[1:] == (None,) * 4
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_low_and_the_gradient_of_lora_a(s, gathered):
+    width = s.case.hidden if gathered else s.case.intermediate
+    _, low, lora_a = factors(s, 1, width)
+    rows = TokenRows(s.inputs.x, s.case.top_k) if gathered else s.rounded["a"]
+    wide = TokenRows(rows.tokens.double(), rows.top_k) if gathered else rows.double()
+    bad = rows if gathered else spoiled(rows, s)
+    ours, r = triton_backend.low(rows, lora_a, s.plan), s.routed
+    truth, eager = torch_backend.low(wide, lora_a.double(), s.plan), torch_backend.low(rows, lora_a, s.plan)
+    assert_close_to_truth(ours[r], truth[r], eager[r], "low", min_exact_share=0.9)
+    ours = triton_backend.lora_a_grad(spoiled(low, s), bad, s.plan)
+    truth = torch_backend.lora_a_grad(low.double(), wide, s.plan)
+    assert_close_to_truth(ours, truth, torch_backend.lora_a_grad(low, rows, s.plan), "dlora_a", min_exact_share=0.9)
+    assert torch.count_nonzero(ours[s.plan.expert_start.diff() == 0]) == 0
 
 
 def test_combine(s):

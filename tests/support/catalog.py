@@ -16,10 +16,10 @@ from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
 from moe_kernels.kernels.tiles.table import ROW_TILED, GemmConfig, table
 from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
-from moe_kernels.kernels.triton.expert_sum import expert_sum_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
 from moe_kernels.kernels.triton.plan import count_kernel, place_kernel, plan_blocks
 from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, route_grad_kernel, route_kernel
+from moe_kernels.kernels.triton.row_pass import MAX_RANK, pass_tile, row_pass_kernel, sum_blocks_kernel
 from moe_kernels.kernels.triton.up import up_kernel
 from moe_kernels.kernels.triton.wgrad import wgrad_kernel
 from support import hopper_catalog
@@ -160,6 +160,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
             yield dataclasses.replace(case, spills=10_000)
     yield from _small_cases()
     yield from _router_cases()
+    yield from _row_pass_cases()
     if capability == (9, 0):
         yield from hopper_catalog.compile_cases()
 
@@ -226,28 +227,60 @@ def _small_cases() -> Iterator[CompileCase]:
         "dz_ptr": "*bf16",
         "dw_ptr": "*fp32",
     }
-    ints = {"row_slot_ptr": "*i32", "expert_start_ptr": "*i32", "R": "i32", "I": "i32", "E": "i32", "H": "i32"}
-    others = {"dout_rows_ptr": "*bf16", "down_bias_ptr": "*bf16"}
+    ints = {"row_slot_ptr": "*i32", "expert_start_ptr": "*i32", "R": "i32", "I": "i32", "E": "i32"}
     variants = [Variant(a.name, a) for a in EVERY_ACTIVATION] + [v for v in VARIANTS if not v.rank]
     for variant, (block_r, block_i) in itertools.product(variants, ((1, 1024), (4, 256))):
         yield CompileCase(
             f"dact-i{block_i}-{variant.name}",
             dact_kernel,
-            pointers | ints | others,
-            variant.gate.constants()
-            | {"HAS_BIAS": variant.bias, "BLOCK_R": block_r, "BLOCK_I": block_i, "BLOCK_E": 64},
+            pointers | ints | {"bias_dot_ptr": "*fp32"},
+            variant.gate.constants() | {"HAS_BIAS": variant.bias, "BLOCK_R": block_r, "BLOCK_I": block_i},
             small,
             uses_dot=False,
         )
-    for weighted in (False, True):
+    sizes = dict.fromkeys(("size", "width", "blocks"), "i32")
+    yield CompileCase(
+        "sum_blocks",
+        sum_blocks_kernel,
+        {"parts_ptr": "*fp32", "routed_ptr": "*i32", "out_ptr": "*bf16"} | sizes,
+        {"BLOCK": 1024},
+        small,
+        uses_dot=False,
+    )
+
+
+def _row_pass_cases() -> Iterator[CompileCase]:
+    everything: dict[str, Any] = {"LOW": True, "GRAD": True, "BIAS_GRAD": True, "BIAS_DOT": True}
+    nothing = dict.fromkeys(everything, False) | {"TOP_K": 0, "WEIGHTED": False, "TRANSPOSED": False}
+    dout: dict[str, Any] = {"TOP_K": 8, "WEIGHTED": True}
+    kinds: dict[str, dict[str, Any]] = {
+        "dout": dout | everything,
+        "dout-lora": dout | {"LOW": True, "GRAD": True},
+        "dout-bias": dout | {"BIAS_GRAD": True, "BIAS_DOT": True},
+        "dz": {"LOW": True, "GRAD": True, "BIAS_GRAD": True},
+        "dz-bias": {"BIAS_GRAD": True},
+        "lora_a-x": {"TOP_K": 8, "GRAD": True, "TRANSPOSED": True},
+        "lora_a-wa": {"GRAD": True, "TRANSPOSED": True},
+    }
+    for (name, kind), rank, dtype in itertools.product(kinds.items(), (16, 32, 64, 128), _TYPES):
+        low = kind.get("LOW", False)
+        if (rank > MAX_RANK and low) or (rank > 16 and not low and "GRAD" not in kind):
+            continue
+        if dtype != torch.bfloat16 and rank > 16:
+            continue
+        t, tile = _TYPES[dtype], pass_tile(dtype, 2048, rank)
+        tensors = ("rows_ptr", "factor_ptr", "inner_ptr", "bias_ptr", "grad_ptr", "bias_grad_ptr")
+        types = dict.fromkeys(tensors, f"*{t}") | dict.fromkeys(_PLAN[:1] + _PLAN[2:4], "*i32")
+        types |= {"topk_weights_ptr": "*fp32", "low_ptr": "*fp32", "bias_dot_ptr": "*fp32"}
+        types |= {"R": "i32", "N": "i32", "blocks": "i32"}
+        blocks = {"RANK": rank, "EVEN_N": True, "BLOCK_R": tile.block_r, "BLOCK_N": tile.block_n}
         yield CompileCase(
-            f"expert_sum-{'weighted' if weighted else 'plain'}",
-            expert_sum_kernel,
-            {"rows_ptr": "*bf16", "weights_ptr": "*fp32", "row_slot_ptr": "*i32", "expert_start_ptr": "*i32"}
-            | {"out_ptr": "*bf16", "N": "i32"},
-            {"WEIGHTED": weighted, "BLOCK_R": 64, "BLOCK_N": 64},
-            {"num_warps": 8, "num_stages": 3},
-            uses_dot=False,
+            f"row_pass-{name}-r{rank}-{t}",
+            row_pass_kernel,
+            {arg: types[arg] for arg in row_pass_kernel.arg_names if arg in types},
+            nothing | kind | blocks | {"PRECISION": "ieee"},
+            {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+            uses_dot=dtype != torch.float32 and "GRAD" in kind,
         )
 
 

@@ -87,10 +87,12 @@ class GluonBackend(TritonBackend):
         plan: RoutingPlan,
         gate: Gate,
         overwrite_z: bool = False,
+        bias_dot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if weight.plain and _halves(gate) and (isinstance(dout_rows, TokenRows) or _fits(dout_rows, weight.matrix)):
+        fits = isinstance(dout_rows, TokenRows) or _fits(dout_rows, weight.matrix)
+        if weight.plain and bias_dot is None and _halves(gate) and fits:
             return down_grad.down_grad(dout_rows, weight.matrix, z, topk_weights, plan, gate, overwrite_z)
-        return super().down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z)
+        return super().down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
         if isinstance(left, TokenRows) or _fits(left, right):

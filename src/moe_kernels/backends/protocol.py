@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from moe_kernels.activation import Gate
-from moe_kernels.layer import Rows, Weight
+from moe_kernels.layer import AddedGrads, Rows, Weight, in_expert_order
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan
 
@@ -40,8 +39,8 @@ class Backend(Protocol):
         """Step 1, of x (T, H): Z = X[row_token] W1[e]^T (R, Z), empty unless save_z, and A = f(Z) (R, I)."""
 
     @abstractmethod
-    def up_low(self, x: Tensor, lora_a: Tensor, plan: RoutingPlan) -> Tensor:
-        """X[row_token] lora_a[e]^T: x (T, H), lora_a (E, r, H) -> (R, r)."""
+    def low(self, rows: Rows, lora_a: Tensor, plan: RoutingPlan) -> Tensor:
+        """rows lora_a[e]^T, the inner product of a low-rank part: (R, K), lora_a (E, r, K) -> (R, r)."""
 
     @abstractmethod
     def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
@@ -76,8 +75,12 @@ class Backend(Protocol):
         plan: RoutingPlan,
         gate: Gate,
         overwrite_z: bool = False,
+        bias_dot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step 4, from dO, W2 and Z: dZ (R, Z), written over Z if overwrite_z, w A (R, I), and dw (T, K)."""
+        """Step 4, from dO, W2 and Z: dZ (R, Z), written over Z if overwrite_z, w A (R, I), and dw (T, K).
+
+        ``bias_dot`` (R,) of :class:`AddedGrads` is added to dw.
+        """
 
     @abstractmethod
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
@@ -88,12 +91,20 @@ class Backend(Protocol):
         """Step 7: dX[t] = sum_k dXr[slot_row(t,k)] (T, H)."""
 
     @abstractmethod
-    def expert_sum(self, rows: Tensor, plan: RoutingPlan, topk_weights: Tensor | None = None) -> Tensor:
-        """Bias gradients, sum over the rows of e of w rows: (R, N) -> (E, N); w = 1 without topk_weights (T, K)."""
+    def added_grads(
+        self,
+        dy: Rows,
+        weight: Weight,
+        plan: RoutingPlan,
+        needs_factor: bool,
+        needs_bias: bool,
+        topk_weights: Tensor | None = None,
+    ) -> AddedGrads:
+        """The gradients of what ``weight`` (E, N, K) of the forward adds to its matrix, from dY (R, N).
 
+        With topk_weights (T, K), dY is dO: not weighted yet.
+        """
 
-def in_expert_order(rows: Rows, plan: RoutingPlan, backend: Backend) -> Tensor:
-    """Sorted rows (R, H): gathered with ``backend`` where they are not yet."""
-    if isinstance(rows, Tensor):
-        return rows
-    return backend.gather(rows.tokens, dataclasses.replace(plan, top_k=rows.top_k))
+    def lora_a_grad(self, low: Tensor, rows: Rows, plan: RoutingPlan) -> Tensor:
+        """low[rows of e]^T rows[rows of e]: low (R, r), rows (R, K) -> (E, r, K); zeros without rows."""
+        return self.wgrad(low, in_expert_order(rows, plan, self.gather), plan)

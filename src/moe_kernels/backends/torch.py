@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_kernels.activation import Gate
-from moe_kernels.backends.protocol import Backend, in_expert_order
-from moe_kernels.layer import Rows, Weight
+from moe_kernels.backends.protocol import Backend
+from moe_kernels.layer import AddedGrads, Rows, Weight, in_expert_order
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan
 
@@ -53,8 +53,8 @@ class TorchBackend(Backend):
         a = gate.value(z.to(_accumulator(x.dtype))).to(x.dtype)
         return (z if save_z else z.new_empty(0)), a
 
-    def up_low(self, x: Tensor, lora_a: Tensor, plan: RoutingPlan) -> Tensor:
-        return self.down(self.gather(x, plan), Weight(lora_a), plan)
+    def low(self, rows: Rows, lora_a: Tensor, plan: RoutingPlan) -> Tensor:
+        return self.down(in_expert_order(rows, plan, self.gather), Weight(lora_a), plan)
 
     def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
         factor = None if weight.factor is None else weight.factor.mT
@@ -90,10 +90,10 @@ class TorchBackend(Backend):
         plan: RoutingPlan,
         gate: Gate,
         overwrite_z: bool = False,
+        bias_dot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = in_expert_order(dout_rows, plan, self)
-        da = self.dgrad(rows, weight._replace(bias=None), plan)
-        return self.dact(da, z, topk_weights, plan, gate, overwrite_z, rows, weight.bias)
+        da = self.dgrad(in_expert_order(dout_rows, plan, self.gather), weight, plan)
+        return self.dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot)
 
     def dact(
         self,
@@ -103,8 +103,7 @@ class TorchBackend(Backend):
         plan: RoutingPlan,
         gate: Gate,
         overwrite_z: bool = False,
-        dout_rows: Tensor | None = None,
-        down_bias: Tensor | None = None,
+        bias_dot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From dA0 (R, I) and Z (R, Z): dZ (R, Z), wA = w * A (R, I) and dw = <dO, Y> (T, K)."""
         acc = _accumulator(da.dtype)
@@ -115,15 +114,14 @@ class TorchBackend(Backend):
         a = gate.value(z_acc)
         dz = gate.join(*(w * da_acc * partial for partial in gate.partials(z_acc))).to(da.dtype)
         dots = (da_acc * a).sum(-1)
-        if dout_rows is not None and down_bias is not None:
-            for expert, rows in _experts(plan):
-                dots[rows] += dout_rows[rows].to(acc) @ down_bias[expert].to(acc)
+        if bias_dot is not None:
+            dots = dots + bias_dot
         dw = torch.empty_like(topk_weights)
         dw.view(-1)[slots] = torch.where(kept, dots, 0.0).to(dw.dtype)
         return (z.copy_(dz) if overwrite_z else dz), (w * a).to(da.dtype), dw
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
-        left = in_expert_order(left, plan, self)
+        left = in_expert_order(left, plan, self.gather)
         dw = left.new_zeros(plan.experts, left.shape[1], right.shape[1])
         for expert, rows in _experts(plan):
             dw[expert] = left[rows].T @ right[rows]
@@ -133,15 +131,33 @@ class TorchBackend(Backend):
         ones = torch.ones(plan.tokens, plan.top_k, dtype=_accumulator(dxr.dtype), device=dxr.device)
         return self.combine(dxr, ones, plan)
 
-    def expert_sum(self, rows: Tensor, plan: RoutingPlan, topk_weights: Tensor | None = None) -> Tensor:
+    def added_grads(
+        self,
+        dy: Rows,
+        weight: Weight,
+        plan: RoutingPlan,
+        needs_factor: bool,
+        needs_bias: bool,
+        topk_weights: Tensor | None = None,
+    ) -> AddedGrads:
+        rows = in_expert_order(dy, plan, self.gather)
         acc = _accumulator(rows.dtype)
-        out = rows.new_zeros(plan.experts, rows.shape[1])
-        for expert, block in _experts(plan):
-            total = rows[block].to(acc)
-            if topk_weights is not None:
-                total = total * topk_weights.reshape(-1)[plan.row_slot[block].long(), None].to(acc)
-            out[expert] = total.sum(0).to(out.dtype)
-        return out
+        weighted = rows.to(acc)
+        if topk_weights is not None:
+            weighted = weighted * topk_weights.reshape(-1)[plan.row_slot.long(), None].to(acc)
+        low = None if weight.factor is None else self.dgrad(rows, Weight(weight.factor), plan)
+        factor = bias = bias_dot = None
+        if needs_factor and weight.low is not None:
+            factor = self.wgrad(weighted, weight.low.to(acc), plan).to(rows.dtype)
+        if needs_bias:
+            bias = rows.new_empty(plan.experts, rows.shape[1])
+            for expert, block in _experts(plan):
+                bias[expert] = weighted[block].sum(0)
+        if weight.bias is not None and topk_weights is not None:
+            bias_dot = torch.zeros(plan.rows, dtype=acc, device=rows.device)
+            for expert, block in _experts(plan):
+                bias_dot[block] = rows[block].to(acc) @ weight.bias[expert].to(acc)
+        return AddedGrads(rows, low, factor, bias, bias_dot)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

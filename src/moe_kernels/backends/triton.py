@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from moe_kernels.activation import Gate
-from moe_kernels.backends.protocol import Backend, in_expert_order
+from moe_kernels.backends.protocol import Backend
 from moe_kernels.kernels.device import driver_fault, interpreting
 from moe_kernels.kernels.triton.combine import combine, combine_grad, gather
 from moe_kernels.kernels.triton.dact import dact
-from moe_kernels.kernels.triton.expert_sum import expert_sum
 from moe_kernels.kernels.triton.grouped_gemm import dgrad, down
 from moe_kernels.kernels.triton.plan import make_plan
-from moe_kernels.kernels.triton.up import up, up_low
+from moe_kernels.kernels.triton.row_pass import added_grads, lora_a_grad
+from moe_kernels.kernels.triton.up import gathered_low, up
 from moe_kernels.kernels.triton.wgrad import wgrad
-from moe_kernels.layer import Rows, Weight
+from moe_kernels.layer import Rows, Weight, in_expert_order
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan
 
@@ -45,14 +45,19 @@ class TritonBackend(Backend):
 
     make_plan = staticmethod(make_plan)
     up = staticmethod(up)
-    up_low = staticmethod(up_low)
     down = staticmethod(down)
     combine = staticmethod(combine)
     gather = staticmethod(gather)
     dgrad = staticmethod(dgrad)
     dact = staticmethod(dact)
     combine_grad = staticmethod(combine_grad)
-    expert_sum = staticmethod(expert_sum)
+    added_grads = staticmethod(added_grads)
+    lora_a_grad = staticmethod(lora_a_grad)
+
+    def low(self, rows: Rows, lora_a: Tensor, plan: RoutingPlan) -> Tensor:
+        if isinstance(rows, Tensor):
+            return down(rows, Weight(lora_a), plan)
+        return gathered_low(rows, lora_a, plan)
 
     def down_grad(
         self,
@@ -63,10 +68,10 @@ class TritonBackend(Backend):
         plan: RoutingPlan,
         gate: Gate,
         overwrite_z: bool = False,
+        bias_dot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = in_expert_order(dout_rows, plan, self)
-        da = dgrad(rows, weight._replace(bias=None), plan)
-        return dact(da, z, topk_weights, plan, gate, overwrite_z, rows, weight.bias)
+        da = dgrad(in_expert_order(dout_rows, plan, gather), weight, plan)
+        return dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
-        return wgrad(in_expert_order(left, plan, self), right, plan)
+        return wgrad(in_expert_order(left, plan, gather), right, plan)

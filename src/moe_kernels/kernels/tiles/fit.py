@@ -43,4 +43,13 @@ def _shortened(config: GemmConfig, rank: int) -> GemmConfig:
 
 @functools.cache
 def _narrowed(config: GemmConfig, width: int) -> GemmConfig:
-    return dataclasses.replace(config, block_n=max(16, triton.next_power_of_2(width)))
+    # Bound by reading the rows: small programs, several per SM, keep more loads in flight. Measured for ranks 16 and
+    # 64 on an H200 (benchmarks/results/h200-log-11-narrow.json).
+    return dataclasses.replace(
+        config,
+        block_n=max(16, triton.next_power_of_2(width)),
+        num_warps=4,
+        num_stages=min(3, config.num_stages),
+        flatten=False,
+        programs_per_sm=3,
+    )

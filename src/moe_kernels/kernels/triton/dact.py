@@ -27,12 +27,10 @@ def dact_kernel(
     dw_ptr,  # (T * K,)
     row_slot_ptr,  # (R,)
     expert_start_ptr,  # (E + 1,): rows at or after expert_start[E] belong to dropped slots
-    dout_rows_ptr,  # (R, H), or any pointer unless HAS_BIAS
-    down_bias_ptr,  # (E, H), or any pointer unless HAS_BIAS
+    bias_dot_ptr,  # (R,), or any pointer unless HAS_BIAS: <dO[t], b2[e]> of each row
     R,
     I,
     E,
-    H,
     ACTIVATION: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
@@ -41,7 +39,6 @@ def dact_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_E: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     slot = tl.load(row_slot_ptr + rows, mask=rows < R, other=0)
@@ -80,24 +77,15 @@ def dact_kernel(
             if GATED:
                 tl.store(dz_ptr + z_offsets + I, (da * d_up).to(dz_ptr.dtype.element_ty), mask=mask)
     if HAS_BIAS:
-        # The expert of a row is the number of experts that end at or before it.
-        e = tl.arange(0, BLOCK_E)
-        ends = tl.load(expert_start_ptr + 1 + e, mask=e < E, other=2147483647)
-        expert = tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), axis=1)
-        for h0 in range(0, H, BLOCK_I):
-            cols = (h0 + tl.arange(0, BLOCK_I))[None, :]
-            mask = routed[:, None] & (cols < H)
-            dout = tl.load(dout_rows_ptr + rows.to(tl.int64)[:, None] * H + cols, mask=mask, other=0.0)
-            bias = tl.load(down_bias_ptr + expert.to(tl.int64)[:, None] * H + cols, mask=mask, other=0.0)
-            dw += tl.sum(dout.to(tl.float32) * bias.to(tl.float32), axis=1)
+        dw += tl.load(bias_dot_ptr + rows, mask=routed, other=0.0)
     tl.store(dw_ptr + slot, dw.to(dw_ptr.dtype.element_ty), mask=rows < R)
 
 
 @functools.cache
-def _blocks(intermediate: int, experts: int) -> dict[str, int]:
+def _blocks(intermediate: int) -> dict[str, int]:
     """Block sizes. The dict is cached: do not mutate it."""
     block_i = min(triton.next_power_of_2(intermediate), 1024)
-    return {"BLOCK_R": max(1, 1024 // block_i), "BLOCK_I": block_i, "BLOCK_E": triton.next_power_of_2(experts)}
+    return {"BLOCK_R": max(1, 1024 // block_i), "BLOCK_I": block_i}
 
 
 def dact(
@@ -107,20 +95,17 @@ def dact(
     plan: RoutingPlan,
     gate: Gate,
     overwrite_z: bool = False,
-    dout_rows: torch.Tensor | None = None,
-    down_bias: torch.Tensor | None = None,
+    bias_dot: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """da (R, I) = dA0, z (R, Z), topk_weights (T, K) -> dZ (R, Z), wA (R, I), dw (T, K).
 
-    wA overwrites ``da``, and dZ overwrites ``z`` if overwrite_z. dout_rows (R, H) and down_bias (E, H), if given, add
-    the bias's part to dw.
+    wA overwrites ``da``, and dZ overwrites ``z`` if overwrite_z. bias_dot (R,), if given, is the bias's part of dw.
     """
     dz, dw = z if overwrite_z else torch.empty_like(z), torch.empty_like(topk_weights)
     if plan.rows == 0:
         return dz, da, dw
     intermediate = da.shape[1]
-    blocks = _blocks(intermediate, plan.experts)
-    has_bias = dout_rows is not None and down_bias is not None
+    blocks = _blocks(intermediate)
     launch(
         dact_kernel,
         (cdiv(plan.rows, blocks["BLOCK_R"]),),
@@ -132,16 +117,14 @@ def dact(
             dw,
             plan.row_slot,
             plan.expert_start,
-            dout_rows if has_bias else da,
-            down_bias if has_bias else da,
+            da if bias_dot is None else bias_dot,
             plan.rows,
             intermediate,
             plan.experts,
-            dout_rows.shape[1] if dout_rows is not None else 0,
         ),
         {
             **gate.constants(),
-            "HAS_BIAS": has_bias,
+            "HAS_BIAS": bias_dot is not None,
             **blocks,
             "num_warps": 4,
         },

@@ -26,7 +26,7 @@ from moe_kernels.kernels.triton.tile import (
     swizzled_tile,
 )
 from moe_kernels.layer import Weight
-from moe_kernels.routing import RoutingPlan
+from moe_kernels.routing import RoutingPlan, TokenRows
 
 
 @triton.jit
@@ -129,15 +129,16 @@ def up(
     width = weight.matrix.shape[1]
     z = x.new_empty(plan.rows, width) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, width // 2 if gate.gated else width)
-    _launch(x, weight, plan, gate.constants(), z, a)
+    _launch(x, weight, plan, plan.top_k, gate.constants(), z, a)
     return z, a
 
 
-def up_low(x: torch.Tensor, lora_a: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+def gathered_low(rows: TokenRows, lora_a: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     """X[token] lora_a[e]^T: x (T, H), lora_a (E, r, H) -> (R, r), the inner half of a low-rank product."""
+    x, top_k = rows
     low = x.new_empty(plan.rows, lora_a.shape[1])
     identity = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "INTERLEAVED": False}
-    _launch(x, Weight(lora_a), plan, identity, x.new_empty(0), low)
+    _launch(x, Weight(lora_a), plan, top_k, identity, x.new_empty(0), low)
     return low
 
 
@@ -145,6 +146,7 @@ def _launch(
     x: torch.Tensor,
     weight: Weight,
     plan: RoutingPlan,
+    top_k: int,
     gate: dict[str, object],
     z: torch.Tensor,
     a: torch.Tensor,
@@ -172,7 +174,7 @@ def _launch(
         ),
         (hidden, width, matrix.stride(0)),
         {
-            "TOP_K": plan.top_k,
+            "TOP_K": top_k,
             **gate,
             "W_IS_KN": w_is_kn,
             "HAS_BIAS": weight.bias is not None,

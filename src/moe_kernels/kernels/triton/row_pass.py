@@ -1,0 +1,260 @@
+"""One pass over rows in expert order, for everything narrow that they take part in.
+
+LoRA factors and biases need products of a tall matrix (R, N), such as dO, dZ or X, with something a few columns wide.
+Each such product alone would read the whole matrix once more, at the speed of memory. Here every block of it is read
+once and multiplied on both sides. Rows of tokens are gathered: from L2, where the tokens fit and their copy in expert
+order does not.
+
+A program takes one expert's rows and a block of columns. Sums over rows stay in registers. Sums over columns are
+written for each block of columns, and a second launch adds them in a fixed order: no atomics.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_kernels.kernels.device import cdiv, dot_precision
+from moe_kernels.kernels.launch.launch import launch
+from moe_kernels.kernels.triton.combine import gather
+from moe_kernels.kernels.triton.grouped_gemm import dgrad
+from moe_kernels.kernels.triton.tile import multiply_add
+from moe_kernels.layer import AddedGrads, Rows, Weight, in_expert_order
+from moe_kernels.routing import RoutingPlan, TokenRows
+
+
+@triton.jit
+def row_pass_kernel(
+    rows_ptr,  # (R, N), or with TOP_K the tokens (R / TOP_K, N)
+    factor_ptr,  # (E, N, RANK): read if LOW
+    inner_ptr,  # (R, RANK): read if GRAD
+    bias_ptr,  # (E, N): read if BIAS_DOT
+    topk_weights_ptr,  # (T * K,): read if WEIGHTED
+    row_slot_ptr,
+    expert_start_ptr,
+    expert_order_ptr,
+    low_ptr,  # (blocks, R, RANK) float32, rows factor[expert] by block of columns: written if LOW
+    grad_ptr,  # (E, N, RANK), or (E, RANK, N) if TRANSPOSED, (w rows)^T inner: written if GRAD
+    bias_grad_ptr,  # (E, N), the sum of w rows: written if BIAS_GRAD
+    bias_dot_ptr,  # (blocks, R) float32, <rows, bias[expert]> by block of columns: written if BIAS_DOT
+    R,
+    N,
+    blocks,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    LOW: tl.constexpr,
+    GRAD: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    BIAS_DOT: tl.constexpr,
+    RANK: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    block = tl.program_id(0) % blocks
+    expert = tl.load(expert_order_ptr + tl.program_id(0) // blocks).to(tl.int64)
+    start = tl.load(expert_start_ptr + expert)
+    end = tl.load(expert_start_ptr + expert + 1)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_width = n < N
+    r = tl.arange(0, RANK)
+    if LOW:
+        factor_ptrs = factor_ptr + (expert * N + n)[:, None] * RANK + r[None, :]
+        factor = tl.load(factor_ptrs, mask=in_width[:, None], other=0.0)
+    if GRAD:
+        grad = tl.zeros((BLOCK_N, RANK), tl.float32)
+    if BIAS_GRAD:
+        bias_grad = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    if BIAS_DOT:
+        bias = tl.load(bias_ptr + expert * N + n, mask=in_width, other=0.0).to(tl.float32)
+    for r0 in tl.range(start, end, BLOCK_R):
+        rows = r0 + tl.arange(0, BLOCK_R)
+        own = rows < end
+        source = rows.to(tl.int64)
+        if TOP_K > 0 or WEIGHTED:
+            slot = tl.load(row_slot_ptr + rows, mask=own, other=0)
+        if TOP_K > 0:
+            source = (slot // TOP_K).to(tl.int64)
+        mask = own[:, None]
+        if not EVEN_N:
+            mask = mask & in_width[None, :]
+        values = tl.load(rows_ptr + source[:, None] * N + n[None, :], mask=mask, other=0.0)
+        if WEIGHTED:
+            weight = tl.load(topk_weights_ptr + slot, mask=own, other=0.0).to(tl.float32)[:, None]
+        narrow = rows.to(tl.int64)[:, None] * RANK + r[None, :]
+        if LOW:
+            low = multiply_add(values, factor, tl.zeros((BLOCK_R, RANK), tl.float32), PRECISION)
+            tl.store(low_ptr + block.to(tl.int64) * R * RANK + narrow, low, mask=own[:, None])
+        if GRAD:
+            inner = tl.load(inner_ptr + narrow, mask=own[:, None], other=0.0)
+            if WEIGHTED:
+                inner = (weight * inner.to(tl.float32)).to(inner.dtype)
+            grad = multiply_add(values.T, inner, grad, PRECISION)
+        if BIAS_GRAD:
+            if WEIGHTED:
+                bias_grad += weight * values.to(tl.float32)
+            else:
+                bias_grad += values.to(tl.float32)
+        if BIAS_DOT:
+            dot = tl.sum(values.to(tl.float32) * bias[None, :], axis=1)
+            tl.store(bias_dot_ptr + block.to(tl.int64) * R + rows, dot, mask=own)
+    if GRAD:
+        grad = grad.to(grad_ptr.dtype.element_ty)
+        if TRANSPOSED:
+            tl.store(grad_ptr + (expert * RANK + r)[None, :] * N + n[:, None], grad, mask=in_width[:, None])
+        else:
+            tl.store(grad_ptr + (expert * N + n)[:, None] * RANK + r[None, :], grad, mask=in_width[:, None])
+    if BIAS_GRAD:
+        total = tl.sum(bias_grad, axis=0).to(bias_grad_ptr.dtype.element_ty)
+        tl.store(bias_grad_ptr + expert * N + n, total, mask=in_width)
+
+
+@triton.jit
+def sum_blocks_kernel(
+    parts_ptr,  # (blocks, R * width) float32
+    routed_ptr,  # expert_start[E]: rows at or after it belong to dropped slots
+    out_ptr,  # (R * width,)
+    size,
+    width,
+    blocks,
+    BLOCK: tl.constexpr,
+):
+    cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < tl.load(routed_ptr).to(tl.int64) * width
+    total = tl.zeros((BLOCK,), tl.float32)
+    part_ptrs = parts_ptr + cols
+    for _ in range(blocks):
+        total += tl.load(part_ptrs, mask=mask, other=0.0)
+        part_ptrs += size
+    tl.store(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class PassTile(NamedTuple):
+    """Block sizes and options of the compiler."""
+
+    block_r: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def pass_tile(dtype: torch.dtype, width: int, rank: int) -> PassTile:
+    """Blocks whose sums over rows, (block_n, rank), leave registers for the block that is being read."""
+    if dtype == torch.float32:  # exact products run on the CUDA cores
+        return PassTile(32, min(64, max(16, triton.next_power_of_2(width))), 8, 1)
+    columns = 256 if rank <= 32 else 128
+    return PassTile(64, min(columns, max(16, triton.next_power_of_2(width))), 8, 3)
+
+
+class _Pass(NamedTuple):
+    """Results of a pass; None where it was not asked for."""
+
+    low: torch.Tensor | None
+    grad: torch.Tensor | None
+    bias_grad: torch.Tensor | None
+    bias_dot: torch.Tensor | None
+
+
+def _row_pass(
+    rows: Rows,
+    plan: RoutingPlan,
+    *,
+    factor: torch.Tensor | None = None,
+    inner: torch.Tensor | None = None,
+    transposed: bool = False,
+    topk_weights: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    bias_grad: bool = False,
+) -> _Pass:
+    """``factor`` gives low, ``inner`` gives grad, ``bias`` gives bias_dot. topk_weights weight grad and bias_grad."""
+    source, top_k = rows if isinstance(rows, TokenRows) else (rows, 0)
+    width, count, experts = source.shape[1], plan.rows, plan.experts
+    narrow = inner if factor is None else factor
+    rank = 16 if narrow is None else narrow.shape[-1]
+    tile = pass_tile(source.dtype, width, rank)
+    blocks = cdiv(width, tile.block_n)
+    empty, wide = source.new_empty, torch.float32
+    out = _Pass(
+        None if factor is None else empty(blocks, count, rank, dtype=wide),
+        None if inner is None else empty(experts, *((rank, width) if transposed else (width, rank))),
+        empty(experts, width) if bias_grad else None,
+        None if bias is None else empty(blocks, count, dtype=wide),
+    )
+    if all(tensor is None for tensor in out):
+        return out
+    inputs = source, factor, inner, bias, topk_weights, plan.row_slot, plan.expert_start, plan.expert_order
+    launch(
+        row_pass_kernel,
+        (experts * blocks,),
+        (*(source if tensor is None else tensor for tensor in (*inputs, *out)), count, width, blocks),
+        {
+            "TOP_K": top_k,
+            "WEIGHTED": topk_weights is not None,
+            "LOW": factor is not None,
+            "GRAD": inner is not None,
+            "TRANSPOSED": transposed,
+            "BIAS_GRAD": bias_grad,
+            "BIAS_DOT": bias is not None,
+            "RANK": rank,
+            "EVEN_N": width % tile.block_n == 0,
+            "PRECISION": dot_precision(source.dtype),
+            "BLOCK_R": tile.block_r,
+            "BLOCK_N": tile.block_n,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        },
+    )
+    low = None if out.low is None else _sum_blocks(out.low, empty(count, rank), plan)
+    bias_dot = None if out.bias_dot is None else _sum_blocks(out.bias_dot, empty(count, dtype=wide), plan)
+    return out._replace(low=low, bias_dot=bias_dot)
+
+
+def _sum_blocks(parts: torch.Tensor, out: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """parts (blocks, R, ...) -> ``out`` (R, ...), the sum over blocks."""
+    size = out.numel()
+    if size == 0:
+        return out
+    arguments = parts, plan.expert_start[plan.experts :], out, size, size // max(plan.rows, 1), parts.shape[0]
+    launch(sum_blocks_kernel, (cdiv(size, 1024),), arguments, {"BLOCK": 1024, "num_warps": 4})
+    return out
+
+
+#: Above this rank the partial sums over blocks of columns cost more than reading the rows once more.
+MAX_RANK = 32
+
+
+def added_grads(
+    dy: Rows,
+    weight: Weight,
+    plan: RoutingPlan,
+    needs_factor: bool,
+    needs_bias: bool,
+    topk_weights: torch.Tensor | None = None,
+) -> AddedGrads:
+    """The gradients of what ``weight`` (E, N, K) adds to its matrix, from dY (R, N)."""
+    rows = in_expert_order(dy, plan, gather)
+    factor = weight.factor
+    small = factor is not None and factor.shape[2] <= MAX_RANK
+    done = _row_pass(
+        dy,
+        plan,
+        factor=factor if small else None,
+        inner=weight.low if needs_factor else None,
+        topk_weights=topk_weights,
+        bias=None if topk_weights is None else weight.bias,
+        bias_grad=needs_bias,
+    )
+    low = done.low if factor is None or small else dgrad(rows, Weight(factor), plan)
+    return AddedGrads(rows, low, done.grad, done.bias_grad, done.bias_dot)
+
+
+def lora_a_grad(low: torch.Tensor, rows: Rows, plan: RoutingPlan) -> torch.Tensor:
+    """low[rows of e]^T rows[rows of e]: low (R, r), rows (R, K) or their tokens -> (E, r, K)."""
+    grad = _row_pass(rows, plan, inner=low, transposed=True).grad
+    assert grad is not None
+    return grad
