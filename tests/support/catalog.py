@@ -268,7 +268,7 @@ def _row_pass_cases() -> Iterator[CompileCase]:
             continue
         if dtype != torch.bfloat16 and rank > 16:
             continue
-        t, tile = _TYPES[dtype], pass_tile(dtype, 2048, rank)
+        t, tile = _TYPES[dtype], pass_tile(dtype, 2048, rank if low or "GRAD" in kind else 0)
         tensors = ("rows_ptr", "factor_ptr", "inner_ptr", "bias_ptr", "grad_ptr", "bias_grad_ptr")
         types = dict.fromkeys(tensors, f"*{t}") | dict.fromkeys(_PLAN[:1] + _PLAN[2:4], "*i32")
         types |= {"topk_weights_ptr": "*fp32", "low_ptr": "*fp32", "bias_dot_ptr": "*fp32"}
@@ -281,6 +281,7 @@ def _row_pass_cases() -> Iterator[CompileCase]:
             nothing | kind | blocks | {"PRECISION": "ieee"},
             {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
             uses_dot=dtype != torch.float32 and "GRAD" in kind,
+            spills=30 if name in ("dout", "dout-bias") else 0,  # trained biases, on sm_80 and sm_100
         )
 
 

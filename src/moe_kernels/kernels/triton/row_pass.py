@@ -144,11 +144,11 @@ class PassTile(NamedTuple):
 
 @functools.cache
 def pass_tile(dtype: torch.dtype, width: int, rank: int) -> PassTile:
-    """Blocks whose sums over rows, (block_n, rank), leave registers for the block that is being read."""
+    """Blocks whose sums over rows, (block_n, rank), leave registers for what is being read; rank 0: biases alone."""
     if dtype == torch.float32:  # exact products run on the CUDA cores
         return PassTile(32, min(64, max(16, triton.next_power_of_2(width))), 8, 1)
-    columns = 256 if rank <= 32 else 128
-    return PassTile(64, min(columns, max(16, triton.next_power_of_2(width))), 8, 3)
+    columns, warps, stages = (128, 4, 1) if rank == 0 else (256, 8, 3) if rank <= 32 else (128, 8, 2)
+    return PassTile(64, min(columns, max(16, triton.next_power_of_2(width))), warps, stages)
 
 
 class _Pass(NamedTuple):
@@ -175,7 +175,7 @@ def _row_pass(
     source, top_k = rows if isinstance(rows, TokenRows) else (rows, 0)
     width, count, experts = source.shape[1], plan.rows, plan.experts
     narrow = inner if factor is None else factor
-    rank = 16 if narrow is None else narrow.shape[-1]
+    rank = 0 if narrow is None else narrow.shape[-1]
     tile = pass_tile(source.dtype, width, rank)
     blocks = cdiv(width, tile.block_n)
     empty, wide = source.new_empty, torch.float32
@@ -200,7 +200,7 @@ def _row_pass(
             "TRANSPOSED": transposed,
             "BIAS_GRAD": bias_grad,
             "BIAS_DOT": bias is not None,
-            "RANK": rank,
+            "RANK": rank or 16,
             "EVEN_N": width % tile.block_n == 0,
             "PRECISION": dot_precision(source.dtype),
             "BLOCK_R": tile.block_r,
