@@ -15,6 +15,7 @@ from moe_kernels import backends, steps
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.layer import BackwardSpec, BackwardTensors, Grads, Needs, Spec, Tensors
 from moe_kernels.memory import explains_out_of_memory
+from moe_kernels.packed import PackedWeight
 from moe_kernels.plain import batched, plain_grads
 from moe_kernels.routing import plan_elements
 
@@ -22,6 +23,8 @@ from moe_kernels.routing import plan_elements
 def save(ctx: Any, tensors: Tensors, spec: Spec, out: steps.Forward) -> None:
     """Keep for the backward what it takes besides dO."""
     ctx.spec = spec
+    ctx.packed = {name: value for name, value in tensors._asdict().items() if isinstance(value, PackedWeight)}
+    tensors = tensors._replace(**dict.fromkeys(ctx.packed))  # type: ignore[arg-type]
     ctx.set_materialize_grads(False)
     _, *saved = tensors.for_backward(*out)
     ctx.save_for_backward(*saved)
@@ -37,7 +40,7 @@ def grads_of_inputs(
     """Gradients of a call's tensors, in their order."""
     if dout is None:
         return (None,) * len(Tensors._fields)
-    t = BackwardTensors(dout, *ctx.saved_tensors)
+    t = BackwardTensors(dout, *ctx.saved_tensors)._replace(**ctx.packed)
     if reload is not None:
         gate_up, down = reload()
         t = t._replace(gate_up=gate_up.to(t.x.dtype), down=down.to(t.x.dtype))

@@ -13,10 +13,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.packed import PackedWeight
 from moe_kernels.routing import RoutingPlan, TokenRows, resolve_group_size
 
 #: Rows in expert order (R, N), or the tokens to take them from.
 Rows = Tensor | TokenRows
+#: A weight (E, N, K), or a frozen one in 4 bits.
+Matrix = Tensor | PackedWeight
 
 
 def in_expert_order(rows: Rows, plan: RoutingPlan, gather: Callable[[Tensor, RoutingPlan], Tensor]) -> Tensor:
@@ -36,7 +39,7 @@ class Weight(NamedTuple):
         factor: the outer factor: lora_b (E, N, r), and in ``dgrad`` lora_a (E, r, K).
     """
 
-    matrix: Tensor
+    matrix: Matrix
     bias: Tensor | None = None
     low: Tensor | None = None
     factor: Tensor | None = None
@@ -45,6 +48,11 @@ class Weight(NamedTuple):
     def plain(self) -> bool:
         """Whether it is the matrix alone."""
         return self.bias is None and self.factor is None
+
+    def of(self, first: int, last: int, matrix: Tensor) -> Weight:
+        """The weight of experts ``first`` to ``last`` (exclusive), whose ``matrix`` this is."""
+        bias, factor = (None if t is None else t[first:last] for t in (self.bias, self.factor))
+        return Weight(matrix, bias, self.low, factor)
 
 
 class AddedGrads(NamedTuple):
@@ -72,8 +80,8 @@ class Tensors(NamedTuple):
     x: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     gate_up_lora_b: Tensor | None = None
@@ -103,8 +111,8 @@ class BackwardTensors(NamedTuple):
     dout: Tensor
     x: Tensor
     topk_weights: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
     gate_up_lora_b: Tensor | None

@@ -42,6 +42,7 @@ from moe_kernels.checks import (
 from moe_kernels.kernels.launch.replay import replayed
 from moe_kernels.layer import Spec, Tensors
 from moe_kernels.memory import explains_out_of_memory
+from moe_kernels.packed import PackedWeight, whole
 from moe_kernels.plain import plain_experts, traced, transformed
 from moe_kernels.reference import LowRankPair
 from moe_kernels.routing import AUTO_GROUP_SIZE
@@ -55,8 +56,8 @@ def fused_experts(
     x: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor | None,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | PackedWeight,
+    down: Tensor | PackedWeight,
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -85,7 +86,8 @@ def fused_experts(
         gate_up: (E, 2I, H), rows ``[gate; up]``, or (E, I, H) for experts without a gate. Every expert's matrix is
             contiguous, by rows as transformers stores it or by columns: pass weights stored (E, H, 2I) as
             ``weight.mT``. Any number of elements may lie between two experts. They are read in place, and the
-            gradient has their memory order, without gaps.
+            gradient has their memory order, without gaps. Or a frozen :class:`moe_kernels.packed.PackedWeight`, which
+            is dequantised a block of experts at a time, ahead of each GEMM that reads it.
         down: (E, H, I), stored by rows or by columns too; in the dtype of gate_up, or of any other than float64
             under autocast, which casts both. Gradients have the dtype of their tensor.
         gate_up_bias: (E, 2I) or (E, I).
@@ -111,11 +113,12 @@ def fused_experts(
     """
     chosen = Activation.of(activation)
     check_settings(group_size, persistent, backend, recompute, _backend_names())
-    check_inputs(x, topk_ids, topk_weights, gate_up, down, reduce)
-    check_experts(gate_up, down, gate_up_bias, down_bias, chosen, interleaved)
-    check_low_rank("gate_up", gate_up, gate_up_lora)
-    check_low_rank("down", down, down_lora)
-    dtype = compute_dtype(x, gate_up, down)
+    like = _like(gate_up), _like(down)
+    check_inputs(x, topk_ids, topk_weights, *like, reduce)
+    check_experts(*like, gate_up_bias, down_bias, chosen, interleaved)
+    check_low_rank("gate_up", like[0], gate_up_lora)
+    check_low_rank("down", like[1], down_lora)
+    dtype = compute_dtype(x, *like)
     if topk_weights is None:
         topk_weights = topk_ids.new_ones(topk_ids.shape, dtype=torch.float32)
     tensors = Tensors(
@@ -145,13 +148,18 @@ def fused_experts(
         backends.count_dispatch("torch", why="torch.func or forward mode asked for derivatives that no kernel has")
         out = plain_experts(tensors, spec)
     else:
-        check_layouts(gate_up, down)
+        check_layouts(*like)
         if torch.compiler.is_compiling() or traced(tensors.x):
-            out = experts_op(tensors, spec)
+            out = experts_op(tensors._replace(gate_up=whole(tensors.gate_up), down=whole(tensors.down)), spec)
         else:
             backends.count_dispatch(backends.backend_of(tensors, spec).name)
             out = _Experts.apply(*tensors, spec, reload) if spec.needs_grad else _forward(tensors, spec).out
     return (out if reduce else out.view(*topk_ids.shape, down.shape[1])).to(x.dtype)
+
+
+def _like(weight: Tensor | PackedWeight) -> Tensor:
+    """What the checks look at."""
+    return weight if isinstance(weight, Tensor) else weight.like()
 
 
 def _padded(pair: LowRankPair | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from moe_kernels.activation import Activation, Gate
-from moe_kernels.layer import BackwardSpec, BackwardTensors, Grads, Needs, Spec, Tensors
+from moe_kernels.layer import BackwardSpec, BackwardTensors, Grads, Matrix, Needs, Spec, Tensors
+from moe_kernels.packed import whole
 from moe_kernels.reference import LowRankPair, reference_experts
 
 logger = logging.getLogger("moe_kernels")
@@ -29,13 +30,13 @@ _MODES = torch._C._TorchDispatchModeKey
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
-def transformed(tensors: Sequence[Tensor | None]) -> bool:
+def transformed(tensors: Sequence[Matrix | None]) -> bool:
     """Whether torch.func transforms the call, or one of ``tensors`` has a tangent of forward mode."""
     if torch._C._are_functorch_transforms_active():
         return True
     if forward_ad._current_level < 0:
         return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def batched(tensor: Tensor) -> bool:
@@ -89,8 +90,8 @@ def plain_experts(t: Tensors, spec: Spec) -> Tensor:
             t.x,
             t.topk_ids,
             t.topk_weights if spec.reduce else None,
-            t.gate_up,
-            t.down,
+            whole(t.gate_up),
+            whole(t.down),
             Activation(spec.activation, spec.parameters),
             gate_up_bias=t.gate_up_bias,
             down_bias=t.down_bias,
@@ -114,6 +115,7 @@ def plain_grads(t: BackwardTensors, spec: BackwardSpec) -> Grads:
     again = torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast(t.dout.device.type):
         # Views, as one tensor may be made of another (routing weights of x): each is to get its own share alone.
+        t = t._replace(gate_up=whole(t.gate_up), down=whole(t.down))
         own = {name: None if (value := getattr(t, name)) is None else value.view_as(value) for name in Needs._fields}
         wanted = [name for name, needed in spec.needs._asdict().items() if needed]
         out = plain_experts(Tensors(topk_ids=topk_ids, **own), spec.forward)  # type: ignore[arg-type]

@@ -83,6 +83,7 @@ class RoutingPlan:
         top_k: K.
         group_size: rows per tile.
         persistent: kernels over these tiles run one program per multiprocessor, instead of one per tile.
+        all_experts: in a plan of a part of the experts, the number of all; else 0.
     """
 
     packed: torch.Tensor
@@ -96,6 +97,7 @@ class RoutingPlan:
     top_k: int
     group_size: int
     persistent: bool = True
+    all_experts: int = 0
 
     @classmethod
     def from_packed(
@@ -128,6 +130,11 @@ class RoutingPlan:
     def experts(self) -> int:
         """E."""
         return self.expert_start.shape[0] - 1
+
+    @property
+    def rows_per_expert(self) -> int:
+        """The mean, rounded down."""
+        return self.rows // (self.all_experts or self.experts)
 
     @property
     def max_tiles(self) -> int:

@@ -20,6 +20,7 @@ from moe_kernels.layer import (
     BackwardSpec,
     BackwardTensors,
     Grads,
+    Matrix,
     Needs,
     Rows,
     Spec,
@@ -138,9 +139,9 @@ def _gate_up_grads(
     return grads
 
 
-def _weight_grad(backend: Backend, weight: Tensor, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
+def _weight_grad(backend: Backend, weight: Matrix, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
     """left[rows of e]^T right[rows of e], in the memory order of ``weight``."""
-    if isinstance(left, Tensor) and not by_rows(weight):
+    if isinstance(left, Tensor) and isinstance(weight, Tensor) and not by_rows(weight):
         return backend.wgrad(right, left, plan).mT
     return backend.wgrad(left, right, plan)
 
@@ -148,6 +149,13 @@ def _weight_grad(backend: Backend, weight: Tensor, left: Rows, right: Tensor, pl
 def replays(t: AnyTensors, spec: Spec | BackwardSpec) -> bool:
     """Whether what these steps allocate and launch is all that they do."""
     return launches_only(backend_of(t, spec if isinstance(spec, Spec) else spec.forward))
+
+
+def _layout(tensor: Matrix | None) -> Any:
+    """What tells kernels apart, but for the number of tokens: one is as good as another."""
+    if isinstance(tensor, Tensor):
+        return tensor.dtype, tensor.stride(), tensor.shape[1:]
+    return None if tensor is None else tuple(part for part in tensor.parts() if not isinstance(part, Tensor))
 
 
 _ahead: set[tuple[Any, ...]] = set()
@@ -160,8 +168,7 @@ def compile_ahead(t: Tensors, spec: Spec) -> None:
     One after the other, each where it is first launched, they take several seconds of a training's first step.
     """
     needs = Needs(*(tensor is not None and tensor.requires_grad for tensor in t[:1] + t[2:]))
-    # What tells kernels apart, but for the number of tokens: one is as good as another.
-    layouts = [None if tensor is None else (tensor.dtype, tensor.stride(), tensor.shape[1:]) for tensor in t]
+    layouts = [_layout(tensor) for tensor in t]
     key = (t.gate_up.shape, *layouts, needs, spec)
     if key in _ahead:
         return

@@ -16,7 +16,7 @@ from moe_kernels.activation import Gate
 from moe_kernels.backends.triton import TritonBackend
 from moe_kernels.kernels.hopper import gluon_names
 from moe_kernels.kernels.tiles.config import Override
-from moe_kernels.layer import Rows, Weight
+from moe_kernels.layer import Matrix, Rows, Weight
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan, TokenRows
 
@@ -72,7 +72,7 @@ class GluonBackend(TritonBackend):
             return gemm.dgrad(rows, weight.matrix, plan)
         return super().dgrad(rows, weight, plan)
 
-    def dout_rows(self, dout: Tensor, down: Tensor, plan: RoutingPlan, gate: Gate) -> Rows:
+    def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
         gathered = down.shape[2] <= _GATHERED if _forced.choice is None else _forced.choice
         if gathered and _halves(gate) and _fits(dout, down):
             return TokenRows(dout, plan.top_k)
@@ -105,9 +105,11 @@ def _halves(gate: Gate) -> bool:
     return gate.gated and not gate.interleaved
 
 
-def _fits(*tensors: Tensor) -> bool:
+def _fits(*tensors: Matrix) -> bool:
     """Whole matrices, aligned, whose columns (and rows, of weights) are multiples of what the kernels work on."""
     for t in tensors:
+        if not isinstance(t, Tensor):
+            return False
         sizes = t.shape[1:]
         if not t.is_contiguous() or t.numel() == 0 or t.data_ptr() % 16 or any(n % ALIGNMENT for n in sizes):
             return False

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from moe_kernels.activation import Gate
-from moe_kernels.layer import AddedGrads, Rows, Weight, in_expert_order
+from moe_kernels.layer import AddedGrads, Matrix, Rows, Weight, in_expert_order
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan
 
@@ -54,7 +54,7 @@ class Backend(Protocol):
     def gather(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         """Xs[r] = X[row_token]: (T, H) -> (R, H)."""
 
-    def dout_rows(self, dout: Tensor, down: Tensor, plan: RoutingPlan, gate: Gate) -> Rows:
+    def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
         """dO (T, H) as ``down_grad`` and ``wgrad`` take it: sorted, or TokenRows that they gather themselves.
 
         Called where W2 ``down`` (E, H, I) has neither bias nor low-rank part, whose gradients need sorted rows.

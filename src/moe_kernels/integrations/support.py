@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_kernels.activation import ACTIVATIONS, PLAIN, Activation, Gate
 from moe_kernels.integrations.probe import probe_context, probe_device
+from moe_kernels.layer import Matrix
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Attributes that transformers' decorator sets (5.16.1 not yet the last), and their default.
@@ -202,7 +203,7 @@ def check_weight(module: Any, weight: torch.Tensor, name: str = "") -> None:
         )
 
 
-def check_pair(module: Any, gate_up: torch.Tensor, down: torch.Tensor, gated: bool, name: str = "") -> None:
+def check_pair(module: Any, gate_up: Matrix, down: Matrix, gated: bool, name: str = "") -> None:
     """Raise UnsupportedExperts where the two weights of ``module``, (E, 2I or I, H) and (E, H, I), do not fit.
 
     The op takes half the rows for experts without a gate, which nothing but the module can tell from a mistake.

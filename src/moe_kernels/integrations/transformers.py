@@ -32,7 +32,7 @@ try:
     from moe_kernels.integrations.adapters import Adapted, adapted, doubts
     from moe_kernels.integrations.dispatch import dispatches, experts_modules, is_served, registered
     from moe_kernels.integrations.probe import probe_device
-    from moe_kernels.integrations.quantized import Load, packed_weight, run_in_blocks
+    from moe_kernels.integrations.quantized import packed_weight
     from moe_kernels.integrations.resume import mend_trainer
     from moe_kernels.integrations.support import (
         LORA_ATTRIBUTE,
@@ -108,36 +108,25 @@ def run_experts(
         others["gate_up_bias"] = plain_weight(module, getattr(module, f"{up_name}_bias"))
         others["down_bias"] = plain_weight(module, module.down_proj_bias)
 
-    def experts(
-        load: Load, ids: torch.Tensor, others: Any, keep: bool = True, recompute: bool = False
-    ) -> torch.Tensor:
-        def stored() -> tuple[torch.Tensor, torch.Tensor]:
-            gate_up, down = load()
-            return (gate_up.mT, down.mT) if recipe.transposed else (gate_up, down)
-
-        gate_up, down = stored()
-        check_pair(module, gate_up, down, recipe.gate.gated)
-        return fused_experts(
-            hidden_states,
-            ids,
-            None if recipe.post_norm else top_k_weights,
-            gate_up,
-            down,
-            activation=recipe.gate.activation,
-            interleaved=recipe.gate.interleaved,
-            reduce=not recipe.post_norm,
-            reload=None if keep else stored,
-            **others,
-            **settings | ({"recompute": True} if recompute else {}),
-        )
-
-    packed = [packed_weight(module, name) for name in (up_name, "down_proj")]
-    if packed[0] and packed[1]:
-        out = run_in_blocks(experts, top_k_index, packed[0], packed[1], others).to(hidden_states.dtype)
-    else:
-        # One read each: PEFT merges, quantised parametrisations dequantise, on every attribute access.
-        weights = plain_weight(module, getattr(module, up_name)), plain_weight(module, module.down_proj)
-        out = experts(lambda: weights, top_k_index, others)
+    # One read each: PEFT merges, quantised parametrisations dequantise, on every attribute access.
+    gate_up, down = (
+        packed_weight(module, name) or plain_weight(module, getattr(module, name)) for name in (up_name, "down_proj")
+    )
+    if recipe.transposed:
+        gate_up, down = gate_up.mT, down.mT
+    check_pair(module, gate_up, down, recipe.gate.gated)
+    out = fused_experts(
+        hidden_states,
+        top_k_index,
+        None if recipe.post_norm else top_k_weights,
+        gate_up,
+        down,
+        activation=recipe.gate.activation,
+        interleaved=recipe.gate.interleaved,
+        reduce=not recipe.post_norm,
+        **others,
+        **settings,
+    )
     if not recipe.post_norm:
         return out
     # The order of transformers' grouped_mm; a dropped slot stays zero whatever the norm makes of zeros.

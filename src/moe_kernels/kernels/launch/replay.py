@@ -24,6 +24,7 @@ from moe_kernels.kernels.device import dot_precision
 from moe_kernels.kernels.launch import launch as launches
 from moe_kernels.kernels.operands import Descriptor
 from moe_kernels.kernels.tiles import config
+from moe_kernels.packed import PackedWeight
 
 logger = logging.getLogger("moe_kernels")
 
@@ -44,7 +45,7 @@ _VIEWS = {
     _aten.transpose.int,
     _aten.view.default,
 }
-T = TypeVar("T", bound=tuple[Tensor | None, ...])
+T = TypeVar("T", bound=tuple[Any, ...])
 S = TypeVar("S", bound=Hashable)
 R = TypeVar("R", bound=tuple[Tensor | None, ...])
 _on_gpu = operator.attrgetter("is_cuda")  # of a tensor
@@ -108,7 +109,7 @@ class _Recorder(TorchDispatchMode):
         transient: the next call will not meet the obstacle: Triton launched a kernel for the first time.
     """
 
-    def __init__(self, inputs: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, inputs: list[Any]) -> None:
         super().__init__()
         self.inputs = inputs
         self.allocated: list[_Memory] = []
@@ -134,7 +135,7 @@ class _Recorder(TorchDispatchMode):
         places = [
             _Place(number, address - given.data_ptr())
             for number, given in enumerate(self.inputs)
-            if given is not None and _holds(given, address)
+            if isinstance(given, Tensor) and _holds(given, address)
         ]
         if len(places) != 1:
             self.obstacle = "an address of none of the inputs, or of several"
@@ -239,8 +240,8 @@ def replayed(
     """``steps``, replayed from the third call of a signature on.
 
     Args:
-        steps: takes a named tuple of tensors and None, the first a tensor, and hashable settings; returns a tuple,
-            named or not, of None and tensors that it allocated. Its allocations and launches may depend only on
+        steps: takes a named tuple of tensors, packed weights and None, the first a tensor, and hashable settings;
+            returns a tuple, named or not, of None and tensors that it allocated. Its allocations and launches may depend only on
             shapes, strides, dtypes, settings and ``tiles.config``.
         allowed: whether steps do nothing else; where it is False, they are not recorded.
         first: called before the first call of a signature.
@@ -260,10 +261,11 @@ def replayed(
         key: list[Any] = [steps, settings, device, dot_precision(first_tensor.dtype)]
         addresses: list[int] = []
         bits = 0
-        for tensor in tensors:
-            if tensor is None:
+        flat = _flat(tensors)
+        for tensor in flat:
+            if not isinstance(tensor, Tensor):
                 addresses.append(0)
-                key.append(None)
+                key.append(tensor)
             else:
                 address = tensor.data_ptr()
                 addresses.append(address)
@@ -284,14 +286,27 @@ def replayed(
             if first is not None:
                 first(tensors, settings)
             return steps(tensors, settings)
-        return _record(signature, steps, tensors, settings)
+        return _record(signature, steps, tensors, flat, settings)
 
     return call
 
 
-def _record(signature: tuple[Any, ...], steps: Callable[[T, S], R], tensors: T, settings: S) -> R:
+def _flat(tensors: tuple[Any, ...]) -> list[Any]:
+    """Tensors and what else tells a call from another: a packed weight in its parts."""
+    flat: list[Any] = []
+    for given in tensors:
+        if type(given) is PackedWeight:
+            flat += given.parts()
+        else:
+            flat.append(given)
+    return flat
+
+
+def _record(
+    signature: tuple[Any, ...], steps: Callable[[T, S], R], tensors: T, flat: list[Any], settings: S
+) -> R:
     """Run and record ``steps``; return its outputs, and keep the program if it can be replayed."""
-    recorder = _Recorder(tensors)
+    recorder = _Recorder(flat)
     thread = threading.get_ident()
     launches._recorders[thread] = recorder.launch
     try:

@@ -9,6 +9,7 @@ from moe_kernels.kernels.launch.launch import launch_grid
 from moe_kernels.kernels.operands import descriptor, low_rank_arguments, stored, tma_fits
 from moe_kernels.kernels.tiles.config import select_config
 from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
+from moe_kernels.kernels.triton.dequantize import blocks
 from moe_kernels.kernels.triton.tile import (
     add_bias,
     add_low_rank,
@@ -76,12 +77,21 @@ def grouped_gemm_kernel(
 
 def _grouped_gemm(kernel_name: str, rows_in: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
     transposed = kernel_name == "dgrad"  # multiply by the weight itself instead of by its transpose
-    inner, width = rows_in.shape[1], weight.matrix.shape[2 if transposed else 1]
+    out = rows_in.new_empty(plan.rows, weight.matrix.shape[2 if transposed else 1])
+    for part, tiles in blocks(weight, plan):
+        _launch(kernel_name, rows_in, part, tiles, out)
+        del part
+    return out
+
+
+def _launch(kernel_name: str, rows_in: torch.Tensor, weight: Weight, plan: RoutingPlan, out: torch.Tensor) -> None:
+    transposed = kernel_name == "dgrad"
+    inner, width = rows_in.shape[1], out.shape[1]
+    assert isinstance(weight.matrix, torch.Tensor)
     matrix, by_columns = stored(weight.matrix)
     w_is_kn = by_columns != transposed
-    out = rows_in.new_empty(plan.rows, width)
     tma = tma_fits(rows_in, matrix, out)
-    sizes = (plan.rows // plan.experts, width, inner) if weight.plain and not by_columns else None
+    sizes = (plan.rows_per_expert, width, inner) if weight.plain and not by_columns else None
     config = fit_columns(select_config(kernel_name, out.device, rows_in.dtype, plan.group_size, tma, sizes), width)
     block = (config.block_k, config.block_n) if w_is_kn else (config.block_n, config.block_k)
     low, factor, rank = low_rank_arguments(weight, out)
@@ -109,7 +119,6 @@ def _grouped_gemm(kernel_name: str, rows_in: torch.Tensor, weight: Weight, plan:
             "FLATTEN": config.flatten,
         },
     )
-    return out
 
 
 def down(a: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:

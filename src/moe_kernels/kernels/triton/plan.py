@@ -21,6 +21,7 @@ before it less the routed ones. Positions past the last slot sort as E + 1 and a
 sums, so no result depends on an order, not even on that of the shared-memory atomics inside tl.histogram.
 """
 
+import dataclasses
 import functools
 
 import torch
@@ -187,3 +188,56 @@ def make_plan(topk_ids: torch.Tensor, experts: int, group_size: int, persistent:
         {**place_blocks, "GROUP_SIZE": group_size, "num_warps": num_warps},
     )
     return plan
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def part_kernel(
+    expert_start_ptr,
+    tile_expert_ptr,
+    tile_row_ptr,
+    part_expert_ptr,
+    part_row_ptr,
+    part_count_ptr,
+    first,
+    last,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    e = tl.arange(0, BLOCK_E)
+    start = tl.load(expert_start_ptr + e, mask=e < last, other=0)
+    end = tl.load(expert_start_ptr + e + 1, mask=e < last, other=0)
+    tiles = (end - start + GROUP_SIZE - 1) // GROUP_SIZE
+    before = tl.sum(tl.where(e < first, tiles, 0), axis=0)
+    count = tl.sum(tiles, axis=0) - before
+    if tl.program_id(0) == 0:
+        tl.store(part_count_ptr, count)
+    for t0 in range(tl.program_id(0) * BLOCK_T, count, tl.num_programs(0) * BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        tl.store(part_expert_ptr + t, tl.load(tile_expert_ptr + before + t, mask=t < count) - first, mask=t < count)
+        tl.store(part_row_ptr + t, tl.load(tile_row_ptr + before + t, mask=t < count), mask=t < count)
+
+
+def part_of(plan: RoutingPlan, first: int, last: int) -> RoutingPlan:
+    """The tiles of experts ``first`` to ``last`` (exclusive), numbered from 0. Rows keep their numbers."""
+    size = len(plan.tile_expert)
+    count, expert, row = (torch.empty(n, dtype=torch.int32, device=plan.packed.device) for n in (1, size, size))
+    launch(
+        part_kernel,
+        (8,),
+        (plan.expert_start, plan.tile_expert, plan.tile_row, expert, row, count, first, last),
+        {
+            "GROUP_SIZE": plan.group_size,
+            "BLOCK_E": triton.next_power_of_2(plan.experts),
+            "BLOCK_T": 128,
+            "num_warps": 4,
+        },
+    )
+    return dataclasses.replace(
+        plan,
+        expert_start=plan.expert_start[first : last + 1],
+        tile_expert=expert,
+        tile_row=row,
+        tile_count=count,
+        all_experts=plan.experts,
+    )

@@ -14,6 +14,7 @@ from moe_kernels.kernels.launch.launch import launch_grid
 from moe_kernels.kernels.operands import descriptor, low_rank_arguments, stored, tma_fits
 from moe_kernels.kernels.tiles.config import select_config
 from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
+from moe_kernels.kernels.triton.dequantize import blocks
 from moe_kernels.kernels.triton.tile import (
     add_bias,
     add_low_rank,
@@ -129,7 +130,9 @@ def up(
     width = weight.matrix.shape[1]
     z = x.new_empty(plan.rows, width) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, width // 2 if gate.gated else width)
-    _launch(x, weight, plan, plan.top_k, gate.constants(), z, a)
+    for part, tiles in blocks(weight, plan):
+        _launch(x, part, tiles, plan.top_k, gate.constants(), z, a)
+        del part
     return z, a
 
 
@@ -152,10 +155,11 @@ def _launch(
     a: torch.Tensor,
 ) -> None:
     hidden, width = x.shape[1], a.shape[1]
+    assert isinstance(weight.matrix, torch.Tensor)
     matrix, w_is_kn = stored(weight.matrix)
     tma = tma_fits(matrix, x, a)
     plain = weight.plain and not w_is_kn and gate["GATED"] and not gate["INTERLEAVED"]
-    sizes = (plan.rows // plan.experts, width, hidden) if plain else None
+    sizes = (plan.rows_per_expert, width, hidden) if plain else None
     config = fit_columns(select_config("up", x.device, x.dtype, plan.group_size, tma, sizes), width)
     columns = config.block_n * (2 if gate["INTERLEAVED"] else 1)
     block = (config.block_k, columns) if w_is_kn else (columns, config.block_k)

@@ -77,7 +77,7 @@ def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.T
     m, n = left.shape[1], right.shape[1]
     out = left.new_empty(plan.experts, m, n)
     tma = tma_fits(left, right)
-    sizes = (plan.rows // plan.experts, n, m)
+    sizes = (plan.rows_per_expert, n, m)
     config = fit_columns(select_config("wgrad", left.device, left.dtype, None, tma, sizes), n)
     if m <= 64 < config.block_m:  # a low-rank factor; wgmma takes 64 rows
         config = dataclasses.replace(config, block_m=64)
