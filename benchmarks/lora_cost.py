@@ -11,8 +11,7 @@ module of transformers in one pair of PEFT's wrappers; only `experts_implementat
 
 Two kinds of base: `bf16`, and `nf4` (QLoRA), bitsandbytes' 4 bits as Axolotl's quantize_moe_experts makes them. Two
 kinds of adapter: `float32` under autocast, as PEFT and Axolotl train them unless told otherwise, and `bfloat16`. On
-the 4-bit base `moe_kernels` dequantises a block of experts at a time; `moe_kernels_whole` is the same with all
-experts in one block, so that the price and the gain of the blocks show apart from the kernels'.
+the 4-bit base `moe_kernels` dequantises a block of experts at a time.
 Output and gradients (of x, the routing weights, A and B of both weights) are first compared with float64.
 """
 
@@ -39,8 +38,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import backends
-from moe_kernels.integrations import quantized
 from moe_kernels.integrations.peft import fuse_lora
+from moe_kernels.packed import PackedWeight
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.bench.accuracy import what_is_wrong
@@ -51,12 +50,13 @@ from moe_kernels.tools.check.tolerances import RMS_FACTOR
 from moe_kernels.tools.common.machine import environment, installed_version
 
 OURS, PEFT, AXOLOTL, PLAIN = "moe_kernels", "peft_grouped_mm", "scattermoe", "peft_eager"
-WHOLE = "moe_kernels_whole"
 VARIANTS = (("bf16", "float32"), ("bf16", "bfloat16"), ("nf4", "float32"))
 WEIGHTS = ("gate_up_proj", "down_proj")
 #: Multiples of 64, bitsandbytes' block: it dequantises shorter rows wrongly on a CPU.
 TINY = LayerShape("tiny", 96, 64, 64, 8, 2)
 SPEEDUP = 1.5
+#: Time of ours on the 4-bit base over ours on the bf16 base, and MiB above the weights.
+NF4_TIME, NF4_PEAK_MB = 1.35, 1.3 * 1024
 #: BA is this large beside W, so that an error in it shows and an error in W does too.
 DELTA = 0.3
 SCATTERMOE = "axolotl.integrations.kernels.libs.scattermoe_lora"
@@ -324,7 +324,7 @@ class Bench:
                     torch.cuda.empty_cache()
 
     def _variant(self, layer: Layer, base: str, adapters: str, absent: str) -> None:
-        names = (OURS, *([WHOLE] if base == "nf4" else []), PEFT, AXOLOTL, PLAIN)
+        names = (OURS, PEFT, AXOLOTL, PLAIN)
         rows = {name: Row(base, adapters, name) for name in names}
         self._measure(layer, rows, base, adapters, absent)
         self.rows = [row for row in self.rows if (row.base, row.adapters) != (base, adapters)] + list(rows.values())
@@ -340,14 +340,12 @@ class Bench:
         adapted = Adapted(layer, self.args.rank, getattr(torch, adapters), base == "nf4")
         exact = truth(adapted)
         calls: dict[str, Callable[[], Tensor]] = {}
-        for name in (OURS, WHOLE, PLAIN, PEFT, AXOLOTL):
-            row = rows.get(name)
-            if row is None or not row.ok:
+        for name in (OURS, PLAIN, PEFT, AXOLOTL):
+            row = rows[name]
+            if not row.ok:
                 continue
             row.weights_mb = adapted.weights_mb()
             calls[name] = adapted.call(self._implementation(name), adapters == "float32")
-            if name == WHOLE:
-                calls[name] = functools.partial(_in_one_block, calls[name])
             self.say(f"checking {name}")
             self._check(adapted, row, calls[name], exact)
         yardstick = rows[PLAIN].rel_error
@@ -360,12 +358,10 @@ class Bench:
             self._time(adapted, timed, rows)
 
     def _implementation(self, name: str) -> str:
-        ours = {OURS: self.registered, WHOLE: self.registered}
-        return (ours | {PEFT: "grouped_mm", PLAIN: "eager"}).get(name, name)
+        return {OURS: self.registered, PEFT: "grouped_mm", PLAIN: "eager"}.get(name, name)
 
     def _check(self, adapted: Adapted, row: Row, forward: Callable[[], Tensor], exact: dict[str, Tensor]) -> None:
-        packed = quantized.PackedWeight
-        with mock.patch.object(packed, "experts", autospec=True, side_effect=packed.experts) as blocks:
+        with mock.patch.object(PackedWeight, "like", autospec=True, side_effect=PackedWeight.like) as packed:
             try:
                 row.rel_error = relative_errors(adapted, forward, exact)
             except PEER_FAILURES as error:  # out of memory is one of them
@@ -374,7 +370,7 @@ class Bench:
                 row.ok, row.note = False, f"it failed: {failure(error)}"
                 adapted.clear_gradients()
         # A first measurement was of something else: with another parametrization on the weight ours reads it whole.
-        if row.ok and row.base == "nf4" and row.implementation in (OURS, WHOLE) and not blocks.called:
+        if row.ok and row.base == "nf4" and row.implementation == OURS and not packed.called:
             row.ok, row.note = False, "it did not dequantise by itself: the 4-bit weight is parametrised once more"
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -444,6 +440,20 @@ class Bench:
                 "ok": worst[0] <= RMS_FACTOR if worst else None,
                 "note": "" if worst else rows[PLAIN].note or ours.note,
             })  # fmt: skip
+        ours = {row.base: row for row in self.rows if row.implementation == OURS and row.adapters == "float32"}
+        if (packed := ours.get("nf4")) is not None:
+            plain = ours.get("bf16")
+            times = [None if row is None else row.forward_backward for row in (packed, plain)]
+            on_gpu = [t.queued.median for t in times if t is not None and t.queued is not None]
+            for what, value, goal in (
+                ("GPU time over the bf16 base's", on_gpu[0] / on_gpu[1] if len(on_gpu) == 2 else None, NF4_TIME),
+                ("MiB above the weights", packed.peak_mb, NF4_PEAK_MB),
+            ):
+                found.append({
+                    "base": "nf4", "adapters": "float32", "what": what, "value": value, "goal": goal,
+                    "ok": None if value is None else value <= goal,
+                    "note": "" if value else packed.note or "not measured on both bases, or on a CPU",
+                })  # fmt: skip
         return found
 
     def write(self) -> None:
@@ -500,12 +510,6 @@ class Bench:
 
 def _forward_backward(forward: Callable[[], Tensor], grad: Tensor) -> None:
     forward().backward(grad)
-
-
-def _in_one_block(forward: Callable[[], Tensor]) -> Tensor:
-    """The forward with all experts dequantised at once; its backward dequantises what the forward did."""
-    with mock.patch.object(quantized, "BLOCK_BYTES", sys.maxsize):
-        return forward()
 
 
 def _figure(row: Row, what: str) -> float | None:

@@ -84,37 +84,40 @@ def test_every_way_is_right_or_says_why_not(tmp_path, capsys):
     assert "pass         bf16 base, float32 adapters: error, moe_kernels over peft_eager" in shown
 
 
-def blocks_of(monkeypatch, experts):
-    """So many experts of the tiny layer are dequantised at a time; returns the list of what is, as it grows."""
+def dequantised(monkeypatch):
+    """The number of experts that are dequantised at a time, a list that grows."""
     from bitsandbytes import functional
 
-    tiny, real, seen = lora_cost.TINY, functional.dequantize_4bit, []
-    monkeypatch.setattr(lora_cost.quantized, "BLOCK_BYTES", experts * 3 * tiny.hidden * tiny.intermediate * 2)
+    theirs, ours, seen = functional.dequantize_4bit, lora_cost.PackedWeight.experts, []
 
     def dequantize_4bit(packed, state, *args, **kwargs):
         seen.append(state.shape[0])
-        return real(packed, state, *args, **kwargs)
+        return theirs(packed, state, *args, **kwargs)
+
+    def experts(weight, first, last):
+        seen.append(last - first)
+        return ours(weight, first, last)
 
     monkeypatch.setattr(functional, "dequantize_4bit", dequantize_4bit)
+    monkeypatch.setattr(lora_cost.PackedWeight, "experts", experts)
     return seen
 
 
-def test_4_bit_base(tmp_path, monkeypatch):
+def test_4_bit_base(tmp_path):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("axolotl")
-    blocks_of(monkeypatch, 3)
     rows = {row.implementation: row for row in bench(tmp_path, ("nf4", "float32")).rows}
-    for name in ("moe_kernels", "moe_kernels_whole", "peft_grouped_mm", "peft_eager"):
+    for name in ("moe_kernels", "peft_grouped_mm", "peft_eager"):
         assert rows[name].ok, rows[name].note
         assert max(rows[name].rel_error.values()) < 0.02
         assert (rows[name].forward_backward is None) == (name == "peft_eager")
     packed = lora_cost.TINY.experts * 3 * 64 * 64 / 2 / 2**20
     assert packed < rows["moe_kernels"].weights_mb < 1.1 * packed, "the scales count, a 16-bit copy is not there"
-    assert rows["moe_kernels"].saved_mb < rows["moe_kernels_whole"].saved_mb < rows["peft_grouped_mm"].saved_mb
+    assert rows["moe_kernels"].saved_mb < rows["peft_grouped_mm"].saved_mb
 
 
 def test_what_is_dequantised_at_a_time(tmp_path, monkeypatch):
-    """Ours three of the eight experts, whatever ran before in the same wrappers; the others all of them."""
+    """Ours one of the eight experts on a CPU, whatever ran before in the same wrappers; the others all of them."""
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("axolotl")
     made = bench(tmp_path)
@@ -122,14 +125,13 @@ def test_what_is_dequantised_at_a_time(tmp_path, monkeypatch):
         assert lora_cost.why_not(name, "nf4", made.shape, made.device) is None
     layer = lora_cost._frozen(lora_cost.make_layer(made.shape, "mild", made.device, torch.bfloat16))
     adapted = lora_cost.Adapted(layer, 4, torch.float32, True)
-    seen = blocks_of(monkeypatch, 3)
-    for name in ("moe_kernels", "moe_kernels_whole", "peft_grouped_mm", "moe_kernels"):
+    seen = dequantised(monkeypatch)
+    for name in ("moe_kernels", "peft_grouped_mm", "moe_kernels"):
         forward = adapted.call(made._implementation(name), True)
-        out = lora_cost._in_one_block(forward) if name == "moe_kernels_whole" else forward()
+        out = forward()
         in_forward = len(seen)
         out.backward(layer.grad_out)
-        expected = {"moe_kernels": {3, 2}, "moe_kernels_whole": {8}, "peft_grouped_mm": {8}}[name]
-        assert set(seen) == expected, name
+        assert set(seen) == {{"moe_kernels": 1, "peft_grouped_mm": 8}[name]}, name
         assert (len(seen) > in_forward) == (name != "peft_grouped_mm"), "its copy is kept instead"
         seen.clear()
 
@@ -146,10 +148,9 @@ def test_ours_on_weights_that_it_reads_whole_is_not_timed(tmp_path, monkeypatch)
 
     monkeypatch.setattr(lora_cost.Adapted, "take_off_proxies", one_more)
     rows = {row.implementation: row for row in bench(tmp_path, ("nf4", "float32")).rows}
-    for name in ("moe_kernels", "moe_kernels_whole"):
-        assert not rows[name].ok
-        assert "parametrised once more" in rows[name].note
-        assert rows[name].forward is None
+    assert not rows["moe_kernels"].ok
+    assert "parametrised once more" in rows["moe_kernels"].note
+    assert rows["moe_kernels"].forward is None
 
 
 @pytest.mark.parametrize("side", [0, 1])

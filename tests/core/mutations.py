@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[2]
 TRITON, HOPPER = "src/moe_kernels/kernels/triton", "src/moe_kernels/kernels/hopper"
 TESTS = ["tests/core/test_kernels.py", "tests/core/test_sanitized.py"]
 ROUTER_TESTS = ["tests/router/test_router.py"]
+PACKED_TESTS = ["tests/core/test_packed.py"]
 AT_A_BOUND = "tests/core/test_experts.py::test_a_clamp_at_its_bound_is_the_installed_torchs"
 QUICK = "not shipped_tiles and not scheduling and not sanitisers"
 GPU_TESTS = ["tests/device/test_gluon_gpu.py"]
@@ -98,6 +99,11 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("the bias's share of the next row", "dact.py", "tl.load(bias_dot_ptr + rows,", "tl.load(bias_dot_ptr + rows - 1,"),
     ("clamp passes gradient outside", "../../activation.py", "d_up = tl.where(passes_u, act, 0.0)", "d_up = act", 2),
     ("clamp at its bound as in another torch", "../../activation.py", "tl.constexpr(CLAMP_PASSES_AT_ITS_BOUND)", "tl.constexpr(not CLAMP_PASSES_AT_ITS_BOUND)"),
+    ("4 bits: halves of a byte the wrong way round", "dequantize.py", "tl.join(left, right)", "tl.join(right, left)"),
+    ("4 bits: scale of the first block for all", "dequantize.py", "tl.load(scales_ptr + block, mask", "tl.load(scales_ptr + block * 0, mask"),
+    ("4 bits: nested scale without its offset", "dequantize.py", " * outer + tl.load(offset_ptr)", " * outer"),
+    ("tiles of a part numbered as in the whole", "plan.py", "tl.load(tile_expert_ptr + before + t, mask=t < count) - first", "tl.load(tile_expert_ptr + before + t, mask=t < count)"),
+    ("a part begins with the first expert's tiles", "plan.py", "before = tl.sum(tl.where(e < first, tiles, 0), axis=0)", "before = first * 0"),
     ("pass takes a row of the next expert", "row_pass.py", "own = rows < end", "own = rows <= end"),
     ("pass reads the rows of the first expert's factor", "row_pass.py", "factor_ptr + (expert * N + n)", "factor_ptr + n"),
     ("pass reads the first expert's bias", "row_pass.py", "bias_ptr + expert * N + n, mask", "bias_ptr + n, mask"),
@@ -238,7 +244,7 @@ def interpreted_suite() -> Suite:
     """The Triton kernels, in the interpreter."""
     mutants = []
     for title, file, text, replacement, *times in MUTANTS:
-        tests = {"router.py": ROUTER_TESTS, "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
+        tests = {"router.py": ROUTER_TESTS, "dequantize.py": PACKED_TESTS, "plan.py": [*TESTS, *PACKED_TESTS], "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
         mutants.append(Mutant(title, f"{TRITON}/{file}", text, replacement, ("-k", QUICK, *tests), *times))
     return Suite(mutants, True, 600)
 

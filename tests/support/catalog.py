@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.device import loads_by_tma
@@ -16,8 +17,9 @@ from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
 from moe_kernels.kernels.tiles.table import ROW_TILED, GemmConfig, table
 from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
+from moe_kernels.kernels.triton.dequantize import dequantize_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
-from moe_kernels.kernels.triton.plan import count_kernel, place_kernel, plan_blocks
+from moe_kernels.kernels.triton.plan import count_kernel, part_kernel, place_kernel, plan_blocks
 from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, route_grad_kernel, route_kernel
 from moe_kernels.kernels.triton.row_pass import MAX_RANK, pass_tile, row_pass_kernel, sum_blocks_kernel
 from moe_kernels.kernels.triton.up import up_kernel
@@ -161,6 +163,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     yield from _small_cases()
     yield from _router_cases()
     yield from _row_pass_cases()
+    yield from _packed_cases()
     if capability == (9, 0):
         yield from hopper_catalog.compile_cases()
 
@@ -245,6 +248,35 @@ def _small_cases() -> Iterator[CompileCase]:
         {"parts_ptr": "*fp32", "routed_ptr": "*i32", "out_ptr": "*bf16"} | sizes,
         {"BLOCK": 1024},
         small,
+        uses_dot=False,
+    )
+
+
+def _packed_cases() -> Iterator[CompileCase]:
+    tensors = {"data_ptr": "*u8", "table_ptr": "*fp32", "scales_table_ptr": "*fp32", "outer_ptr": "*fp32"}
+    for nested in (True, False):
+        yield CompileCase(
+            f"dequantize-{'nested' if nested else 'plain'}",
+            dequantize_kernel,
+            {
+                **tensors,
+                "scales_ptr": "*u8" if nested else "*fp32",
+                "offset_ptr": "*fp32",
+                "out_ptr": "*bf16",
+                "first": "i64",
+                "count": "i32",
+            },
+            {"BLOCKSIZE": 64, "OUTER_SIZE": 256 * nested, "NESTED": nested, "STORED": tl.bfloat16, "BLOCK": 2048},
+            {"num_warps": 4, "num_stages": 3},
+            uses_dot=False,
+        )
+    lists = ("expert_start", "tile_expert", "tile_row", "part_expert", "part_row", "part_count")
+    yield CompileCase(
+        "part",
+        part_kernel,
+        {f"{name}_ptr": "*i32" for name in lists} | {"first": "i32", "last": "i32"},
+        {"GROUP_SIZE": 128, "BLOCK_E": 128, "BLOCK_T": 128},
+        {"num_warps": 4, "num_stages": 3},
         uses_dot=False,
     )
 

@@ -241,8 +241,8 @@ def replayed(
 
     Args:
         steps: takes a named tuple of tensors, packed weights and None, the first a tensor, and hashable settings;
-            returns a tuple, named or not, of None and tensors that it allocated. Its allocations and launches may depend only on
-            shapes, strides, dtypes, settings and ``tiles.config``.
+            returns a tuple, named or not, of None and tensors that it allocated. Its allocations and launches may
+            depend only on shapes, strides, dtypes, settings and ``tiles.config``.
         allowed: whether steps do nothing else; where it is False, they are not recorded.
         first: called before the first call of a signature.
     """
