@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moe_kernels import fused_experts
 from moe_kernels.activation import Activation
+from moe_kernels.packed import PackedWeight, Scales, whole
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.bench.timing import MIB, Clock, peak_bytes
@@ -45,11 +46,13 @@ class Form:
     Attributes:
         frozen: the base gets no gradient.
         rank: of the LoRA factors of both weights; 0 without.
+        packed: the base is kept in 4 bits, with nested scales.
         gpt_oss: weights stored by columns, gate and up interleaved, clamped activation.
     """
 
     frozen: bool = False
     rank: int = 0
+    packed: bool = False
     biases: bool = False
     gpt_oss: bool = False
     gated: bool = True
@@ -61,6 +64,7 @@ FORMS = {
     "frozen": Form(frozen=True),
     "lora-16": Form(frozen=True, rank=16),
     "lora-64": Form(frozen=True, rank=64),
+    "qlora-16": Form(frozen=True, rank=16, packed=True),
     "biases": Form(biases=True),
     "gpt-oss": Form(biases=True, gpt_oss=True, activation=GPT_OSS),
     "gpt-oss-lora-16": Form(frozen=True, rank=16, biases=True, gpt_oss=True, activation=GPT_OSS),
@@ -95,14 +99,15 @@ class Layer:
         return _with_leaves(self.form, _mapped(self.arguments, _doubled), self.dout.double())
 
 
-def _doubled(tensor: Tensor) -> Tensor:
-    return tensor.detach().double() if tensor.is_floating_point() else tensor
+def _doubled(tensor: Tensor | PackedWeight) -> Tensor:
+    tensor = whole(tensor).detach()
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _mapped(arguments: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def _mapped(arguments: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     found = {}
     for name, value in arguments.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | PackedWeight):
             value = change(value)
         elif isinstance(value, tuple):
             value = tuple(change(factor) for factor in value)
@@ -111,13 +116,28 @@ def _mapped(arguments: dict[str, Any], change: Callable[[Tensor], Tensor]) -> di
 
 
 def _with_leaves(form: Form, arguments: dict[str, Any], dout: Tensor) -> Layer:
-    arguments = _mapped(arguments, lambda tensor: tensor.detach())
+    arguments = _mapped(arguments, lambda tensor: tensor.detach() if isinstance(tensor, Tensor) else tensor)
     base = () if form.frozen else ("gate_up", "down", *(("gate_up_bias", "down_bias") if form.biases else ()))
     trained = {name: arguments[name].requires_grad_() for name in ("x", "topk_weights", *base)}
     for name in ("gate_up_lora", "down_lora"):
         for letter, factor in zip("ba", arguments.get(name, ()), strict=False):
             trained[f"{name}_{letter}"] = factor.requires_grad_()
     return Layer(form, arguments, trained, dout)
+
+
+def in_4_bits(weight: Tensor) -> PackedWeight:
+    """``weight`` (E, N, K) in a format like nf4: another table, the same sizes and the same steps to read it."""
+    values = weight.float().view(-1, 64)
+    scales = values.abs().amax(1)
+    table, scales_table = (torch.linspace(-1, 1, n, device=weight.device) for n in (16, 256))
+    places = torch.bucketize(values / scales[:, None], (table[1:] + table[:-1]) / 2).to(torch.uint8).view(-1, 2)
+    offset = scales.mean()
+    outer = (scales - offset).view(-1, 256).abs().amax(1)
+    near = (scales_table[1:] + scales_table[:-1]) / 2
+    inner = torch.bucketize((scales - offset) / outer.repeat_interleave(256), near).to(torch.uint8)
+    nested = Scales(inner, 64, scales_table, outer, 256, offset)
+    data = places[:, 0] << 4 | places[:, 1]
+    return PackedWeight(data, table, nested, tuple(weight.shape), weight.dtype, weight.dtype)  # type: ignore[arg-type]
 
 
 def make_layer(shape: LayerShape, form: Form, device: torch.device) -> Layer:
@@ -142,7 +162,7 @@ def make_layer(shape: LayerShape, form: Form, device: torch.device) -> Layer:
     }
     for name, (n, k) in sizes.items():
         weight = normal(experts, k, n, scale=k**-0.5).mT if form.gpt_oss else normal(experts, n, k, scale=k**-0.5)
-        arguments[name] = weight
+        arguments[name] = in_4_bits(weight) if form.packed else weight
         if form.biases:
             arguments[f"{name}_bias"] = normal(experts, n, scale=0.1)
         if form.rank:
