@@ -35,15 +35,11 @@ def grads_of_inputs(
     dout: Tensor | None,
     backward: Callable[[BackwardTensors, BackwardSpec], Grads],
     overwrite_z: bool,
-    reload: Callable[[], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of a call's tensors, in their order."""
     if dout is None:
         return (None,) * len(Tensors._fields)
     t = BackwardTensors(dout, *ctx.saved_tensors)._replace(**ctx.packed)
-    if reload is not None:
-        gate_up, down = reload()
-        t = t._replace(gate_up=gate_up.to(t.x.dtype), down=down.to(t.x.dtype))
     x_needed, _, *others = ctx.needs_input_grad[: len(Tensors._fields)]
     spec = BackwardSpec(ctx.spec, Needs(x_needed, *others), overwrite_z)
     if torch.is_grad_enabled() or batched(dout):  # create_graph=True, or several backwards at a time

@@ -22,7 +22,6 @@ backward writes dZ over Z, unless the graph is kept for another backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,7 +66,6 @@ def fused_experts(
     gate_up_lora: LowRankPair | None = None,
     down_lora: LowRankPair | None = None,
     recompute: bool = False,
-    reload: Callable[[], tuple[Tensor, Tensor]] | None = None,
     group_size: GroupSize = DEFAULT_GROUP_SIZE,
     persistent: bool = True,
     backend: str = "auto",
@@ -98,8 +96,6 @@ def fused_experts(
         gate_up_lora: (lora_b (E, 2I, r), lora_a (E, r, H)): adds ``lora_b[e] @ lora_a[e]`` to gate_up, never formed.
         down_lora: (lora_b (E, H, r), lora_a (E, r, I)).
         recompute: save X but not Z, and compute Z again in the backward: less memory, one more up projection.
-        reload: makes gate_up and down again, equal in all but their memory. They are then not kept for the backward,
-            and must not require grad. ``torch.compile`` keeps them all the same.
         group_size: rows per tile, 64, 128, 256 or "auto".
         persistent: one program per multiprocessor loops over all tiles, instead of one program per tile.
         backend: "auto", "triton", "gluon" or "torch".
@@ -153,7 +149,7 @@ def fused_experts(
             out = experts_op(tensors._replace(gate_up=whole(tensors.gate_up), down=whole(tensors.down)), spec)
         else:
             backends.count_dispatch(backends.backend_of(tensors, spec).name)
-            out = _Experts.apply(*tensors, spec, reload) if spec.needs_grad else _forward(tensors, spec).out
+            out = _Experts.apply(*tensors, spec) if spec.needs_grad else _forward(tensors, spec).out
     return (out if reduce else out.view(*topk_ids.shape, down.shape[1])).to(x.dtype)
 
 
@@ -184,11 +180,9 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *flat, spec, ctx.reload = args
+        *flat, spec = args
         tensors = Tensors(*flat)
         out = _forward(tensors, spec)
-        if ctx.reload is not None:
-            tensors = tensors._replace(gate_up=None, down=None)  # type: ignore[arg-type]
         save(ctx, tensors, spec, out)
         return out.out
 
@@ -196,4 +190,4 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         # Z dies with the graph. torch's own donated buffers ask the same question in the same way.
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        return *grads_of_inputs(ctx, dout, _backward, not keep_graph, ctx.reload), None, None
+        return *grads_of_inputs(ctx, dout, _backward, not keep_graph), None

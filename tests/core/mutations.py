@@ -102,7 +102,7 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("4 bits: halves of a byte the wrong way round", "dequantize.py", "tl.join(left, right)", "tl.join(right, left)"),
     ("4 bits: scale of the first block for all", "dequantize.py", "tl.load(scales_ptr + block, mask", "tl.load(scales_ptr + block * 0, mask"),
     ("4 bits: nested scale without its offset", "dequantize.py", " * outer + tl.load(offset_ptr)", " * outer"),
-    ("tiles of a part numbered as in the whole", "plan.py", "tl.load(tile_expert_ptr + before + t, mask=t < count) - first", "tl.load(tile_expert_ptr + before + t, mask=t < count)"),
+    ("tiles of a part numbered as in the whole", "plan.py", "mask=mine, other=0) - first", "mask=mine, other=0)"),
     ("a part begins with the first expert's tiles", "plan.py", "before = tl.sum(tl.where(e < first, tiles, 0), axis=0)", "before = first * 0"),
     ("pass takes a row of the next expert", "row_pass.py", "own = rows < end", "own = rows <= end"),
     ("pass reads the rows of the first expert's factor", "row_pass.py", "factor_ptr + (expert * N + n)", "factor_ptr + n"),

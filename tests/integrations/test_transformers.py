@@ -212,7 +212,6 @@ def test_settings_reach_the_op(group_size: int | str, persistent: bool, monkeypa
     layout = {"activation": Activation("silu"), "interleaved": False, "reduce": True} | {
         "gate_up_lora": None,
         "down_lora": None,
-        "reload": None,
     }
     assert seen == [layout | expected] * 2
 

@@ -214,8 +214,9 @@ def part_kernel(
         tl.store(part_count_ptr, count)
     for t0 in range(tl.program_id(0) * BLOCK_T, count, tl.num_programs(0) * BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        tl.store(part_expert_ptr + t, tl.load(tile_expert_ptr + before + t, mask=t < count) - first, mask=t < count)
-        tl.store(part_row_ptr + t, tl.load(tile_row_ptr + before + t, mask=t < count), mask=t < count)
+        mine = t < count
+        tl.store(part_expert_ptr + t, tl.load(tile_expert_ptr + before + t, mask=mine, other=0) - first, mask=mine)
+        tl.store(part_row_ptr + t, tl.load(tile_row_ptr + before + t, mask=mine, other=0), mask=mine)
 
 
 def part_of(plan: RoutingPlan, first: int, last: int) -> RoutingPlan:
