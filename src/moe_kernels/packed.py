@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 #: What one block of dequantised experts may take. Smaller blocks leave multiprocessors without work.
-BLOCK_BYTES = 256 * 2**20
+BLOCK_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)

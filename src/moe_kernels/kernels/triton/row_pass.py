@@ -2,8 +2,7 @@
 
 LoRA factors and biases need products of a tall matrix (R, N), such as dO, dZ or X, with something a few columns wide.
 Each such product alone would read the whole matrix once more, at the speed of memory. Here every block of it is read
-once and multiplied on both sides. Rows of tokens are gathered: from L2, where the tokens fit and their copy in expert
-order does not.
+once and multiplied on both sides. Rows of tokens are gathered, and if wanted written in expert order as well.
 
 A program takes one expert's rows and a block of columns. Sums over rows stay in registers. Sums over columns are
 written for each block of columns, and a second launch adds them in a fixed order: no atomics.
@@ -18,10 +17,9 @@ import triton.language as tl
 
 from moe_kernels.kernels.device import cdiv, dot_precision
 from moe_kernels.kernels.launch.launch import launch
-from moe_kernels.kernels.triton.combine import gather
 from moe_kernels.kernels.triton.grouped_gemm import dgrad
 from moe_kernels.kernels.triton.tile import multiply_add
-from moe_kernels.layer import AddedGrads, Rows, Weight, in_expert_order
+from moe_kernels.layer import AddedGrads, Rows, Weight
 from moe_kernels.routing import RoutingPlan, TokenRows
 
 
@@ -35,6 +33,7 @@ def row_pass_kernel(
     row_slot_ptr,
     expert_start_ptr,
     expert_order_ptr,
+    sorted_ptr,  # (R, N): written if COPY
     low_ptr,  # (blocks, R, RANK) float32, rows factor[expert] by block of columns: written if LOW
     grad_ptr,  # (E, N, RANK), or (E, RANK, N) if TRANSPOSED, (w rows)^T inner: written if GRAD
     bias_grad_ptr,  # (E, N), the sum of w rows: written if BIAS_GRAD
@@ -44,6 +43,7 @@ def row_pass_kernel(
     blocks,
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    COPY: tl.constexpr,
     LOW: tl.constexpr,
     GRAD: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -83,6 +83,8 @@ def row_pass_kernel(
         if not EVEN_N:
             mask = mask & in_width[None, :]
         values = tl.load(rows_ptr + source[:, None] * N + n[None, :], mask=mask, other=0.0)
+        if COPY:
+            tl.store(sorted_ptr + rows.to(tl.int64)[:, None] * N + n[None, :], values, mask=mask)
         if WEIGHTED:
             weight = tl.load(topk_weights_ptr + slot, mask=own, other=0.0).to(tl.float32)[:, None]
         narrow = rows.to(tl.int64)[:, None] * RANK + r[None, :]
@@ -154,6 +156,7 @@ def pass_tile(dtype: torch.dtype, width: int, rank: int) -> PassTile:
 class _Pass(NamedTuple):
     """Results of a pass; None where it was not asked for."""
 
+    rows: torch.Tensor | None
     low: torch.Tensor | None
     grad: torch.Tensor | None
     bias_grad: torch.Tensor | None
@@ -169,9 +172,10 @@ def _row_pass(
     transposed: bool = False,
     topk_weights: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    copy: bool = False,
     bias_grad: bool = False,
 ) -> _Pass:
-    """``factor`` gives low, ``inner`` gives grad, ``bias`` gives bias_dot. topk_weights weight grad and bias_grad."""
+    """``factor`` gives low, ``inner`` gives grad, ``bias`` gives bias_dot; topk_weights weight grad and bias_grad."""
     source, top_k = rows if isinstance(rows, TokenRows) else (rows, 0)
     width, count, experts = source.shape[1], plan.rows, plan.experts
     narrow = inner if factor is None else factor
@@ -180,6 +184,7 @@ def _row_pass(
     blocks = cdiv(width, tile.block_n)
     empty, wide = source.new_empty, torch.float32
     out = _Pass(
+        empty(count, width) if copy else None,
         None if factor is None else empty(blocks, count, rank, dtype=wide),
         None if inner is None else empty(experts, *((rank, width) if transposed else (width, rank))),
         empty(experts, width) if bias_grad else None,
@@ -195,6 +200,7 @@ def _row_pass(
         {
             "TOP_K": top_k,
             "WEIGHTED": topk_weights is not None,
+            "COPY": copy,
             "LOW": factor is not None,
             "GRAD": inner is not None,
             "TRANSPOSED": transposed,
@@ -237,7 +243,6 @@ def added_grads(
     topk_weights: torch.Tensor | None = None,
 ) -> AddedGrads:
     """The gradients of what ``weight`` (E, N, K) adds to its matrix, from dY (R, N)."""
-    rows = in_expert_order(dy, plan, gather)
     factor = weight.factor
     small = factor is not None and factor.shape[2] <= MAX_RANK
     done = _row_pass(
@@ -247,8 +252,11 @@ def added_grads(
         inner=weight.low if needs_factor else None,
         topk_weights=topk_weights,
         bias=None if topk_weights is None else weight.bias,
+        copy=isinstance(dy, TokenRows),
         bias_grad=needs_bias,
     )
+    rows = done.rows if isinstance(dy, TokenRows) else dy
+    assert rows is not None
     low = done.low if factor is None or small else dgrad(rows, Weight(factor), plan)
     return AddedGrads(rows, low, done.grad, done.bias_grad, done.bias_dot)
 
