@@ -9,29 +9,12 @@ from moe_kernels import fused_experts
 from moe_kernels import packed as packed_weights
 from moe_kernels.kernels.triton.dequantize import dequantize
 from moe_kernels.kernels.triton.plan import make_plan, part_of
-from moe_kernels.packed import PackedWeight, Scales
 from moe_kernels.tools.check.problems import Case, make_inputs
 from moe_kernels.tools.check.routings import ROUTINGS, make_routing
+from support.packed import packed
 from support.tiles import use_small_tiles
 
 BACKENDS = ["torch", "triton"]
-
-
-def packed(experts, rows, columns, device, nested=True, dtype=torch.float32, blocksize=32, seed=0):
-    """A weight of random bytes, about as large as a layer's."""
-    generator = torch.Generator().manual_seed(seed)
-    elements = experts * rows * columns
-    data = torch.randint(0, 256, (elements // 2,), generator=generator, dtype=torch.uint8)
-    scales = torch.rand(elements // blocksize, generator=generator) * columns**-0.5 + 0.01
-    found = Scales(scales.to(device), blocksize)
-    if nested:
-        places = torch.randint(0, 256, scales.shape, generator=generator, dtype=torch.uint8)
-        table, outer = torch.linspace(-1, 1, 256), torch.rand(len(scales) // 4 + 1, generator=generator) * 0.1
-        parts = (t.to(device) for t in (places, table, outer))
-        values, table, outer = parts
-        found = Scales(values, blocksize, table, outer, 4, torch.tensor(0.3, device=device))
-    table = torch.linspace(-1, 1, 16)
-    return PackedWeight(data.to(device), table.to(device), found, (experts, rows, columns), dtype, dtype)
 
 
 @pytest.mark.parametrize("nested", [True, False])
