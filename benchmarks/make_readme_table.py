@@ -191,8 +191,8 @@ def lora(results: Results) -> str:
             parts += [
                 f"`benchmarks/results/{name}`: `{machine['command']}` on {machine['gpu']}, torch {machine['torch']}, "
                 f"triton {machine['triton']}, {machine['date'][:10]}; medians of calls in turn. Of dense: against "
-                "the same GEMMs by torch.mm with one expert's weights for all rows, without weight gradients where the "
-                "base is frozen. Peak: above weights and inputs. Error: as below.",
+                "the same GEMMs by torch.mm with one expert's weights for all rows, without weight gradients where "
+                "the base is frozen. Peak: above weights and inputs. Error: as below.",
                 _table(FORM_COLUMNS, _form_rows(data["rows"])),
             ]
         if data.get("kind") == "lora" and data["environment"]["gpu"]:
