@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback, modeling_utils
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, modeling_utils
 
 from moe_kernels.tools.compare.plan import digest
 from moe_kernels.tools.prepare.cache import made_with
@@ -39,10 +39,8 @@ class DrawnWeights(TrainerCallback):
             if seed is None:
                 return load(cls, name, *arguments, **settings)
             self.seed = seed
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            dtype = settings.get("dtype") or settings.get("torch_dtype")
-            weights = seeded_model(settings["config"], dtype, seed, device).state_dict()
-            if device == "cuda":
+            weights = draw_base(settings["config"], settings.get("dtype") or settings.get("torch_dtype"), seed)
+            if torch.cuda.is_available():
                 # "auto" would divide what is left beside the weights just drawn.
                 settings["device_map"] = {"": torch.cuda.current_device()}
             # The weights are on the device already: room for them a second time would show as the peak.
@@ -72,6 +70,17 @@ def drawn_seed(folder: Any) -> int | None:
     path = Path(folder) if isinstance(folder, str | Path) else None
     recipe = made_with(path) if path is not None and path.is_dir() else None
     return None if path is None or recipe is None or any(path.glob("*.safetensors")) else int(recipe["seed"])
+
+
+def draw_base(config: PreTrainedConfig, dtype: torch.dtype | None, seed: int) -> dict[str, torch.Tensor]:
+    """The state of a model as transformers initialises it, on the GPU if there is one, and biases that are not 0."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = seeded_model(config, dtype, seed, device).state_dict()
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, tensor in weights.items():
+        if name.endswith("bias"):
+            tensor.normal_(std=config.initializer_range, generator=generator)
+    return weights
 
 
 def draw_adapter(model: torch.nn.Module, seed: int) -> None:

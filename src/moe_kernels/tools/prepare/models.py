@@ -140,7 +140,7 @@ def prepare_model(
         UsageError: the folder holds something else.
         MissingDependency: this Python came without its library's sources, or the disk is too full.
     """
-    shape, drawn = ALL_FAMILIES[family].sizes[size], ALL_FAMILIES[family].drawn
+    shape = ALL_FAMILIES[family].sizes[size]
     folder = root / "artifacts" / "models" / shape.name
     sources = stdlib_sources()
     recipe: dict[str, Any] = {
@@ -158,9 +158,15 @@ def prepare_model(
             report(f"{folder} is there already")
             return folder
 
+    _make(family, size, folder, recipe, sources, report)
+    return folder
+
+
+def _make(family: str, size: str, folder: Path, recipe: dict[str, Any], sources: list[str], report: Report) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    shape, drawn = ALL_FAMILIES[family].sizes[size], ALL_FAMILIES[family].drawn
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config(family, size), dtype=getattr(torch, shape.dtype))
     parameters = model.num_parameters()
@@ -168,7 +174,7 @@ def prepare_model(
     written = 0 if drawn else int(1.1 * parameters * getattr(torch, shape.dtype).itemsize)
     folder.parent.mkdir(parents=True, exist_ok=True)
     cache.check_space(folder.parent, written + 20_000_000)
-    tokenizer = prepare_tokenizer(root, min(shape.vocab, TOKENIZER), sources, report)
+    tokenizer = prepare_tokenizer(folder.parents[2], min(shape.vocab, TOKENIZER), sources, report)
     if not drawn:
         facts["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         report(f"{shape.name}: drawing {parameters:,} weights on the {facts['device']}")
@@ -177,7 +183,6 @@ def prepare_model(
     _save(model, tokenizer, folder, recipe, facts)
     ending = ", which `moe-kernels compare` draws when a training starts" if drawn else ""
     report(f"{shape.name}: {parameters:,} parameters in {folder}{ending}")
-    return folder
 
 
 def _save(
