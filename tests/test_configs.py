@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from moe_kernels.shapes import FAMILIES, REAL_FAMILIES, TOKENS_PER_STEP, Family
+from moe_kernels.tools.compare.plan import Options, plan_family
 from moe_kernels.tools.prepare import tiny_overrides
 
 FOLDER = Path(__file__).parents[1] / "configs" / "moe"
@@ -151,6 +152,9 @@ def validated(raw: dict[str, Any], plugin_manager: Any, **capabilities: Any) -> 
     return validate_config(config, capabilities=capabilities, env_capabilities=env_capabilities).to_dict()
 
 
+HOPPER = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_90"}
+
+
 def changed(raw: dict[str, Any], result: dict[str, Any]) -> set[str]:
     """Keys that got another value or were lost: Axolotl drops a key it does not know without a word."""
     return {key for key, value in raw.items() if key != "datasets" and result.get(key) != value}
@@ -160,10 +164,19 @@ def changed(raw: dict[str, Any], result: dict[str, Any]) -> set[str]:
 def test_axolotl_accepts_it_for_a_gpu(name: str, plugin_manager: Any) -> None:
     """As on a machine with one Hopper GPU: this one may have none."""
     raw = load(name)
-    hopper = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_90"}
-    result = validated(raw, plugin_manager, **hopper)
+    result = validated(raw, plugin_manager, **HOPPER)
     assert not changed(raw, result)
     assert [dataset["path"] for dataset in result["datasets"]] == ["artifacts/data/stdlib.jsonl"]
+
+
+@pytest.mark.parametrize("options", [{"liger": True}, {"qlora": True}, {"lora": 64, "qlora": True, "liger": True}])
+@pytest.mark.parametrize("family", REAL_FAMILIES)
+def test_axolotl_accepts_what_compare_makes_of_it(
+    family: str, options: dict[str, Any], plugin_manager: Any
+) -> None:
+    for run in plan_family(family, Options(**options)).runs[:2]:
+        result = validated(run.config, plugin_manager, **HOPPER)
+        assert not changed(run.config, result)
 
 
 @each_pair
