@@ -28,7 +28,8 @@ BASELINES = [family.baseline for family in FAMILIES.values()]
 WITH_KERNELS = [name for family in FAMILIES.values() for name in (family.optimized, family.test)]
 LORA = [family.optimized for family in REAL_FAMILIES.values()]
 LORA_BASELINES = [family.baseline for family in REAL_FAMILIES.values()]
-ALL = BASELINES + WITH_KERNELS + LORA + LORA_BASELINES
+QLORA, QLORA_BASELINE = "qwen3-30b-a3b-qlora.yml", "qwen3-30b-a3b-qlora-baseline.yml"
+ALL = [*BASELINES, *WITH_KERNELS, *LORA, *LORA_BASELINES, QLORA, QLORA_BASELINE]
 
 each_pair = pytest.mark.parametrize(
     "family", [*FAMILIES.values(), *REAL_FAMILIES.values()], ids=lambda family: family.name
@@ -51,6 +52,7 @@ def test_exactly_these_exist() -> None:
         "qwen2-moe-1b-baseline.yml", "qwen2-moe-a14b-optimized.yml", "qwen2-moe-7b-test.yml",
         "deepseek-v3-1b-baseline.yml", "deepseek-v3-1b-moe-optimized.yml", "deepseek-v3-1b-test.yml",
         "qwen3-30b-a3b-lora-baseline.yml", "qwen3-30b-a3b-lora.yml",
+        "qwen3-30b-a3b-qlora-baseline.yml", "qwen3-30b-a3b-qlora.yml",
         "gpt-oss-20b-lora-baseline.yml", "gpt-oss-20b-lora.yml",
     } == {*ALL}  # fmt: skip
 
@@ -68,7 +70,7 @@ def test_quick_run_is_the_optimized_one_cut_short(family: Family) -> None:
     assert quick["max_steps"] <= 10 < optimized["max_steps"]
 
 
-@pytest.mark.parametrize("name", [*WITH_KERNELS, *LORA])
+@pytest.mark.parametrize("name", [*WITH_KERNELS, *LORA, QLORA])
 def test_kernels_are_on(name: str) -> None:
     config = load(name)
     assert {key: config[key] for key in OURS} == OURS
@@ -77,7 +79,7 @@ def test_kernels_are_on(name: str) -> None:
 def test_merging_keeps_the_experts_adapter() -> None:
     """Axolotl's default leaves it out, see tests/integrations/test_axolotl_checkpoints.py."""
     with_adapter = {path.name for path in FOLDER.rglob("*.yml") if "lora_target_parameters" in path.read_text()}
-    assert with_adapter == {*LORA, *LORA_BASELINES}
+    assert with_adapter == {*LORA, *LORA_BASELINES, QLORA, QLORA_BASELINE}
     assert {load(name)["merge_method"] for name in with_adapter} == {"legacy"}
 
 
@@ -100,7 +102,20 @@ def test_lora_of_attention_and_experts_at_real_size(family: Family) -> None:
         assert f"moe-kernels compare {family.name}`" in header
 
 
-@pytest.mark.parametrize("name", [*BASELINES, *LORA_BASELINES])
+@pytest.mark.parametrize(("name", "lora"), [(QLORA, "optimized"), (QLORA_BASELINE, "baseline")])
+def test_qlora_is_the_lora_run_in_4_bits(name: str, lora: str) -> None:
+    """As ``compare --qlora`` makes it."""
+    family = REAL_FAMILIES["qwen3-moe"]
+    config, base = load(name), load(getattr(family, lora))
+    assert differing(config, base) == {"adapter", "load_in_4bit", "quantize_moe_experts", *NAMING}
+    run = next(run for run in plan_family("qwen3-moe", Options(qlora=True)).runs if run.role == lora)
+    assert {key: run.config[key] for key in differing(config, base) - NAMING} == {
+        key: config[key] for key in differing(config, base) - NAMING
+    }
+    assert f"axolotl train configs/moe/{name}" in (FOLDER / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [*BASELINES, *LORA_BASELINES, QLORA_BASELINE])
 def test_baseline_is_stock(name: str) -> None:
     config = load(name)
     assert not {key for key in config if key.startswith("moe_")}
