@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
-from moe_kernels.shapes import FAMILIES, SIZES
+from moe_kernels.shapes import FAMILIES, REAL_FAMILIES, SIZES
 from moe_kernels.tools.app import app
 from moe_kernels.tools.common import files
 from moe_kernels.tools.common.errors import MISSING, WRONG_USAGE, MissingDependency, UsageError
@@ -58,6 +58,15 @@ def test_one_billion_parameters(family: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config(family, "1b"))
     assert model.num_parameters() == exact[family] == pytest.approx(1e9, rel=0.05)
+
+
+@pytest.mark.parametrize("family", REAL_FAMILIES)
+def test_models_of_real_size(family: str) -> None:
+    """The figures of the checkpoints on the Hub."""
+    exact = {"qwen3-moe": 30_532_122_624, "gpt-oss": 20_914_757_184}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config(family, REAL_FAMILIES[family].large))
+    assert model.num_parameters() == exact[family]
 
 
 @each_family
@@ -350,6 +359,9 @@ def test_names() -> None:
         ("qwen2-moe", "tiny"),
     ]
     assert wanted(["all"], "tiny") == [(family, "tiny") for family in FAMILIES]
+    assert wanted(["qwen3-30b-a3b", "gpt-oss", "gpt-oss-20b", "qwen3-moe-tiny"], None) == [
+        ("qwen3-moe", "30b"), ("gpt-oss", "20b"), ("qwen3-moe", "tiny"),
+    ]  # fmt: skip
     assert wanted(["deepseek-v3-1b"], "tiny") == [("deepseek-v3", "tiny")]
 
 
@@ -364,6 +376,7 @@ def test_command(copied: Path) -> None:
     [
         (["nope"], WRONG_USAGE, "There is no model 'nope'. Name one of mixtral-1b, "),
         (["all", "--size", "7b"], WRONG_USAGE, "There is no size '7b'. Name one of 1b, tiny."),
+        (["gpt-oss", "--size", "1b"], WRONG_USAGE, "There is no size '1b'. Name one of 20b, tiny."),
         ([], WRONG_USAGE, "Missing argument"),
         (["mixtral-tiny", "--seed", "99999999999999999999"], WRONG_USAGE, "'--seed'"),
     ],

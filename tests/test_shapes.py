@@ -7,9 +7,18 @@ import sys
 
 import pytest
 
-from moe_kernels.shapes import FAMILIES, LAYERS, SIZES, TOKENS_PER_STEP, LayerShape, ModelShape
+from moe_kernels.shapes import (
+    ALL_FAMILIES,
+    FAMILIES,
+    LAYERS,
+    REAL_FAMILIES,
+    SIZES,
+    TOKENS_PER_STEP,
+    LayerShape,
+    ModelShape,
+)
 
-MODELS = [family.sizes[size] for family in FAMILIES.values() for size in SIZES]
+MODELS = [shape for family in ALL_FAMILIES.values() for shape in family.sizes.values()]
 
 
 def test_layers_are_the_eleven_measured_ones() -> None:
@@ -50,6 +59,13 @@ def test_families_and_sizes_are_complete() -> None:
         assert name == family.name
         assert tuple(family.sizes) == SIZES
         assert [shape.name for shape in family.sizes.values()] == [f"{name}-{size}" for size in SIZES]
+    for name, family in REAL_FAMILIES.items():
+        assert name == family.name
+        assert family.drawn
+        assert [family.large, "tiny"] == [*family.sizes]
+        assert family.sizes["tiny"].name == f"{name}-tiny"
+    names = [shape.name for shape in MODELS]
+    assert len({*names}) == len(names)
 
 
 def test_reading_the_tables_imports_nothing_heavy() -> None:

@@ -51,7 +51,7 @@ class ModelShape:
     kv_heads: int
     vocab: int  # entries of the tokenizer and rows of the embedding
     dtype: str  # name of the torch dtype that the weights are stored in
-    extras: Mapping[str, int] = field(default_factory=dict)  # more of the transformers configuration
+    extras: Mapping[str, int | float] = field(default_factory=dict)  # more of the transformers configuration
 
     def layer(self, tokens: int) -> LayerShape:
         """The expert layer of this model for a batch of ``tokens`` tokens."""
@@ -60,14 +60,20 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family, its sizes and its three run files in ``configs/moe``."""
+    """A model family, its sizes and its run files in ``configs/moe``."""
 
     name: str
     model_type: str  # of the transformers configuration
-    sizes: Mapping[str, ModelShape]  # "1b" for a GPU, "tiny" for a CPU
+    sizes: Mapping[str, ModelShape]  # the first, such as "1b", for a GPU; "tiny" for a CPU
     baseline: str  # with stock kernels
     optimized: str  # the same run with our kernels
-    test: str  # a quick run with our kernels
+    test: str = ""  # a quick run with our kernels; empty: there is none
+    drawn: bool = False  # its weights are drawn when a training starts, and never on the disk
+
+    @property
+    def large(self) -> str:
+        """The name of the size for a GPU."""
+        return next(iter(self.sizes))
 
 
 SIZES: tuple[str, ...] = ("1b", "tiny")
@@ -112,6 +118,35 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }  # fmt: skip
+
+REAL_FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            "qwen3-moe", "qwen3_moe",
+            {
+                "30b": ModelShape("qwen3-30b-a3b", 2048, 768, 128, 8, 48, 48, 32, 4, 151936, "bfloat16",
+                                  {"head_dim": 128, "intermediate_size": 6144}),
+                "tiny": ModelShape("qwen3-moe-tiny", 64, 40, 16, 4, 2, 2, 4, 2, 2048, "float32",
+                                   {"head_dim": 24, "intermediate_size": 96, "initializer_range": 0.1}),
+            },
+            "qwen3-30b-a3b-lora-baseline.yml", "qwen3-30b-a3b-lora.yml", drawn=True,
+        ),
+        Family(
+            "gpt-oss", "gpt_oss",
+            {
+                "20b": ModelShape("gpt-oss-20b", 2880, 2880, 32, 4, 24, 24, 64, 8, 201088, "bfloat16",
+                                  {"head_dim": 64, "max_position_embeddings": 131072}),
+                "tiny": ModelShape("gpt-oss-tiny", 72, 40, 8, 4, 2, 2, 4, 2, 2048, "float32",
+                                   {"head_dim": 24, "max_position_embeddings": 131072, "initializer_range": 0.1}),
+            },
+            "gpt-oss-20b-lora-baseline.yml", "gpt-oss-20b-lora.yml", drawn=True,
+        ),
+    )
+}  # fmt: skip
+"""Families at the size people train: their run files train an adapter, and name the checkpoint on the Hub."""
+
+ALL_FAMILIES: dict[str, Family] = FAMILIES | REAL_FAMILIES
 
 #: The layers of the three 1B models, as the commands take them.
 DEFAULT_SHAPES = ",".join(family.sizes["1b"].name for family in FAMILIES.values())

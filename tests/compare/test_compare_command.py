@@ -158,6 +158,25 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing() -> None:
     assert not Path("out").exists()
 
 
+def test_a_family_has_its_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "visible_gpu", lambda: "0")
+    result = compare("gpt-oss", "--size", "30b", "--dry-run")
+    assert result.exit_code == 2, result.output
+    assert "gpt-oss has no size 30b: choose from 20b, tiny." in " ".join(result.output.split())
+    shown = compare("qwen3-moe", "gpt-oss", "mixtral", "--dry-run")
+    assert [line.split(",")[0] for line in shown.output.splitlines() if "warm-up steps" in line] == [
+        "qwen3-moe (30b)", "gpt-oss (20b)", "mixtral (1b)",
+    ]  # fmt: skip
+
+
+def test_liger_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "visible_gpu", lambda: "0")
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    result = compare("qwen3-moe", "--liger", "--dry-run")
+    assert result.exit_code == 3, result.output
+    assert "pip install liger-kernel" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -165,6 +184,8 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing() -> None:
         (("a.yml", "nothing.yml", "--steps", "20"), 2, "There is no file"),
         (("mixtral", "--size", "7b"), 2, "--size 7b: choose from auto, 1b, tiny"),
         (("mixtral", "--size", "1b"), 3, "need an NVIDIA GPU"),
+        (("qwen3-moe", "--size", "30b"), 3, "The 30b models need an NVIDIA GPU"),
+        (("qwen3-moe", "--liger"), 3, "--liger needs an NVIDIA GPU"),
         (("mixtral", "--wandb", "on"), 2, "--wandb on: choose from offline, online"),
         (("mixtral", "--steps", "5", "--dry-run"), 2, "leave nothing to time"),
         (("all", "llama", "--dry-run"), 2, "There is nothing called llama to compare"),

@@ -9,13 +9,14 @@ import importlib.util
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from moe_kernels.shapes import FAMILIES
+from moe_kernels.shapes import FAMILIES, REAL_FAMILIES
 from moe_kernels.tools.prepare import tiny_overrides
 from network_guard import asked, guarded_environment
 
@@ -108,3 +109,21 @@ def test_lora(environment: dict[str, str], folder: Path) -> None:
     assert trainable[0].split("trainable params")[1] == trainable[1].split("trainable params")[1]
     assert "qwen2-moe-lora8" in page
     assert "lora_target_parameters" in page, "the report shows what was changed in the run files"
+
+
+def test_lora_at_real_size_made_small(environment: dict[str, str], folder: Path) -> None:
+    """Without weights on the disk: both runs start from the same bits."""
+    steps = ("--size", "tiny", "--steps", "4", "--warmup-steps", "1")
+    with ThreadPoolExecutor() as pool:
+        found = [*pool.map(lambda family: compare(environment, folder, family, family, *steps), REAL_FAMILIES)]
+    for family, (data, page) in zip(REAL_FAMILIES, found, strict=True):
+        judged = data["judged"]
+        assert judged["sides"]["optimized"]["expert_calls"] == 16, "two expert layers, four steps, all checkpointed"
+        assert judged["implementation"] == {"baseline": "grouped_mm", "optimized": "moe_kernels"}
+        assert judged["loss"]["verdict"] == "confirmed"
+        assert judged["loss"]["first_gradient"] < 1e-4
+        one, two = (run["weights"] for run in data["runs"])
+        assert one == two != ""
+        assert not [*(folder / "artifacts/models" / f"{family}-tiny").glob("*.safetensors")]
+        assert "LoRA of 4 expert weights runs inside the kernels" in (folder / data["runs"][1]["log"]).read_text()
+        assert f"{family}-tiny" in page

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from moe_kernels.shapes import FAMILIES
+from moe_kernels.shapes import ALL_FAMILIES, FAMILIES, REAL_FAMILIES
 from moe_kernels.tools.app import app
 from moe_kernels.tools.compare import command
 from moe_kernels.tools.compare.adapter import make_adapter
@@ -42,6 +43,42 @@ def test_the_runs_differ_in_the_kernels_alone(family: str, qlora: bool) -> None:
     assert made.folder != plan(family).folder, "a LoRA pair must not take the place of the full one's runs"
 
 
+@pytest.mark.parametrize(
+    ("options", "suffix", "changed"),
+    [
+        ({}, "", {}),
+        ({"lora": 64}, "-lora64", {"lora_r": 64, "lora_alpha": 128}),
+        ({"qlora": True}, "-qlora", {"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": True}),
+        ({"liger": True}, "-liger", {"liger_rope": True, "liger_fused_linear_cross_entropy": True}),
+        ({"lora": 8, "qlora": True, "liger": True}, "-qlora8-liger", {"lora_r": 8, "liger_rms_norm": True}),
+    ],
+)
+@pytest.mark.parametrize("family", REAL_FAMILIES)
+def test_families_at_real_size(
+    family: str, options: dict[str, Any], suffix: str, changed: dict[str, Any]
+) -> None:
+    for size in REAL_FAMILIES[family].sizes:
+        made = plan_family(family, Options(size=size, **options), tiny_overrides(family) if size == "tiny" else None)
+        assert made.name == family + suffix
+        assert len({str(run.folder) for run in made.runs}) == len(made.runs)
+        baseline, optimized = made.runs[:2]
+        keys = baseline.config.keys() | optimized.config.keys()
+        assert {key for key in keys if baseline.config.get(key) != optimized.config.get(key)} <= KERNEL_KEYS | NAMES
+        assert optimized.uses_kernels
+        assert not baseline.uses_kernels
+        for run in made.runs:
+            assert run.config["base_model"] == f"artifacts/models/{REAL_FAMILIES[family].sizes[size].name}"
+            assert run.config["lora_qkv_kernel"] is run.config["lora_o_kernel"] is False
+            assert changed.items() <= run.config.items()
+            assert ("axolotl.integrations.liger.LigerPlugin" in run.config.get("plugins", [])) == ("liger" in options)
+            assert "liger_glu_activation" not in run.config, "it replaces the experts class"
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_size_for_a_gpu_is_the_default(family: str) -> None:
+    assert plan_family(family, Options()).size == ALL_FAMILIES[family].large != "tiny"
+
+
 def test_an_adapter_that_another_comparison_made_is_left_alone(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -60,6 +97,7 @@ def test_without_it_nothing_changes() -> None:
         (("mixtral", "--lora", "8", "--qlora"), "--qlora needs --lora and an NVIDIA GPU"),
         (("mixtral", "--qlora"), "--qlora needs --lora"),
         (("a.yml", "b.yml", "--lora", "8"), "--lora is for mixtral, qwen2-moe and deepseek-v3"),
+        (("qwen3-moe", "--qlora"), "--qlora needs --lora and an NVIDIA GPU"),
     ],
 )
 def test_what_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Display
 
-from moe_kernels.shapes import FAMILIES, SIZES
+from moe_kernels.shapes import ALL_FAMILIES, FAMILIES, REAL_FAMILIES
 from moe_kernels.tools.common.errors import CHECK_FAILED, CommandError, MissingDependency, UsageError
 from moe_kernels.tools.common.files import write_json
 from moe_kernels.tools.common.options import one_of
@@ -56,10 +57,14 @@ def compare(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            help="mixtral, qwen2-moe, deepseek-v3, all, or two Axolotl run files: BASELINE.yml OPTIMIZED.yml."
+            help="mixtral, qwen2-moe, deepseek-v3, all (these three); qwen3-moe or gpt-oss, LoRA at real size; "
+            "or two Axolotl run files: BASELINE.yml OPTIMIZED.yml."
         ),
     ] = None,
-    size: Annotated[str, typer.Option(help="1b, tiny, or auto: 1b with a GPU, tiny without.")] = "auto",
+    size: Annotated[
+        str,
+        typer.Option(help="1b, tiny, or auto: 1b (qwen3-moe 30b, gpt-oss 20b) with a GPU, tiny without."),
+    ] = "auto",
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps of each run; the run file's own if left out.")
     ] = None,
@@ -80,7 +85,13 @@ def compare(
     ] = 0,
     qlora: Annotated[
         bool,
-        typer.Option("--qlora", help="With --lora: keep the frozen weights in 4 bits. Needs a GPU, bitsandbytes."),
+        typer.Option(
+            "--qlora", help="With an adapter: keep the frozen weights in 4 bits. Needs a GPU, bitsandbytes."
+        ),
+    ] = False,
+    liger: Annotated[
+        bool,
+        typer.Option("--liger", help="Liger's RMSNorm, RoPE and fused loss in every run. Needs a GPU, liger-kernel."),
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is finished already.")] = False,
     out: Annotated[
@@ -125,14 +136,17 @@ def compare(
             save(comparison, folder / f"{comparison.label}.json")
         raise typer.Exit(_finish(comparisons, folder, strict, console))
     one_of("wandb", wandb, ("offline", "online"))
-    one_of("size", size, ("auto", *SIZES))
+    one_of("size", size, ("auto", *dict.fromkeys(each for family in ALL_FAMILIES.values() for each in family.sizes)))
     device = visible_gpu()
-    if size == "1b" and device is None:
-        raise MissingDependency("The 1B models need an NVIDIA GPU and none is visible. Cure: --size tiny.")
-    if qlora and (not lora or device is None):
+    if size not in ("auto", "tiny") and device is None:
+        raise MissingDependency(f"The {size} models need an NVIDIA GPU and none is visible. Cure: --size tiny.")
+    adapted = lora or all(name in REAL_FAMILIES for name in names)
+    if qlora and (not adapted or device is None):
         raise UsageError("--qlora needs --lora and an NVIDIA GPU: Axolotl makes 4-bit experts on a GPU alone.")
+    if liger and (device is None or importlib.util.find_spec("liger_kernel") is None):
+        raise MissingDependency("--liger needs an NVIDIA GPU and the package liger-kernel: pip install liger-kernel.")
     options = Options(
-        size=("1b" if device else "tiny") if size == "auto" else size,
+        size="tiny" if size == "auto" and device is None else size,
         steps=steps,
         warmup_steps=warmup_steps,
         repeats=repeats,
@@ -142,6 +156,7 @@ def compare(
         router=router,
         lora=lora,
         qlora=qlora,
+        liger=liger,
     )
     plans = make_plans(names, options)
     folder = out or REPORT_FOLDER / (label("all", plans[0].size) if len(plans) > 1 else plans[0].label)
@@ -180,11 +195,11 @@ def make_plans(names: list[str], options: Options) -> list[Plan]:
 
     if len(names) == 2 and all(name.endswith((".yml", ".yaml")) for name in names):
         return [plan_files(Path(names[0]), Path(names[1]), options)]
-    unknown = [name for name in names if name not in (*FAMILIES, "all")]
+    unknown = [name for name in names if name not in (*ALL_FAMILIES, "all")]
     if unknown:
         raise UsageError(
             f"There is nothing called {', '.join(unknown)} to compare. "
-            f"Name {', '.join(FAMILIES)} or all, or a baseline and an optimised .yml file."
+            f"Name {', '.join(ALL_FAMILIES)} or all, or a baseline and an optimised .yml file."
         )
     return [
         plan_family(name, options, tiny_overrides(name) if options.size == "tiny" else None)
@@ -250,7 +265,7 @@ def prepare_missing(plan: Plan, console: Console) -> None:
     data = [Path(dataset["path"]) for dataset in config["datasets"]]
     if not ((Path(config["base_model"]) / "config.json").is_file() and all(path.exists() for path in data)):
         console.print(f"Making {config['base_model']} and its data")
-        _make([sys.executable, "-m", "moe_kernels", "prepare", FAMILIES[plan.family].sizes[plan.size].name])
+        _make([sys.executable, "-m", "moe_kernels", "prepare", ALL_FAMILIES[plan.family].sizes[plan.size].name])
     if config.get("lora_model_dir") and not adapter_made(config):
         console.print(f"Making {config['lora_model_dir']}")
         request = plan.folder / "adapter.json"

@@ -168,8 +168,10 @@ class Analysis:
         """What makes the numbers wrong or incomplete, beyond a training that failed."""
         ours = self.layer.get(OURS, {"ok": True})
         error = self.comparison.experts.get("error")
+        drawn = {run.weights for run in self.comparison.runs if run.weights}
         return [
             *([self.fault] if self.fault else []),
+            *(["the runs did not start from the same weights"] if len(drawn) > 1 else []),
             *([f"the expert layer was not measured: {error}"] if error else []),
             *([] if ours["ok"] else [f"moe-kernels' expert layer is wrong here: {ours['note']}"]),
         ]

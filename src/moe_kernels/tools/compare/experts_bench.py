@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 from moe_kernels.activation import Activation
 from moe_kernels.integrations.support import UnsupportedExperts
 from moe_kernels.settings import DEFAULT_GROUP_SIZE
-from moe_kernels.shapes import FAMILIES, LayerShape
+from moe_kernels.shapes import ALL_FAMILIES, LayerShape
 from moe_kernels.tools.bench.experts import Measurement
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import read_json, write_json
@@ -46,7 +46,7 @@ def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[s
     request = {
         "model": config["base_model"],
         "overrides": config.get(OVERRIDES) or {},
-        "name": FAMILIES[plan.family].sizes[plan.size].name if plan.family else "",
+        "name": ALL_FAMILIES[plan.family].sizes[plan.size].name if plan.family else "",
         "tokens": tokens_per_micro_batch(config),
         "group_size": config.get("moe_group_size") or DEFAULT_GROUP_SIZE,
         "persistent": config.get("moe_persistent_kernel") is not False,

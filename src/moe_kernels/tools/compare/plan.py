@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_kernels.shapes import FAMILIES
+from moe_kernels.shapes import ALL_FAMILIES
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.options import shipped
 from moe_kernels.tools.common.runfile import Config, base_model, dump_yaml, load_yaml
 
+# Keys of the fused kernels around the experts that most people switch on; its experts class is not among them.
+LIGER = dict.fromkeys(("liger_rms_norm", "liger_rope", "liger_fused_linear_cross_entropy"), True)
+LIGER_PLUGIN = "axolotl.integrations.liger.LigerPlugin"
 PLUGIN = "axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin"
 CONFIG_FOLDER = Path("configs") / "moe"
 RUN_FOLDER = Path("artifacts") / "runs" / "compare"
@@ -49,8 +52,8 @@ class Plan:
     """One comparison of two YAML files."""
 
     name: str  # the family, or the two files' names
-    family: str | None  # key of FAMILIES; None for two files of the user's own
-    size: str  # "1b", "tiny", or "own" for the user's own files
+    family: str | None  # key of ALL_FAMILIES; None for two files of the user's own
+    size: str  # "1b" or another of the family, or "own" for the user's own files
     runs: tuple[RunSpec, ...]  # in the order they are run
     warmup_steps: int  # steps at the start of each run that are not timed
     yaml_diff: str  # unified diff of the two YAML files, without comments
@@ -70,7 +73,7 @@ class Plan:
 class Options:
     """Options of the command line that apply to every comparison."""
 
-    size: str = "1b"
+    size: str = "auto"  # the family's size for a GPU
     steps: int | None = None  # None keeps the YAML file's own number
     warmup_steps: int = 10
     repeats: int = 1
@@ -78,8 +81,9 @@ class Options:
     with_eager: bool = False
     wandb: str = "offline"
     router: bool = True  # record the load of every expert in the runs with our plugin
-    lora: int = 0  # rank of an adapter on attention and expert weights, the base frozen; 0 trains every parameter
+    lora: int = 0  # rank of an adapter on attention and expert weights, the base frozen; 0 leaves it to the run files
     qlora: bool = False  # keep that base in 4 bits
+    liger: bool = False  # Liger's norms, rotary embedding and loss in every run
 
 
 def lora_overrides(options: Options, base_model: str) -> Config:
@@ -87,31 +91,47 @@ def lora_overrides(options: Options, base_model: str) -> Config:
     if not options.lora:
         return {}
     return {
-        "adapter": "qlora" if options.qlora else "lora",
-        "lora_r": options.lora,
-        "lora_alpha": 2 * options.lora,
+        "adapter": "lora",
         "lora_dropout": 0.0,
         # PEFT takes those that the model has: of DeepSeek-V3 the last three.
         "lora_target_modules": ["q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "o_proj"],
         "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         # Axolotl draws an adapter before it sets the seed: without this, no two runs start alike.
         "lora_model_dir": str(ADAPTER_FOLDER / f"{Path(base_model).name}-r{options.lora}"),
-        # Whether Axolotl fuses LoRA of the attention depends on its version, and is not what is compared.
-        **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),
         # Axolotl's default leaves the experts' part of the adapter out when it merges.
         "merge_method": "legacy",
-        **({"load_in_4bit": True, "quantize_moe_experts": True} if options.qlora else {}),
+        **rank_overrides(options),
+    }
+
+
+def rank_overrides(options: Options) -> Config:
+    """The keys of every run with an adapter that the options decide."""
+    return {
+        **({"lora_r": options.lora, "lora_alpha": 2 * options.lora} if options.lora else {}),
+        # Whether Axolotl fuses LoRA of the attention depends on its version, and is not what is compared.
+        **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),
+        **({"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": True} if options.qlora else {}),
     }
 
 
 def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] | None = None) -> Plan:
-    """The comparison of one family; ``tiny_overrides`` turns its 1B files into runs for a CPU."""
-    family = FAMILIES[name]
+    """The comparison of one family; ``tiny_overrides`` turns its files into runs for a CPU.
+
+    Raises:
+        UsageError: the family has no such size.
+    """
+    family = ALL_FAMILIES[name]
+    size = family.large if options.size == "auto" else options.size
+    if size not in family.sizes:
+        raise UsageError(f"{name} has no size {size}: choose from {', '.join(family.sizes)}.")
     files = shipped(CONFIG_FOLDER / family.baseline), shipped(CONFIG_FOLDER / family.optimized)
     overrides = dict(tiny_overrides or {})
-    overrides |= lora_overrides(options, overrides.get("base_model") or load_yaml(files[0])["base_model"])
-    full = name + (f"-{'qlora' if options.qlora else 'lora'}{options.lora}" if options.lora else "")
-    return _plan(full, files, options, overrides, name, options.size)
+    if family.drawn:  # its run files train an adapter, of the checkpoint on the Hub
+        overrides |= {"base_model": f"artifacts/models/{family.sizes[size].name}", **rank_overrides(options)}
+    else:
+        overrides |= lora_overrides(options, overrides.get("base_model") or load_yaml(files[0])["base_model"])
+    adapter = f"-{'qlora' if options.qlora else 'lora'}{options.lora or ''}" if options.lora or options.qlora else ""
+    return _plan(name + adapter + ("-liger" if options.liger else ""), files, options, overrides, name, size)
 
 
 def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
@@ -122,7 +142,8 @@ def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
     """
     if options.lora:
         raise UsageError(
-            "--lora is for mixtral, qwen2-moe and deepseek-v3. Write the adapter into your two run files."
+            "--lora is for mixtral, qwen2-moe and deepseek-v3, and for qwen3-moe and gpt-oss at another rank. "
+            "Write the adapter into your two run files."
         )
     before, after = load_yaml(baseline), load_yaml(optimized)
     for config, path in ((before, baseline), (after, optimized)):
@@ -174,6 +195,8 @@ def _plan(
             overrides["max_steps"] = options.steps
         if options.router and (PLUGIN in (own.get("plugins") or []) or _uses_kernels(own)):
             overrides["moe_router_telemetry"] = own.get("moe_router_telemetry") or True
+        if options.liger:
+            overrides |= {"plugins": [*(own.get("plugins") or []), LIGER_PLUGIN], **LIGER}
         if role == EAGER:
             overrides["experts_implementation"] = "eager"
         overrides = {key: value for key, value in overrides.items() if own.get(key) != value}

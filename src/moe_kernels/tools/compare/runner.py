@@ -68,6 +68,7 @@ _PHASES = {
     "Training completed": "saving",
 }
 _EXPERTS_LINE = re.compile(r"moe-kernels compare: the experts run on (.+)")
+_WEIGHTS_LINE = re.compile(r"moe-kernels compare: the training starts from weights (\w+)")
 _PLUGIN_LINE = re.compile(r"moe_kernels: backend=.*")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _ERROR = re.compile(
@@ -97,6 +98,7 @@ class RunResult:
     wandb: dict[str, str] = field(default_factory=dict)  # project, run id, name and file of the offline run
     plugin_line: str = ""  # what the plugin said about the first step; empty for stock kernels
     experts: str = ""  # what ran the experts in the first step, if the trainer recorded it
+    weights: str = ""  # a checksum of what the training started from, where the trainer drew it
     error: str = ""  # of a failed run the last meaningful line, and ``tail`` the end of its log
     tail: list[str] = field(default_factory=list)
     fingerprint: str = ""  # hash of all that the run depended on
@@ -140,6 +142,7 @@ class LogReader:
         self.trainer_started_at: float | None = None
         self.plugin_line = ""
         self.experts = ""
+        self.weights = ""
         self._rest = ""
 
     def feed(self, text: str) -> None:
@@ -158,6 +161,8 @@ class LogReader:
             self.progress.phase = "training"
         if match := _EXPERTS_LINE.search(line):
             self.experts = match.group(1).strip()
+        if match := _WEIGHTS_LINE.search(line):
+            self.weights = match.group(1)
         if match := _PLUGIN_LINE.search(line):
             self.plugin_line = self.plugin_line or match.group(0).strip()
 
@@ -253,7 +258,7 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
         result.exit_code = run_command(command, environment(run, machine), log, machine.timeout_s, feed)
     result.ended_at = time.time()
     result.trainer_started_at, result.plugin_line = reader.trainer_started_at, reader.plugin_line
-    result.experts = reader.experts
+    result.experts, result.weights = reader.experts, reader.weights
     _collect(run, result, machine)
     if not machine.keep_weights:
         for weights in (run.folder / "output").rglob("*.safetensors"):

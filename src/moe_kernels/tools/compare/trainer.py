@@ -1,7 +1,8 @@
-"""``axolotl``, which also logs one line that says what the experts of the model ran on.
+"""``axolotl``, which also logs one line that says what the experts of the model ran on, and draws weights.
 
 Run as ``python -m moe_kernels.tools.compare.trainer train CONFIG.yml --launcher python``. The run file cannot tell:
-plugins choose an implementation, or replace the class, while the model's config still names another one.
+plugins choose an implementation, or replace the class, while the model's config still names another one. The weights
+of a model that has none on the disk are drawn here (:mod:`moe_kernels.tools.compare.weights`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from axolotl.cli.main import main  # first: it sets what later imports read
 from transformers import TrainerCallback, trainer
 
 from moe_kernels.integrations.dispatch import dispatches, runs_on
+from moe_kernels.tools.compare.weights import DrawnWeights
 
 LINE = "moe-kernels compare: the experts run on "
 
@@ -49,5 +51,5 @@ def implementation(module: Any) -> str | None:
 
 if __name__ == "__main__":
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
-    callbacks.append(ExpertsRecorder)
+    callbacks += [ExpertsRecorder, DrawnWeights().installed()]
     main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_kernels.shapes import FAMILIES
+from moe_kernels.shapes import ALL_FAMILIES
 from moe_kernels.tools.prepare.models import prepare_model
 from moe_kernels.tools.prepare.text import prepare_data
 
@@ -19,7 +19,7 @@ def tiny_overrides(family: str) -> dict[str, Any]:
     # The first rows alone, in one process: tokenising all of them would take longer than the training.
     text = {"path": "artifacts/data/stdlib.jsonl", "ds_type": "json", "type": "completion", "field": "text"}
     return {
-        "base_model": f"artifacts/models/{FAMILIES[family].sizes['tiny'].name}",
+        "base_model": f"artifacts/models/{ALL_FAMILIES[family].sizes['tiny'].name}",
         "datasets": [{**text, "split": "train[:4]"}],
         "dataset_num_proc": 1,
         "sequence_len": 256,

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from moe_kernels.shapes import FAMILIES, SIZES
+from moe_kernels.shapes import ALL_FAMILIES, FAMILIES
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.network import go_online
 from moe_kernels.tools.common.options import MAX_SEED
@@ -23,29 +23,38 @@ def wanted(models: list[str], size: str | None) -> list[tuple[str, str]]:
     """Families and sizes of the models that a user names, each once.
 
     Args:
-        models: ``mixtral-1b``, ``mixtral-tiny``, ``mixtral`` (its 1b) or ``all`` (the three 1b).
+        models: ``mixtral-1b``, ``mixtral-tiny``, ``mixtral`` (its size for a GPU) or ``all`` (the three 1b).
         size: takes the place of the sizes in the names, unless it is None.
 
     Raises:
-        UsageError: a name or a size is unknown.
+        UsageError: a name or a size is unknown, or this family has no such size.
     """
-    if size is not None and size not in SIZES:
-        raise UsageError(f"There is no size {size!r}. Name one of {', '.join(SIZES)}.")
-    known = {f"{family}-{each}": [(family, each)] for family in FAMILIES for each in SIZES}
-    known |= {family: [(family, "1b")] for family in FAMILIES}
-    known["all"] = [(family, "1b") for family in FAMILIES]
+    known = {shape.name: [(name, each)] for name, family in ALL_FAMILIES.items()
+             for each, shape in family.sizes.items()}  # fmt: skip
+    known |= {name: [(name, family.large)] for name, family in ALL_FAMILIES.items()}
+    known["all"] = [(name, family.large) for name, family in FAMILIES.items()]
     if unknown := [model for model in models if model not in known]:
         raise UsageError(f"There is no model {unknown[0]!r}. Name one of {', '.join(known)}.")
     pairs = [(family, size or each) for model in models for family, each in known[model]]
+    for family, each in pairs:
+        if each not in ALL_FAMILIES[family].sizes:
+            raise UsageError(f"There is no size {each!r}. Name one of {', '.join(ALL_FAMILIES[family].sizes)}.")
     return [*dict.fromkeys(pairs)]
 
 
 def prepare(
     models: Annotated[
-        list[str], typer.Argument(help="mixtral-1b, qwen2-moe-1b, deepseek-v3-1b, or all; -tiny for a CPU.")
+        list[str],
+        typer.Argument(
+            help="mixtral-1b, qwen2-moe-1b, deepseek-v3-1b, or all; qwen3-30b-a3b, gpt-oss-20b; -tiny for a CPU."
+        ),
     ],
     size: Annotated[
-        str | None, typer.Option(help="1b (for a GPU, 2 GB each) or tiny (for a CPU, 3 MB each).", show_default="1b")
+        str | None,
+        typer.Option(
+            help="1b (for a GPU, 2 GB each) or tiny (for a CPU, 3 MB each), instead of the names' own.",
+            show_default="the names' own",
+        ),
     ] = None,
     root: Annotated[Path, typer.Option(help="Folder that gets artifacts/.")] = Path(),
     dataset: Annotated[
@@ -69,7 +78,8 @@ def prepare(
 ) -> None:
     """Make the models, the tokenizer and the data that the run files of configs/moe name.
 
-    MODELS are mixtral-1b, qwen2-moe-1b, deepseek-v3-1b, or all; -tiny for a CPU.
+    MODELS are mixtral-1b, qwen2-moe-1b, deepseek-v3-1b, or all; qwen3-30b-a3b and gpt-oss-20b, whose weights are
+    drawn when `moe-kernels compare` trains them; -tiny for a CPU.
 
     Nothing is downloaded unless --dataset names a Hugging Face data set.
 

@@ -9,24 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import moe_kernels.tools.prepare.cache as cache
-from moe_kernels.shapes import FAMILIES
+from moe_kernels.shapes import ALL_FAMILIES
 from moe_kernels.tools.common.errors import MissingDependency
 from moe_kernels.tools.prepare.cache import MANIFEST, Report, digest
 from moe_kernels.tools.prepare.text import BOS, EOS, PAD, stdlib_sources
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 SPECIAL = (PAD, BOS, EOS)
 CONTEXT = 4096
+# Entries of the largest tokenizer: the text has no use for more. The embedding may have more rows.
+TOKENIZER = 32000
 
 
 def model_config(family: str, size: str = "1b") -> PreTrainedConfig:
     """The transformers configuration of a model; what is not named here keeps the family's default."""
     from transformers import AutoConfig
 
-    shape = FAMILIES[family].sizes[size]
-    routed: dict[str, dict[str, int]] = {
+    shape = ALL_FAMILIES[family].sizes[size]
+    routed: dict[str, dict[str, Any]] = {
         "mixtral": {"num_local_experts": shape.experts, "intermediate_size": shape.intermediate},
         "qwen2-moe": {"num_experts": shape.experts, "moe_intermediate_size": shape.intermediate},
         "deepseek-v3": {
@@ -34,22 +37,27 @@ def model_config(family: str, size: str = "1b") -> PreTrainedConfig:
             "moe_intermediate_size": shape.intermediate,
             "first_k_dense_replace": shape.layers - shape.moe_layers,
         },
+        "qwen3-moe": {
+            "num_experts": shape.experts,
+            "moe_intermediate_size": shape.intermediate,
+            "norm_topk_prob": True,
+            "rope_theta": 1e6,
+        },
+        "gpt-oss": {"num_local_experts": shape.experts, "intermediate_size": shape.intermediate},
     }
-    return AutoConfig.for_model(
-        FAMILIES[family].model_type,
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        num_experts_per_tok=shape.top_k,
-        max_position_embeddings=CONTEXT,
-        pad_token_id=SPECIAL.index(PAD),
-        bos_token_id=SPECIAL.index(BOS),
-        eos_token_id=SPECIAL.index(EOS),
-        **routed[family],
-        **shape.extras,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "num_experts_per_tok": shape.top_k,
+        "max_position_embeddings": CONTEXT,
+        "pad_token_id": SPECIAL.index(PAD),
+        "bos_token_id": SPECIAL.index(BOS),
+        "eos_token_id": SPECIAL.index(EOS),
+    }
+    return AutoConfig.for_model(ALL_FAMILIES[family].model_type, **settings | routed[family] | {**shape.extras})
 
 
 def build_model(family: str, size: str, seed: int, device: str) -> PreTrainedModel:
@@ -58,13 +66,20 @@ def build_model(family: str, size: str, seed: int, device: str) -> PreTrainedMod
     The caller's random state is left as it was.
     """
     import torch
+
+    dtype = getattr(torch, ALL_FAMILIES[family].sizes[size].dtype)
+    return seeded_model(model_config(family, size), dtype, seed, device)
+
+
+def seeded_model(config: PreTrainedConfig, dtype: torch.dtype | None, seed: int, device: str) -> PreTrainedModel:
+    """The same for any configuration; a dtype of None is the configuration's own."""
+    import torch
     from transformers import AutoModelForCausalLM
 
-    shape = FAMILIES[family].sizes[size]
     on_gpu = [torch.cuda.current_device()] if device == "cuda" else []
     with torch.random.fork_rng(devices=on_gpu), torch.device(device):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(model_config(family, size), dtype=getattr(torch, shape.dtype))
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def prepare_tokenizer(root: Path, vocab: int, sources: list[str], report: Report) -> Path:
@@ -113,16 +128,19 @@ def prepare_model(
 ) -> Path:
     """Make a model with random weights and its tokenizer, on the GPU if there is one, unless they are there.
 
+    Of a family at real size only the configuration and the tokenizer are written:
+    :mod:`moe_kernels.tools.compare.weights` draws its weights, from this seed, where a training starts.
+
     ``seed`` is of the weights; None takes a finished model of any seed, and makes one from seed 0 otherwise.
 
     Returns:
-        ``root/artifacts/models/<family>-<size>``, which transformers and Axolotl load by its path.
+        ``root/artifacts/models/<name of the shape>``, which transformers and Axolotl load by its path.
 
     Raises:
         UsageError: the folder holds something else.
         MissingDependency: this Python came without its library's sources, or the disk is too full.
     """
-    shape = FAMILIES[family].sizes[size]
+    shape = ALL_FAMILIES[family].sizes[size]
     folder = root / "artifacts" / "models" / shape.name
     sources = stdlib_sources()
     recipe: dict[str, Any] = {
@@ -140,40 +158,62 @@ def prepare_model(
             report(f"{folder} is there already")
             return folder
 
+    _make(family, size, folder, recipe, sources, report)
+    return folder
+
+
+def _make(family: str, size: str, folder: Path, recipe: dict[str, Any], sources: list[str], report: Report) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    shape, drawn = ALL_FAMILIES[family].sizes[size], ALL_FAMILIES[family].drawn
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(model_config(family, size)).num_parameters()
+        model = AutoModelForCausalLM.from_config(model_config(family, size), dtype=getattr(torch, shape.dtype))
+    parameters = model.num_parameters()
+    facts: dict[str, Any] = {"parameters": parameters}
+    written = 0 if drawn else int(1.1 * parameters * getattr(torch, shape.dtype).itemsize)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    cache.check_space(folder.parent, int(1.1 * parameters * getattr(torch, shape.dtype).itemsize) + 20_000_000)
-    tokenizer = prepare_tokenizer(root, shape.vocab, sources, report)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    report(f"{shape.name}: drawing {parameters:,} weights on the {device}")
-    model = build_model(family, size, recipe["seed"], device)
+    cache.check_space(folder.parent, written + 20_000_000)
+    tokenizer = prepare_tokenizer(folder.parents[2], min(shape.vocab, TOKENIZER), sources, report)
+    if not drawn:
+        facts["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        report(f"{shape.name}: drawing {parameters:,} weights on the {facts['device']}")
+        model = build_model(family, size, recipe["seed"], facts["device"])
     report(f"{shape.name}: writing {folder}")
-    _save(model, tokenizer, folder, recipe, {"parameters": parameters, "device": device})
-    report(f"{shape.name}: {parameters:,} parameters in {folder}")
-    return folder
+    _save(model, tokenizer, folder, recipe, facts)
+    ending = ", which `moe-kernels compare` draws when a training starts" if drawn else ""
+    report(f"{shape.name}: {parameters:,} parameters in {folder}{ending}")
 
 
 def _save(
     model: PreTrainedModel, tokenizer: Path, folder: Path, recipe: dict[str, Any], facts: dict[str, Any]
 ) -> None:
-    """Write ``folder``: the model, the files of the tokenizer's folder and the manifest."""
+    """Write ``folder``: the model, the files of the tokenizer's folder and the manifest.
+
+    Of a model without data (on the meta device) its configuration alone, and the seed of its weights in the manifest.
+    """
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     with cache.replacing(folder) as partial:
-        try:
-            model.save_pretrained(partial)
-        except SafetensorError as error:
-            # safetensors says why a write failed in its text alone.
-            raise MissingDependency(f"{folder} cannot be written: {error}. Cure: free some space.") from error
+        if model.device.type == "meta":
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(partial)
+        else:
+            _save_weights(model, partial, folder)
         for file in tokenizer.glob("token*.json"):
             shutil.copy(file, partial)
         cache.forget_tokens(folder.parents[1])
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions["transformers"] = transformers.__version__
         cache.write_manifest(partial / MANIFEST, recipe, {**facts, **versions, "files": cache.file_sizes(partial)})
+
+
+def _save_weights(model: PreTrainedModel, partial: Path, folder: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(partial)
+    except SafetensorError as error:
+        # safetensors says why a write failed in its text alone.
+        raise MissingDependency(f"{folder} cannot be written: {error}. Cure: free some space.") from error

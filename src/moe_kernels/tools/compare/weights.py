@@ -1,0 +1,103 @@
+"""Draws the weights of a model that is too large to be written, and those of its adapter, where a training starts.
+
+`moe-kernels prepare` writes the configuration, the tokenizer and a seed of such a model. Seed, configuration, dtype
+and kind of device alone decide what is drawn: two trainings start from the same bits, with whatever kernels. The
+weights go through ``from_pretrained`` as those of a checkpoint do, and so into 4 bits as those do.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, modeling_utils
+
+from moe_kernels.tools.compare.plan import digest
+from moe_kernels.tools.prepare.cache import made_with
+from moe_kernels.tools.prepare.models import seeded_model
+
+LINE = "moe-kernels compare: the training starts from weights "
+
+
+class DrawnWeights(TrainerCallback):
+    """Once :meth:`installed`, draws what a folder of ``prepare`` leaves out; anything else loads as ever."""
+
+    seed: int | None = None  # of the model that was loaded; None: it has weights of its own
+
+    def installed(self) -> DrawnWeights:
+        """Have ``PreTrainedModel.from_pretrained`` draw the weights of a folder that has none."""
+        load: Any = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+        @wraps(load)
+        def from_pretrained(cls: Any, name: Any = None, *arguments: Any, **settings: Any) -> Any:
+            seed = drawn_seed(name)
+            if seed is None:
+                return load(cls, name, *arguments, **settings)
+            self.seed = seed
+            weights = draw_base(settings["config"], settings.get("dtype") or settings.get("torch_dtype"), seed)
+            if torch.cuda.is_available():
+                # "auto" would divide what is left beside the weights just drawn.
+                settings["device_map"] = {"": torch.cuda.current_device()}
+            # The weights are on the device already: room for them a second time would show as the peak.
+            with patch.object(modeling_utils, "caching_allocator_warmup", lambda *_, **__: None):
+                model = load(cls, None, *arguments, state_dict=weights, **settings)
+            model.config.name_or_path = model.name_or_path = str(name)
+            return model
+
+        PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment, method-assign]
+        return self
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Draw the adapter too, and say what the training starts from."""
+        if self.seed is None:
+            return
+        draw_adapter(model, self.seed)
+        if state.is_world_process_zero:
+            print(LINE + checksum(model), flush=True)
+        if torch.cuda.is_available():  # the peak is that of the training, not of the drawing
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def drawn_seed(folder: Any) -> int | None:
+    """The seed of the weights that ``prepare`` did not write into ``folder``; None for anything else."""
+    path = Path(folder) if isinstance(folder, str | Path) else None
+    recipe = made_with(path) if path is not None and path.is_dir() else None
+    return None if path is None or recipe is None or any(path.glob("*.safetensors")) else int(recipe["seed"])
+
+
+def draw_base(config: PreTrainedConfig, dtype: torch.dtype | None, seed: int) -> dict[str, torch.Tensor]:
+    """The state of a model as transformers initialises it, on the GPU if there is one, and biases that are not 0."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = seeded_model(config, dtype, seed, device).state_dict()
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, tensor in weights.items():
+        if name.endswith("bias"):
+            tensor.normal_(std=config.initializer_range, generator=generator)
+    return weights
+
+
+def draw_adapter(model: torch.nn.Module, seed: int) -> None:
+    """Draw both factors of every LoRA adapter: with a B of zeros an error of A would not show at the first step.
+
+    Axolotl's own draw depends on its version, and before 0.21 on no seed.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    for name, factor in model.named_parameters():
+        if factor.requires_grad and ".lora_" in name:
+            device = factor.device
+            generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+            torch.nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+
+
+def checksum(model: torch.nn.Module) -> str:
+    """A short hash of the bytes of all parameters and of their names."""
+    sums = [tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64).cpu()
+            for tensor in model.parameters()]  # fmt: skip
+    return digest([name for name, _ in model.named_parameters()], [int(total) for total in sums])

@@ -1,0 +1,133 @@
+"""Weights that no file holds: the same bits in every run, whatever the kernels and the state of the generators."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import builders
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moe_kernels.shapes import REAL_FAMILIES
+from moe_kernels.tools.compare.comparison import Analysis
+from moe_kernels.tools.compare.runner import LogReader
+from moe_kernels.tools.compare.weights import LINE, DrawnWeights, checksum, draw_adapter, drawn_seed
+from moe_kernels.tools.prepare import prepare_model
+
+each_family = pytest.mark.parametrize("family", REAL_FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn")
+    for family in REAL_FAMILIES:
+        prepare_model(family, "tiny", folder)
+    prepare_model("mixtral", "tiny", folder)
+    return folder
+
+
+@pytest.fixture
+def drawn() -> Iterator[DrawnWeights]:
+    before = PreTrainedModel.__dict__["from_pretrained"]
+    yield DrawnWeights().installed()
+    PreTrainedModel.from_pretrained = before  # type: ignore[method-assign]
+
+
+def load(root: Path, family: str, **settings: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder(root, family), **settings)
+
+
+def folder(root: Path, family: str) -> Path:
+    return root / "artifacts" / "models" / f"{family}-tiny"
+
+
+@each_family
+def test_prepare_writes_no_weights(root: Path, family: str) -> None:
+    names = {path.name for path in folder(root, family).iterdir()}
+    assert names == {"config.json", "tokenizer.json", "tokenizer_config.json", "moe_kernels.json"}
+    before = {path.name: path.stat().st_mtime_ns for path in folder(root, family).iterdir()}
+    prepare_model(family, "tiny", root)
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder(root, family).iterdir()}
+
+
+@each_family
+def test_the_same_bits_each_time(root: Path, family: str, drawn: DrawnWeights) -> None:
+    sums = set()
+    for number, experts in enumerate(("grouped_mm", "eager", "grouped_mm")):
+        torch.manual_seed(number)
+        state = torch.get_rng_state()
+        model = load(root, family, experts_implementation=experts, dtype=torch.bfloat16)
+        assert torch.equal(state, torch.get_rng_state())
+        assert model.dtype == torch.bfloat16
+        assert model.config._experts_implementation == experts
+        assert model.name_or_path == str(folder(root, family))
+        sums.add(checksum(model))
+    assert drawn.seed == 0
+    assert len(sums) == 1
+    # The embedding is as the configuration says, and no bias is 0: that would hide a fault.
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.1, rel=0.05)
+    assert all(bool(bias.any()) for name, bias in model.named_parameters() if name.endswith("bias"))
+    assert all(bool(norm.eq(1).all()) for name, norm in model.named_parameters() if name.endswith("norm.weight"))
+
+
+def test_another_seed_gives_other_weights(root: Path, drawn: DrawnWeights, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    prepare_model("qwen3-moe", "tiny", tmp_path, seed=1)
+    assert drawn_seed(folder(tmp_path, "qwen3-moe")) == 1
+    assert checksum(load(tmp_path, "qwen3-moe")) != checksum(load(root, "qwen3-moe"))
+
+
+def test_a_model_with_weights_loads_as_ever(root: Path, drawn: DrawnWeights, tmp_path: Path) -> None:
+    stored = load_file(folder(root, "mixtral") / "model.safetensors")
+    assert torch.equal(load(root, "mixtral").lm_head.weight, stored["lm_head.weight"])
+    assert drawn.seed is None
+    assert drawn_seed("Qwen/Qwen3-30B-A3B") is None
+    with pytest.raises(OSError, match="nowhere"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "nowhere")
+
+
+def test_both_factors_of_the_adapter_are_drawn(root: Path, drawn: DrawnWeights) -> None:
+    peft = pytest.importorskip("peft")
+    sums = set()
+    for number in range(2):
+        torch.manual_seed(number)  # which is what PEFT's own draw depends on
+        targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+        model = peft.get_peft_model(load(root, "gpt-oss"), peft.LoraConfig(r=4, **targets))
+        fresh = checksum(model)
+        draw_adapter(model, 0)
+        assert checksum(model) != fresh
+        factors = {name: factor for name, factor in model.named_parameters() if factor.requires_grad}
+        assert len(factors) == 2 * 2 * 2, "A and B of two weights in two layers"
+        assert all(bool(factor.any()) for factor in factors.values())
+        sums.add(checksum(model))
+    assert len(sums) == 1
+
+
+def test_the_checksum_sees_one_bit(root: Path, drawn: DrawnWeights) -> None:
+    model = load(root, "gpt-oss", dtype=torch.bfloat16)
+    before = checksum(model)
+    bits = model.model.layers[1].mlp.experts.down_proj.data.view(torch.int16)
+    bits[3, 5, 7] ^= 1
+    assert checksum(model) != before
+
+
+def test_runs_that_started_from_other_weights_are_no_comparison() -> None:
+    reader = LogReader()
+    reader.feed(f"{LINE}0123abcd\n")
+    assert reader.weights == "0123abcd"
+
+    def faults(*weights: str) -> list[str]:
+        roles = ("baseline-1", "optimized-1", "baseline-2")
+        runs = [
+            builders.run(role, 100.0, calls=10 if "optimized" in role else None, weights=weight)
+            for role, weight in zip(roles, weights, strict=True)
+        ]
+        return Analysis(builders.comparison(runs=runs)).faults
+
+    assert faults("a", "a", "a") == faults("", "", "") == []
+    assert faults("a", "b", "a") == ["the runs did not start from the same weights"]
