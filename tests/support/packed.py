@@ -5,7 +5,16 @@ import torch
 from moe_kernels.packed import PackedWeight, Scales
 
 
-def packed(experts, rows, columns, device, nested=True, dtype=torch.float32, blocksize=32, seed=0):
+def packed(
+    experts: int,
+    rows: int,
+    columns: int,
+    device: torch.device,
+    nested: bool = True,
+    dtype: torch.dtype = torch.float32,
+    blocksize: int = 32,
+    seed: int = 0,
+) -> PackedWeight:
     """A weight of random bytes, about as large as a layer's."""
     generator = torch.Generator().manual_seed(seed)
     elements = experts * rows * columns
