@@ -18,6 +18,7 @@ from moe_kernels.activation import Activation, Gate
 from moe_kernels.kernels.hopper import down_grad, gemm, wgrad
 from moe_kernels.kernels.hopper.ring import PING_PONG, use_schedule
 from moe_kernels.kernels.operands import Descriptor
+from moe_kernels.layer import Weight
 from moe_kernels.routing import RoutingPlan, TokenRows
 from support.cases import EVERY_ACTIVATION, CompileCase
 
@@ -51,11 +52,13 @@ def compile_cases() -> Iterator[CompileCase]:
     """All kernels for sm_90: both 16-bit types, every activation, every schedule in use."""
     for dtype in (torch.bfloat16, torch.float16):
         yield from _cases(dtype, Activation("silu"))
+    for rank in (16, 64, 128):
+        yield from _cases(torch.bfloat16, Activation("silu"), rank)
     with contextlib.ExitStack() as both:
         for kernel in ("down", "dgrad"):
             both.enter_context(use_schedule(kernel, PING_PONG))
         both.enter_context(gemm.use_k_blocks_per_wait(2))
-        cases = list(_cases(torch.bfloat16, Activation("silu")))
+        cases = [case for rank in (0, 16, 64, 128) for case in _cases(torch.bfloat16, Activation("silu"), rank)]
     yield from (dataclasses.replace(case, name=f"{case.name}-ping-pong-large-weights") for case in cases)
     for activation in EVERY_ACTIVATION:
         if activation.name != "silu":
@@ -66,23 +69,31 @@ def compile_cases() -> Iterator[CompileCase]:
             )
 
 
-def _cases(dtype: torch.dtype, activation: Activation) -> Iterator[CompileCase]:
+def _cases(dtype: torch.dtype, activation: Activation, rank: int = 0) -> Iterator[CompileCase]:
     gate, rows = Gate(activation), _TOKENS * _TOP_K
     x = torch.zeros(_TOKENS, _HIDDEN, dtype=dtype)
-    gate_up = torch.zeros(_EXPERTS, 2 * _INTERMEDIATE, _HIDDEN, dtype=dtype)
-    down = torch.zeros(_EXPERTS, _HIDDEN, _INTERMEDIATE, dtype=dtype)
+    low, width = (torch.zeros(rows, rank, dtype=dtype) if rank else None), 2 * _INTERMEDIATE
+
+    def weight(rows: int, columns: int, *factor: int) -> Weight:
+        outer = torch.zeros(_EXPERTS, *factor, dtype=dtype) if rank else None
+        return Weight(torch.zeros(_EXPERTS, rows, columns, dtype=dtype), None, low, outer)
+
+    w1, w2 = weight(width, _HIDDEN, width, rank), weight(_HIDDEN, _INTERMEDIATE, _HIDDEN, rank)
+    w1_grad, w2_grad = weight(width, _HIDDEN, rank, _HIDDEN), weight(_HIDDEN, _INTERMEDIATE, rank, _INTERMEDIATE)
     z, a = torch.zeros(rows, 2 * _INTERMEDIATE, dtype=dtype), torch.zeros(rows, _INTERMEDIATE, dtype=dtype)
     weights, dout_rows = torch.zeros(_TOKENS, _TOP_K), torch.zeros(rows, _HIDDEN, dtype=dtype)
     plan = RoutingPlan.empty(torch.empty(_TOKENS, _TOP_K, dtype=torch.int32), _EXPERTS, 128)
     t = _TYPES[dtype]
-    suffix = f"{activation.name}-{t}"
-    yield _recorded(f"hopper-up-{suffix}", gemm, lambda: gemm.up(x, gate_up, plan, gate, True))
-    yield _recorded(f"hopper-up-no-grad-{suffix}", gemm, lambda: gemm.up(x, gate_up, plan, gate, False))
-    yield _recorded(f"hopper-down-{suffix}", gemm, lambda: gemm.down(a, down, plan))
-    yield _recorded(f"hopper-dgrad-{suffix}", gemm, lambda: gemm.dgrad(z, gate_up, plan))
-    yield _recorded(f"hopper-wgrad-dW1-{suffix}", wgrad, lambda: wgrad.wgrad(z, a, plan))
+    suffix = f"{activation.name}-{t}{f'-lora{rank}' if rank else ''}"
+    yield _recorded(f"hopper-up-{suffix}", gemm, lambda: gemm.up(x, w1, plan, gate, True))
+    yield _recorded(f"hopper-up-no-grad-{suffix}", gemm, lambda: gemm.up(x, w1, plan, gate, False))
+    yield _recorded(f"hopper-down-{suffix}", gemm, lambda: gemm.down(a, w2, plan))
+    yield _recorded(f"hopper-dgrad-{suffix}", gemm, lambda: gemm.dgrad(z, w1_grad, plan))
+    if not rank:
+        yield _recorded(f"hopper-wgrad-dW1-{suffix}", wgrad, lambda: wgrad.wgrad(z, a, plan))
     how: dict[str, torch.Tensor | TokenRows] = {"": dout_rows, "-gather": TokenRows(x, _TOP_K)}
     for name, dout in how.items():
-        backward = functools.partial(down_grad.down_grad, dout, down, z, weights, plan, gate, True)
-        yield _recorded(f"hopper-wgrad-dW2{name}-{suffix}", wgrad, functools.partial(wgrad.wgrad, dout, a, plan))
+        backward = functools.partial(down_grad.down_grad, dout, w2_grad, z, weights, plan, gate, True)
+        if not rank:
+            yield _recorded(f"hopper-wgrad-dW2{name}-{suffix}", wgrad, functools.partial(wgrad.wgrad, dout, a, plan))
         yield _recorded(f"hopper-down_grad{name}-{suffix}", down_grad, backward)

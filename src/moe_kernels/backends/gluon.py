@@ -1,8 +1,9 @@
 """The Gluon backend, for Hopper: the Triton backend with warp-specialised GEMMs.
 
 Rows of X are gathered inside the up projection, and rows of dO inside the backward where experts are small. The
-backward of the activation is the epilogue of a GEMM. Steps that these kernels do not cover (a bias, a low-rank part,
-column-major weights, interleaved gate and up, no gate) run on the Triton backend's kernels.
+backward of the activation is the epilogue of a GEMM. Low-rank parts are further k blocks of the GEMMs. Steps that
+these kernels do not cover (a bias, column-major weights, interleaved gate and up, no gate) run on the Triton
+backend's kernels, as do the narrow products with LoRA's factors.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from moe_kernels.backends.triton import TritonBackend
 from moe_kernels.kernels.hopper import gluon_names
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.layer import Matrix, Rows, Weight
+from moe_kernels.packed import PackedWeight
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan, TokenRows
 
@@ -58,18 +60,18 @@ class GluonBackend(TritonBackend):
         return None
 
     def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
-        if weight.plain and _halves(gate) and _fits(x, weight.matrix):
-            return gemm.up(x, weight.matrix, plan, gate, save_z)
+        if _halves(gate) and _fits(x) and _weight_fits(weight):
+            return gemm.up(x, weight, plan, gate, save_z)
         return super().up(x, weight, plan, gate, save_z)
 
     def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
-        if weight.plain and _fits(a, weight.matrix):
-            return gemm.down(a, weight.matrix, plan)
+        if _fits(a) and _weight_fits(weight):
+            return gemm.down(a, weight, plan)
         return super().down(a, weight, plan)
 
     def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
-        if weight.plain and _fits(rows, weight.matrix):
-            return gemm.dgrad(rows, weight.matrix, plan)
+        if _fits(rows) and _weight_fits(weight):
+            return gemm.dgrad(rows, weight, plan)
         return super().dgrad(rows, weight, plan)
 
     def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
@@ -89,9 +91,9 @@ class GluonBackend(TritonBackend):
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        fits = isinstance(dout_rows, TokenRows) or _fits(dout_rows, weight.matrix)
-        if weight.plain and bias_dot is None and _halves(gate) and fits:
-            return down_grad.down_grad(dout_rows, weight.matrix, z, topk_weights, plan, gate, overwrite_z)
+        rows_fit = isinstance(dout_rows, TokenRows) or _fits(dout_rows)
+        if bias_dot is None and _halves(gate) and rows_fit and _weight_fits(weight):
+            return down_grad.down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z)
         return super().down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
@@ -108,12 +110,24 @@ def _halves(gate: Gate) -> bool:
 def _fits(*tensors: Matrix) -> bool:
     """Whole matrices, aligned, whose columns (and rows, of weights) are multiples of what the kernels work on."""
     for t in tensors:
-        if not isinstance(t, Tensor):
+        if any(n % ALIGNMENT for n in t.shape[1:]):
             return False
-        sizes = t.shape[1:]
-        if not t.is_contiguous() or t.numel() == 0 or t.data_ptr() % 16 or any(n % ALIGNMENT for n in sizes):
+        if isinstance(t, PackedWeight):  # its blocks are dequantised into memory of their own
+            if t.by_columns:
+                return False
+        elif not t.is_contiguous() or t.numel() == 0 or t.data_ptr() % 16:
             return False
     return True
+
+
+def _weight_fits(weight: Weight) -> bool:
+    """No bias, and a low-rank part of a rank that the kernels know (the op pads ranks), if any."""
+    if weight.bias is not None or not _fits(weight.matrix):
+        return False
+    if weight.low is None or weight.factor is None:
+        return True
+    parts = weight.low, weight.factor
+    return weight.low.shape[1] in gemm.RANKS and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in parts)
 
 
 #: Intermediate sizes up to which the kernels gather rows of dO themselves. The copy costs R H, what the kernels lose

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_kernels.activation import Gate, value_and_partials
 from moe_kernels.kernels.device import cdiv, multiprocessors
-from moe_kernels.kernels.hopper.gemm import Operands, producer
+from moe_kernels.kernels.hopper.gemm import Operands, producer, weight_arguments
 from moe_kernels.kernels.hopper.gluon_names import aggregate, tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
@@ -39,6 +39,8 @@ from moe_kernels.kernels.hopper.ring import (
     put,
 )
 from moe_kernels.kernels.launch.launch import launch
+from moe_kernels.kernels.triton.dequantize import blocks
+from moe_kernels.layer import Weight
 from moe_kernels.routing import RoutingPlan, TokenRows
 
 COLUMNS = gl.constexpr(32)  # per step of the epilogue: more would spill, because the accumulator stays in registers
@@ -114,7 +116,7 @@ def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, op
     BLOCK_N: gl.constexpr = ring.b.shape[2]
     SET: gl.constexpr = 2 * WARPGROUP  # the first of this consumer's
     H, I = operands.rows.width, operands.N
-    steps_per_tile = (H + BLOCK_K - 1) // BLOCK_K
+    steps_per_tile = (H + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS
     step = WARPGROUP * steps_per_tile
     z_phase = 0
     turn = 0
@@ -141,6 +143,8 @@ def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, op
             if k0 > 0:
                 ring.free_before(step)
             step += 1
+        acc = operands.add_low(acc, ring, step, 0)
+        step += operands.LOW_BLOCKS
         acc = warpgroup_mma_wait(0, deps=(acc,))
         ring.free_before(step)
         pass_turn(turns, WARPGROUP)
@@ -166,6 +170,8 @@ def hopper_down_grad_kernel(
     dout_rows,  # (R, H): descriptor; any pointer with TOP_K
     dout_ptr,  # (R / TOP_K, H): read with TOP_K
     w,  # (E * H, I): descriptor
+    low,  # (R, RANK): descriptor; any pointer if RANK is 0, as is factor
+    factor,  # (E * RANK, I): descriptor
     z,  # (R, 2I): descriptor
     dz,  # (R, 2I): descriptor, may share the memory of z
     dz_ptr,
@@ -185,6 +191,7 @@ def hopper_down_grad_kernel(
     ACTIVATION: gl.constexpr,
     P0: gl.constexpr,
     P1: gl.constexpr,
+    RANK: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -207,8 +214,9 @@ def hopper_down_grad_kernel(
         BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=False,
     )  # fmt: skip
     operands = Operands(
-        rows=Matrix(descriptor=dout_rows, pointer=dout_ptr, width=H), weight=w, row_slot=row_slot_ptr, N=I,
-        TOP_K=TOP_K, GATED=False, GATHER=GATHER, W_IS_KN=True,
+        rows=Matrix(descriptor=dout_rows, pointer=dout_ptr, width=H), weight=w, low=low, factor=factor,
+        row_slot=row_slot_ptr, N=I, TOP_K=TOP_K, GATED=False, GATHER=GATHER, W_IS_KN=True,
+        RANK=RANK, LOW_K=min(RANK, BLOCK_K), LOW_BLOCKS=(RANK + BLOCK_K - 1) // BLOCK_K,
     )  # fmt: skip
     epilogue = Epilogue(
         z=z, dz=Matrix(descriptor=dz, pointer=dz_ptr, width=2 * I), wa=Matrix(descriptor=wa, pointer=wa_ptr, width=I),
@@ -252,7 +260,7 @@ SCHEDULE = Schedule(cooperative=False, block_n=128, stages=4)
 
 def down_grad(
     dout_rows: torch.Tensor | TokenRows,
-    weight: torch.Tensor,
+    weight: Weight,
     z: torch.Tensor,
     topk_weights: torch.Tensor,
     plan: RoutingPlan,
@@ -263,50 +271,44 @@ def down_grad(
 
     Args:
         dout_rows: (R, H), sorted by expert, or unsorted tokens to gather its rows from.
-        weight: (E, H, I).
+        weight: (E, H, I), without a bias.
         z: (R, 2I); overwritten with dZ if overwrite_z.
         topk_weights: (T, K).
         plan, gate: of the forward.
     """
-    intermediate = weight.shape[2]
+    intermediate = weight.matrix.shape[2]
     dz = z if overwrite_z else torch.empty_like(z)
     wa = z.new_empty(plan.rows, intermediate)
     dw = torch.empty_like(topk_weights)
-    blocks = cdiv(intermediate, SCHEDULE.block_n)
-    tiles = plan.max_tiles * blocks
-    if tiles == 0:
+    column_blocks = cdiv(intermediate, SCHEDULE.block_n)
+    if plan.max_tiles * column_blocks == 0:
         return dz, wa, dw
-    parts = torch.empty((blocks, plan.rows), dtype=torch.float32, device=z.device)
+    parts = torch.empty((column_blocks, plan.rows), dtype=torch.float32, device=z.device)
     dout, top_k = dout_rows if isinstance(dout_rows, TokenRows) else (dout_rows, 0)
     constants = {"TOP_K": top_k, **gate.constants(), **SCHEDULE.constants(), "num_warps": 4}
     del constants["COOPERATIVE"], constants["GATED"], constants["INTERLEAVED"]
-    launch(
-        hopper_down_grad_kernel,
-        (min(tiles, multiprocessors(z.device)),),
-        (
-            dout if top_k else matrix(dout, BLOCK_M, BLOCK_K),
-            dout,
-            matrix(weight, BLOCK_K, SCHEDULE.block_n),
-            *(matrix(t, BLOCK_M, COLUMNS.value, layout=NARROW.value) for t in (z, dz)),
-            dz,
-            matrix(wa, BLOCK_M, COLUMNS.value, layout=NARROW.value),
-            wa,
-            parts,
-            topk_weights,
-            plan.row_slot,
-            plan.expert_start,
-            plan.tile_expert,
-            plan.tile_row,
-            plan.tile_count,
-            *weight.shape[1:],
-            plan.rows,
-        ),
-        constants,
-    )
+    rows_in = dout if top_k else matrix(dout, BLOCK_M, BLOCK_K), dout
+    z_in, dz_out, wa_out = (matrix(t, BLOCK_M, COLUMNS.value, layout=NARROW.value) for t in (z, dz, wa))
+    for part, tiles in blocks(weight, plan):
+        *weights, rank = weight_arguments(part, SCHEDULE.block_n, True, unused=wa)
+        launch(
+            hopper_down_grad_kernel,
+            (min(tiles.max_tiles * column_blocks, multiprocessors(z.device)),),
+            (
+                *rows_in,
+                *weights,
+                *(z_in, dz_out, dz, wa_out, wa, parts, topk_weights),
+                *(tiles.row_slot, tiles.expert_start, tiles.tile_expert, tiles.tile_row, tiles.tile_count),
+                *weight.matrix.shape[1:],
+                plan.rows,
+            ),
+            {**constants, "RANK": rank},
+        )
+        del part, weights
     launch(
         sum_weight_grad_kernel,
         (cdiv(plan.rows, 1024),),
-        (parts, plan.row_slot, plan.expert_start[plan.experts :], dw, plan.rows, blocks),
+        (parts, plan.row_slot, plan.expert_start[plan.experts :], dw, plan.rows, column_blocks),
         {"BLOCK_R": 1024, "num_warps": 4},
     )
     return dz, wa, dw

@@ -4,6 +4,7 @@ The same math and the same row tiles as ``kernels/triton/up.py`` and ``grouped_g
 cp.async; everything else is loaded and stored by TMA.
 """
 
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -19,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_kernels.activation import Gate, value
 from moe_kernels.kernels.device import cdiv, multiprocessors
-from moe_kernels.kernels.hopper.gluon_names import aggregate, cp_async, tma_load, tma_store
+from moe_kernels.kernels.hopper.gluon_names import aggregate, cp_async, reinterpret, tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
@@ -30,6 +31,7 @@ from moe_kernels.kernels.hopper.ring import (
     Schedule,
     accumulator_layout,
     await_turn,
+    block_layout,
     copy_layout,
     halves,
     has_fast_memory,
@@ -42,23 +44,34 @@ from moe_kernels.kernels.hopper.ring import (
     write_chunk,
 )
 from moe_kernels.kernels.launch.launch import launch
-from moe_kernels.kernels.operands import Descriptor
+from moe_kernels.kernels.operands import Descriptor, low_rank_arguments
 from moe_kernels.kernels.tiles.config import Override
+from moe_kernels.kernels.triton.dequantize import blocks
+from moe_kernels.layer import Weight
 from moe_kernels.routing import RoutingPlan
 
 
 @aggregate
 class Operands:
-    """The rows and the weights that a GEMM multiplies, (R, K) times (K, N) of each expert."""
+    """The rows and the weights that a GEMM multiplies, (R, K) times (K, N) of each expert.
+
+    A low-rank part adds (R, RANK) times (RANK, N) of each expert: LOW_BLOCKS more k blocks of every tile, of LOW_K.
+    They are as narrow as the rank: zeros in their place would make NaN of another expert's Inf.
+    """
 
     rows: Matrix  # with GATHER the tokens that are the sorted rows' sources, else the sorted rows
     weight: tma.tensor_descriptor
+    low: tma.tensor_descriptor | gl.tensor  # sorted rows; any pointer if RANK is 0, as is factor
+    factor: tma.tensor_descriptor | gl.tensor
     row_slot: gl.tensor
     N: gl.tensor
     TOP_K: gl.constexpr
     GATED: gl.constexpr
     GATHER: gl.constexpr
     W_IS_KN: gl.constexpr
+    RANK: gl.constexpr  # 0: no low-rank part
+    LOW_K: gl.constexpr
+    LOW_BLOCKS: gl.constexpr
 
     @gluon.jit
     def sources(self, tile, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr):
@@ -95,6 +108,56 @@ class Operands:
         else:
             tma_load(self.rows.descriptor, [tile.row0, k0], ready, a)
 
+    @gluon.jit
+    def low_stage(self, ring, step):
+        """``ring.stage`` of a low-rank block: LOW_K of its k."""
+        a, b, ready = ring.stage(step)
+        layout: gl.constexpr = block_layout(self.LOW_K)
+        a = reinterpret(a, a.dtype, [a.shape[0], self.LOW_K], layout)
+        if self.W_IS_KN:
+            b = reinterpret(b, b.dtype, [self.LOW_K, b.shape[1]], SWIZZLED)
+        else:
+            b = reinterpret(b, b.dtype, [b.shape[0], self.LOW_K], layout)
+        return a, b, ready
+
+    @gluon.jit
+    def load_low(self, stage, tile, block: gl.constexpr):
+        """Issue the loads of low-rank block ``block`` of ``tile`` into a ``low_stage``, all by TMA.
+
+        Rows past the expert's end are those of the next one, whose results are not stored.
+        """
+        a, b, ready = stage
+        mbarrier.expect(ready, (a.numel + b.numel) * 2)
+        if self.GATHER:
+            mbarrier.arrive(ready, count=128)  # in place of the cp.async of all threads
+        k0 = block * self.LOW_K
+        if self.GATED:
+            HALF: gl.constexpr = b.shape[0] // 2
+            gate_row = tile.expert * self.N * 2 + tile.n * HALF
+            tma_load(self.factor, [gate_row, k0], ready, b.slice(0, HALF))
+            tma_load(self.factor, [gate_row + self.N, k0], ready, b.slice(HALF, HALF))
+        elif self.W_IS_KN:
+            tma_load(self.factor, [tile.expert * self.RANK + k0, tile.n * b.shape[1]], ready, b)
+        else:
+            tma_load(self.factor, [tile.expert * self.N + tile.n * b.shape[0], k0], ready, b)
+        tma_load(self.low, [tile.row0, k0], ready, a)
+
+    @gluon.jit
+    def add_low(self, acc, ring, step, ROW0: gl.constexpr):
+        """A consumer's sums, of a tile's rows from ROW0 on, plus the low-rank part: the k blocks from ``step`` on."""
+        for _ in gl.static_range(self.LOW_BLOCKS):
+            ring.await_ready(step)
+            a, b, _ready = self.low_stage(ring, step)
+            if acc.shape[0] < a.shape[0]:
+                a = a.slice(ROW0, acc.shape[0])
+            if not self.W_IS_KN:
+                b = b.permute((1, 0))
+            acc = warpgroup_mma(a, b, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            ring.free_before(step)
+            step += 1
+        return acc
+
 
 @gluon.jit
 def producer(operands, tiles, ring, K_BLOCKS_PER_WAIT: gl.constexpr):
@@ -122,6 +185,10 @@ def producer(operands, tiles, ring, K_BLOCKS_PER_WAIT: gl.constexpr):
                 second = ring.stage(step)
                 operands.load(second, sources, tile, k1)
                 step += 1
+        for block in gl.static_range(operands.LOW_BLOCKS):
+            ring.await_empty(step)
+            operands.load_low(operands.low_stage(ring, step), tile, block)
+            step += 1
 
 
 @aggregate
@@ -165,6 +232,8 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring,
                 if k0 > 0:
                     ring.free_before(step)
                 step += 1
+            acc = operands.add_low(acc, ring, step, WARPGROUP * ROWS)
+            step += operands.LOW_BLOCKS
             acc = warpgroup_mma_wait(0, deps=(acc,))
             ring.free_before(step)
             row0 = tile.row0
@@ -177,7 +246,7 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring,
             else:
                 _write(acc, buffers, epilogue.out, row0, tile.row_end, tile.n * BLOCK_N)
         else:
-            step += (K + BLOCK_K - 1) // BLOCK_K
+            step += (K + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS
         turn += 1  # noqa: SIM113 (Gluon has no enumerate)
     tma.store_wait(0)
 
@@ -258,6 +327,8 @@ def hopper_gemm_kernel(
     rows_in,  # (R, K): descriptor; any pointer if GATHER
     rows_ptr,  # (T, K): read if GATHER
     w,  # (E * N, K), (E * 2N, K) if GATED, or (E * K, N) if W_IS_KN: descriptor
+    low,  # (R, RANK): descriptor; any pointer if RANK is 0, as is factor
+    factor,  # (E * N, RANK), (E * 2N, RANK) if GATED, or (E * RANK, N) if W_IS_KN: descriptor
     z,  # (R, 2N): descriptor, written if SAVE_Z
     z_ptr,
     out,  # (R, N): descriptor
@@ -277,6 +348,7 @@ def hopper_gemm_kernel(
     GATHER: gl.constexpr,
     SAVE_Z: gl.constexpr,
     W_IS_KN: gl.constexpr,
+    RANK: gl.constexpr,
     K_BLOCKS_PER_WAIT: gl.constexpr,
     COOPERATIVE: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -303,8 +375,9 @@ def hopper_gemm_kernel(
         BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=COOPERATIVE,
     )  # fmt: skip
     operands = Operands(
-        rows=Matrix(descriptor=rows_in, pointer=rows_ptr, width=K), weight=w, row_slot=row_slot_ptr, N=N,
-        TOP_K=TOP_K, GATED=GATED, GATHER=GATHER, W_IS_KN=W_IS_KN,
+        rows=Matrix(descriptor=rows_in, pointer=rows_ptr, width=K), weight=w, low=low, factor=factor,
+        row_slot=row_slot_ptr, N=N, TOP_K=TOP_K, GATED=GATED, GATHER=GATHER, W_IS_KN=W_IS_KN,
+        RANK=RANK, LOW_K=min(RANK, BLOCK_K), LOW_BLOCKS=(RANK + BLOCK_K - 1) // BLOCK_K,
     )  # fmt: skip
     epilogue = Epilogue(
         z=Matrix(descriptor=z, pointer=z_ptr, width=2 * N), out=Matrix(descriptor=out, pointer=out_ptr, width=N),
@@ -341,8 +414,7 @@ def k_blocks_per_wait(kernel: str, plan: RoutingPlan, weight: torch.Tensor) -> i
     """
     if _forced.choice is not None:
         return _forced.choice
-    few_rows = plan.rows < _ROWS_PER_EXPERT * plan.experts
-    if not few_rows or weight.numel() * weight.element_size() <= _CACHED_BYTES:
+    if plan.rows_per_expert >= _ROWS_PER_EXPERT or weight.numel() * weight.element_size() <= _CACHED_BYTES:
         return 1
     slow = not has_fast_memory(weight.device) and weight.shape[2] * weight.element_size() % _SLOW_STRIDE == 0
     return 2 if kernel == "dgrad" or slow else 1
@@ -353,71 +425,99 @@ _forced: Override[int] = Override()
 use_k_blocks_per_wait = _forced.use
 
 
+#: Ranks of low-rank parts.
+RANKS = (16, 32, 64, 128)
+
+
+def weight_arguments(
+    weight: Weight, columns: int, w_is_kn: bool, unused: torch.Tensor
+) -> tuple[Descriptor, Descriptor | torch.Tensor, Descriptor | torch.Tensor, int]:
+    """(w, low, factor, RANK) of a kernel whose tiles have ``columns`` columns of each weight."""
+    assert isinstance(weight.matrix, torch.Tensor)  # blocks() has dequantised it
+    low, factor, rank = low_rank_arguments(weight, unused)
+    w = matrix(weight.matrix, *((BLOCK_K, columns) if w_is_kn else (columns, BLOCK_K)))
+    if rank == 0:
+        return w, low, factor, rank
+    low_k = min(rank, BLOCK_K)
+    narrow = block_layout(low_k)
+    outer = matrix(factor, low_k, columns) if w_is_kn else matrix(factor, columns, low_k, layout=narrow)
+    return w, matrix(low, BLOCK_M, low_k, layout=narrow), outer, rank
+
+
 _IDENTITY = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "GATHER": False, "SAVE_Z": False}
 
 
 def up(
-    x: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, gate: Gate, save_z: bool
+    x: torch.Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (T, H), weight (E, 2I, H) rows [gate; up] -> Z (R, 2I), empty unless save_z, and A (R, I)."""
-    width = weight.shape[1] // 2
+    """x (T, H), weight (E, 2I, H) rows [gate; up] -> Z (R, 2I), empty unless save_z, and A (R, I).
+
+    Weights, here and below, may have a low-rank part, of a rank in RANKS, but no bias.
+    """
+    width = weight.matrix.shape[1] // 2
     z = x.new_empty(plan.rows, 2 * width) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, width)
     schedule = schedule_of("up", x.shape[1], x.device)
     columns = schedule.block_n // 2
     constants = {**gate.constants(), "GATHER": True, "SAVE_Z": save_z, "W_IS_KN": False}
-    constants["K_BLOCKS_PER_WAIT"] = k_blocks_per_wait("up", plan, weight)
     del constants["INTERLEAVED"]
     saved = z if save_z else a
     z_arguments = matrix(saved, schedule.rows, CHUNK.value), saved
-    _launch(x, x, matrix(weight, columns, BLOCK_K), z_arguments, a, plan, schedule, columns, constants)
+    for part, tiles in blocks(weight, plan):
+        _launch("up", x, x, part, z_arguments, a, tiles, schedule, columns, constants)
+        del part
     return z, a
 
 
-def down(a: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+def down(a: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
     """Y = A W2[e]^T: a (R, I), weight (E, H, I) -> (R, H)."""
     return _rows_times_weight("down", a, weight, plan)
 
 
-def dgrad(rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+def dgrad(rows: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
     """rows @ weight[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, 2I) and W1 (E, 2I, H)."""
     return _rows_times_weight("dgrad", rows, weight, plan)
 
 
-def _rows_times_weight(kernel: str, rows: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+def _rows_times_weight(kernel: str, rows: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
     w_is_kn = kernel == "dgrad"
-    out = rows.new_empty(plan.rows, weight.shape[2 if w_is_kn else 1])
+    out = rows.new_empty(plan.rows, weight.matrix.shape[2 if w_is_kn else 1])
     schedule = schedule_of(kernel, rows.shape[1], rows.device)
-    columns = schedule.block_n
-    w = matrix(weight, *((BLOCK_K, columns) if w_is_kn else (columns, BLOCK_K)))
-    constants = {**_IDENTITY, "W_IS_KN": w_is_kn, "K_BLOCKS_PER_WAIT": k_blocks_per_wait(kernel, plan, weight)}
-    _launch(matrix(rows, BLOCK_M, BLOCK_K), rows, w, (out, out), out, plan, schedule, columns, constants)
+    constants = {**_IDENTITY, "W_IS_KN": w_is_kn}
+    rows_in = matrix(rows, BLOCK_M, BLOCK_K)
+    for part, tiles in blocks(weight, plan):
+        _launch(kernel, rows_in, rows, part, (out, out), out, tiles, schedule, schedule.block_n, constants)
+        del part
     return out
 
 
 def _launch(
+    kernel: str,
     rows_in: torch.Tensor | Descriptor,
     rows: torch.Tensor,
-    weight: Descriptor,
+    weight: Weight,
     z: tuple[torch.Tensor | Descriptor, torch.Tensor],
     out: torch.Tensor,
     plan: RoutingPlan,
     schedule: Schedule,
     columns: int,
-    constants: dict[str, object],
+    constants: dict[str, Any],
 ) -> None:
     """Launch over the plan's row tiles times blocks of ``columns`` columns of out (R, N); z is ignored if unused."""
     width = out.shape[1]
     tiles = plan.max_tiles * cdiv(width, columns)
     if tiles == 0:
         return
+    *weights, rank = weight_arguments(weight, columns, constants["W_IS_KN"], unused=out)
+    assert isinstance(weight.matrix, torch.Tensor)
+    chosen = {"RANK": rank, "K_BLOCKS_PER_WAIT": k_blocks_per_wait(kernel, plan, weight.matrix)}
     launch(
         hopper_gemm_kernel,
         (min(tiles, multiprocessors(out.device)),),
         (
             rows_in,
             rows,
-            weight,
+            *weights,
             *z,
             matrix(out, schedule.rows, CHUNK.value),
             out,
@@ -429,5 +529,5 @@ def _launch(
             rows.shape[1],
             width,
         ),
-        {"TOP_K": plan.top_k, **constants, **schedule.constants(), "num_warps": 4},
+        {"TOP_K": plan.top_k, **constants, **schedule.constants(), **chosen, "num_warps": 4},
     )

@@ -6,7 +6,7 @@ here, so that one source compiles with every release. :func:`lacks` says what th
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 import triton
@@ -22,14 +22,17 @@ _ASYNC_COPY = "triton.experimental.gluon.language.nvidia.ampere.async_copy"
 _CORE = "triton.language.core"
 _LOAD, _STORE = ("async_load", "async_copy_global_to_shared"), ("async_store", "async_copy_shared_to_global")
 _AGGREGATE = ("_aggregate",)  # from 3.8 on also triton.aggregate
+_LANGUAGE = "triton.experimental.gluon.language"
+_VIEW = ("shared_memory_descriptor.reinterpret", "shared_memory_descriptor._reinterpret")  # the former from 3.9 on
 #: What the kernels use, by module, each with all the names it has had.
 _USED: dict[str, tuple[tuple[str, ...], ...]] = {
     _CORE: (_AGGREGATE,),
     "triton.experimental.gluon": (("jit",), ("constexpr_function",)),
-    "triton.experimental.gluon.language": (
+    _LANGUAGE: (
         ("NVMMADistributedLayout",),
         ("NVMMASharedLayout",),
         ("allocate_shared_memory",),
+        _VIEW,
         ("warp_specialize",),
     ),
     "triton.experimental.gluon.nvidia.hopper": (("TensorDescriptor",),),
@@ -47,11 +50,12 @@ def release() -> str:
 
 def _find(module: str, names: tuple[str, ...]) -> Any:
     """The attribute of ``module`` under the first of ``names`` that exists; None if none does, or no such module."""
-    try:
-        found = importlib.import_module(module)
-    except ImportError:
-        return None
-    return next((getattr(found, name) for name in names if hasattr(found, name)), None)
+    for name in names:
+        try:
+            return pkgutil.resolve_name(f"{module}:{name}")
+        except (ImportError, AttributeError):
+            continue
+    return None
 
 
 def lacks() -> str | None:
@@ -61,6 +65,8 @@ def lacks() -> str | None:
 
 
 tma_load, tma_store, cp_async = _find(_TMA, _LOAD), _find(_TMA, _STORE), _find(_ASYNC_COPY, _LOAD)
+#: reinterpret(buffer, dtype, shape, layout): the memory of a buffer as another one.
+reinterpret = _find(_LANGUAGE, _VIEW)
 _aggregate = _find(_CORE, _AGGREGATE)
 
 

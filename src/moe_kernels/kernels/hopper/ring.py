@@ -28,6 +28,12 @@ SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bit
 
 
 @gluon.constexpr_function
+def block_layout(columns):
+    """Layout of a block of so many 16-bit columns in shared memory: SWIZZLED for 64, narrower for 32 and 16."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=2 * columns, element_bitwidth=16, rank=2)
+
+
+@gluon.constexpr_function
 def accumulator_layout(columns):
     """Layout of wgmma's accumulator [rows, columns] over a warpgroup."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
