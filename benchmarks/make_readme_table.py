@@ -48,18 +48,19 @@ def load_results(folder: Path) -> Results:
 
 
 def trainings(results: Results) -> str:
-    """Tables of the compared trainings and of their expert layers: the newest of each pair, GPU by GPU."""
+    """Tables of the compared trainings and of their expert layers: the newest of each pair, by GPU and versions."""
     newest: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, data in results:
         if _is_compare(data) and data["gpu"]:
             pair = data["name"]
             if pair not in newest or newest[pair][1]["created"] < data["created"]:
                 newest[pair] = name, data
-    by_gpu: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    by_machine: dict[tuple[str, ...], list[tuple[str, dict[str, Any]]]] = {}
     for name, data in newest.values():
-        by_gpu.setdefault(data["gpu"]["name"], []).append((name, data))
+        versions = (data["versions"].get(package, "") for package in ("axolotl", "transformers", "torch", "triton"))
+        by_machine.setdefault((data["gpu"]["name"], *versions), []).append((name, data))
     parts = []
-    for compares in by_gpu.values():
+    for compares in by_machine.values():
         pairs = [row for name, data in compares for row in _compare_rows(name, data)]
         layers = [row for _, data in compares for row in _layer_rows(data["experts"]["measurements"])]
         parts += [_compare_caption(compares[-1][1]), _table(COMPARE_COLUMNS, pairs)]
