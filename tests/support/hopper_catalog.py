@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -54,11 +55,28 @@ def compile_cases() -> Iterator[CompileCase]:
         yield from _cases(dtype, Activation("silu"))
     for rank in (16, 64, 128):
         yield from _cases(torch.bfloat16, Activation("silu"), rank)
+    for rank in (0, 16):
+        yield from (
+            case
+            for case in _cases(torch.bfloat16, Activation("silu"), rank, bias=True)
+            if case.constants.get("HAS_BIAS", False)
+        )
+    for name, bias, rank in itertools.product(("silu", "relu2"), (False, True), (0, 16)):
+        yield from (
+            case
+            for case in _cases(torch.bfloat16, Activation(name), rank, gated=False, bias=bias)
+            if case.constants.get("ACTIVATION", "identity") != "identity"
+        )
     with contextlib.ExitStack() as both:
         for kernel in ("down", "dgrad"):
             both.enter_context(use_schedule(kernel, PING_PONG))
         both.enter_context(gemm.use_k_blocks_per_wait(2))
         cases = [case for rank in (0, 16, 64, 128) for case in _cases(torch.bfloat16, Activation("silu"), rank)]
+        cases += [
+            case
+            for case in _cases(torch.bfloat16, Activation("silu"), bias=True)
+            if case.name.startswith("hopper-down-")
+        ]
     yield from (dataclasses.replace(case, name=f"{case.name}-ping-pong-large-weights") for case in cases)
     for activation in EVERY_ACTIVATION:
         if activation.name != "silu":
@@ -69,26 +87,30 @@ def compile_cases() -> Iterator[CompileCase]:
             )
 
 
-def _cases(dtype: torch.dtype, activation: Activation, rank: int = 0) -> Iterator[CompileCase]:
-    gate, rows = Gate(activation), _TOKENS * _TOP_K
+def _cases(
+    dtype: torch.dtype, activation: Activation, rank: int = 0, gated: bool = True, bias: bool = False
+) -> Iterator[CompileCase]:
+    gate, rows = Gate(activation, gated), _TOKENS * _TOP_K
     x = torch.zeros(_TOKENS, _HIDDEN, dtype=dtype)
-    low, width = (torch.zeros(rows, rank, dtype=dtype) if rank else None), 2 * _INTERMEDIATE
+    low, width = (torch.zeros(rows, rank, dtype=dtype) if rank else None), (1 + gated) * _INTERMEDIATE
 
     def weight(rows: int, columns: int, *factor: int) -> Weight:
         outer = torch.zeros(_EXPERTS, *factor, dtype=dtype) if rank else None
-        return Weight(torch.zeros(_EXPERTS, rows, columns, dtype=dtype), None, low, outer)
+        added = torch.zeros(_EXPERTS, rows, dtype=dtype) if bias else None
+        return Weight(torch.zeros(_EXPERTS, rows, columns, dtype=dtype), added, low, outer)
 
     w1, w2 = weight(width, _HIDDEN, width, rank), weight(_HIDDEN, _INTERMEDIATE, _HIDDEN, rank)
     w1_grad, w2_grad = weight(width, _HIDDEN, rank, _HIDDEN), weight(_HIDDEN, _INTERMEDIATE, rank, _INTERMEDIATE)
-    z, a = torch.zeros(rows, 2 * _INTERMEDIATE, dtype=dtype), torch.zeros(rows, _INTERMEDIATE, dtype=dtype)
+    z, a = torch.zeros(rows, width, dtype=dtype), torch.zeros(rows, _INTERMEDIATE, dtype=dtype)
     weights, dout_rows = torch.zeros(_TOKENS, _TOP_K), torch.zeros(rows, _HIDDEN, dtype=dtype)
     plan = RoutingPlan.empty(torch.empty(_TOKENS, _TOP_K, dtype=torch.int32), _EXPERTS, 128)
     t = _TYPES[dtype]
-    suffix = f"{activation.name}-{t}{f'-lora{rank}' if rank else ''}"
+    kinds = (f"-lora{rank}" if rank else "", "-bias" if bias else "", "" if gated else "-no-gate")
+    suffix = f"{activation.name}-{t}{''.join(kinds)}"
     yield _recorded(f"hopper-up-{suffix}", gemm, lambda: gemm.up(x, w1, plan, gate, True))
     yield _recorded(f"hopper-up-no-grad-{suffix}", gemm, lambda: gemm.up(x, w1, plan, gate, False))
     yield _recorded(f"hopper-down-{suffix}", gemm, lambda: gemm.down(a, w2, plan))
-    yield _recorded(f"hopper-dgrad-{suffix}", gemm, lambda: gemm.dgrad(z, w1_grad, plan))
+    yield _recorded(f"hopper-dgrad-{suffix}", gemm, lambda: gemm.dgrad(z, w1_grad._replace(bias=None), plan))
     if not rank:
         yield _recorded(f"hopper-wgrad-dW1-{suffix}", wgrad, lambda: wgrad.wgrad(z, a, plan))
     how: dict[str, torch.Tensor | TokenRows] = {"": dout_rows, "-gather": TokenRows(x, _TOP_K)}

@@ -2,8 +2,8 @@
 
 Rows of X are gathered inside the up projection, and rows of dO inside the backward where experts are small. The
 backward of the activation is the epilogue of a GEMM. Low-rank parts are further k blocks of the GEMMs. Steps that
-these kernels do not cover (a bias, column-major weights, interleaved gate and up, no gate) run on the Triton
-backend's kernels, as do the narrow products with LoRA's factors.
+these kernels do not cover (column-major weights, interleaved gate and up) run on the Triton backend's kernels, as do
+the narrow products with LoRA's factors.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class GluonBackend(TritonBackend):
         return None
 
     def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
-        if _halves(gate) and _fits(x) and _weight_fits(weight):
+        if not gate.interleaved and _fits(x) and _weight_fits(weight):
             return gemm.up(x, weight, plan, gate, save_z)
         return super().up(x, weight, plan, gate, save_z)
 
@@ -76,7 +76,7 @@ class GluonBackend(TritonBackend):
 
     def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
         gathered = down.shape[2] <= _GATHERED if _forced.choice is None else _forced.choice
-        if gathered and _halves(gate) and _fits(dout, down):
+        if gathered and not gate.interleaved and _fits(dout, down):
             return TokenRows(dout, plan.top_k)
         return self.gather(dout, plan)
 
@@ -92,19 +92,14 @@ class GluonBackend(TritonBackend):
         bias_dot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows_fit = isinstance(dout_rows, TokenRows) or _fits(dout_rows)
-        if bias_dot is None and _halves(gate) and rows_fit and _weight_fits(weight):
-            return down_grad.down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z)
+        if not gate.interleaved and rows_fit and _weight_fits(weight):
+            return down_grad.down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot)
         return super().down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
         if isinstance(left, TokenRows) or _fits(left, right):
             return wgrad.wgrad(left, right, plan)
         return super().wgrad(left, right, plan)
-
-
-def _halves(gate: Gate) -> bool:
-    """Whether the rows of W1 are [gate; up]."""
-    return gate.gated and not gate.interleaved
 
 
 def _fits(*tensors: Matrix) -> bool:
@@ -121,8 +116,8 @@ def _fits(*tensors: Matrix) -> bool:
 
 
 def _weight_fits(weight: Weight) -> bool:
-    """No bias, and a low-rank part of a rank that the kernels know (the op pads ranks), if any."""
-    if weight.bias is not None or not _fits(weight.matrix):
+    """The matrix, and a low-rank part of a rank that the kernels know (the op pads ranks), if any."""
+    if not _fits(weight.matrix):
         return False
     if weight.low is None or weight.factor is None:
         return True

@@ -51,7 +51,8 @@ NARROW = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwid
 class Epilogue:
     """The epilogue: dZ and wA from dA0 in registers and Z, which TMA loads into shared memory.
 
-    Each consumer has two sets of three buffers: gate and up columns of Z, which dZ overwrites, and wA.
+    Each consumer has two sets of three buffers: gate and up columns of Z, which dZ overwrites, and wA. Without a gate
+    the second is not used.
     """
 
     z: tma.tensor_descriptor
@@ -62,14 +63,16 @@ class Epilogue:
     ACTIVATION: gl.constexpr
     P0: gl.constexpr
     P1: gl.constexpr
+    GATED: gl.constexpr
 
     @gluon.jit
     def fetch_z(self, SET: gl.constexpr, row0, col0):
         """Issue the TMA loads of the gate and up columns of Z at (row0, col0) into one set of buffers."""
         arrived = self.z_arrived.index(SET)
-        mbarrier.expect(arrived, 2 * self.z.block_type.nbytes)
+        mbarrier.expect(arrived, (2 if self.GATED else 1) * self.z.block_type.nbytes)
         tma_load(self.z, [row0, col0], arrived, self.buffers.index(3 * SET))
-        tma_load(self.z, [row0, self.wa.width + col0], arrived, self.buffers.index(3 * SET + 1))
+        if self.GATED:
+            tma_load(self.z, [row0, self.wa.width + col0], arrived, self.buffers.index(3 * SET + 1))
 
     @gluon.jit
     def finish(self, da, weight, SET: gl.constexpr, z_phase, fetch, row0, row_end, col0):
@@ -86,7 +89,10 @@ class Epilogue:
         mbarrier.wait(self.z_arrived.index(SET), z_phase)
         da = gl.convert_layout(da, layout, assert_trivial=True)
         gate = gate_buffer.load(layout).to(gl.float32)
-        up = up_buffer.load(layout).to(gl.float32)
+        if self.GATED:
+            up = up_buffer.load(layout).to(gl.float32)
+        else:
+            up = 1.0
         a, d_gate, d_up = value_and_partials(gate, up, self.ACTIVATION, self.P0, self.P1)
         dw = gl.sum(da * a, axis=1)
         da *= weight[:, None]
@@ -94,16 +100,19 @@ class Epilogue:
             tma.store_wait(0)
             self.fetch_z(SET ^ 1, row0, col0 + COLUMNS)
         put(da * d_gate, gate_buffer)
-        put(da * d_up, up_buffer)
+        if self.GATED:
+            put(da * d_up, up_buffer)
         put(weight[:, None] * a, a_buffer)
         if row0 + da.shape[0] <= row_end:
             fence_async_shared()
             tma_store(self.dz.descriptor, [row0, col0], gate_buffer)
-            tma_store(self.dz.descriptor, [row0, I + col0], up_buffer)
+            if self.GATED:
+                tma_store(self.dz.descriptor, [row0, I + col0], up_buffer)
             tma_store(self.wa.descriptor, [row0, col0], a_buffer)
         else:
             self.dz.store_masked(gate_buffer, row0, row_end, col0)
-            self.dz.store_masked(up_buffer, row0, row_end, I + col0)
+            if self.GATED:
+                self.dz.store_masked(up_buffer, row0, row_end, I + col0)
             self.wa.store_masked(a_buffer, row0, row_end, col0)
         return dw
 
@@ -172,8 +181,8 @@ def hopper_down_grad_kernel(
     w,  # (E * H, I): descriptor
     low,  # (R, RANK): descriptor; any pointer if RANK is 0, as is factor
     factor,  # (E * RANK, I): descriptor
-    z,  # (R, 2I): descriptor
-    dz,  # (R, 2I): descriptor, may share the memory of z
+    z,  # (R, 2I), or (R, I) unless GATED: descriptor
+    dz,  # the same: descriptor, may share the memory of z
     dz_ptr,
     wa,  # (R, I): descriptor
     wa_ptr,
@@ -191,6 +200,7 @@ def hopper_down_grad_kernel(
     ACTIVATION: gl.constexpr,
     P0: gl.constexpr,
     P1: gl.constexpr,
+    GATED: gl.constexpr,
     RANK: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -219,8 +229,9 @@ def hopper_down_grad_kernel(
         RANK=RANK, LOW_K=min(RANK, BLOCK_K), LOW_BLOCKS=(RANK + BLOCK_K - 1) // BLOCK_K,
     )  # fmt: skip
     epilogue = Epilogue(
-        z=z, dz=Matrix(descriptor=dz, pointer=dz_ptr, width=2 * I), wa=Matrix(descriptor=wa, pointer=wa_ptr, width=I),
-        buffers=buffers, z_arrived=z_arrived, ACTIVATION=ACTIVATION, P0=P0, P1=P1,
+        z=z, dz=Matrix(descriptor=dz, pointer=dz_ptr, width=2 * I if GATED else I),
+        wa=Matrix(descriptor=wa, pointer=wa_ptr, width=I),
+        buffers=buffers, z_arrived=z_arrived, ACTIVATION=ACTIVATION, P0=P0, P1=P1, GATED=GATED,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -238,9 +249,11 @@ def sum_weight_grad_kernel(
     parts_ptr,  # (column blocks, R) float32
     row_slot_ptr,  # (R,)
     routed_ptr,  # expert_start[E]: rows at or after it belong to dropped slots
+    bias_dot_ptr,  # (R,) float32: read if HAS_BIAS
     dw_ptr,  # (T * K,)
     R,
     blocks,
+    HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -251,6 +264,8 @@ def sum_weight_grad_kernel(
     for _ in range(blocks):
         dw += tl.load(part, mask=kept, other=0.0)
         part += R
+    if HAS_BIAS:
+        dw += tl.load(bias_dot_ptr + rows, mask=kept, other=0.0)
     tl.store(dw_ptr + slot, dw.to(dw_ptr.dtype.element_ty), mask=rows < R)
 
 
@@ -266,15 +281,17 @@ def down_grad(
     plan: RoutingPlan,
     gate: Gate,
     overwrite_z: bool,
+    bias_dot: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dZ (R, 2I), wA (R, I) and dw (T, K) from the output's gradient.
+    """dZ (R, Z), wA (R, I) and dw (T, K) from the output's gradient.
 
     Args:
         dout_rows: (R, H), sorted by expert, or unsorted tokens to gather its rows from.
         weight: (E, H, I), without a bias.
-        z: (R, 2I); overwritten with dZ if overwrite_z.
+        z: (R, Z); overwritten with dZ if overwrite_z.
         topk_weights: (T, K).
         plan, gate: of the forward.
+        bias_dot: (R,), added to dw: see :class:`moe_kernels.layer.AddedGrads`.
     """
     intermediate = weight.matrix.shape[2]
     dz = z if overwrite_z else torch.empty_like(z)
@@ -286,7 +303,7 @@ def down_grad(
     parts = torch.empty((column_blocks, plan.rows), dtype=torch.float32, device=z.device)
     dout, top_k = dout_rows if isinstance(dout_rows, TokenRows) else (dout_rows, 0)
     constants = {"TOP_K": top_k, **gate.constants(), **SCHEDULE.constants(), "num_warps": 4}
-    del constants["COOPERATIVE"], constants["GATED"], constants["INTERLEAVED"]
+    del constants["COOPERATIVE"], constants["INTERLEAVED"]
     rows_in = dout if top_k else matrix(dout, BLOCK_M, BLOCK_K), dout
     z_in, dz_out, wa_out = (matrix(t, BLOCK_M, COLUMNS.value, layout=NARROW.value) for t in (z, dz, wa))
     for part, tiles in blocks(weight, plan):
@@ -308,7 +325,10 @@ def down_grad(
     launch(
         sum_weight_grad_kernel,
         (cdiv(plan.rows, 1024),),
-        (parts, plan.row_slot, plan.expert_start[plan.experts :], dw, plan.rows, column_blocks),
-        {"BLOCK_R": 1024, "num_warps": 4},
+        (
+            *(parts, plan.row_slot, plan.expert_start[plan.experts :], parts if bias_dot is None else bias_dot, dw),
+            *(plan.rows, column_blocks),
+        ),
+        {"HAS_BIAS": bias_dot is not None, "BLOCK_R": 1024, "num_warps": 4},
     )
     return dz, wa, dw

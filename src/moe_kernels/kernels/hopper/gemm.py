@@ -193,14 +193,32 @@ def producer(operands, tiles, ring, K_BLOCKS_PER_WAIT: gl.constexpr):
 
 @aggregate
 class Epilogue:
-    """What is written of a tile: its sums, or if GATED those as Z, with SAVE_Z, and the activation of them."""
+    """What is written of a tile: its sums and a bias, or those as Z, with SAVE_Z, and the activation of them."""
 
     z: Matrix
     out: Matrix
-    ACTIVATION: gl.constexpr
+    bias: gl.tensor  # (E, width of the sums): read if HAS_BIAS
+    ACTIVATION: gl.constexpr  # "identity": the sums are what is written
     P0: gl.constexpr
     P1: gl.constexpr
     SAVE_Z: gl.constexpr
+    HAS_BIAS: gl.constexpr
+
+    @gluon.jit
+    def biased(self, values, expert, col0, width):
+        """values [rows, columns] of the sums' columns from col0 on, plus the bias."""
+        if self.HAS_BIAS:
+            layout: gl.constexpr = accumulator_layout(values.shape[1])
+            values = gl.convert_layout(values, layout, assert_trivial=True)
+            cols = col0 + gl.arange(0, values.shape[1], gl.SliceLayout(0, layout))
+            bias = gl.load(self.bias + expert.to(gl.int64) * width + cols, mask=cols < width, other=0.0)
+            values += bias.to(gl.float32)[None, :]
+        return values
+
+    @gluon.jit
+    def activated(self, gate, up):
+        """The activation, rounded."""
+        return value(gate, up, self.ACTIVATION, self.P0, self.P1).to(self.out.descriptor.dtype)
 
 
 @gluon.jit
@@ -242,9 +260,14 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring,
             else:
                 pass_turn(turns, WARPGROUP)
             if operands.GATED:
-                _write_gated(acc, buffers, epilogue, row0, tile.row_end, tile.n * (BLOCK_N // 2))
+                _write_gated(acc, buffers, epilogue, tile.expert, row0, tile.row_end, tile.n * (BLOCK_N // 2))
+            elif epilogue.ACTIVATION == "identity":
+                _write(acc, buffers, epilogue, tile.expert, row0, tile.row_end, tile.n * BLOCK_N)
             else:
-                _write(acc, buffers, epilogue.out, row0, tile.row_end, tile.n * BLOCK_N)
+                left, right = halves(acc)
+                col0 = tile.n * BLOCK_N
+                _write_ungated(left, buffers, epilogue, tile.expert, row0, tile.row_end, col0)
+                _write_ungated(right, buffers, epilogue, tile.expert, row0, tile.row_end, col0 + BLOCK_N // 2)
         else:
             step += (K + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS
         turn += 1  # noqa: SIM113 (Gluon has no enumerate)
@@ -252,20 +275,27 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring,
 
 
 @gluon.jit
-def _write(acc, buffers, out, row0, row_end, col0):
-    """Store acc [rows, columns] to (row0, col0) of ``out``; only rows < row_end and columns inside of it."""
+def _write(acc, buffers, epilogue, expert, row0, row_end, col0):
+    """Store acc [rows, columns] to (row0, col0); only rows < row_end and columns inside."""
+    out = epilogue.out
     HALF: gl.constexpr = acc.shape[1] // 2
     left, right = halves(acc)
     tma.store_wait(0)  # the stores of the tile before are done: both buffers are free
     if HALF == CHUNK:
+        left = epilogue.biased(left, expert, col0, out.width)
         _write_chunk(left, buffers.index(0), out, row0, row_end, col0)
+        right = epilogue.biased(right, expert, col0 + HALF, out.width)
         _write_chunk(right, buffers.index(1), out, row0, row_end, col0 + HALF)
     else:
         left0, left1 = halves(left)
         right0, right1 = halves(right)
+        left0 = epilogue.biased(left0, expert, col0, out.width)
         _write_chunk(left0, buffers.index(0), out, row0, row_end, col0)
+        left1 = epilogue.biased(left1, expert, col0 + CHUNK, out.width)
         _write_chunk(left1, buffers.index(1), out, row0, row_end, col0 + CHUNK)
+        right0 = epilogue.biased(right0, expert, col0 + HALF, out.width)
         _write_chunk(right0, buffers.index(0), out, row0, row_end, col0 + HALF)
+        right1 = epilogue.biased(right1, expert, col0 + HALF + CHUNK, out.width)
         _write_chunk(right1, buffers.index(1), out, row0, row_end, col0 + HALF + CHUNK)
 
 
@@ -284,7 +314,7 @@ def _write_chunk(values, buffer, out, row0, row_end, col0):
 
 
 @gluon.jit
-def _write_gated(acc, buffers, epilogue, row0, row_end, col0):
+def _write_gated(acc, buffers, epilogue, expert, row0, row_end, col0):
     """Store acc [rows, gate and up columns], with SAVE_Z, and its activation.
 
     Two chunks share a fence, and the activation is computed while the stores before are in flight.
@@ -294,13 +324,30 @@ def _write_gated(acc, buffers, epilogue, row0, row_end, col0):
     gate, up = halves(acc)
     gate0, gate1 = halves(gate)
     up0, up1 = halves(up)
+    gate0 = epilogue.biased(gate0, expert, col0, 2 * N)
+    gate1 = epilogue.biased(gate1, expert, col0 + CHUNK, 2 * N)
     if epilogue.SAVE_Z:
         _write_pair(gate0, gate1, buffers, z, row0, row_end, col0, N)
-    a0 = value(gate0, up0, epilogue.ACTIVATION, epilogue.P0, epilogue.P1).to(out.descriptor.dtype)
+    up0 = epilogue.biased(up0, expert, N + col0, 2 * N)
+    up1 = epilogue.biased(up1, expert, N + col0 + CHUNK, 2 * N)
+    a0 = epilogue.activated(gate0, up0)
     if epilogue.SAVE_Z:
         _write_pair(up0, up1, buffers, z, row0, row_end, N + col0, 2 * N)
-    a1 = value(gate1, up1, epilogue.ACTIVATION, epilogue.P0, epilogue.P1).to(out.descriptor.dtype)
+    a1 = epilogue.activated(gate1, up1)
     _write_pair(a0, a1, buffers, out, row0, row_end, col0, N)
+
+
+@gluon.jit
+def _write_ungated(sums, buffers, epilogue, expert, row0, row_end, col0):
+    """Store sums [rows, two chunks] of experts without a gate, with SAVE_Z, and their activation."""
+    N = epilogue.out.width
+    left, right = halves(sums)
+    left = epilogue.biased(left, expert, col0, N)
+    right = epilogue.biased(right, expert, col0 + CHUNK, N)
+    if epilogue.SAVE_Z:
+        _write_pair(left, right, buffers, epilogue.z, row0, row_end, col0, N)
+    a_left, a_right = epilogue.activated(left, 1.0), epilogue.activated(right, 1.0)
+    _write_pair(a_left, a_right, buffers, epilogue.out, row0, row_end, col0, N)
 
 
 @gluon.jit
@@ -329,7 +376,8 @@ def hopper_gemm_kernel(
     w,  # (E * N, K), (E * 2N, K) if GATED, or (E * K, N) if W_IS_KN: descriptor
     low,  # (R, RANK): descriptor; any pointer if RANK is 0, as is factor
     factor,  # (E * N, RANK), (E * 2N, RANK) if GATED, or (E * RANK, N) if W_IS_KN: descriptor
-    z,  # (R, 2N): descriptor, written if SAVE_Z
+    bias_ptr,  # (E, N), or (E, 2N) if GATED: read if HAS_BIAS
+    z,  # (R, N), or (R, 2N) if GATED: descriptor, written if SAVE_Z
     z_ptr,
     out,  # (R, N): descriptor
     out_ptr,
@@ -347,6 +395,7 @@ def hopper_gemm_kernel(
     GATED: gl.constexpr,
     GATHER: gl.constexpr,
     SAVE_Z: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
     W_IS_KN: gl.constexpr,
     RANK: gl.constexpr,
     K_BLOCKS_PER_WAIT: gl.constexpr,
@@ -380,8 +429,9 @@ def hopper_gemm_kernel(
         RANK=RANK, LOW_K=min(RANK, BLOCK_K), LOW_BLOCKS=(RANK + BLOCK_K - 1) // BLOCK_K,
     )  # fmt: skip
     epilogue = Epilogue(
-        z=Matrix(descriptor=z, pointer=z_ptr, width=2 * N), out=Matrix(descriptor=out, pointer=out_ptr, width=N),
-        ACTIVATION=ACTIVATION, P0=P0, P1=P1, SAVE_Z=SAVE_Z,
+        z=Matrix(descriptor=z, pointer=z_ptr, width=2 * N if GATED else N),
+        out=Matrix(descriptor=out, pointer=out_ptr, width=N), bias=bias_ptr,
+        ACTIVATION=ACTIVATION, P0=P0, P1=P1, SAVE_Z=SAVE_Z, HAS_BIAS=HAS_BIAS,
     )  # fmt: skip
     # Registers per thread, whose sum over the three warpgroups is at most 512. A gathering producer needs four warps
     # and registers for pointers; to issue TMA loads one warp is enough.
@@ -450,15 +500,15 @@ _IDENTITY = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "GA
 def up(
     x: torch.Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (T, H), weight (E, 2I, H) rows [gate; up] -> Z (R, 2I), empty unless save_z, and A (R, I).
+    """x (T, H), weight (E, Z, H), rows [gate; up] if gated -> Z (R, Z), empty unless save_z, and A (R, I).
 
-    Weights, here and below, may have a low-rank part, of a rank in RANKS, but no bias.
+    The low-rank parts of weights, here and below, are of a rank in RANKS.
     """
-    width = weight.matrix.shape[1] // 2
-    z = x.new_empty(plan.rows, 2 * width) if save_z else x.new_empty(0)
-    a = x.new_empty(plan.rows, width)
+    width, halved = weight.matrix.shape[1], 2 if gate.gated else 1
+    z = x.new_empty(plan.rows, width) if save_z else x.new_empty(0)
+    a = x.new_empty(plan.rows, width // halved)
     schedule = schedule_of("up", x.shape[1], x.device)
-    columns = schedule.block_n // 2
+    columns = schedule.block_n // halved
     constants = {**gate.constants(), "GATHER": True, "SAVE_Z": save_z, "W_IS_KN": False}
     del constants["INTERLEAVED"]
     saved = z if save_z else a
@@ -510,7 +560,8 @@ def _launch(
         return
     *weights, rank = weight_arguments(weight, columns, constants["W_IS_KN"], unused=out)
     assert isinstance(weight.matrix, torch.Tensor)
-    chosen = {"RANK": rank, "K_BLOCKS_PER_WAIT": k_blocks_per_wait(kernel, plan, weight.matrix)}
+    chosen = {"RANK": rank, "HAS_BIAS": weight.bias is not None}
+    chosen["K_BLOCKS_PER_WAIT"] = k_blocks_per_wait(kernel, plan, weight.matrix)
     launch(
         hopper_gemm_kernel,
         (min(tiles, multiprocessors(out.device)),),
@@ -518,6 +569,7 @@ def _launch(
             rows_in,
             rows,
             *weights,
+            out if weight.bias is None else weight.bias,
             *z,
             matrix(out, schedule.rows, CHUNK.value),
             out,
