@@ -67,6 +67,18 @@ def compile_cases() -> Iterator[CompileCase]:
             for case in _cases(torch.bfloat16, Activation(name), rank, gated=False, bias=bias)
             if case.constants.get("ACTIVATION", "identity") != "identity"
         )
+    silu, gpt_oss = Activation("silu"), Activation("clamped_glu", (1.702, 7.0))
+    for activation, rank, transposed in ((silu, 0, False), (silu, 64, True), (gpt_oss, 0, True), (gpt_oss, 16, True)):
+        yield from (
+            case
+            for case in _cases(torch.bfloat16, activation, rank, True, True, True, transposed)
+            if "wgrad" not in case.name
+        )
+    yield from (
+        case
+        for case in _cases(torch.bfloat16, Activation("relu2"), 16, False, False, False, True)
+        if case.constants.get("ACTIVATION", "identity") != "identity"
+    )
     with contextlib.ExitStack() as both:
         for kernel in ("down", "dgrad"):
             both.enter_context(use_schedule(kernel, PING_PONG))
@@ -88,16 +100,23 @@ def compile_cases() -> Iterator[CompileCase]:
 
 
 def _cases(
-    dtype: torch.dtype, activation: Activation, rank: int = 0, gated: bool = True, bias: bool = False
+    dtype: torch.dtype,
+    activation: Activation,
+    rank: int = 0,
+    gated: bool = True,
+    bias: bool = False,
+    interleaved: bool = False,
+    transposed: bool = False,
 ) -> Iterator[CompileCase]:
-    gate, rows = Gate(activation, gated), _TOKENS * _TOP_K
+    gate, rows = Gate(activation, gated, interleaved), _TOKENS * _TOP_K
     x = torch.zeros(_TOKENS, _HIDDEN, dtype=dtype)
     low, width = (torch.zeros(rows, rank, dtype=dtype) if rank else None), (1 + gated) * _INTERMEDIATE
 
     def weight(rows: int, columns: int, *factor: int) -> Weight:
         outer = torch.zeros(_EXPERTS, *factor, dtype=dtype) if rank else None
         added = torch.zeros(_EXPERTS, rows, dtype=dtype) if bias else None
-        return Weight(torch.zeros(_EXPERTS, rows, columns, dtype=dtype), added, low, outer)
+        matrix = torch.zeros(_EXPERTS, rows, columns, dtype=dtype)
+        return Weight(matrix.mT.contiguous().mT if transposed else matrix, added, low, outer)
 
     w1, w2 = weight(width, _HIDDEN, width, rank), weight(_HIDDEN, _INTERMEDIATE, _HIDDEN, rank)
     w1_grad, w2_grad = weight(width, _HIDDEN, rank, _HIDDEN), weight(_HIDDEN, _INTERMEDIATE, rank, _INTERMEDIATE)
@@ -105,7 +124,8 @@ def _cases(
     weights, dout_rows = torch.zeros(_TOKENS, _TOP_K), torch.zeros(rows, _HIDDEN, dtype=dtype)
     plan = RoutingPlan.empty(torch.empty(_TOKENS, _TOP_K, dtype=torch.int32), _EXPERTS, 128)
     t = _TYPES[dtype]
-    kinds = (f"-lora{rank}" if rank else "", "-bias" if bias else "", "" if gated else "-no-gate")
+    kinds = [f"-lora{rank}" if rank else "", "-bias" if bias else "", "" if gated else "-no-gate"]
+    kinds += ["-interleaved" if interleaved else "", "-transposed" if transposed else ""]
     suffix = f"{activation.name}-{t}{''.join(kinds)}"
     yield _recorded(f"hopper-up-{suffix}", gemm, lambda: gemm.up(x, w1, plan, gate, True))
     yield _recorded(f"hopper-up-no-grad-{suffix}", gemm, lambda: gemm.up(x, w1, plan, gate, False))

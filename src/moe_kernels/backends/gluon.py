@@ -2,8 +2,8 @@
 
 Rows of X are gathered inside the up projection, and rows of dO inside the backward where experts are small. The
 backward of the activation is the epilogue of a GEMM. Low-rank parts are further k blocks of the GEMMs. Steps that
-these kernels do not cover (column-major weights, interleaved gate and up) run on the Triton backend's kernels, as do
-the narrow products with LoRA's factors.
+these kernels do not cover (the up projection of weights stored by columns whose gate and up are apart, experts that
+are apart in memory) run on the Triton backend's kernels, as do the narrow products with LoRA's factors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from moe_kernels import trial
 from moe_kernels.activation import Gate
 from moe_kernels.backends.triton import TritonBackend
 from moe_kernels.kernels.hopper import gluon_names
+from moe_kernels.kernels.operands import by_rows, stored
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.layer import Matrix, Rows, Weight
 from moe_kernels.packed import PackedWeight
@@ -60,7 +61,8 @@ class GluonBackend(TritonBackend):
         return None
 
     def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
-        if not gate.interleaved and _fits(x) and _weight_fits(weight):
+        apart = gate.gated and not gate.interleaved and not by_rows(weight.matrix)  # two loads beside each other
+        if not apart and _fits(x) and _weight_fits(weight):
             return gemm.up(x, weight, plan, gate, save_z)
         return super().up(x, weight, plan, gate, save_z)
 
@@ -76,7 +78,7 @@ class GluonBackend(TritonBackend):
 
     def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
         gathered = down.shape[2] <= _GATHERED if _forced.choice is None else _forced.choice
-        if gathered and not gate.interleaved and _fits(dout, down):
+        if gathered and _fits(dout, down):
             return TokenRows(dout, plan.top_k)
         return self.gather(dout, plan)
 
@@ -92,7 +94,7 @@ class GluonBackend(TritonBackend):
         bias_dot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows_fit = isinstance(dout_rows, TokenRows) or _fits(dout_rows)
-        if not gate.interleaved and rows_fit and _weight_fits(weight):
+        if rows_fit and _weight_fits(weight):
             return down_grad.down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot)
         return super().down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot)
 
@@ -103,14 +105,18 @@ class GluonBackend(TritonBackend):
 
 
 def _fits(*tensors: Matrix) -> bool:
-    """Whole matrices, aligned, whose columns (and rows, of weights) are multiples of what the kernels work on."""
+    """Whole matrices, aligned, whose columns (and rows, of weights) are multiples of what the kernels work on.
+
+    Weights may be stored by rows or by columns.
+    """
     for t in tensors:
         if any(n % ALIGNMENT for n in t.shape[1:]):
             return False
         if isinstance(t, PackedWeight):  # its blocks are dequantised into memory of their own
-            if t.by_columns:
-                return False
-        elif not t.is_contiguous() or t.numel() == 0 or t.data_ptr() % 16:
+            continue
+        if t.dim() == 3:
+            t, _ = stored(t)
+        if not t.is_contiguous() or t.numel() == 0 or t.data_ptr() % 16:
             return False
     return True
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_kernels.kernels.device import loads_by_tma
-from moe_kernels.layer import Weight
+from moe_kernels.layer import Matrix, Weight
+from moe_kernels.packed import PackedWeight
 from moe_kernels.problem import device_capability
 
 
@@ -49,8 +50,10 @@ def descriptor(tensor: torch.Tensor, *block: int) -> Descriptor:
     return Descriptor(tensor.view(tensor.shape) if len(tensor) == 1 else tensor, block)
 
 
-def by_rows(weight: torch.Tensor) -> bool:
+def by_rows(weight: Matrix) -> bool:
     """Whether each expert's matrix of ``weight`` (E, rows, columns) is row-major; experts may be apart in memory."""
+    if isinstance(weight, PackedWeight):
+        return not weight.by_columns
     if weight.is_contiguous():
         return True
     (_, rows, columns), (_, row, column) = weight.shape, weight.stride()

@@ -6,6 +6,8 @@ wA. The routing weight's gradient <dA0, A> is summed per column block, and a sec
 fixed order, no atomics. The consumer warpgroups ping-pong, so one's epilogue overlaps the other's wgmma.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,7 @@ from moe_kernels.kernels.hopper.gluon_names import aggregate, tma_load, tma_stor
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
+    SWIZZLED,
     Matrix,
     RowTiles,
     Schedule,
@@ -35,6 +38,7 @@ from moe_kernels.kernels.hopper.ring import (
     matrix,
     new_ring,
     new_turns,
+    pairs,
     pass_turn,
     put,
 )
@@ -44,6 +48,14 @@ from moe_kernels.layer import Weight
 from moe_kernels.routing import RoutingPlan, TokenRows
 
 COLUMNS = gl.constexpr(32)  # per step of the epilogue: more would spill, because the accumulator stays in registers
+@gluon.constexpr_function
+def pairs_layout():
+    """[128, 2 COLUMNS] over a warpgroup, so that ``pairs`` of it are in the accumulator's layout of COLUMNS."""
+    registers = [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [64, 0]]
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [128, 64])
+
+
 NARROW = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2))
 
 
@@ -51,28 +63,83 @@ NARROW = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwid
 class Epilogue:
     """The epilogue: dZ and wA from dA0 in registers and Z, which TMA loads into shared memory.
 
-    Each consumer has two sets of three buffers: gate and up columns of Z, which dZ overwrites, and wA. Without a gate
-    the second is not used.
+    Each consumer has two sets of buffers: columns of Z, which dZ overwrites (gate and up apart, or in one if they are
+    interleaved; without a gate the second is not used), and of wA.
     """
 
     z: tma.tensor_descriptor
     dz: Matrix
     wa: Matrix
-    buffers: gl.shared_memory_descriptor  # [12, rows, COLUMNS]: three for each of four sets
+    z_buffers: gl.shared_memory_descriptor  # [8, rows, COLUMNS], two for each of four sets, or [4, rows, 2 COLUMNS]
+    a_buffers: gl.shared_memory_descriptor  # [4, rows, COLUMNS]
     z_arrived: gl.shared_memory_descriptor  # [4, 1]: the mbarriers of the sets
     ACTIVATION: gl.constexpr
     P0: gl.constexpr
     P1: gl.constexpr
     GATED: gl.constexpr
+    INTERLEAVED: gl.constexpr
 
     @gluon.jit
     def fetch_z(self, SET: gl.constexpr, row0, col0):
         """Issue the TMA loads of the gate and up columns of Z at (row0, col0) into one set of buffers."""
         arrived = self.z_arrived.index(SET)
-        mbarrier.expect(arrived, (2 if self.GATED else 1) * self.z.block_type.nbytes)
-        tma_load(self.z, [row0, col0], arrived, self.buffers.index(3 * SET))
-        if self.GATED:
-            tma_load(self.z, [row0, self.wa.width + col0], arrived, self.buffers.index(3 * SET + 1))
+        if self.INTERLEAVED:
+            mbarrier.expect(arrived, self.z.block_type.nbytes)
+            tma_load(self.z, [row0, 2 * col0], arrived, self.z_buffers.index(SET))
+        else:
+            mbarrier.expect(arrived, (2 if self.GATED else 1) * self.z.block_type.nbytes)
+            tma_load(self.z, [row0, col0], arrived, self.z_buffers.index(2 * SET))
+            if self.GATED:
+                tma_load(self.z, [row0, self.wa.width + col0], arrived, self.z_buffers.index(2 * SET + 1))
+
+    @gluon.jit
+    def load_z(self, SET: gl.constexpr):
+        """(gate, up) of a set of buffers, in the layout of the sums; up is 1 without a gate."""
+        layout: gl.constexpr = accumulator_layout(COLUMNS)
+        if self.INTERLEAVED:
+            gate, up = pairs(self.z_buffers.index(SET).load(pairs_layout()).to(gl.float32))
+            gate = gl.convert_layout(gate, layout, assert_trivial=True)
+            up = gl.convert_layout(up, layout, assert_trivial=True)
+        else:
+            gate = self.z_buffers.index(2 * SET).load(layout).to(gl.float32)
+            if self.GATED:
+                up = self.z_buffers.index(2 * SET + 1).load(layout).to(gl.float32)
+            else:
+                up = 1.0
+        return gate, up
+
+    @gluon.jit
+    def put_dz(self, d_gate, d_up, SET: gl.constexpr):
+        """dZ in place of Z in a set of buffers."""
+        if self.INTERLEAVED:
+            buffer = self.z_buffers.index(SET)
+            both = gl.reshape(gl.join(d_gate, d_up), (d_gate.shape[0], 2 * d_gate.shape[1]))
+            buffer.store(gl.convert_layout(both.to(buffer.dtype), pairs_layout(), assert_trivial=True))
+        else:
+            put(d_gate, self.z_buffers.index(2 * SET))
+            if self.GATED:
+                put(d_up, self.z_buffers.index(2 * SET + 1))
+
+    @gluon.jit
+    def send_dz(self, SET: gl.constexpr, row0, row_end, col0):
+        """Copy dZ of a set of buffers to device memory; the stores of whole tiles are only started."""
+        whole = row0 + self.a_buffers.shape[1] <= row_end
+        if self.INTERLEAVED:
+            if whole:
+                tma_store(self.dz.descriptor, [row0, 2 * col0], self.z_buffers.index(SET))
+            else:
+                self.dz.store_masked(self.z_buffers.index(SET), row0, row_end, 2 * col0)
+        else:
+            if whole:
+                tma_store(self.dz.descriptor, [row0, col0], self.z_buffers.index(2 * SET))
+            else:
+                self.dz.store_masked(self.z_buffers.index(2 * SET), row0, row_end, col0)
+            if self.GATED:
+                if whole:
+                    tma_store(self.dz.descriptor, [row0, self.wa.width + col0], self.z_buffers.index(2 * SET + 1))
+                else:
+                    up_buffer = self.z_buffers.index(2 * SET + 1)
+                    self.dz.store_masked(up_buffer, row0, row_end, self.wa.width + col0)
 
     @gluon.jit
     def finish(self, da, weight, SET: gl.constexpr, z_phase, fetch, row0, row_end, col0):
@@ -82,38 +149,24 @@ class Epilogue:
         issues the load of the next columns of Z into it.
         """
         layout: gl.constexpr = accumulator_layout(COLUMNS)
-        I = self.wa.width
-        gate_buffer = self.buffers.index(3 * SET)
-        up_buffer = self.buffers.index(3 * SET + 1)
-        a_buffer = self.buffers.index(3 * SET + 2)
+        a_buffer = self.a_buffers.index(SET)
         mbarrier.wait(self.z_arrived.index(SET), z_phase)
         da = gl.convert_layout(da, layout, assert_trivial=True)
-        gate = gate_buffer.load(layout).to(gl.float32)
-        if self.GATED:
-            up = up_buffer.load(layout).to(gl.float32)
-        else:
-            up = 1.0
+        gate, up = self.load_z(SET)
         a, d_gate, d_up = value_and_partials(gate, up, self.ACTIVATION, self.P0, self.P1)
         dw = gl.sum(da * a, axis=1)
         da *= weight[:, None]
         if fetch:
             tma.store_wait(0)
             self.fetch_z(SET ^ 1, row0, col0 + COLUMNS)
-        put(da * d_gate, gate_buffer)
-        if self.GATED:
-            put(da * d_up, up_buffer)
+        self.put_dz(da * d_gate, da * d_up, SET)
         put(weight[:, None] * a, a_buffer)
         if row0 + da.shape[0] <= row_end:
             fence_async_shared()
-            tma_store(self.dz.descriptor, [row0, col0], gate_buffer)
-            if self.GATED:
-                tma_store(self.dz.descriptor, [row0, I + col0], up_buffer)
             tma_store(self.wa.descriptor, [row0, col0], a_buffer)
         else:
-            self.dz.store_masked(gate_buffer, row0, row_end, col0)
-            if self.GATED:
-                self.dz.store_masked(up_buffer, row0, row_end, I + col0)
             self.wa.store_masked(a_buffer, row0, row_end, col0)
+        self.send_dz(SET, row0, row_end, col0)
         return dw
 
 
@@ -121,8 +174,8 @@ class Epilogue:
 def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, operands, tiles, ring, turns):
     """A consumer warpgroup: multiply and finish every other tile (ping-pong)."""
     BLOCK_M: gl.constexpr = ring.a.shape[1]
-    BLOCK_K: gl.constexpr = ring.b.shape[1]
-    BLOCK_N: gl.constexpr = ring.b.shape[2]
+    BLOCK_K: gl.constexpr = ring.a.shape[2]
+    BLOCK_N: gl.constexpr = ring.b.shape[2] if operands.W_IS_KN else ring.b.shape[1]
     SET: gl.constexpr = 2 * WARPGROUP  # the first of this consumer's
     H, I = operands.rows.width, operands.N
     steps_per_tile = (H + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS
@@ -147,6 +200,8 @@ def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, op
             if operands.GATHER:
                 fence_async_shared()  # make cp.async writes visible to wgmma's async proxy
             a, b, _ready = ring.stage(step)
+            if not operands.W_IS_KN:
+                b = b.permute((1, 0))
             acc = warpgroup_mma(a, b, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             if k0 > 0:
@@ -178,7 +233,7 @@ def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, op
 def hopper_down_grad_kernel(
     dout_rows,  # (R, H): descriptor; any pointer with TOP_K
     dout_ptr,  # (R / TOP_K, H): read with TOP_K
-    w,  # (E * H, I): descriptor
+    w,  # (E * H, I), or (E * I, H) unless W_IS_KN: descriptor
     low,  # (R, RANK): descriptor; any pointer if RANK is 0, as is factor
     factor,  # (E * RANK, I): descriptor
     z,  # (R, 2I), or (R, I) unless GATED: descriptor
@@ -201,6 +256,9 @@ def hopper_down_grad_kernel(
     P0: gl.constexpr,
     P1: gl.constexpr,
     GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    W_IS_KN: gl.constexpr,
+    LOW_IS_KN: gl.constexpr,
     RANK: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -210,9 +268,14 @@ def hopper_down_grad_kernel(
 ):
     dtype: gl.constexpr = wa_ptr.dtype.element_ty
     GATHER: gl.constexpr = TOP_K > 0
-    ring = new_ring(dtype, STAGES, (BLOCK_M, BLOCK_K), (BLOCK_K, BLOCK_N), 1 + (128 if GATHER else 0), 1)
+    W_BLOCK: gl.constexpr = (BLOCK_K, BLOCK_N) if W_IS_KN else (BLOCK_N, BLOCK_K)
+    ring = new_ring(dtype, STAGES, (BLOCK_M, BLOCK_K), W_BLOCK, 1 + (128 if GATHER else 0), 1)
     turns = new_turns()
-    buffers = gl.allocate_shared_memory(dtype, [12, BLOCK_M, COLUMNS], NARROW)
+    if INTERLEAVED:
+        z_buffers = gl.allocate_shared_memory(dtype, [4, BLOCK_M, 2 * COLUMNS], SWIZZLED)
+    else:
+        z_buffers = gl.allocate_shared_memory(dtype, [8, BLOCK_M, COLUMNS], NARROW)
+    a_buffers = gl.allocate_shared_memory(dtype, [4, BLOCK_M, COLUMNS], NARROW)
     z_arrived = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(z_arrived.index(i), count=1)
@@ -225,13 +288,14 @@ def hopper_down_grad_kernel(
     )  # fmt: skip
     operands = Operands(
         rows=Matrix(descriptor=dout_rows, pointer=dout_ptr, width=H), weight=w, low=low, factor=factor,
-        row_slot=row_slot_ptr, N=I, TOP_K=TOP_K, GATED=False, GATHER=GATHER, W_IS_KN=True,
+        row_slot=row_slot_ptr, N=I, TOP_K=TOP_K, GATED=False, GATHER=GATHER, W_IS_KN=W_IS_KN, LOW_IS_KN=LOW_IS_KN,
         RANK=RANK, LOW_K=min(RANK, BLOCK_K), LOW_BLOCKS=(RANK + BLOCK_K - 1) // BLOCK_K,
     )  # fmt: skip
     epilogue = Epilogue(
         z=z, dz=Matrix(descriptor=dz, pointer=dz_ptr, width=2 * I if GATED else I),
         wa=Matrix(descriptor=wa, pointer=wa_ptr, width=I),
-        buffers=buffers, z_arrived=z_arrived, ACTIVATION=ACTIVATION, P0=P0, P1=P1, GATED=GATED,
+        z_buffers=z_buffers, a_buffers=a_buffers, z_arrived=z_arrived, ACTIVATION=ACTIVATION, P0=P0, P1=P1,
+        GATED=GATED, INTERLEAVED=INTERLEAVED,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -303,11 +367,14 @@ def down_grad(
     parts = torch.empty((column_blocks, plan.rows), dtype=torch.float32, device=z.device)
     dout, top_k = dout_rows if isinstance(dout_rows, TokenRows) else (dout_rows, 0)
     constants = {"TOP_K": top_k, **gate.constants(), **SCHEDULE.constants(), "num_warps": 4}
-    del constants["COOPERATIVE"], constants["INTERLEAVED"]
+    del constants["COOPERATIVE"]
     rows_in = dout if top_k else matrix(dout, BLOCK_M, BLOCK_K), dout
-    z_in, dz_out, wa_out = (matrix(t, BLOCK_M, COLUMNS.value, layout=NARROW.value) for t in (z, dz, wa))
+    z_block: dict[str, Any] = {"layout": SWIZZLED.value if gate.interleaved else NARROW.value}
+    z_columns = COLUMNS.value * (2 if gate.interleaved else 1)
+    z_in, dz_out = (matrix(t, BLOCK_M, z_columns, **z_block) for t in (z, dz))
+    wa_out = matrix(wa, BLOCK_M, COLUMNS.value, layout=NARROW.value)
     for part, tiles in blocks(weight, plan):
-        *weights, rank = weight_arguments(part, SCHEDULE.block_n, True, unused=wa)
+        weights, chosen = weight_arguments(part, SCHEDULE.block_n, True, unused=wa)
         launch(
             hopper_down_grad_kernel,
             (min(tiles.max_tiles * column_blocks, multiprocessors(z.device)),),
@@ -319,7 +386,7 @@ def down_grad(
                 *weight.matrix.shape[1:],
                 plan.rows,
             ),
-            {**constants, "RANK": rank},
+            {**constants, **chosen},
         )
         del part, weights
     launch(

@@ -38,13 +38,14 @@ from moe_kernels.kernels.hopper.ring import (
     matrix,
     new_ring,
     new_turns,
+    pairs,
     pass_turn,
     put,
     schedule_of,
     write_chunk,
 )
 from moe_kernels.kernels.launch.launch import launch
-from moe_kernels.kernels.operands import Descriptor, low_rank_arguments
+from moe_kernels.kernels.operands import Descriptor, low_rank_arguments, stored
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.kernels.triton.dequantize import blocks
 from moe_kernels.layer import Weight
@@ -54,6 +55,8 @@ from moe_kernels.routing import RoutingPlan
 @aggregate
 class Operands:
     """The rows and the weights that a GEMM multiplies, (R, K) times (K, N) of each expert.
+
+    GATED: the weights have N gate and N up columns, each loaded by itself.
 
     A low-rank part adds (R, RANK) times (RANK, N) of each expert: LOW_BLOCKS more k blocks of every tile, of LOW_K.
     They are as narrow as the rank: zeros in their place would make NaN of another expert's Inf.
@@ -68,7 +71,8 @@ class Operands:
     TOP_K: gl.constexpr
     GATED: gl.constexpr
     GATHER: gl.constexpr
-    W_IS_KN: gl.constexpr
+    W_IS_KN: gl.constexpr  # each expert's matrix is stored (K, N), not (N, K)
+    LOW_IS_KN: gl.constexpr  # the same of the factor
     RANK: gl.constexpr  # 0: no low-rank part
     LOW_K: gl.constexpr
     LOW_BLOCKS: gl.constexpr
@@ -114,10 +118,11 @@ class Operands:
         a, b, ready = ring.stage(step)
         layout: gl.constexpr = block_layout(self.LOW_K)
         a = reinterpret(a, a.dtype, [a.shape[0], self.LOW_K], layout)
-        if self.W_IS_KN:
-            b = reinterpret(b, b.dtype, [self.LOW_K, b.shape[1]], SWIZZLED)
+        BLOCK_N: gl.constexpr = b.shape[1] if self.W_IS_KN else b.shape[0]
+        if self.LOW_IS_KN:
+            b = reinterpret(b, b.dtype, [self.LOW_K, BLOCK_N], SWIZZLED)
         else:
-            b = reinterpret(b, b.dtype, [b.shape[0], self.LOW_K], layout)
+            b = reinterpret(b, b.dtype, [BLOCK_N, self.LOW_K], layout)
         return a, b, ready
 
     @gluon.jit
@@ -136,7 +141,7 @@ class Operands:
             gate_row = tile.expert * self.N * 2 + tile.n * HALF
             tma_load(self.factor, [gate_row, k0], ready, b.slice(0, HALF))
             tma_load(self.factor, [gate_row + self.N, k0], ready, b.slice(HALF, HALF))
-        elif self.W_IS_KN:
+        elif self.LOW_IS_KN:
             tma_load(self.factor, [tile.expert * self.RANK + k0, tile.n * b.shape[1]], ready, b)
         else:
             tma_load(self.factor, [tile.expert * self.N + tile.n * b.shape[0], k0], ready, b)
@@ -150,7 +155,7 @@ class Operands:
             a, b, _ready = self.low_stage(ring, step)
             if acc.shape[0] < a.shape[0]:
                 a = a.slice(ROW0, acc.shape[0])
-            if not self.W_IS_KN:
+            if not self.LOW_IS_KN:
                 b = b.permute((1, 0))
             acc = warpgroup_mma(a, b, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -202,6 +207,7 @@ class Epilogue:
     P0: gl.constexpr
     P1: gl.constexpr
     SAVE_Z: gl.constexpr
+    INTERLEAVED: gl.constexpr  # the sums are [g0, u0, g1, u1, ...]
     HAS_BIAS: gl.constexpr
 
     @gluon.jit
@@ -259,7 +265,9 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring,
                 row0 += WARPGROUP * ROWS
             else:
                 pass_turn(turns, WARPGROUP)
-            if operands.GATED:
+            if epilogue.INTERLEAVED:
+                _write_interleaved(acc, buffers, epilogue, tile.expert, row0, tile.row_end, tile.n * (BLOCK_N // 2))
+            elif operands.GATED:
                 _write_gated(acc, buffers, epilogue, tile.expert, row0, tile.row_end, tile.n * (BLOCK_N // 2))
             elif epilogue.ACTIVATION == "identity":
                 _write(acc, buffers, epilogue, tile.expert, row0, tile.row_end, tile.n * BLOCK_N)
@@ -351,14 +359,43 @@ def _write_ungated(sums, buffers, epilogue, expert, row0, row_end, col0):
 
 
 @gluon.jit
+def _write_interleaved(acc, buffers, epilogue, expert, row0, row_end, col0):
+    """Store acc [rows, pairs of gate and up columns], with SAVE_Z, and its activation."""
+    z, N = epilogue.z, epilogue.out.width
+    left, right = halves(acc)
+    left = epilogue.biased(left, expert, 2 * col0, 2 * N)
+    if epilogue.SAVE_Z:
+        z0, z1 = halves(left)
+        _write_pair(z0, z1, buffers, z, row0, row_end, 2 * col0, 2 * N)
+    gate, up = pairs(left)
+    a0 = epilogue.activated(gate, up)
+    right = epilogue.biased(right, expert, 2 * (col0 + CHUNK), 2 * N)
+    if epilogue.SAVE_Z:
+        z2, z3 = halves(right)
+        _write_pair(z2, z3, buffers, z, row0, row_end, 2 * (col0 + CHUNK), 2 * N)
+    gate, up = pairs(right)
+    a1 = epilogue.activated(gate, up)
+    tma.store_wait(0)
+    buffers.index(0).store(a0)
+    buffers.index(1).store(a1)
+    _send_pair(buffers, epilogue.out, row0, row_end, col0, N)
+
+
+@gluon.jit
 def _write_pair(left, right, buffers, out, row0, row_end, col0, col_end):
     """Store two neighbouring chunks to (row0, col0) of ``out``; only rows < row_end and columns < col_end."""
     tma.store_wait(0)
     put(left, buffers.index(0))
     put(right, buffers.index(1))
+    _send_pair(buffers, out, row0, row_end, col0, col_end)
+
+
+@gluon.jit
+def _send_pair(buffers, out, row0, row_end, col0, col_end):
+    """The same for what is in ``buffers``."""
     if col0 < col_end:
         two = col0 + CHUNK < col_end
-        if row0 + left.shape[0] <= row_end:
+        if row0 + buffers.shape[1] <= row_end:
             fence_async_shared()
             tma_store(out.descriptor, [row0, col0], buffers.index(0))
             if two:
@@ -373,11 +410,11 @@ def _write_pair(left, right, buffers, out, row0, row_end, col0, col_end):
 def hopper_gemm_kernel(
     rows_in,  # (R, K): descriptor; any pointer if GATHER
     rows_ptr,  # (T, K): read if GATHER
-    w,  # (E * N, K), (E * 2N, K) if GATED, or (E * K, N) if W_IS_KN: descriptor
+    w,  # (E * Z, K), or (E * K, Z) if W_IS_KN: descriptor. Z is 2N with a gate, N without
     low,  # (R, RANK): descriptor; any pointer if RANK is 0, as is factor
-    factor,  # (E * N, RANK), (E * 2N, RANK) if GATED, or (E * RANK, N) if W_IS_KN: descriptor
-    bias_ptr,  # (E, N), or (E, 2N) if GATED: read if HAS_BIAS
-    z,  # (R, N), or (R, 2N) if GATED: descriptor, written if SAVE_Z
+    factor,  # (E * Z, RANK), or (E * RANK, N) if LOW_IS_KN: descriptor
+    bias_ptr,  # (E, Z): read if HAS_BIAS
+    z,  # (R, Z): descriptor, written if SAVE_Z
     z_ptr,
     out,  # (R, N): descriptor
     out_ptr,
@@ -393,10 +430,12 @@ def hopper_gemm_kernel(
     P0: gl.constexpr,
     P1: gl.constexpr,
     GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
     GATHER: gl.constexpr,
     SAVE_Z: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     W_IS_KN: gl.constexpr,
+    LOW_IS_KN: gl.constexpr,
     RANK: gl.constexpr,
     K_BLOCKS_PER_WAIT: gl.constexpr,
     COOPERATIVE: gl.constexpr,
@@ -410,6 +449,7 @@ def hopper_gemm_kernel(
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M
     COLUMNS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    HALVES: gl.constexpr = GATED and not INTERLEAVED
     # A stage is ready when the bytes of its TMA loads and, with GATHER, the cp.async of all 128 threads have arrived.
     READY_COUNT: gl.constexpr = 1 + (128 if GATHER else 0)
     W_BLOCK: gl.constexpr = (BLOCK_K, BLOCK_N) if W_IS_KN else (BLOCK_N, BLOCK_K)
@@ -425,13 +465,14 @@ def hopper_gemm_kernel(
     )  # fmt: skip
     operands = Operands(
         rows=Matrix(descriptor=rows_in, pointer=rows_ptr, width=K), weight=w, low=low, factor=factor,
-        row_slot=row_slot_ptr, N=N, TOP_K=TOP_K, GATED=GATED, GATHER=GATHER, W_IS_KN=W_IS_KN,
-        RANK=RANK, LOW_K=min(RANK, BLOCK_K), LOW_BLOCKS=(RANK + BLOCK_K - 1) // BLOCK_K,
+        row_slot=row_slot_ptr, N=2 * N if INTERLEAVED else N, TOP_K=TOP_K, GATED=HALVES, GATHER=GATHER,
+        W_IS_KN=W_IS_KN, LOW_IS_KN=LOW_IS_KN, RANK=RANK, LOW_K=min(RANK, BLOCK_K),
+        LOW_BLOCKS=(RANK + BLOCK_K - 1) // BLOCK_K,
     )  # fmt: skip
     epilogue = Epilogue(
         z=Matrix(descriptor=z, pointer=z_ptr, width=2 * N if GATED else N),
         out=Matrix(descriptor=out, pointer=out_ptr, width=N), bias=bias_ptr,
-        ACTIVATION=ACTIVATION, P0=P0, P1=P1, SAVE_Z=SAVE_Z, HAS_BIAS=HAS_BIAS,
+        ACTIVATION=ACTIVATION, P0=P0, P1=P1, SAVE_Z=SAVE_Z, INTERLEAVED=INTERLEAVED, HAS_BIAS=HAS_BIAS,
     )  # fmt: skip
     # Registers per thread, whose sum over the three warpgroups is at most 512. A gathering producer needs four warps
     # and registers for pointers; to issue TMA loads one warp is enough.
@@ -480,27 +521,33 @@ RANKS = (16, 32, 64, 128)
 
 
 def weight_arguments(
-    weight: Weight, columns: int, w_is_kn: bool, unused: torch.Tensor
-) -> tuple[Descriptor, Descriptor | torch.Tensor, Descriptor | torch.Tensor, int]:
-    """(w, low, factor, RANK) of a kernel whose tiles have ``columns`` columns of each weight."""
+    weight: Weight, columns: int, untransposed: bool, unused: torch.Tensor
+) -> tuple[list[Descriptor | torch.Tensor], dict[str, object]]:
+    """(w, low, factor) of a kernel whose loads have ``columns`` columns of the product, and what it is told of them.
+
+    untransposed: rows are multiplied with the weight itself, as in dgrad, not with its transpose.
+    """
     assert isinstance(weight.matrix, torch.Tensor)  # blocks() has dequantised it
     low, factor, rank = low_rank_arguments(weight, unused)
-    w = matrix(weight.matrix, *((BLOCK_K, columns) if w_is_kn else (columns, BLOCK_K)))
+    stored_by_rows, by_columns = stored(weight.matrix)
+    w_is_kn = untransposed != by_columns
+    w = matrix(stored_by_rows, *((BLOCK_K, columns) if w_is_kn else (columns, BLOCK_K)))
+    constants: dict[str, object] = {"W_IS_KN": w_is_kn, "LOW_IS_KN": untransposed, "RANK": rank}
     if rank == 0:
-        return w, low, factor, rank
+        return [w, low, factor], constants
     low_k = min(rank, BLOCK_K)
     narrow = block_layout(low_k)
-    outer = matrix(factor, low_k, columns) if w_is_kn else matrix(factor, columns, low_k, layout=narrow)
-    return w, matrix(low, BLOCK_M, low_k, layout=narrow), outer, rank
+    outer = matrix(factor, low_k, columns) if untransposed else matrix(factor, columns, low_k, layout=narrow)
+    return [w, matrix(low, BLOCK_M, low_k, layout=narrow), outer], constants
 
 
-_IDENTITY = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "GATHER": False, "SAVE_Z": False}
+_IDENTITY = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "INTERLEAVED": False, "GATHER": False}
 
 
 def up(
     x: torch.Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (T, H), weight (E, Z, H), rows [gate; up] if gated -> Z (R, Z), empty unless save_z, and A (R, I).
+    """x (T, H), weight (E, Z, H) -> Z (R, Z), empty unless save_z, and A (R, I).
 
     The low-rank parts of weights, here and below, are of a rank in RANKS.
     """
@@ -509,8 +556,7 @@ def up(
     a = x.new_empty(plan.rows, width // halved)
     schedule = schedule_of("up", x.shape[1], x.device)
     columns = schedule.block_n // halved
-    constants = {**gate.constants(), "GATHER": True, "SAVE_Z": save_z, "W_IS_KN": False}
-    del constants["INTERLEAVED"]
+    constants = {**gate.constants(), "GATHER": True, "SAVE_Z": save_z}
     saved = z if save_z else a
     z_arguments = matrix(saved, schedule.rows, CHUNK.value), saved
     for part, tiles in blocks(weight, plan):
@@ -530,10 +576,9 @@ def dgrad(rows: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor
 
 
 def _rows_times_weight(kernel: str, rows: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
-    w_is_kn = kernel == "dgrad"
-    out = rows.new_empty(plan.rows, weight.matrix.shape[2 if w_is_kn else 1])
+    out = rows.new_empty(plan.rows, weight.matrix.shape[2 if kernel == "dgrad" else 1])
     schedule = schedule_of(kernel, rows.shape[1], rows.device)
-    constants = {**_IDENTITY, "W_IS_KN": w_is_kn}
+    constants = {**_IDENTITY, "SAVE_Z": False}
     rows_in = matrix(rows, BLOCK_M, BLOCK_K)
     for part, tiles in blocks(weight, plan):
         _launch(kernel, rows_in, rows, part, (out, out), out, tiles, schedule, schedule.block_n, constants)
@@ -558,9 +603,11 @@ def _launch(
     tiles = plan.max_tiles * cdiv(width, columns)
     if tiles == 0:
         return
-    *weights, rank = weight_arguments(weight, columns, constants["W_IS_KN"], unused=out)
+    # Gate and up columns come in two loads, or interleaved in one of twice as many.
+    loaded = 2 * columns if constants["INTERLEAVED"] else columns
+    weights, chosen = weight_arguments(weight, loaded, kernel == "dgrad", unused=out)
     assert isinstance(weight.matrix, torch.Tensor)
-    chosen = {"RANK": rank, "HAS_BIAS": weight.bias is not None}
+    chosen["HAS_BIAS"] = weight.bias is not None
     chosen["K_BLOCKS_PER_WAIT"] = k_blocks_per_wait(kernel, plan, weight.matrix)
     launch(
         hopper_gemm_kernel,

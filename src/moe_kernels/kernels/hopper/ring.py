@@ -130,6 +130,12 @@ def halves(x):
 
 
 @gluon.jit
+def pairs(x):
+    """The even and the odd columns of x, neighbours in a thread's registers: no data moves."""
+    return gl.split(gl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@gluon.jit
 def put(values, buffer):
     """Store values [rows, columns], in the accumulator's layout, to the shared memory of ``buffer``."""
     buffer.store(gl.convert_layout(values.to(buffer.dtype), accumulator_layout(buffer.shape[1]), assert_trivial=True))
