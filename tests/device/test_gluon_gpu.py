@@ -22,6 +22,7 @@ if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
 BF16 = torch.bfloat16
 gluon = functools.partial(moe_kernels.fused_experts, backend="gluon")
 CASE = Case(333, 4, 9, 512, 192, BF16)
+GPT_OSS = Activation("clamped_glu", (1.702, 0.7))
 MODELS = {
     "mixtral-1b": Case(4096, 2, 8, 1024, 3584, BF16),
     "qwen2-moe-1b": Case(4096, 8, 64, 1024, 704, BF16, "zipf"),
@@ -95,7 +96,7 @@ def test_weights_that_come_from_memory(case, together, record_property):
     from moe_kernels.kernels.hopper import gemm
 
     inputs = inputs_of(case)
-    plan = SimpleNamespace(rows=case.tokens * case.top_k, experts=case.experts)
+    plan = SimpleNamespace(rows_per_expert=case.tokens * case.top_k // case.experts)
     assert gemm.k_blocks_per_wait("dgrad", plan, inputs.gate_up) == 2
     with gemm.use_k_blocks_per_wait(together) if together else contextlib.nullcontext():
         judge(case, record_property)
@@ -140,19 +141,97 @@ KINDS = {
     "softcapped": {"activation": Activation("softcapped_silu", (0.8, 1.5))},
     "clamped_silu": {"activation": Activation("clamped_silu", (0.5,))},
     "unreduced": {"reduce": False},
-    # What follows runs in part, or as a whole, on the kernels of the Triton backend.
     "lora": {"lora_rank": 16},
+    "lora-32": {"lora_rank": 24},
     "lora-64": {"lora_rank": 64},
+    "lora-128": {"lora_rank": 128},
     "bias": {"bias": True},
     "stored by columns": {"transposed": True},
     "interleaved": {"interleaved": True},
     "gateless": {"gated": False, "activation": "relu2"},
+    "gpt-oss": {"bias": True, "interleaved": True, "transposed": True, "activation": GPT_OSS},
+    "gpt-oss-lora": {"bias": True, "interleaved": True, "transposed": True, "activation": GPT_OSS, "lora_rank": 16},
+    "gateless-lora": {"gated": False, "activation": "relu2", "bias": True, "transposed": True, "lora_rank": 16},
 }
+MIXED = ("lora", "lora-128", "bias", "interleaved", "gpt-oss-lora", "gateless-lora")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_experts(kind, record_property):
     judge(dataclasses.replace(CASE, routing="zipf", **KINDS[kind]), record_property)
+
+
+@pytest.mark.parametrize("variant", [0, 1], ids=["cooperative", "ping-pong"])
+@pytest.mark.parametrize("routing", ["one_hot_expert", "empty_first_middle_last", "sentinels"])
+@pytest.mark.parametrize("kind", MIXED)
+def test_hostile_routings_of_kinds(kind, routing, variant, record_property):
+    with list(variants("gluon").values())[variant]:
+        judge(dataclasses.replace(CASE, routing=routing, **KINDS[kind]), record_property)
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize("kind", ["interleaved", "gateless", "stored by columns"])
+def test_either_way_of_the_output_gradient_of_kinds(kind, gathered, record_property):
+    from moe_kernels.backends.gluon import use_gathered
+
+    with use_gathered(gathered):
+        judge(dataclasses.replace(CASE, routing="zipf", **KINDS[kind]), record_property)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "stored by columns"])
+def test_the_gemms_of_kinds_are_this_backends(kind, monkeypatch):
+    from moe_kernels.backends.triton import TritonBackend
+
+    def other(*_, **__):
+        raise AssertionError("a GEMM of the Triton backend")
+
+    for step in ("up", "down", "dgrad", "down_grad"):
+        monkeypatch.setattr(TritonBackend, step, other)
+    run(gluon, inputs_of(dataclasses.replace(CASE, routing="zipf", **KINDS[kind])))
+
+
+@pytest.mark.parametrize("rank", [16, 128])
+def test_factors_of_one_expert_reach_no_other(rank):
+    """Blocks of factors border on each other in memory, and ranks on the 64 columns of a k block."""
+    inputs = inputs_of(dataclasses.replace(CASE, top_k=1, lora_rank=rank))
+    clean = run(gluon, inputs)
+    expert = int(inputs.topk_ids[7, 0])
+    extras = {name: factor.clone() for name, factor in inputs.extras.items()}
+    for name, factor in extras.items():
+        factor[expert] = float("nan" if name.startswith("down") else "inf")
+    result = run(gluon, dataclasses.replace(inputs, extras=extras))
+    others = [e for e in range(CASE.experts) if e != expert]
+    tokens = (inputs.topk_ids != expert).all(1)
+    for name, value in result.items():
+        part = tokens if name in ("out", "dx", "dtopk_weights") else others
+        assert torch.equal(value[part], clean[name][part]), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "gateless-lora", "gpt-oss-lora"])
+def test_experts_in_4_bits(kind, monkeypatch):
+    from moe_kernels import packed as packed_weights
+    from support.packed import packed
+
+    case = dataclasses.replace(CASE, routing="zipf", **KINDS[kind])
+    inputs, experts = inputs_of(case), CASE.experts
+    sizes = [tuple(weight.shape[1:]) for weight in (inputs.gate_up, inputs.down)]
+    weights = [packed(experts, *size, torch.device("cuda"), dtype=BF16, seed=i) for i, size in enumerate(sizes)]
+    if case.transposed:
+        stored = (packed(experts, *size[::-1], torch.device("cuda"), dtype=BF16) for size in sizes)
+        weights = [weight.mT for weight in stored]
+    monkeypatch.setattr(packed_weights, "BLOCK_BYTES", 2 * sizes[0][0] * sizes[0][1] * 2)
+    frozen = tuple(name for name in inputs.leaves() if name not in ("gate_up", "down"))
+
+    def by(gate_up, down):
+        def experts_of(x, ids, topk_weights, _gate_up, _down, **others):
+            return gluon(x, ids, topk_weights, gate_up, down, **others)
+
+        return run(experts_of, inputs, frozen)
+
+    found, expected = by(*weights), by(*(weight.experts(0, experts) for weight in weights))
+    for name, value in expected.items():
+        if value is not None:
+            assert torch.equal(found[name], value), name
 
 
 def test_it_is_this_backend_that_runs():
