@@ -114,16 +114,18 @@ class Operands:
 
     @gluon.jit
     def low_stage(self, ring, step):
-        """``ring.stage`` of a low-rank block: LOW_K of its k."""
+        """``ring.stage`` of a low-rank block: the beginning of its memory, as blocks of LOW_K of k."""
         a, b, ready = ring.stage(step)
-        layout: gl.constexpr = block_layout(self.LOW_K)
-        a = reinterpret(a, a.dtype, [a.shape[0], self.LOW_K], layout)
+        LOW_K: gl.constexpr = self.LOW_K
         BLOCK_N: gl.constexpr = b.shape[1] if self.W_IS_KN else b.shape[0]
+        layout: gl.constexpr = block_layout(LOW_K)
+        # A view has the size of the whole stage: triton 3.8 takes no smaller one.
+        low = reinterpret(a, a.dtype, [a.numel // LOW_K, LOW_K], layout).slice(0, a.shape[0])
         if self.LOW_IS_KN:
-            b = reinterpret(b, b.dtype, [self.LOW_K, BLOCK_N], SWIZZLED)
+            factor = reinterpret(b, b.dtype, [LOW_K, b.numel // LOW_K], SWIZZLED).slice(0, BLOCK_N, dim=1)
         else:
-            b = reinterpret(b, b.dtype, [BLOCK_N, self.LOW_K], layout)
-        return a, b, ready
+            factor = reinterpret(b, b.dtype, [b.numel // LOW_K, LOW_K], layout).slice(0, BLOCK_N)
+        return low, factor, ready
 
     @gluon.jit
     def load_low(self, stage, tile, block: gl.constexpr):
