@@ -33,7 +33,7 @@ SCALING_COLUMNS = ("family", "engine", "GPUs", "step ms: stock, ours", "tokens/s
                    "peak GiB: stock, ours", "faster", "scaling: stock, ours", "losses apart")  # fmt: skip
 LORA_COLUMNS = ("base", "adapters", "implementation", "forward ms", "forward + backward ms", "of it GPU ms",
                 "saved MiB", "peak MiB", "weights MiB", "error")  # fmt: skip
-FORM_COLUMNS = ("layer", "form", "GPU ms (p20-p80)", "of dense", "of dense, Triton kernels", "peak MiB", "error")
+FORM_COLUMNS = ("layer", "form", "GPU ms (p20-p80)", "of dense", "peak MiB", "error")
 ROUTER_COLUMNS = ("router", "E", "H", "autocast", "forward, GPU ms: stock, fused", "forward + backward: the same",
                   "faster", "host ms: the same", "launches: the same")  # fmt: skip
 LORA_PACKAGES = ("torch", "triton", "transformers", "peft", "axolotl", "bitsandbytes")
@@ -194,32 +194,23 @@ def lora(results: Results) -> str:
                 f"triton {machine['triton']}, {machine['date'][:10]}; medians of calls in turn. Of dense: against "
                 "the same GEMMs by torch.mm with one expert's weights for all rows, without weight gradients where "
                 "the base is frozen. Peak: above weights and inputs. Error: as below.",
-                _table(FORM_COLUMNS, _form_rows(data["rows"])),
+                _table(FORM_COLUMNS, [_form_row(row) for row in data["rows"] if row["implementation"] == "auto"]),
             ]
         if data.get("kind") == "lora" and data["environment"]["gpu"]:
             parts += [_lora_caption(name, data), _table(LORA_COLUMNS, [_lora_row(row) for row in data["rows"]])]
     return "\n\n".join(parts) or NOTHING
 
 
-def _form_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """A line for each layer and form: the backend that is chosen, and the Triton kernels beside it."""
-    forms: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        forms.setdefault((row["shape"], row["form"]), {})[row["implementation"]] = row
-    lines = []
-    for (shape, form), found in forms.items():
-        ours, ms = found["auto"], found["auto"]["gpu_ms"]
-        triton = found.get("triton")
-        lines.append([
-            shape,
-            form,
-            f"{ms['median']:.2f} ({ms['p20']:.2f}-{ms['p80']:.2f})",
-            f"{ours['of_dense']:.2f}",
-            f"{triton['of_dense']:.2f}" if triton else "",
-            f"{ours['peak_mb']:.0f}",
-            f"{max(ours['rel_error'].values()):.1e}",
-        ])  # fmt: skip
-    return lines
+def _form_row(row: dict[str, Any]) -> list[str]:
+    ms = row["gpu_ms"]
+    return [
+        row["shape"],
+        row["form"],
+        f"{ms['median']:.2f} ({ms['p20']:.2f}-{ms['p80']:.2f})",
+        f"{row['of_dense']:.2f}",
+        f"{row['peak_mb']:.0f}",
+        f"{max(row['rel_error'].values()):.1e}",
+    ]
 
 
 def routers(results: Results) -> str:

@@ -2,8 +2,8 @@
 
 Rows of X are gathered inside the up projection, and rows of dO inside the backward where experts are small. The
 backward of the activation is the epilogue of a GEMM. Low-rank parts are further k blocks of the GEMMs. Steps that
-these kernels do not cover (the up projection of weights stored by columns whose gate and up are apart, experts that
-are apart in memory) run on the Triton backend's kernels, as do the narrow products with LoRA's factors.
+these kernels do not cover (experts that are apart in memory) or are slower at (weights stored by columns, interleaved
+gate and up) run on the Triton backend's kernels, as do the narrow products with LoRA's factors.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class GluonBackend(TritonBackend):
 
     def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
         apart = gate.gated and not gate.interleaved and not by_rows(weight.matrix)  # two loads beside each other
-        if not apart and _fits(x) and _weight_fits(weight):
+        if _chosen(gate) and not apart and _fits(x) and _weight_fits(weight):
             return gemm.up(x, weight, plan, gate, save_z)
         return super().up(x, weight, plan, gate, save_z)
 
@@ -78,7 +78,7 @@ class GluonBackend(TritonBackend):
 
     def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
         gathered = down.shape[2] <= _GATHERED if _forced.choice is None else _forced.choice
-        if gathered and _fits(dout, down):
+        if gathered and _chosen(gate) and _fits(dout, down):
             return TokenRows(dout, plan.top_k)
         return self.gather(dout, plan)
 
@@ -94,7 +94,7 @@ class GluonBackend(TritonBackend):
         bias_dot: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows_fit = isinstance(dout_rows, TokenRows) or _fits(dout_rows)
-        if rows_fit and _weight_fits(weight):
+        if _chosen(gate) and rows_fit and _weight_fits(weight):
             return down_grad.down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot)
         return super().down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot)
 
@@ -102,6 +102,11 @@ class GluonBackend(TritonBackend):
         if isinstance(left, TokenRows) or _fits(left, right):
             return wgrad.wgrad(left, right, plan)
         return super().wgrad(left, right, plan)
+
+
+def _chosen(gate: Gate) -> bool:
+    """Whether gate and up are apart, or interleaved ones are to run here all the same."""
+    return not gate.interleaved or _every_form.choice is True
 
 
 def _fits(*tensors: Matrix) -> bool:
@@ -123,13 +128,19 @@ def _fits(*tensors: Matrix) -> bool:
 
 def _weight_fits(weight: Weight) -> bool:
     """The matrix, and a low-rank part of a rank that the kernels know (the op pads ranks), if any."""
-    if not _fits(weight.matrix):
+    if not _fits(weight.matrix) or (not by_rows(weight.matrix) and _every_form.choice is not True):
         return False
     if weight.low is None or weight.factor is None:
         return True
     parts = weight.low, weight.factor
     return weight.low.shape[1] in gemm.RANKS and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in parts)
 
+
+_every_form: Override[bool] = Override()
+#: Within ``use_every_form(True)`` interleaved experts and weights stored by columns run on these kernels too: for
+#: measuring and for tests. Their epilogue has more instructions than the mainloop hides: of gpt-oss's form with LoRA,
+#: layers took 1.02 and 1.05 times the Triton kernels' time (benchmarks/results/h200-log-11-forms-*.json).
+use_every_form = _every_form.use
 
 #: Intermediate sizes up to which the kernels gather rows of dO themselves. The copy costs R H, what the kernels lose
 #: R H I: benchmarks/results/h*00-log-9-epilogues.json has 256 (faster) and from 704 on (as fast, or slower).

@@ -389,13 +389,16 @@ def down_grad(
             {**constants, **chosen},
         )
         del part, weights
+    _sum_weight_grad(parts, bias_dot, dw, plan)
+    return dz, wa, dw
+
+
+def _sum_weight_grad(parts: torch.Tensor, bias_dot: torch.Tensor | None, dw: torch.Tensor, plan: RoutingPlan) -> None:
+    """dw (T, K) from the sums of each column block (blocks, R), and of the bias (R,)."""
+    routed = plan.expert_start[plan.experts :]
     launch(
         sum_weight_grad_kernel,
         (cdiv(plan.rows, 1024),),
-        (
-            *(parts, plan.row_slot, plan.expert_start[plan.experts :], parts if bias_dot is None else bias_dot, dw),
-            *(plan.rows, column_blocks),
-        ),
+        (parts, plan.row_slot, routed, parts if bias_dot is None else bias_dot, dw, plan.rows, parts.shape[0]),
         {"HAS_BIAS": bias_dot is not None, "BLOCK_R": 1024, "num_warps": 4},
     )
-    return dz, wa, dw
