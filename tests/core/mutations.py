@@ -133,7 +133,9 @@ MUTANTS: list[tuple[Any, ...]] = [
 # pytest's -k: which tests of GPU_TESTS are run on a mutant
 ROUTINGS = "hostile and bfloat16"  # experts of one to a few tiles each, tails, dropped ids, empty experts
 LARGE_WEIGHTS = "come_from_memory"
-BIAS, LORA, INTERLEAVED = (f"kinds and {kind}" for kind in ("bias", "lora and not 64", "interleaved"))
+BIAS, INTERLEAVED, LORA128 = (f"kinds_of_experts and {kind}" for kind in ("bias", "interleaved", "lora-128"))
+LORA = "kinds_of_experts and lora and not oss and not gateless and not 32 and not 64 and not 128"
+GATELESS = "kinds_of_experts and gateless and not lora"
 
 # what the bug is, file, text, replacement, tests; those that compile longest come first
 GPU_MUTANTS = [
@@ -148,16 +150,16 @@ GPU_MUTANTS = [
     ("last row of an expert gathers token 0", "gemm.py", "mask=rows < tile.row_end, other=0)", "mask=rows < tile.row_end - 1, other=0)", ROUTINGS),
     ("every K block gathers the first columns", "gemm.py", "cp_async(a, sources + k0)", "cp_async(a, sources)", ROUTINGS),
     ("second of two blocks is the first again", "gemm.py", "operands.load(second, sources, tile, k1)", "operands.load(second, sources, tile, k0)", LARGE_WEIGHTS),
-    ("tile of rows begins one row late", "gemm.py", "[tile.row0, k0], ready, a)", "[tile.row0 + 1, k0], ready, a)", ROUTINGS),
-    ("gate weights read from the up half", "gemm.py", "[gate_row, k0], ready,", "[gate_row + self.N, k0], ready,", ROUTINGS),
-    ("weights of the first expert for all", "gemm.py", "[tile.expert * self.N + tile.n * b.shape[0], k0]", "[tile.n * b.shape[0], k0]", ROUTINGS),
-    ("last K block of the weights lost", "gemm.py", "tile.n * b.shape[0], k0]", "tile.n * b.shape[0], k0 + (k0 + b.shape[1]) // self.rows.width * self.rows.width]", ROUTINGS),
+    ("tile of rows begins one row late", "gemm.py", "self.rows.descriptor, [tile.row0, k0]", "self.rows.descriptor, [tile.row0 + 1, k0]", ROUTINGS),
+    ("gate weights read from the up half", "gemm.py", "self.weight, [gate_row, k0]", "self.weight, [gate_row + self.N, k0]", ROUTINGS),
+    ("weights of the first expert for all", "gemm.py", "self.weight, [tile.expert * self.N + tile.n * b.shape[0], k0]", "self.weight, [tile.n * b.shape[0], k0]", ROUTINGS),
+    ("last K block of the weights lost", "gemm.py", "self.weight, [tile.expert * self.N + tile.n * b.shape[0], k0]", "self.weight, [tile.expert * self.N + tile.n * b.shape[0], k0 + (k0 + b.shape[1]) // self.rows.width * self.rows.width]", ROUTINGS),
     ("transposed weights of the first expert for all", "gemm.py", "[tile.expert * self.rows.width + k0, tile.n * b.shape[1]]", "[k0, tile.n * b.shape[1]]", ROUTINGS),
     ("K blocks of the transposed weights one too far", "gemm.py", "[tile.expert * self.rows.width + k0, tile.n", "[tile.expert * self.rows.width + k0 + b.shape[0], tile.n", ROUTINGS),
-    ("the last K block alone counts", "gemm.py", "warpgroup_mma(a, b, acc, is_async=True)", "warpgroup_mma(a, b, acc, use_acc=False, is_async=True)", ROUTINGS),
+    ("the last K block alone counts", "gemm.py", "                acc = warpgroup_mma(a, b, acc, is_async=True)", "                acc = warpgroup_mma(a, b, acc, use_acc=False, is_async=True)", ROUTINGS),
     ("both groups multiply the upper half", "gemm.py", "a = a.slice(WARPGROUP * ROWS, ROWS)", "a = a.slice(0, ROWS)", ROUTINGS),
     ("both groups write the upper half", "gemm.py", "row0 += WARPGROUP * ROWS", "row0 += 0", ROUTINGS),
-    ("gate and up swapped in the epilogue", "gemm.py", "value(gate0, up0, epilogue", "value(up0, gate0, epilogue", ROUTINGS),
+    ("gate and up swapped in the epilogue", "gemm.py", "epilogue.activated(gate0, up0)", "epilogue.activated(up0, gate0)", ROUTINGS),
     ("the activation's halves swapped", "gemm.py", "_write_pair(a0, a1, buffers,", "_write_pair(a1, a0, buffers,", ROUTINGS),
     ("Z's up half written over its gate half", "gemm.py", "row0, row_end, N + col0, 2 * N)", "row0, row_end, col0, N)", ROUTINGS),
     ("right half of a tile written over the left", "gemm.py", "row0, row_end, col0 + HALF + CHUNK)", "row0, row_end, col0 + CHUNK)", ROUTINGS),
@@ -165,7 +167,7 @@ GPU_MUTANTS = [
     ("second chunk of a pair written over the first", "gemm.py", "out.descriptor, [row0, col0 + CHUNK], buffers.index(1)", "out.descriptor, [row0, col0], buffers.index(1)", ROUTINGS),
     ("second chunk of a pair lost at the edge", "gemm.py", "two = col0 + CHUNK < col_end", "two = col0 + 2 * CHUNK < col_end", "models and deepseek"),
     ("tile written over the next expert's rows", "gemm.py", "elif row0 + values.shape[0] <= row_end:", "elif row0 <= row_end:", ROUTINGS),
-    ("pair written over the next expert's rows", "gemm.py", "if row0 + left.shape[0] <= row_end:", "if row0 <= row_end:", ROUTINGS),
+    ("pair written over the next expert's rows", "gemm.py", "if row0 + buffers.shape[1] <= row_end:", "if row0 <= row_end:", ROUTINGS),
     ("partial block of columns lost", "gemm.py", "num_n = (N + COLUMNS - 1) // COLUMNS", "num_n = N // COLUMNS", ROUTINGS),
     ("last tile lost", "gemm.py", "num_m = gl.load(tile_count_ptr)", "num_m = gl.load(tile_count_ptr) - 1", ROUTINGS),
     ("wgrad loses an expert's last row", "wgrad.py", "mask=(rows < row_end)[:, None] &", "mask=(rows < row_end - 1)[:, None] &", ROUTINGS),
@@ -184,14 +186,25 @@ GPU_MUTANTS = [
     ("dZ without the routing weight", "down_grad.py", "    da *= weight[:, None]\n", "    da *= 1.0\n", ROUTINGS),
     ("wA without the routing weight", "down_grad.py", "put(weight[:, None] * a,", "put(a,", ROUTINGS),
     ("routing weight of another slot", "down_grad.py", "gl.load(topk_weights_ptr + slot,", "gl.load(topk_weights_ptr + rows,", ROUTINGS),
-    ("gate's gradient with up's derivative", "down_grad.py", "put(da * d_gate,", "put(da * d_up,", ROUTINGS),
+    ("gate's gradient with up's derivative", "down_grad.py", "self.put_dz(da * d_gate, da * d_up, SET)", "self.put_dz(da * d_up, da * d_up, SET)", ROUTINGS),
     ("dZ written over the next expert's rows", "down_grad.py", "if row0 + da.shape[0] <= row_end:", "if row0 <= row_end:", ROUTINGS),
     ("dw without its last partial sum", "down_grad.py", "for _ in range(blocks):", "for _ in range(blocks - 1):", ROUTINGS),
     ("dw of dropped slots is not zero", "down_grad.py", "tl.load(part, mask=kept, other=0.0)", "tl.load(part, mask=kept, other=1.0)", ROUTINGS),
-    ("interleaved experts multiplied as halves", "../../backends/gluon.py", "weight.plain and _halves(gate) and _fits(x, weight.matrix)", "weight.plain and gate.gated and _fits(x, weight.matrix)", INTERLEAVED),
-    ("down projection forgets the bias", "../../backends/gluon.py", "if weight.plain and _fits(a, weight.matrix)", "if weight.factor is None and _fits(a, weight.matrix)", BIAS),
-    ("dx forgets the low-rank part", "../../backends/gluon.py", "if weight.plain and _fits(rows, weight.matrix)", "if _fits(rows, weight.matrix)", LORA),
-    ("dZ forgets the low-rank part", "../../backends/gluon.py", "if weight.plain and _halves(gate) and (isinstance", "if weight.bias is None and _halves(gate) and (isinstance", LORA),
+    ("interleaved gate and up swapped", "gemm.py", "gate, up = pairs(left)", "up, gate = pairs(left)", INTERLEAVED),
+    ("interleaved dZ swapped", "down_grad.py", "gl.join(d_gate, d_up)", "gl.join(d_up, d_gate)", INTERLEAVED),
+    ("interleaved Z one column too far", "down_grad.py", "tma_load(self.z, [row0, 2 * col0]", "tma_load(self.z, [row0, 2 * col0 + 8]", INTERLEAVED),
+    ("bias of the first expert for all", "gemm.py", "self.bias + expert.to(gl.int64) * width + cols", "self.bias + cols", BIAS),
+    ("bias of up read from the gate half", "gemm.py", "biased(up0, expert, N + col0, 2 * N)", "biased(up0, expert, col0, 2 * N)", BIAS),
+    ("last chunk of a tile without its bias", "gemm.py", "        right1 = epilogue.biased(right1, expert, col0 + HALF + CHUNK, out.width)\n", "", BIAS),
+    ("dw without the bias's share", "down_grad.py", "        dw += tl.load(bias_dot_ptr", "        tl.load(bias_dot_ptr", BIAS),
+    ("activation of experts without a gate as of the first chunk", "gemm.py", "epilogue.activated(right, 1.0)", "epilogue.activated(left, 1.0)", GATELESS),
+    ("low-rank factor of the first expert for all", "gemm.py", "tma_load(self.factor, [tile.expert * self.N + tile.n", "tma_load(self.factor, [tile.n", LORA),
+    ("transposed low-rank factor of the first expert for all", "gemm.py", "[tile.expert * self.RANK + k0, tile.n", "[k0, tile.n", LORA),
+    ("low-rank up columns read from the gate half", "gemm.py", "tma_load(self.factor, [gate_row + self.N, k0]", "tma_load(self.factor, [gate_row, k0]", LORA),
+    ("low-rank rows begin one row late", "gemm.py", "tma_load(self.low, [tile.row0, k0]", "tma_load(self.low, [tile.row0 + 1, k0]", LORA),
+    ("both groups take the upper half of the low-rank rows", "gemm.py", "a = a.slice(ROW0, acc.shape[0])", "a = a.slice(0, acc.shape[0])", LORA),
+    ("the low-rank part alone counts", "gemm.py", "            acc = warpgroup_mma(a, b, acc, is_async=True)\n            acc = warpgroup_mma_wait(1, deps=(acc,))\n            ring", "            acc = warpgroup_mma(a, b, acc, use_acc=False, is_async=True)\n            acc = warpgroup_mma_wait(1, deps=(acc,))\n            ring", LORA),
+    ("every low-rank block is the first", "gemm.py", "k0 = block * self.LOW_K", "k0 = 0 * self.LOW_K", LORA128),
     ("rows in expert order taken for tokens", "../../backends/gluon.py", "return TokenRows(dout, plan.top_k)", "return TokenRows(self.gather(dout, plan), plan.top_k)", ROUTINGS),
 ]  # fmt: skip
 
@@ -201,7 +214,7 @@ _EMPTY, _READY = "ring.await_empty(step)\n", "ring.await_ready(step)\n"
 # what the bug is, file, text, replacement
 BARRIER_MUTANTS = [
     ("no wait for a group's turn", "ring.py", "    mbarrier.wait(turns.index(WARPGROUP), (tile + 1 - WARPGROUP) & 1)\n", "    pass\n"),
-    ("a stage is filled before it is empty", "gemm.py", f"            {_EMPTY}", ""),
+    ("a stage is filled before it is empty", "gemm.py", f"            {_EMPTY}            if K_BLOCKS", "            if K_BLOCKS"),
     ("the second of two stages is filled before it is empty", "gemm.py", "                ring.await_empty(step + 1)\n", "                pass\n"),
     ("a stage is multiplied before it is full", "gemm.py", f"                {_READY}", ""),
     ("one group gives a stage back for both", "gemm.py", "2 if COOPERATIVE else 1)", "1)"),
