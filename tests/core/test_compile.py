@@ -114,6 +114,6 @@ def test_one_graph_for_every_number_of_tokens(backend, device):
 
 def test_fake_shapes_agree_with_the_plan():
     inputs = make_inputs(SMALL)
-    _, _, _, packed = torch.ops.moe_kernels.experts_forward(*forward_arguments(inputs, "torch", requires_grad=False))
+    *_, packed = torch.ops.moe_kernels.experts_forward(*forward_arguments(inputs, "torch", requires_grad=False))
     plan = RoutingPlan.from_packed(packed, SMALL.tokens, SMALL.top_k, SMALL.experts, 64)
     assert (plan.rows, plan.tokens, plan.experts) == (14, 7, 3)
