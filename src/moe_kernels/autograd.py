@@ -5,6 +5,7 @@ The ops, which torch.compile does not look into, are the only place where a call
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -73,9 +74,19 @@ _BACKWARD = (
 )
 
 
+def _op(name: str, function: Callable[..., Any], schema: str) -> torch.library.CustomOpDef:
+    """The custom op of this name and a digest of what both ops take and give.
+
+    torch.compile keeps compiled graphs on disk and knows an op by its name alone: under the same name it would call
+    the op of this release as that of another one.
+    """
+    digest = zlib.crc32((_FORWARD + _BACKWARD).encode())
+    return torch.library.custom_op(f"moe_kernels::{name}_{digest:08x}", function, mutates_args=(), schema=schema)
+
+
 def experts_op(tensors: Tensors, spec: Spec) -> Tensor:
     """out (T, H), or (R, H) by slot, by the custom op."""
-    out: Tensor = torch.ops.moe_kernels.experts_forward(*tensors, *_flat(spec))[0]
+    out: Tensor = forward_op(*tensors, *_flat(spec))[0]
     return out
 
 
@@ -135,15 +146,15 @@ def _room(tensor: Tensor) -> Tensor:
 
 def _backward_op(t: BackwardTensors, spec: BackwardSpec) -> Grads:
     flat = (*t, *_flat(spec.forward)[:-1], list(spec.needs), spec.overwrite_z)
-    grads = torch.ops.moe_kernels.experts_backward(*flat)
+    grads = backward_op(*flat)
     return Grads(*(grad if needed else None for grad, needed in zip(grads, spec.needs, strict=True)))
 
 
-_forward_op = torch.library.custom_op("moe_kernels::experts_forward", _forward, mutates_args=(), schema=_FORWARD)
+_forward_op, _backward_def = _op("experts_forward", _forward, _FORWARD), _op("experts_backward", _backward, _BACKWARD)
+#: The ops as overloads, which torch.compile takes into its graph.
+forward_op, backward_op = _forward_op._opoverload, _backward_def._opoverload
 _forward_op.register_fake(_fake_forward)
-torch.library.custom_op("moe_kernels::experts_backward", _backward, mutates_args=(), schema=_BACKWARD).register_fake(
-    _fake_backward
-)
+_backward_def.register_fake(_fake_backward)
 _forward_op.register_autograd(
     lambda ctx, dout, *_: (*grads_of_inputs(ctx, dout, _backward_op, False), *[None] * len(Spec._fields)),
     setup_context=lambda ctx, inputs, output: save(ctx, *_call(inputs), steps.Forward(*output)),

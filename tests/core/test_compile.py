@@ -5,6 +5,7 @@ import torch
 import torch._dynamo.testing
 
 import moe_kernels.moe
+from moe_kernels.autograd import backward_op, forward_op
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tools.check.problems import Case, make_inputs
 
@@ -50,7 +51,7 @@ def forward_arguments(inputs, backend, requires_grad=True, apart=False):
 def test_forward_contract(backend, device, dtype, kind):
     inputs = make_inputs(Case(**{**KINDS[kind].__dict__, "dtype": dtype}), device)
     arguments = forward_arguments(inputs, backend, apart=kind == APART)
-    torch.library.opcheck(torch.ops.moe_kernels.experts_forward.default, arguments)
+    torch.library.opcheck(forward_op, arguments)
 
 
 @pytest.mark.parametrize(
@@ -68,10 +69,10 @@ def test_forward_contract(backend, device, dtype, kind):
 def test_backward_contract(backend, device, kind, needs):
     inputs, apart = make_inputs(KINDS[kind], device), kind == APART
     arguments = forward_arguments(inputs, backend, False, apart)
-    _, z, x_low, a_low, plan = torch.ops.moe_kernels.experts_forward(*arguments)
+    _, z, x_low, a_low, plan = forward_op(*arguments)
     x, _, *others = tensors(inputs, False, apart)
     torch.library.opcheck(
-        torch.ops.moe_kernels.experts_backward.default,
+        backward_op,
         (inputs.grad, x, *others, z, x_low, a_low, plan, *settings(inputs, backend), needs, False),
     )
 
@@ -114,6 +115,17 @@ def test_one_graph_for_every_number_of_tokens(backend, device):
 
 def test_fake_shapes_agree_with_the_plan():
     inputs = make_inputs(SMALL)
-    *_, packed = torch.ops.moe_kernels.experts_forward(*forward_arguments(inputs, "torch", requires_grad=False))
+    *_, packed = forward_op(*forward_arguments(inputs, "torch", requires_grad=False))
     plan = RoutingPlan.from_packed(packed, SMALL.tokens, SMALL.top_k, SMALL.experts, 64)
     assert (plan.rows, plan.tokens, plan.experts) == (14, 7, 3)
+
+
+def test_an_op_of_another_schema_has_another_name(monkeypatch):
+    """torch.compile's graphs on disk name ops, not what they take: those of another release must not be taken."""
+    from moe_kernels import autograd
+
+    name = autograd._op("named", lambda x: x.clone(), "(Tensor x) -> Tensor")._name
+    monkeypatch.setattr(autograd, "_BACKWARD", autograd._BACKWARD.replace("Tensor a_low, ", ""))
+    other = autograd._op("named", lambda x: x.clone(), "(Tensor x) -> Tensor")._name
+    assert name != other
+    assert forward_op.name().startswith("moe_kernels::experts_forward_")

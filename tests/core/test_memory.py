@@ -9,6 +9,7 @@ import torch
 
 import moe_kernels
 from moe_kernels import memory
+from moe_kernels.autograd import forward_op
 from moe_kernels.backends.torch import TorchBackend
 from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, make_inputs, run
 
@@ -81,7 +82,7 @@ def test_compiled(full):
     full("up")
     tensors = x, inputs.topk_ids, weights, gate_up, down, *(None,) * 6
     settings = "silu", [], False, True, False, 128, True, "torch", True
-    text = message(lambda: torch.ops.moe_kernels.experts_forward(*tensors, *settings))
+    text = message(lambda: forward_op(*tensors, *settings))
     assert "the forward pass of an expert layer ran out of memory" in text
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "compare"))
 import builders
@@ -79,6 +80,8 @@ def every_kill(work: Callable[[], object], root: Path, start: Path, check: Calla
 
 class FakeModel:
     """Writes what a model would, in several files."""
+
+    device = torch.device("cpu")
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
