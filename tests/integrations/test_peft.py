@@ -369,6 +369,15 @@ def test_active_adapters_of_too_high_a_rank_together() -> None:
         run(fused)
 
 
+def test_factors_of_different_dtypes_are_refused() -> None:
+    model = ours(adapted("mixtral"))
+    assert mk.check_model(model) == LAYERS
+    outer_wrapper(model).lora_B["default"].to(torch.bfloat16)
+    words = r"the LoRA factors of \w+ are bfloat16 and float32: cast them to one dtype before training"
+    with pytest.raises(ValueError, match=rf"layers\.\d.*: {words}"):
+        mk.check_model(model)
+
+
 def test_replicated_factors_are_used_and_sharded_ones_refused(tmp_path: Path) -> None:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 

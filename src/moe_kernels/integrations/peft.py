@@ -63,8 +63,8 @@ def check_lora(model: torch.nn.Module) -> int:
     """The number of expert weights of ``model`` whose LoRA runs inside the kernels.
 
     Raises:
-        ValueError: an adapter has a higher rank than the kernels take, or a dropout that would not happen, or PEFT
-            has left an adapter in the weight.
+        ValueError: an adapter has a higher rank than the kernels take, factors of different dtypes, or a dropout that
+            would not happen, or PEFT has left an adapter in the weight.
     """
     # PEFT refuses dropout; Axolotl switches that off where PEFT turns target_modules into target_parameters.
     configs = getattr(model, "peft_config", {})
@@ -76,6 +76,7 @@ def check_lora(model: torch.nn.Module) -> int:
     for name, wrapper in wrappers:
         for adapters in (*([one] for one in wrapper.r), wrapper.active_adapters):
             _check_rank(wrapper, adapters, f"{name}: ")
+            _check_dtypes(wrapper, adapters, name)
         # 0.21.0 to 0.21.2 do so in a forward of 4-bit weights.
         chain = dict(getattr(wrapper.get_base_layer(), "parametrizations", {})).get(wrapper.parameter_name, ())
         if any(type(part).__module__.startswith("peft.") for part in chain):
@@ -98,6 +99,17 @@ def _check_rank(wrapper: Any, adapters: list[str], where: str = "") -> None:
         raise ValueError(
             f"{where}LoRA of rank {rank} ({' + '.join(adapters)}) on {wrapper.parameter_name}, the kernels take at "
             f"most {MAX_RANK}: lower lora_r, activate fewer adapters, or train without moe_kernels."
+        )
+
+
+def _check_dtypes(wrapper: Any, adapters: list[str], where: str) -> None:
+    """One factor would be rounded and the other not, and torch.cat would promote those of several adapters."""
+    factors = [f[name].weight for f in (wrapper.lora_A, wrapper.lora_B) for name in adapters if name in f]
+    dtypes = sorted({str(factor.dtype).removeprefix("torch.") for factor in factors})
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"{where}: the LoRA factors of {wrapper.parameter_name} are {' and '.join(dtypes)}: cast them to one dtype "
+            "before training."
         )
 
 
