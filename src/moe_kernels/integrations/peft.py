@@ -108,8 +108,8 @@ def _check_dtypes(wrapper: Any, adapters: list[str], where: str) -> None:
     dtypes = sorted({str(factor.dtype).removeprefix("torch.") for factor in factors})
     if len(dtypes) > 1:
         raise ValueError(
-            f"{where}: the LoRA factors of {wrapper.parameter_name} are {' and '.join(dtypes)}: cast them to one dtype "
-            "before training."
+            f"{where}: the LoRA factors of {wrapper.parameter_name} are {' and '.join(dtypes)}: cast them to one "
+            "dtype before training."
         )
 
 
