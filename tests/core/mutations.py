@@ -113,6 +113,7 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("low of every block in the first one's place", "row_pass.py", "low_ptr + block.to(tl.int64) * R * RANK + narrow", "low_ptr + narrow"),
     ("a pass walks slots, not tokens", "row_pass.py", "source = (slot // TOP_K).to(tl.int64)", "source = slot.to(tl.int64) % (R // TOP_K)"),
     ("factor's gradient loses the blocks before", "row_pass.py", "grad = multiply_add(values.T, inner, grad, PRECISION)", "grad = multiply_add(values.T, inner, tl.zeros((BLOCK_N, RANK), tl.float32), PRECISION)"),
+    ("sorted copy in the rows of slots", "row_pass.py", "tl.store(sorted_ptr + rows.to(tl.int64)", "tl.store(sorted_ptr + slot.to(tl.int64)"),
     ("low over columns outside", "row_pass.py", "mask = mask & in_width[None, :]", "mask = mask"),
     ("last tile of a group walked twice", "tile.py", "size_m = tl.minimum(num_m - first_m, GROUP_M)", "size_m = GROUP_M"),
     ("gather loses a slot", "combine.py", "row = tl.load(slot_row_ptr + token * TOP_K + k)\n        tl.store", "row = tl.load(slot_row_ptr + token * TOP_K + TOP_K - 1 - k * 0)\n        tl.store"),
