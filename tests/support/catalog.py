@@ -313,7 +313,7 @@ def _row_pass_cases() -> Iterator[CompileCase]:
             nothing | kind | blocks | {"PRECISION": "ieee"},
             {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
             uses_dot=dtype != torch.float32 and "GRAD" in kind,
-            spills=30 if name.startswith("dout") else 0,  # on sm_80, and with biases on sm_100
+            spills=30,  # a few on sm_80, and with biases on sm_100, in some releases of triton
         )
 
 
