@@ -369,6 +369,27 @@ def test_active_adapters_of_too_high_a_rank_together() -> None:
         run(fused)
 
 
+def test_two_wrappers_of_one_weight_count_both() -> None:
+    """As Axolotl's patch of PEFT makes them for a second adapter."""
+    from moe_kernels.integrations.peft import _Lent
+    from moe_kernels.integrations.support import LORA_ATTRIBUTE
+
+    def pair(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(4, 6, rank), torch.randn(4, rank, 5)
+
+    experts, one, two = torch.nn.Module(), pair(2), pair(3)
+    lent = _Lent(experts, "down_proj", one)
+    pairs = vars(experts)[LORA_ATTRIBUTE]
+    with lent:
+        with _Lent(experts, "down_proj", two):
+            lora_b, lora_a = pairs["down_proj"]
+            torch.testing.assert_close(lora_b @ lora_a, one[0] @ one[1] + two[0] @ two[1])
+        assert pairs["down_proj"] is one
+        with pytest.raises(ValueError, match="LoRA of rank 129 on down_proj"), _Lent(experts, "down_proj", pair(127)):
+            pass
+    assert not pairs
+
+
 def test_factors_of_different_dtypes_are_refused() -> None:
     model = ours(adapted("mixtral"))
     assert mk.check_model(model) == LAYERS

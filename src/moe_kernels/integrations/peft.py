@@ -47,16 +47,32 @@ def fuse_lora() -> None:
 
 
 class _Lent(AbstractContextManager[None]):
-    """Inside, ``experts`` has the low-rank pair of one weight. Two nest where both weights are adapted."""
+    """Inside, ``experts`` has the low-rank pair of one weight. Two nest where both weights are adapted, or where two
+    wrappers adapt one weight, as Axolotl's patch of PEFT makes them for a second adapter: then both pairs count."""
 
     def __init__(self, experts: Any, weight: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
         self.pairs, self.weight, self.pair = vars(experts).setdefault(LORA_ATTRIBUTE, {}), weight, pair
 
     def __enter__(self) -> None:
-        self.pairs[self.weight] = self.pair
+        self.outer = self.pairs.get(self.weight)
+        self.pairs[self.weight] = self.pair if self.outer is None else _together(self.weight, self.outer, self.pair)
 
     def __exit__(self, *_: object) -> None:
-        del self.pairs[self.weight]
+        if self.outer is None:
+            del self.pairs[self.weight]
+        else:
+            self.pairs[self.weight] = self.outer
+
+
+def _together(weight: str, *pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pair whose product is the sum of the products of ``pairs``."""
+    rank = sum(lora_a.shape[1] for _, lora_a in pairs)
+    if rank > MAX_RANK:
+        raise ValueError(
+            f"LoRA of rank {rank} on {weight}, all adapters together, the kernels take at most {MAX_RANK}: lower "
+            "lora_r, activate fewer adapters, or train without moe_kernels."
+        )
+    return torch.cat([lora_b for lora_b, _ in pairs], dim=2), torch.cat([lora_a for _, lora_a in pairs], dim=1)
 
 
 def check_lora(model: torch.nn.Module) -> int:
@@ -139,7 +155,7 @@ def low_rank_pair(wrapper: Any, adapters: list[str]) -> tuple[torch.Tensor, torc
         lora_bs.append(b.view(b.shape[0], -1, experts).permute(2, 0, 1))
     if len(adapters) == 1:  # torch.cat would copy it, and its gradient
         return lora_bs[0], lora_as[0]
-    return torch.cat(lora_bs, dim=2), torch.cat(lora_as, dim=1)
+    return _together(wrapper.parameter_name, *zip(lora_bs, lora_as, strict=True))
 
 
 def _factor(wrapper: Any, weight: Any) -> torch.Tensor:
