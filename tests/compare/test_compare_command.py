@@ -187,7 +187,7 @@ def test_liger_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         (("qwen3-moe", "--size", "30b"), 3, "The 30b models need an NVIDIA GPU"),
         (("qwen3-moe", "--liger"), 3, "--liger needs an NVIDIA GPU"),
         (("mixtral", "--wandb", "on"), 2, "--wandb on: choose from offline, online"),
-        (("mixtral", "--steps", "5", "--dry-run"), 2, "leave nothing to time"),
+        (("mixtral", "--steps", "5", "--dry-run"), 2, "leave less than the three to time"),
         (("all", "llama", "--dry-run"), 2, "There is nothing called llama to compare"),
         (
             ("a.yml", "b.yml", "--out", "file/x", "--warmup-steps", "2"),

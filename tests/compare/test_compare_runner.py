@@ -381,7 +381,7 @@ def test_wrong_files_are_named() -> None:
         load_yaml(Path("list.yml"))
     with pytest.raises(MissingDependency, match="run this in a clone"):
         shipped(Path("no-such.yml"))
-    with pytest.raises(UsageError, match="leave nothing to time after 10 warm-up steps"):
+    with pytest.raises(UsageError, match="leave less than the three to time after 10 warm-up steps"):
         make_plan(options=Options(warmup_steps=10))
     Path("c.yml").write_text(yaml.safe_dump({key: value for key, value in BASE.items() if key != "max_steps"}))
     with pytest.raises(UsageError, match="sets no max_steps"):

@@ -239,6 +239,6 @@ def _check_steps(run: RunSpec, warmup: int) -> None:
         raise UsageError(f"{run.source} sets no max_steps. Cure: add --steps 60.")
     if run.steps < warmup + 3:
         raise UsageError(
-            f"{run.steps} steps leave nothing to time after {warmup} warm-up steps. "
-            f"Cure: --steps {warmup + 20}, or a smaller --warmup-steps."
+            f"{run.steps} steps leave less than the three to time after {warmup} warm-up steps. "
+            f"Cure: --steps {warmup + 3} or more, or a smaller --warmup-steps."
         )
