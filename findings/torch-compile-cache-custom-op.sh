@@ -32,7 +32,7 @@ call = torch.compile(lambda x: torch.ops.probe.forward(x)[0].sin())
 try:
     call(x).sum().backward()
     print(SAVED, "saved: gradient", x.grad[0].item() == 2 * torch.tensor(2.0).cos().item())
-except Exception as error:
+except RuntimeError as error:
     print(SAVED, "saved:", type(error).__name__, "expects" if "xpected" in str(error) or "missing" in str(error) else error)
 PY
 "${PYTHON:-python3.11}" -m venv "$work/venv"

@@ -24,8 +24,10 @@ from moe_kernels.routing import plan_elements
 def save(ctx: Any, tensors: Tensors, spec: Spec, out: steps.Forward) -> None:
     """Keep for the backward what it takes besides dO."""
     ctx.spec = spec
-    ctx.packed = {name: value for name, value in tensors._asdict().items() if isinstance(value, PackedWeight)}
-    tensors = tensors._replace(**dict.fromkeys(ctx.packed))  # type: ignore[arg-type]
+    weights = {"gate_up": tensors.gate_up, "down": tensors.down}
+    ctx.packed = {name: weight for name, weight in weights.items() if isinstance(weight, PackedWeight)}
+    if ctx.packed:
+        tensors = tensors._replace(**dict.fromkeys(ctx.packed))  # type: ignore[arg-type]
     ctx.set_materialize_grads(False)
     _, *saved = tensors.for_backward(*out)
     ctx.save_for_backward(*saved)
@@ -40,7 +42,9 @@ def grads_of_inputs(
     """Gradients of a call's tensors, in their order."""
     if dout is None:
         return (None,) * len(Tensors._fields)
-    t = BackwardTensors(dout, *ctx.saved_tensors)._replace(**ctx.packed)
+    t = BackwardTensors(dout, *ctx.saved_tensors)
+    if ctx.packed:
+        t = t._replace(**ctx.packed)
     x_needed, _, *others = ctx.needs_input_grad[: len(Tensors._fields)]
     spec = BackwardSpec(ctx.spec, Needs(x_needed, *others), overwrite_z)
     if torch.is_grad_enabled() or batched(dout):  # create_graph=True, or several backwards at a time

@@ -79,7 +79,7 @@ def wgrad(left: torch.Tensor, right: torch.Tensor, plan: RoutingPlan) -> torch.T
     tma = tma_fits(left, right)
     sizes = (plan.rows_per_expert, n, m)
     config = fit_columns(select_config("wgrad", left.device, left.dtype, None, tma, sizes), n)
-    if m <= 64 < config.block_m:  # a low-rank factor; wgmma takes 64 rows
+    if m <= 64 < config.block_m:  # wgmma takes 64 rows
         config = dataclasses.replace(config, block_m=64)
     launch_grid(
         wgrad_kernel,
