@@ -6,8 +6,6 @@ wA. The routing weight's gradient <dA0, A> is summed per column block, and a sec
 fixed order, no atomics. The consumer warpgroups ping-pong, so one's epilogue overlaps the other's wgmma.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -34,6 +32,7 @@ from moe_kernels.kernels.hopper.ring import (
     Schedule,
     accumulator_layout,
     await_turn,
+    block_layout,
     halves,
     matrix,
     new_ring,
@@ -47,31 +46,38 @@ from moe_kernels.kernels.triton.dequantize import blocks
 from moe_kernels.layer import Weight
 from moe_kernels.routing import RoutingPlan, TokenRows
 
-COLUMNS = gl.constexpr(32)  # per step of the epilogue: more would spill, because the accumulator stays in registers
+
 @gluon.constexpr_function
 def pairs_layout():
-    """[128, 2 COLUMNS] over a warpgroup, so that ``pairs`` of it are in the accumulator's layout of COLUMNS."""
+    """[128, 64] over a warpgroup, so that ``pairs`` of it are in the accumulator's layout of 32 columns."""
     registers = [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [64, 0]]
     lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [128, 64])
 
 
-NARROW = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2))
+@gluon.jit
+def row_halves(x):
+    """The upper and the lower half of the rows of x. Each thread keeps its registers; no data moves."""
+    return gl.split(gl.permute(gl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), (1, 2, 0)))
 
 
 @aggregate
 class Epilogue:
     """The epilogue: dZ and wA from dA0 in registers and Z, which TMA loads into shared memory.
 
-    Each consumer has two sets of buffers: columns of Z, which dZ overwrites (gate and up apart, or in one if they are
-    interleaved; without a gate the second is not used), and of wA.
+    It takes a tile in four steps of a quarter each; more at a time would spill, because dA0 stays in registers. A
+    step has 64 columns, whose rows are 128 bytes: TMA takes as long for rows of 64 bytes, and these loads and stores
+    compete with those of the mainloop. Interleaved, 64 columns of Z are 32 of dA0.
+
+    Each consumer has two sets of buffers: a step's Z, which dZ overwrites (gate and up apart, or in one if they are
+    interleaved; without a gate the second is not used), and its wA.
     """
 
     z: tma.tensor_descriptor
     dz: Matrix
     wa: Matrix
-    z_buffers: gl.shared_memory_descriptor  # [8, rows, COLUMNS], two for each of four sets, or [4, rows, 2 COLUMNS]
-    a_buffers: gl.shared_memory_descriptor  # [4, rows, COLUMNS]
+    z_buffers: gl.shared_memory_descriptor  # [8, 64, 64], two for each of four sets, or interleaved [4, 128, 64]
+    a_buffers: gl.shared_memory_descriptor  # [4, 64, 64], or interleaved [4, 128, 32]
     z_arrived: gl.shared_memory_descriptor  # [4, 1]: the mbarriers of the sets
     ACTIVATION: gl.constexpr
     P0: gl.constexpr
@@ -95,7 +101,7 @@ class Epilogue:
     @gluon.jit
     def load_z(self, SET: gl.constexpr):
         """(gate, up) of a set of buffers, in the layout of the sums; up is 1 without a gate."""
-        layout: gl.constexpr = accumulator_layout(COLUMNS)
+        layout: gl.constexpr = accumulator_layout(self.a_buffers.shape[2])
         if self.INTERLEAVED:
             gate, up = pairs(self.z_buffers.index(SET).load(pairs_layout()).to(gl.float32))
             gate = gl.convert_layout(gate, layout, assert_trivial=True)
@@ -142,13 +148,13 @@ class Epilogue:
                     self.dz.store_masked(up_buffer, row0, row_end, self.wa.width + col0)
 
     @gluon.jit
-    def finish(self, da, weight, SET: gl.constexpr, z_phase, fetch, row0, row_end, col0):
-        """dZ and wA of COLUMNS columns from dA0 (registers) and Z (buffers of SET).
+    def finish(self, da, weight, SET: gl.constexpr, z_phase, row0, row_end, col0, fetch, next_row, next_col):
+        """dZ and wA of a step at (row0, col0), from its dA0 (registers) and Z (buffers of SET).
 
         Returns <dA0, A> of each row over these columns. If ``fetch``, also waits for the other set's stores and
-        issues the load of the next columns of Z into it.
+        issues the load of the next step's Z, at (next_row, next_col), into it.
         """
-        layout: gl.constexpr = accumulator_layout(COLUMNS)
+        layout: gl.constexpr = accumulator_layout(self.a_buffers.shape[2])
         a_buffer = self.a_buffers.index(SET)
         mbarrier.wait(self.z_arrived.index(SET), z_phase)
         da = gl.convert_layout(da, layout, assert_trivial=True)
@@ -158,7 +164,7 @@ class Epilogue:
         da *= weight[:, None]
         if fetch:
             tma.store_wait(0)
-            self.fetch_z(SET ^ 1, row0, col0 + COLUMNS)
+            self.fetch_z(SET ^ 1, next_row, next_col)
         self.put_dz(da * d_gate, da * d_up, SET)
         put(weight[:, None] * a, a_buffer)
         if row0 + da.shape[0] <= row_end:
@@ -171,12 +177,25 @@ class Epilogue:
 
 
 @gluon.jit
+def _row_weights(rows, row_end, row_slot, topk_weights_ptr):
+    """The routing weights of sorted rows, in float32."""
+    mask = rows < row_end
+    slot = gl.load(row_slot + rows, mask=mask, other=0)
+    return gl.load(topk_weights_ptr + slot, mask=mask, other=0.0).to(gl.float32)
+
+
+@gluon.jit
 def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, operands, tiles, ring, turns):
     """A consumer warpgroup: multiply and finish every other tile (ping-pong)."""
     BLOCK_M: gl.constexpr = ring.a.shape[1]
     BLOCK_K: gl.constexpr = ring.a.shape[2]
     BLOCK_N: gl.constexpr = ring.b.shape[2] if operands.W_IS_KN else ring.b.shape[1]
     SET: gl.constexpr = 2 * WARPGROUP  # the first of this consumer's
+    ROWS: gl.constexpr = epilogue.a_buffers.shape[1]  # of a step of the epilogue
+    COLUMNS: gl.constexpr = epilogue.a_buffers.shape[2]
+    # Steps 0 and 1 of the epilogue are the left half of a tile: below each other, interleaved beside each other.
+    DOWN: gl.constexpr = BLOCK_M - ROWS
+    RIGHT: gl.constexpr = 64 - COLUMNS
     H, I = operands.rows.width, operands.N
     steps_per_tile = (H + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS
     step = WARPGROUP * steps_per_tile
@@ -188,11 +207,11 @@ def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, op
         row0, row_end, col0 = tile.row0, tile.row_end, tile.n * BLOCK_N
         tma.store_wait(0)  # the stores of the tile before are done: the buffers are free
         epilogue.fetch_z(SET, row0, col0)
-        epilogue.fetch_z(SET + 1, row0, col0 + COLUMNS)
-        rows = row0 + gl.arange(0, BLOCK_M, gl.SliceLayout(1, accumulator_layout(COLUMNS)))
-        row_mask = rows < row_end
-        slot = gl.load(operands.row_slot + rows, mask=row_mask, other=0)
-        weight = gl.load(topk_weights_ptr + slot, mask=row_mask, other=0.0).to(gl.float32)
+        epilogue.fetch_z(SET + 1, row0 + DOWN, col0 + RIGHT)
+        rows0 = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, accumulator_layout(COLUMNS)))
+        rows1 = rows0 + DOWN
+        weight0 = _row_weights(rows0, row_end, operands.row_slot, topk_weights_ptr)
+        weight1 = _row_weights(rows1, row_end, operands.row_slot, topk_weights_ptr)
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
         await_turn(turns, WARPGROUP, turn)
         for k0 in range(0, H, BLOCK_K):
@@ -215,17 +234,27 @@ def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, op
         step += steps_per_tile  # skip the other consumer's tile
         turn += 1  # noqa: SIM113 (Gluon has no enumerate)
         left, right = halves(acc)
-        da0, da1 = halves(left)
-        da2, da3 = halves(right)
-        more = col0 + 2 * COLUMNS < I  # I is a multiple of 64
-        dw = epilogue.finish(da0, weight, SET, z_phase, False, row0, row_end, col0)
-        dw += epilogue.finish(da1, weight, SET + 1, z_phase, more, row0, row_end, col0 + COLUMNS)
+        if epilogue.INTERLEAVED:
+            da0, da1 = halves(left)
+            da2, da3 = halves(right)
+        else:
+            da0, da1 = row_halves(left)
+            da2, da3 = row_halves(right)
+        row1, col1, col2 = row0 + DOWN, col0 + RIGHT, col0 + 64
+        more = col2 < I  # I is a multiple of 64
+        dw0 = epilogue.finish(da0, weight0, SET, z_phase, row0, row_end, col0, False, row0, col0)
+        dw1 = epilogue.finish(da1, weight1, SET + 1, z_phase, row1, row_end, col1, more, row0, col2)
         z_phase ^= 1
         if more:
-            dw += epilogue.finish(da2, weight, SET, z_phase, True, row0, row_end, col0 + 2 * COLUMNS)
-            dw += epilogue.finish(da3, weight, SET + 1, z_phase, False, row0, row_end, col0 + 3 * COLUMNS)
+            dw0 += epilogue.finish(da2, weight0, SET, z_phase, row0, row_end, col2, True, row1, col2 + RIGHT)
+            dw1 += epilogue.finish(da3, weight1, SET + 1, z_phase, row1, row_end, col2 + RIGHT, False, row0, col0)
             z_phase ^= 1
-        gl.store(dw_ptr + tile.n.to(gl.int64) * R + rows, dw, mask=row_mask)
+        dw_out = dw_ptr + tile.n.to(gl.int64) * R
+        if epilogue.INTERLEAVED:
+            gl.store(dw_out + rows0, dw0 + dw1, mask=rows0 < row_end)
+        else:
+            gl.store(dw_out + rows0, dw0, mask=rows0 < row_end)
+            gl.store(dw_out + rows1, dw1, mask=rows1 < row_end)
     tma.store_wait(0)
 
 
@@ -271,11 +300,10 @@ def hopper_down_grad_kernel(
     W_BLOCK: gl.constexpr = (BLOCK_K, BLOCK_N) if W_IS_KN else (BLOCK_N, BLOCK_K)
     ring = new_ring(dtype, STAGES, (BLOCK_M, BLOCK_K), W_BLOCK, 1 + (128 if GATHER else 0), 1)
     turns = new_turns()
-    if INTERLEAVED:
-        z_buffers = gl.allocate_shared_memory(dtype, [4, BLOCK_M, 2 * COLUMNS], SWIZZLED)
-    else:
-        z_buffers = gl.allocate_shared_memory(dtype, [8, BLOCK_M, COLUMNS], NARROW)
-    a_buffers = gl.allocate_shared_memory(dtype, [4, BLOCK_M, COLUMNS], NARROW)
+    ROWS: gl.constexpr = BLOCK_M if INTERLEAVED else BLOCK_M // 2
+    COLUMNS: gl.constexpr = 32 if INTERLEAVED else 64
+    z_buffers = gl.allocate_shared_memory(dtype, [4 if INTERLEAVED else 8, ROWS, 64], SWIZZLED)
+    a_buffers = gl.allocate_shared_memory(dtype, [4, ROWS, COLUMNS], block_layout(COLUMNS))
     z_arrived = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(z_arrived.index(i), count=1)
@@ -369,10 +397,9 @@ def down_grad(
     constants = {"TOP_K": top_k, **gate.constants(), **SCHEDULE.constants(), "num_warps": 4}
     del constants["COOPERATIVE"]
     rows_in = dout if top_k else matrix(dout, BLOCK_M, BLOCK_K), dout
-    z_block: dict[str, Any] = {"layout": SWIZZLED.value if gate.interleaved else NARROW.value}
-    z_columns = COLUMNS.value * (2 if gate.interleaved else 1)
-    z_in, dz_out = (matrix(t, BLOCK_M, z_columns, **z_block) for t in (z, dz))
-    wa_out = matrix(wa, BLOCK_M, COLUMNS.value, layout=NARROW.value)
+    rows, columns = (BLOCK_M, 32) if gate.interleaved else (BLOCK_M // 2, 64)  # of a step of the epilogue
+    z_in, dz_out = (matrix(t, rows, 64) for t in (z, dz))
+    wa_out = matrix(wa, rows, columns, layout=block_layout(columns))
     for part, tiles in blocks(weight, plan):
         weights, chosen = weight_arguments(part, SCHEDULE.block_n, True, unused=wa)
         launch(
