@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from moe_kernels import backends, steps
+from moe_kernels.checkpointing import keeps, saves_through_hooks, selective_modes, unseen
 from moe_kernels.kernels.launch.replay import replayed
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.layer import BackwardSpec, BackwardTensors, Grads, Needs, SecondHalfTensors, Spec, Tensors
 from moe_kernels.memory import explains_out_of_memory
 from moe_kernels.packed import PackedWeight
-from moe_kernels.plain import batched, plain_grads
+from moe_kernels.plain import batched, plain_grads, traced
 from moe_kernels.routing import plan_elements
 
 # Steps of known sizes are replayed.
-run_forward = explains_out_of_memory("forward pass")(
+_run_forward = explains_out_of_memory("forward pass")(
     replayed(steps.forward, steps.replays, first=steps.compile_ahead)
 )
 _run_backward = explains_out_of_memory("backward pass")(replayed(steps.backward, steps.replays))
@@ -64,14 +65,14 @@ def grads_of_inputs(
 
 
 # ------------------------------------------------------------------------------------------------ eager Functions
-class Experts(torch.autograd.Function):
+class _Experts(torch.autograd.Function):
     """The layer: a custom op costs some tenths of a millisecond more host time a call (torch 2.11)."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *flat, spec = args
         tensors = Tensors(*flat)
-        out, *made = run_forward(tensors, spec)
+        out, *made = _run_forward(tensors, spec)
         save(ctx, tensors, spec, made)
         return out
 
@@ -99,7 +100,7 @@ class _FirstHalf(torch.autograd.Function):
         rows = tensors.x.shape[0] if spec.reduce else tensors.topk_ids.numel()
         return tensors.x.new_empty(()).expand(rows, tensors.x.shape[1]), a, a_low, packed_plan
 
-    backward = staticmethod(Experts.backward)
+    backward = staticmethod(_Experts.backward)
 
 
 class _SecondHalf(torch.autograd.Function):
@@ -115,7 +116,7 @@ class _SecondHalf(torch.autograd.Function):
 
 
 @explains_out_of_memory("forward pass")
-def experts_in_halves(tensors: Tensors, spec: Spec) -> Tensor:
+def _in_halves(tensors: Tensors, spec: Spec) -> Tensor:
     """out (T, H), or (R, H) by slot, by two Functions, of which the first saves: after it nothing is computed again.
 
     Checkpointing with ``use_reentrant=False`` stops at the last tensor that a region saves.
@@ -123,6 +124,26 @@ def experts_in_halves(tensors: Tensors, spec: Spec) -> Tensor:
     out, a, a_low, packed_plan = _FirstHalf.apply(*tensors, spec)
     values: Tensor = _SecondHalf.apply(out, tensors.for_second_half(a, a_low, packed_plan), spec)
     return values
+
+
+def eager_experts(tensors: Tensors, spec: Spec) -> Tensor:
+    """out (T, H), or (R, H) by slot; by the custom op where selective checkpointing keeps what that returns."""
+    modes = selective_modes()
+    if not modes:
+        return _eager(tensors, spec)
+    packed = isinstance(tensors.gate_up, PackedWeight) or isinstance(tensors.down, PackedWeight)
+    if spec.needs_grad and not packed and keeps(modes, forward_op, (*tensors, *_flat(spec))):
+        return experts_op(tensors, spec)
+    with unseen():
+        return _eager(tensors, spec)
+
+
+def _eager(tensors: Tensors, spec: Spec) -> Tensor:
+    backends.count_dispatch(backends.backend_of(tensors, spec).name)
+    if not spec.needs_grad:
+        return _run_forward(tensors, spec).out
+    out: Tensor = _in_halves(tensors, spec) if saves_through_hooks() else _Experts.apply(*tensors, spec)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------- custom ops
@@ -185,7 +206,7 @@ def _forward(*flat: Any) -> steps.Forward:
     tensors, spec = _call(flat)
     backends.count_dispatch(backends.backend_of(tensors, spec).name)
     # An op's outputs are its own in every call: replays share what has no elements.
-    return steps.Forward(*(out if out.numel() else torch.empty_like(out) for out in run_forward(tensors, spec)))
+    return steps.Forward(*(out if out.numel() else torch.empty_like(out) for out in _run_forward(tensors, spec)))
 
 
 def _fake_forward(*flat: Any) -> steps.Forward:
@@ -226,12 +247,21 @@ def _backward_op(t: BackwardTensors, spec: BackwardSpec) -> Grads:
     return Grads(*(grad if needed else None for grad, needed in zip(grads, spec.needs, strict=True)))
 
 
+def _grads(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """In eager mode without the op, so that Z may be overwritten: selective checkpointing gave it away by then."""
+    if torch.compiler.is_compiling() or (dout is not None and traced(dout)):
+        grads = grads_of_inputs(ctx, dout, _backward_op, False)
+    else:
+        grads = grads_of_inputs(ctx, dout, _run_backward, not _keeps_graph())
+    return *grads, *[None] * len(Spec._fields)
+
+
 _forward_op, _backward_def = _op("experts_forward", _forward, _FORWARD), _op("experts_backward", _backward, _BACKWARD)
 #: The ops as overloads, which torch.compile takes into its graph.
 forward_op, backward_op = _forward_op._opoverload, _backward_def._opoverload
 _forward_op.register_fake(_fake_forward)
 _backward_def.register_fake(_fake_backward)
 _forward_op.register_autograd(
-    lambda ctx, dout, *_: (*grads_of_inputs(ctx, dout, _backward_op, False), *[None] * len(Spec._fields)),
+    _grads,
     setup_context=lambda ctx, inputs, output: save(ctx, *_call(inputs), output[1:]),
 )

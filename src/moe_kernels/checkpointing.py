@@ -61,9 +61,10 @@ def _wanted(mode: TorchDispatchMode, op: torch._ops.OpOverload, arguments: tuple
     return policy is not None and policy(SelectiveCheckpointContext(is_recompute=False), op, *arguments) in _KEEP
 
 
-def unseen_by(modes: list[TorchDispatchMode]) -> contextlib.AbstractContextManager[Any]:
-    """Inside, no dispatch mode sees what runs, if selective checkpointing is among them.
+def unseen() -> contextlib.AbstractContextManager[Any]:
+    """Inside, no dispatch mode sees what runs.
 
-    It wants the same operators when the region is computed again; allocations of a replay are not those of the steps.
+    Selective checkpointing wants to see the same operators when a region is computed again, and a replay allocates by
+    others than the steps.
     """
-    return _disable_current_modes() if modes else contextlib.nullcontext()
+    return _disable_current_modes()

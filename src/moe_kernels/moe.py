@@ -27,8 +27,7 @@ from torch import Tensor
 
 from moe_kernels import backends, registry
 from moe_kernels.activation import Activation
-from moe_kernels.autograd import Experts, experts_in_halves, experts_op, run_forward
-from moe_kernels.checkpointing import saves_through_hooks
+from moe_kernels.autograd import eager_experts, experts_op
 from moe_kernels.checks import (
     check_devices,
     check_experts,
@@ -145,13 +144,7 @@ def fused_experts(
         if torch.compiler.is_compiling() or traced(tensors.x):
             out = experts_op(tensors._replace(gate_up=whole(tensors.gate_up), down=whole(tensors.down)), spec)
         else:
-            backends.count_dispatch(backends.backend_of(tensors, spec).name)
-            if not spec.needs_grad:
-                out = run_forward(tensors, spec).out
-            elif saves_through_hooks():
-                out = experts_in_halves(tensors, spec)
-            else:
-                out = Experts.apply(*tensors, spec)
+            out = eager_experts(tensors, spec)
     return (out if reduce else out.view(*topk_ids.shape, down.shape[1])).to(x.dtype)
 
 
