@@ -248,12 +248,9 @@ def _backward_op(t: BackwardTensors, spec: BackwardSpec) -> Grads:
 
 
 def _grads(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """In eager mode without the op, so that Z may be overwritten: selective checkpointing gave it away by then."""
-    if torch.compiler.is_compiling() or (dout is not None and traced(dout)):
-        grads = grads_of_inputs(ctx, dout, _backward_op, False)
-    else:
-        grads = grads_of_inputs(ctx, dout, _run_backward, not _keeps_graph())
-    return *grads, *[None] * len(Spec._fields)
+    """Z is an output of the op, and not to be overwritten. In eager mode nobody has to see an op."""
+    unseen = not torch.compiler.is_compiling() and dout is not None and not traced(dout)
+    return *grads_of_inputs(ctx, dout, _run_backward if unseen else _backward_op, False), *[None] * len(Spec._fields)
 
 
 _forward_op, _backward_def = _op("experts_forward", _forward, _FORWARD), _op("experts_backward", _backward, _BACKWARD)
