@@ -89,6 +89,12 @@ class Tensors(NamedTuple):
     down_lora_b: Tensor | None = None
     down_lora_a: Tensor | None = None
 
+    def for_second_half(self, a: Tensor, a_low: Tensor, packed_plan: Tensor) -> SecondHalfTensors:
+        """What the second half of the forward takes of these tensors, with what the first half made."""
+        return SecondHalfTensors(
+            a, self.topk_weights, self.down, self.down_bias, self.down_lora_b, a_low, packed_plan
+        )
+
     def for_backward(
         self, dout: Tensor, z: Tensor, x_low: Tensor, a_low: Tensor, packed_plan: Tensor
     ) -> BackwardTensors:
@@ -125,7 +131,24 @@ class BackwardTensors(NamedTuple):
     packed_plan: Tensor
 
 
-AnyTensors = Tensors | BackwardTensors
+class SecondHalfTensors(NamedTuple):
+    """What the down projection and the sum over a token's experts take.
+
+    Attributes:
+        a: (R, I).
+        a_low, packed_plan: as in :class:`BackwardTensors`.
+    """
+
+    a: Tensor
+    topk_weights: Tensor
+    down: Matrix
+    down_bias: Tensor | None
+    down_lora_b: Tensor | None
+    a_low: Tensor
+    packed_plan: Tensor
+
+
+AnyTensors = Tensors | SecondHalfTensors | BackwardTensors
 
 
 class Needs(NamedTuple):
@@ -177,7 +200,7 @@ class Spec(NamedTuple):
     backend: str
     needs_grad: bool
 
-    def gate(self, tensors: AnyTensors) -> Gate:
+    def gate(self, tensors: Tensors | BackwardTensors) -> Gate:
         """How Z becomes A in the layer of these tensors."""
         gated = tensors.gate_up.shape[1] != tensors.down.shape[2]
         return Gate(Activation(self.activation, self.parameters), gated, self.interleaved)
@@ -186,9 +209,9 @@ class Spec(NamedTuple):
         """``group_size``, with "auto" resolved for R rows and E experts."""
         return resolve_group_size(self.group_size, rows, experts)
 
-    def plan(self, t: BackwardTensors) -> RoutingPlan:
-        """The saved plan, unpacked."""
-        (tokens, top_k), experts = t.topk_weights.shape, t.gate_up.shape[0]
+    def plan(self, t: SecondHalfTensors | BackwardTensors) -> RoutingPlan:
+        """The plan of the forward's first half, unpacked."""
+        (tokens, top_k), experts = t.topk_weights.shape, t.down.shape[0]
         group_size = self.rows_per_tile(tokens * top_k, experts)
         return RoutingPlan.from_packed(t.packed_plan, tokens, top_k, experts, group_size, self.persistent)
 

@@ -11,10 +11,10 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from moe_kernels.layer import AnyTensors, BackwardSpec, Spec
+from moe_kernels.layer import BackwardSpec, BackwardTensors, Spec, Tensors
 
 GIB = 2**30
-T = TypeVar("T", bound=AnyTensors)
+T = TypeVar("T", Tensors, BackwardTensors)
 S = TypeVar("S", Spec, BackwardSpec)
 R = TypeVar("R")
 
@@ -52,7 +52,9 @@ def explains_out_of_memory(what: str) -> Callable[[Callable[[T, S], R]], Callabl
     return decorate
 
 
-def _explain(what: str, reason: torch.OutOfMemoryError, t: AnyTensors, spec: Spec | BackwardSpec) -> NoReturn:
+def _explain(
+    what: str, reason: torch.OutOfMemoryError, t: Tensors | BackwardTensors, spec: Spec | BackwardSpec
+) -> NoReturn:
     recompute = (spec if isinstance(spec, Spec) else spec.forward).recompute
     (tokens, top_k), (experts, hidden, intermediate) = t.topk_weights.shape, t.down.shape
     width, size = t.gate_up.shape[1], t.x.element_size()

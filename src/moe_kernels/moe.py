@@ -22,14 +22,12 @@ backward writes dZ over Z, unless the graph is kept for another backward.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from moe_kernels import backends, registry, steps
+from moe_kernels import backends, registry
 from moe_kernels.activation import Activation
-from moe_kernels.autograd import experts_op, grads_of_inputs, save
+from moe_kernels.autograd import eager_experts, experts_op
 from moe_kernels.checks import (
     check_devices,
     check_experts,
@@ -38,9 +36,7 @@ from moe_kernels.checks import (
     check_low_rank,
     compute_dtype,
 )
-from moe_kernels.kernels.launch.replay import replayed
 from moe_kernels.layer import Spec, Tensors
-from moe_kernels.memory import explains_out_of_memory
 from moe_kernels.packed import PackedWeight, whole
 from moe_kernels.plain import plain_experts, traced, transformed
 from moe_kernels.reference import LowRankPair
@@ -148,8 +144,7 @@ def fused_experts(
         if torch.compiler.is_compiling() or traced(tensors.x):
             out = experts_op(tensors._replace(gate_up=whole(tensors.gate_up), down=whole(tensors.down)), spec)
         else:
-            backends.count_dispatch(backends.backend_of(tensors, spec).name)
-            out = _Experts.apply(*tensors, spec) if spec.needs_grad else _forward(tensors, spec).out
+            out = eager_experts(tensors, spec)
     return (out if reduce else out.view(*topk_ids.shape, down.shape[1])).to(x.dtype)
 
 
@@ -168,26 +163,3 @@ def _padded(pair: LowRankPair | None, dtype: torch.dtype) -> tuple[Tensor | None
         lora_b = torch.nn.functional.pad(lora_b, (0, missing))
         lora_a = torch.nn.functional.pad(lora_a, (0, 0, 0, missing))
     return lora_b.contiguous(), lora_a.contiguous()
-
-
-# Steps of known sizes are replayed.
-_forward = explains_out_of_memory("forward pass")(replayed(steps.forward, steps.replays, first=steps.compile_ahead))
-_backward = explains_out_of_memory("backward pass")(replayed(steps.backward, steps.replays))
-
-
-class _Experts(torch.autograd.Function):
-    """The eager path: a custom op costs some tenths of a millisecond more host time a call (torch 2.11)."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        *flat, spec = args
-        tensors = Tensors(*flat)
-        out = _forward(tensors, spec)
-        save(ctx, tensors, spec, out)
-        return out.out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Z dies with the graph. torch's own donated buffers ask the same question in the same way.
-        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        return *grads_of_inputs(ctx, dout, _backward, not keep_graph), None

@@ -23,6 +23,7 @@ from moe_kernels.layer import (
     Matrix,
     Needs,
     Rows,
+    SecondHalfTensors,
     Spec,
     Tensors,
     Weight,
@@ -45,8 +46,35 @@ class Forward(NamedTuple):
     packed_plan: Tensor
 
 
+class FirstHalf(NamedTuple):
+    """Attributes:
+    a: (R, I).
+    z, x_low, a_low, packed_plan: see :class:`moe_kernels.layer.BackwardTensors`.
+    """
+
+    a: Tensor
+    z: Tensor
+    x_low: Tensor
+    a_low: Tensor
+    packed_plan: Tensor
+
+
+class SecondHalf(NamedTuple):
+    """Attributes:
+    out: (T, H), or (R, H) by slot without the sum.
+    """
+
+    out: Tensor
+
+
 def forward(t: Tensors, spec: Spec) -> Forward:
     """Steps 0 to 3."""
+    half = first_half(t, spec)
+    return Forward(*second_half(t.for_second_half(half.a, half.a_low, half.packed_plan), spec), *half[1:])
+
+
+def first_half(t: Tensors, spec: Spec) -> FirstHalf:
+    """Steps 0 and 1, and A lora_a^T of step 2: all that the backward needs is there when they are done."""
     backend, gate = backend_of(t, spec), spec.gate(t)
     experts = t.gate_up.shape[0]
     plan = backend.make_plan(t.topk_ids, experts, spec.rows_per_tile(t.topk_ids.numel(), experts), spec.persistent)
@@ -57,13 +85,16 @@ def forward(t: Tensors, spec: Spec) -> Forward:
     z, a = backend.up(t.x, gate_up, plan, gate, spec.needs_grad and not spec.recompute)
     if t.down_lora_a is not None:
         a_low = backend.low(a, t.down_lora_a, plan)
-    y = backend.down(a, Weight(t.down, t.down_bias, a_low, t.down_lora_b), plan)
-    del a
+    return FirstHalf(a, z, x_low, a_low, plan.packed)
+
+
+def second_half(t: SecondHalfTensors, spec: Spec) -> SecondHalf:
+    """Steps 2 and 3."""
+    backend, plan = backend_of(t, spec), spec.plan(t)
+    y = backend.down(t.a, Weight(t.down, t.down_bias, t.a_low, t.down_lora_b), plan)
     if spec.reduce:
-        out = backend.combine(y, t.topk_weights, plan)
-    else:
-        out = backend.combine(y, t.topk_weights.view(-1, 1), _by_slot(plan))
-    return Forward(out, z, x_low, a_low, plan.packed)
+        return SecondHalf(backend.combine(y, t.topk_weights, plan))
+    return SecondHalf(backend.combine(y, t.topk_weights.view(-1, 1), _by_slot(plan)))
 
 
 def _by_slot(plan: RoutingPlan) -> RoutingPlan:

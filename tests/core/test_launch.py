@@ -1,9 +1,11 @@
+
 """The direct launch: the same kernels, arguments and results as Triton's own launch.
 
 Three kinds of tests: stubs that tell which way a launch went; Triton's real launcher on a driver that only records
 (fake_cuda.py); and, on a GPU, results to the bit.
 """
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -460,6 +462,18 @@ def test_the_third_call_is_replayed(replaying, driver, counted):
         assert second[13:] == (high.data_ptr(), 48, low_map, 2, 16, 16, 1, high_map, 6, 8, 8, 1)
     assert (steps.first.through_triton, len(steps.first.direct)) == (1, 4)
     assert vars(counted()) == {"replay": 6, "direct": 2, "triton": 2}
+
+
+def test_in_a_custom_op_the_same_is_recorded():
+    """Below autograd, operators made of others are not taken apart on the way to a mode."""
+    obstacles = []
+    for below in (contextlib.nullcontext, torch._C._AutoDispatchBelowAutograd):
+        for step in (lambda x: x.mT.mT.reshape(2, 32), lambda x: x.reshape(-1)[1:], lambda x: x.mT.reshape(-1)):
+            recorder, x = replay._Recorder([]), torch.empty(4, 16)
+            with torch.no_grad(), below(), recorder:
+                step(x)
+            obstacles.append(bool(recorder.obstacle))
+    assert obstacles == [False, False, True] * 2  # the last one copies
 
 
 def test_another_signature_is_another_program(replaying):

@@ -158,6 +158,29 @@ def test_packing_accumulation_and_checkpointing(folder: Path) -> None:
     assert [row["train/moe/expert_calls"] for row in optimized.rows] == [2 * 2 * shape.moe_layers] * STEPS
 
 
+def test_selective_checkpointing_keeps_the_experts(folder: Path) -> None:
+    """By the line of docs/axolotl.md: the router counts, and the experts run, once a step."""
+    family = FAMILIES["mixtral"]
+    configs = {
+        "kept-off": tiny(family.optimized, "mixtral") | {"gradient_checkpointing": False},
+        "kept-on": tiny(family.optimized, "mixtral")
+        | {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "selective_checkpointing": {"save": ["attention", "moe_kernels::experts_forward"]},
+            "moe_router_telemetry": True,
+        },
+    }
+    with ThreadPoolExecutor() as pool:
+        off, on = pool.map(partial(train, folder), configs.keys(), configs.values())
+    for training in (off, on):
+        assert training.returncode == 0, training.log[-4000:]
+    assert on.losses == off.losses
+    assert [row["train/moe/expert_calls"] for row in on.rows] == [family.sizes["tiny"].moe_layers] * STEPS
+    assert "saving `moe_kernels::experts_forward_" in on.log
+    assert "no op matched" not in on.log
+
+
 def check_router(training: Training, history: RouterHistory, shape: ModelShape) -> None:
     """The file accounts for every token of the training, and the trainer's log says the same."""
     assert history.steps == [*range(1, STEPS + 1)]

@@ -119,6 +119,12 @@ class _Recorder(TorchDispatchMode):
         self.memory: dict[int, int] = {}  # number of each storage allocated while recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _ALLOCATIONS and func not in _VIEWS:
+            # In a custom op, below autograd, operators made of others arrive whole: mT, reshape.
+            with self:
+                out = func.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented:
+                return out
         out = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             self.memory[out.untyped_storage()._cdata] = len(self.inputs) + len(self.allocated)
