@@ -5,7 +5,6 @@ The ops, which torch.compile does not look into, are the only place where a call
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from moe_kernels import backends, steps
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.layer import BackwardSpec, BackwardTensors, Grads, Needs, Spec, Tensors
 from moe_kernels.memory import explains_out_of_memory
+from moe_kernels.ops import custom_ops
 from moe_kernels.packed import PackedWeight
 from moe_kernels.plain import batched, plain_grads
 from moe_kernels.routing import plan_elements
@@ -76,16 +76,6 @@ _FORWARD = f"({_arguments(Tensors._fields)}, {_SETTINGS}, bool needs_grad) -> ({
 _BACKWARD = (
     f"({_arguments(BackwardTensors._fields)}, {_SETTINGS}, bool[] needs, bool overwrite_z) -> ({_tensors(Grads)})"
 )
-
-
-def _op(name: str, function: Callable[..., Any], schema: str) -> torch.library.CustomOpDef:
-    """The custom op of this name and a digest of what both ops take and give.
-
-    torch.compile keeps compiled graphs on disk and knows an op by its name alone: under the same name it would call
-    the op of this release as that of another one.
-    """
-    digest = zlib.crc32((_FORWARD + _BACKWARD).encode())
-    return torch.library.custom_op(f"moe_kernels::{name}_{digest:08x}", function, mutates_args=(), schema=schema)
 
 
 def experts_op(tensors: Tensors, spec: Spec) -> Tensor:
@@ -154,7 +144,9 @@ def _backward_op(t: BackwardTensors, spec: BackwardSpec) -> Grads:
     return Grads(*(grad if needed else None for grad, needed in zip(grads, spec.needs, strict=True)))
 
 
-_forward_op, _backward_def = _op("experts_forward", _forward, _FORWARD), _op("experts_backward", _backward, _BACKWARD)
+_forward_op, _backward_def = custom_ops(
+    experts_forward=(_forward, _FORWARD), experts_backward=(_backward, _BACKWARD)
+)
 #: The ops as overloads, which torch.compile takes into its graph.
 forward_op, backward_op = _forward_op._opoverload, _backward_def._opoverload
 _forward_op.register_fake(_fake_forward)
