@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Display
 
-from moe_kernels.shapes import ALL_FAMILIES, FAMILIES, REAL_FAMILIES
+from moe_kernels.shapes import ALL_FAMILIES, FAMILIES
 from moe_kernels.tools.common.errors import CHECK_FAILED, CommandError, MissingDependency, UsageError
 from moe_kernels.tools.common.files import write_json
 from moe_kernels.tools.common.options import one_of
@@ -140,11 +140,6 @@ def compare(
     device = visible_gpu()
     if size not in ("auto", "tiny") and device is None:
         raise MissingDependency(f"The {size} models need an NVIDIA GPU and none is visible. Cure: --size tiny.")
-    adapted = lora or all(name in REAL_FAMILIES for name in names)
-    if qlora and (not adapted or device is None):
-        raise UsageError("--qlora needs --lora and an NVIDIA GPU: Axolotl makes 4-bit experts on a GPU alone.")
-    if liger and (device is None or importlib.util.find_spec("liger_kernel") is None):
-        raise MissingDependency("--liger needs an NVIDIA GPU and the package liger-kernel: pip install liger-kernel.")
     options = Options(
         size="tiny" if size == "auto" and device is None else size,
         steps=steps,
@@ -158,6 +153,7 @@ def compare(
         qlora=qlora,
         liger=liger,
     )
+    _check_installed(options, device)
     plans = make_plans(names, options)
     folder = out or REPORT_FOLDER / (label("all", plans[0].size) if len(plans) > 1 else plans[0].label)
     for plan in plans:
@@ -183,6 +179,19 @@ def compare(
             comparisons.append(comparison)
             show_comparison(Analysis(comparison), console)
     raise typer.Exit(_finish(comparisons, folder, strict, console))
+
+
+def _check_installed(options: Options, device: str | None) -> None:
+    """Raise MissingDependency where an option asks for what this machine does not have."""
+    if options.qlora and device is None:
+        raise MissingDependency(
+            "--qlora needs an NVIDIA GPU and none is visible: Axolotl puts expert weights into 4 bits as it loads "
+            "them onto one, and elsewhere leaves them as they are and says nothing. Cure: leave --qlora out here."
+        )
+    if options.qlora and importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependency("--qlora needs the package bitsandbytes: pip install bitsandbytes.")
+    if options.liger and (device is None or importlib.util.find_spec("liger_kernel") is None):
+        raise MissingDependency("--liger needs an NVIDIA GPU and the package liger-kernel: pip install liger-kernel.")
 
 
 def make_plans(names: list[str], options: Options) -> list[Plan]:

@@ -118,9 +118,13 @@ def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] |
     """The comparison of one family; ``tiny_overrides`` turns its files into runs for a CPU.
 
     Raises:
-        UsageError: the family has no such size.
+        UsageError: the family has no such size, or 4 bits are asked for without an adapter.
     """
     family = ALL_FAMILIES[name]
+    if options.qlora and not (options.lora or family.drawn):
+        raise UsageError(
+            f"--qlora keeps frozen weights in 4 bits, and the run files of {name} train all weights: add --lora 16."
+        )
     size = family.large if options.size == "auto" else options.size
     if size not in family.sizes:
         raise UsageError(f"{name} has no size {size}: choose from {', '.join(family.sizes)}.")
@@ -140,9 +144,10 @@ def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
     Raises:
         UsageError: the first uses our kernels already, or the second does not, or they are to get an adapter.
     """
-    if options.lora:
+    if options.lora or options.qlora:
+        option = "--lora" if options.lora else "--qlora"
         raise UsageError(
-            "--lora is for mixtral, qwen2-moe and deepseek-v3, and for qwen3-moe and gpt-oss at another rank. "
+            f"{option} changes the run files of a family ({', '.join(ALL_FAMILIES)}). "
             "Write the adapter into your two run files."
         )
     before, after = load_yaml(baseline), load_yaml(optimized)
