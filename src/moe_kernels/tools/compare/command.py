@@ -35,9 +35,9 @@ from moe_kernels.tools.compare.plan import (
     Options,
     Plan,
     RunSpec,
-    label,
     plan_family,
     plan_files,
+    report_name,
 )
 from moe_kernels.tools.compare.report import show_comparison, show_failures, write_report
 from moe_kernels.tools.compare.runner import (
@@ -155,7 +155,7 @@ def compare(
     )
     _check_installed(options, device)
     plans = make_plans(names, options)
-    folder = out or REPORT_FOLDER / (label("all", plans[0].size) if len(plans) > 1 else plans[0].label)
+    folder = out or REPORT_FOLDER / report_name(plans, options)
     for plan in plans:
         _show_plan(plan, dry_run, console)
     if dry_run:
@@ -210,10 +210,8 @@ def make_plans(names: list[str], options: Options) -> list[Plan]:
             f"There is nothing called {', '.join(unknown)} to compare. "
             f"Name {', '.join(ALL_FAMILIES)} or all, or a baseline and an optimised .yml file."
         )
-    return [
-        plan_family(name, options, tiny_overrides(name) if options.size == "tiny" else None)
-        for name in (FAMILIES if "all" in names else dict.fromkeys(names))
-    ]
+    families = dict.fromkeys(each for name in names for each in (FAMILIES if name == "all" else [name]))
+    return [plan_family(name, options, tiny_overrides(name) if options.size == "tiny" else None) for name in families]
 
 
 def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Comparison:
