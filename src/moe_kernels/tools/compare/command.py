@@ -54,13 +54,7 @@ REPORT_FOLDER = Path("artifacts") / "compare"
 
 
 def compare(
-    targets: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="mixtral, qwen2-moe, deepseek-v3, all (these three); qwen3-moe or gpt-oss, LoRA at real size; "
-            "or two Axolotl run files: BASELINE.yml OPTIMIZED.yml."
-        ),
-    ] = None,
+    targets: Annotated[list[str] | None, typer.Argument(show_default="all")] = None,
     size: Annotated[
         str,
         typer.Option(help="1b, tiny, or auto: 1b (qwen3-moe 30b, gpt-oss 20b) with a GPU, tiny without."),
@@ -81,12 +75,19 @@ def compare(
     ] = True,
     lora: Annotated[
         int,
-        typer.Option(min=0, max=128, help="Train adapters of this rank on attention and experts, the rest frozen."),
+        typer.Option(
+            min=0,
+            max=128,
+            help="Train adapters of this rank on attention and experts, the rest frozen.",
+            show_default="as the run files: 16 of qwen3-moe and gpt-oss, none of the others",
+        ),
     ] = 0,
     qlora: Annotated[
         bool,
         typer.Option(
-            "--qlora", help="With an adapter: keep the frozen weights in 4 bits. Needs a GPU, bitsandbytes."
+            "--qlora",
+            help="With an adapter (--lora, qwen3-moe, gpt-oss): keep the frozen weights in 4 bits. Needs a GPU, "
+            "bitsandbytes.",
         ),
     ] = False,
     liger: Annotated[
@@ -117,6 +118,9 @@ def compare(
     ] = False,
 ) -> None:
     """Train each model pair with and without the kernels, and write the side-by-side report.
+
+    TARGETS are mixtral, qwen2-moe, deepseek-v3 (all weights of 1B models) or all, which is these three; qwen3-moe and
+    gpt-oss (LoRA at real size); or two Axolotl run files of your own: BASELINE.yml OPTIMIZED.yml.
 
     Each run is a real `axolotl train` in a process of its own. What is missing (models, tokenizer, data) is
     made first, offline. A finished run is not repeated unless its settings, a version or the kernels changed.
