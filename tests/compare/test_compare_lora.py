@@ -17,7 +17,7 @@ from moe_kernels.tools.prepare import tiny_overrides
 
 KERNEL_KEYS = {"plugins", "moe_kernels", "moe_group_size", "moe_persistent_kernel", "experts_implementation"}
 NAMES = {"output_dir", "wandb_project", "wandb_name", "moe_router_telemetry"}
-NO_GPU = "--qlora needs an NVIDIA GPU and none is visible: Axolotl puts expert weights into 4 bits as it loads"
+NO_GPU = "--qlora needs an NVIDIA GPU and none is visible: Axolotl loads a 4-bit model onto one"
 
 
 def plan(family: str, **options: object) -> Plan:

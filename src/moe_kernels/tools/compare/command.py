@@ -189,8 +189,8 @@ def _check_installed(options: Options, device: str | None) -> None:
     """Raise MissingDependency where an option asks for what this machine does not have."""
     if options.qlora and device is None:
         raise MissingDependency(
-            "--qlora needs an NVIDIA GPU and none is visible: Axolotl puts expert weights into 4 bits as it loads "
-            "them onto one, and elsewhere leaves them as they are and says nothing. Cure: leave --qlora out here."
+            "--qlora needs an NVIDIA GPU and none is visible: Axolotl loads a 4-bit model onto one, and puts expert "
+            "weights into 4 bits there alone. Cure: leave --qlora out here."
         )
     if options.qlora and importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependency("--qlora needs the package bitsandbytes: pip install bitsandbytes.")
