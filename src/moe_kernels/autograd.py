@@ -5,7 +5,6 @@ The ops, which torch.compile does not look into, are the only place where a call
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from moe_kernels.kernels.launch.replay import replayed
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.layer import BackwardSpec, BackwardTensors, Grads, Needs, SecondHalfTensors, Spec, Tensors
 from moe_kernels.memory import explains_out_of_memory
+from moe_kernels.ops import custom_ops
 from moe_kernels.packed import PackedWeight
 from moe_kernels.plain import batched, plain_grads, traced
 from moe_kernels.routing import plan_elements
@@ -170,16 +170,6 @@ _BACKWARD = (
 )
 
 
-def _op(name: str, function: Callable[..., Any], schema: str) -> torch.library.CustomOpDef:
-    """The custom op of this name and a digest of what both ops take and give.
-
-    torch.compile keeps compiled graphs on disk and knows an op by its name alone: under the same name it would call
-    the op of this release as that of another one.
-    """
-    digest = zlib.crc32((_FORWARD + _BACKWARD).encode())
-    return torch.library.custom_op(f"moe_kernels::{name}_{digest:08x}", function, mutates_args=(), schema=schema)
-
-
 def experts_op(tensors: Tensors, spec: Spec) -> Tensor:
     """out (T, H), or (R, H) by slot, by the custom op."""
     out: Tensor = forward_op(*tensors, *_flat(spec))[0]
@@ -253,7 +243,9 @@ def _grads(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]
     return *grads_of_inputs(ctx, dout, _run_backward if unseen else _backward_op, False), *[None] * len(Spec._fields)
 
 
-_forward_op, _backward_def = _op("experts_forward", _forward, _FORWARD), _op("experts_backward", _backward, _BACKWARD)
+_forward_op, _backward_def = custom_ops(
+    experts_forward=(_forward, _FORWARD), experts_backward=(_backward, _BACKWARD)
+)
 #: The ops as overloads, which torch.compile takes into its graph.
 forward_op, backward_op = _forward_op._opoverload, _backward_def._opoverload
 _forward_op.register_fake(_fake_forward)

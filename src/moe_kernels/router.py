@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from moe_kernels.ops import custom_ops
 from moe_kernels.plain import batched, say_plain, traced, transformed, without_autocast
 from moe_kernels.problem import UnsupportedProblem, device_capability
 
@@ -89,7 +90,7 @@ def route(
         say_plain("a fused router")
         return reference_route(logits, correction_bias, settings)
     compiled = torch.compiler.is_compiling() or traced(logits)
-    run = torch.ops.moe_kernels.route_forward if compiled else _Route.apply
+    run = route_forward if compiled else _Route.apply
     weights, ids = run(logits.contiguous(), correction_bias, *settings)
     return weights, ids
 
@@ -262,11 +263,15 @@ def _forward_fake(
     return logits.new_empty(shape, dtype=rest[-1]), logits.new_empty(shape, dtype=torch.int64)
 
 
-route_forward = torch.library.custom_op("moe_kernels::route_forward", _forward, mutates_args=())
-route_forward.register_fake(_forward_fake)
-route_backward = torch.library.custom_op("moe_kernels::route_backward", _backward, mutates_args=())
-route_backward.register_fake(lambda dweights, logits, *_: torch.empty_like(logits))
-route_forward.register_autograd(
-    lambda ctx, dweights, _: _grads(ctx, dweights, torch.ops.moe_kernels.route_backward),
+_forward_op, _backward_op = custom_ops(
+    route_forward=(_forward, torch.library.infer_schema(_forward, mutates_args=())),
+    route_backward=(_backward, torch.library.infer_schema(_backward, mutates_args=())),
+)
+#: The ops as overloads, which torch.compile takes into its graph.
+route_forward, route_backward = _forward_op._opoverload, _backward_op._opoverload
+_forward_op.register_fake(_forward_fake)
+_backward_op.register_fake(lambda dweights, logits, *_: torch.empty_like(logits))
+_forward_op.register_autograd(
+    lambda ctx, dweights, _: _grads(ctx, dweights, route_backward),
     setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output[1]),
 )

@@ -13,9 +13,11 @@ import yaml
 from test_compare_runner import BASE, FAKE
 from typer.testing import CliRunner, Result
 
+from moe_kernels.shapes import ALL_FAMILIES, FAMILIES
 from moe_kernels.tools.app import app
 from moe_kernels.tools.compare import command
 from moe_kernels.tools.compare.gpu import Gpu
+from moe_kernels.tools.compare.plan import Options, plan_files
 from moe_kernels.tools.compare.runner import Machine
 
 
@@ -113,11 +115,38 @@ def test_reports_of_one_name_are_numbered_and_of_another_size_are_named_so() -> 
     assert all(page.count(f'id="{name.lower()}"') == 1 for name in (*names, "how"))
 
 
-def test_the_tiny_models_have_a_report_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (("mixtral",), "mixtral-tiny"),
+        (("all",), "all-tiny"),
+        (("qwen2-moe", "mixtral", "deepseek-v3"), "all-tiny"),
+        (("mixtral", "qwen2-moe"), "mixtral-qwen2-moe-tiny"),
+        (("qwen3-moe", "gpt-oss"), "qwen3-moe-gpt-oss-tiny"),
+        (("all", "gpt-oss"), "mixtral-qwen2-moe-deepseek-v3-gpt-oss-tiny"),
+        (("all", "--lora", "8"), "all-lora8-tiny"),
+    ],
+    ids=str,
+)
+def test_the_report_folder_tells_what_was_compared(
+    arguments: tuple[str, ...], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(command, "run_plan", lambda plan, *_: builders.comparison(name=plan.name, size=plan.size))
-    for names, folder in ((("mixtral",), "mixtral-tiny"), (("mixtral", "qwen2-moe"), "all-tiny")):
-        assert compare(*names, "--size", "tiny").exit_code == 0
-        assert Path("artifacts/compare", folder, "mixtral-tiny.json").is_file()
+    result = compare(*arguments, "--size", "tiny")
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in Path("artifacts/compare").iterdir()] == [folder]
+    asked = {name for name in arguments if name in ALL_FAMILIES} | (FAMILIES.keys() if "all" in arguments else set())
+    page = Path("artifacts/compare", folder, "report.html").read_text()
+    assert all(f'id="{family}' in page for family in asked)
+    assert len([*Path("artifacts/compare", folder).glob("*.json")]) == len(asked)
+
+
+def test_liger_on_a_pair_of_the_users_own_is_a_comparison_of_its_own() -> None:
+    pair()
+    files = Path("a.yml"), Path("b.yml")
+    plain, liger = (plan_files(*files, Options(warmup_steps=2, liger=on)) for on in (False, True))
+    assert (plain.label, liger.label) == ("a-vs-b", "a-vs-b-liger")
+    assert plain.folder != liger.folder
 
 
 def test_a_finished_run_of_another_gpu_is_not_reported_as_this_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from moe_kernels.tools.prepare import tiny_overrides
 
 KERNEL_KEYS = {"plugins", "moe_kernels", "moe_group_size", "moe_persistent_kernel", "experts_implementation"}
 NAMES = {"output_dir", "wandb_project", "wandb_name", "moe_router_telemetry"}
+NO_GPU = "--qlora needs an NVIDIA GPU and none is visible: Axolotl loads a 4-bit model onto one"
 
 
 def plan(family: str, **options: object) -> Plan:
@@ -54,9 +55,7 @@ def test_the_runs_differ_in_the_kernels_alone(family: str, qlora: bool) -> None:
     ],
 )
 @pytest.mark.parametrize("family", REAL_FAMILIES)
-def test_families_at_real_size(
-    family: str, options: dict[str, Any], suffix: str, changed: dict[str, Any]
-) -> None:
+def test_families_at_real_size(family: str, options: dict[str, Any], suffix: str, changed: dict[str, Any]) -> None:
     for size in REAL_FAMILIES[family].sizes:
         made = plan_family(family, Options(size=size, **options), tiny_overrides(family) if size == "tiny" else None)
         assert made.name == family + suffix
@@ -92,19 +91,35 @@ def test_without_it_nothing_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("gpu", "arguments", "code", "message"),
     [
-        (("mixtral", "--lora", "8", "--qlora"), "--qlora needs --lora and an NVIDIA GPU"),
-        (("mixtral", "--qlora"), "--qlora needs --lora"),
-        (("a.yml", "b.yml", "--lora", "8"), "--lora is for mixtral, qwen2-moe and deepseek-v3"),
-        (("qwen3-moe", "--qlora"), "--qlora needs --lora and an NVIDIA GPU"),
+        (None, ("mixtral", "--lora", "8", "--qlora"), 3, NO_GPU),
+        (None, ("qwen3-moe", "--qlora"), 3, NO_GPU),
+        ("0", ("qwen3-moe", "mixtral", "--qlora"), 2, "the run files of mixtral train all weights: add --lora 16"),
+        (None, ("a.yml", "b.yml", "--lora", "8"), 2, "--lora changes the run files of a family (mixtral, "),
+        ("0", ("a.yml", "b.yml", "--qlora"), 2, "Write the adapter into your two run files"),
     ],
 )
 def test_what_is_refused(
-    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: str | None,
+    arguments: tuple[str, ...],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "visible_gpu", lambda: None)
+    monkeypatch.setattr(command, "visible_gpu", lambda: gpu)
     result = CliRunner().invoke(app, ["compare", *arguments])
-    assert result.exit_code == 2, result.output
-    assert message in " ".join(result.output.split())
+    said = " ".join(result.output.split())
+    assert (result.exit_code, message in said) == (code, True), said
+    assert ("--lora" in said) == ("--lora" in message), "what is not in question is not spoken of"
+
+
+def test_qlora_needs_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "visible_gpu", lambda: "0")
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["compare", "qwen3-moe", "--qlora", "--dry-run"])
+    assert result.exit_code == 3, result.output
+    assert "pip install bitsandbytes" in result.output

@@ -21,6 +21,7 @@ from moe_kernels.tools.common.errors import MissingDependency, UsageError
 from moe_kernels.tools.common.files import write_text
 from moe_kernels.tools.common.options import shipped
 from moe_kernels.tools.common.runfile import load_yaml, precision
+from moe_kernels.tools.compare import lines
 from moe_kernels.tools.compare.environment import LAUNCHER, SOURCES, TILES
 from moe_kernels.tools.compare.gpu import Gpu
 from moe_kernels.tools.compare.plan import Options, Plan, plan_family, plan_files
@@ -413,8 +414,16 @@ def test_the_log_is_followed_in_pieces() -> None:
     reader.feed("{'train_loss': '7.1'}\n{'loss': 'nan'}\n")
     assert (reader.progress.step, reader.progress.loss) == (2, "nan")
     assert reader.experts == ""
-    reader.feed("moe-kernels compare: the experts run on grouped_mm\n")
-    assert reader.experts == "grouped_mm"
+    reader.feed(f"{lines.EXPERTS_LINE}grouped_mm\n{lines.WEIGHTS_LINE}0123abcd\n")
+    assert (reader.experts, reader.weights) == ("grouped_mm", "0123abcd")
+
+
+def test_what_the_trainer_prints_is_written_in_one_place_which_both_sides_read() -> None:
+    files = Path(lines.__file__).parent.glob("*.py")
+    assert [path.name for path in files if "moe-kernels compare: the" in path.read_text()] == ["lines.py"]
+    code = "import sys, moe_kernels.tools.compare.runner; print({'torch', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize(

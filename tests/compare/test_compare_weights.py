@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_kernels.shapes import REAL_FAMILIES
 from moe_kernels.tools.compare.comparison import Analysis
+from moe_kernels.tools.compare.lines import WEIGHTS_LINE
 from moe_kernels.tools.compare.runner import LogReader
-from moe_kernels.tools.compare.weights import LINE, DrawnWeights, checksum, draw_adapter, drawn_seed
+from moe_kernels.tools.compare.weights import DrawnWeights, checksum, draw_adapter, drawn_seed
 from moe_kernels.tools.prepare import prepare_model
 
 each_family = pytest.mark.parametrize("family", REAL_FAMILIES)
@@ -118,7 +119,7 @@ def test_the_checksum_sees_one_bit(root: Path, drawn: DrawnWeights) -> None:
 
 def test_runs_that_started_from_other_weights_are_no_comparison() -> None:
     reader = LogReader()
-    reader.feed(f"{LINE}0123abcd\n")
+    reader.feed(f"{WEIGHTS_LINE}0123abcd\n")
     assert reader.weights == "0123abcd"
 
     def faults(*weights: str) -> list[str]:

@@ -1,11 +1,15 @@
 """The op as PyTorch sees it: operator contracts, and torch.compile without a graph break."""
 
+import re
+
 import pytest
 import torch
 import torch._dynamo.testing
 
 import moe_kernels.moe
 from moe_kernels.autograd import backward_op, forward_op
+from moe_kernels.ops import custom_ops
+from moe_kernels.router import route_backward, route_forward
 from moe_kernels.routing import RoutingPlan
 from moe_kernels.tools.check.problems import Case, make_inputs
 
@@ -120,12 +124,13 @@ def test_fake_shapes_agree_with_the_plan():
     assert (plan.rows, plan.tokens, plan.experts) == (14, 7, 3)
 
 
-def test_an_op_of_another_schema_has_another_name(monkeypatch):
+def test_an_op_of_another_schema_has_another_name():
     """torch.compile's graphs on disk name ops, not what they take: those of another release must not be taken."""
-    from moe_kernels import autograd
 
-    name = autograd._op("named", lambda x: x.clone(), "(Tensor x) -> Tensor")._name
-    monkeypatch.setattr(autograd, "_BACKWARD", autograd._BACKWARD.replace("Tensor a_low, ", ""))
-    other = autograd._op("named", lambda x: x.clone(), "(Tensor x) -> Tensor")._name
-    assert name != other
-    assert forward_op.name().startswith("moe_kernels::experts_forward_")
+    def names(backward):
+        ops = {"named": (torch.clone, "(Tensor x) -> Tensor"), "named_backward": (torch.clone, backward)}
+        return [op._name for op in custom_ops(**ops)]
+
+    assert not {*names("(Tensor x) -> Tensor")} & {*names("(Tensor x, Tensor y) -> Tensor")}
+    for op in (forward_op, backward_op, route_forward, route_backward):
+        assert re.fullmatch(r"moe_kernels::(experts|route)_(forward|backward)_[0-9a-f]{8}", op.name())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
@@ -136,3 +137,35 @@ def test_frozen_factors_are_not_trained() -> None:
         if "experts" in name:
             parameter.requires_grad_(False)
     assert adapted(tuned).routed_experts == 0
+    assert doubts(tuned) == [], "they are adapted, and frozen on purpose"
+
+
+def in_4_bits(name: str) -> torch.nn.Module:
+    packed = pytest.importorskip("bitsandbytes.nn.parametrize")
+    mk.register(backend="torch")
+    base = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), experts_implementation="moe_kernels")
+    for _, experts in mk.experts_modules(base):
+        for weight in ("gate_up_proj", "down_proj"):
+            packed.replace_parameter_4bit(experts, weight)
+    return base
+
+
+@pytest.mark.filterwarnings("ignore:target_parameters=")
+def test_weights_in_4_bits_are_found_by_their_whole_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written already is no cure: PEFT does not see through a parametrization."""
+
+    def tuned(weights: list[str]) -> torch.nn.Module:
+        config = peft.LoraConfig(r=R, target_modules=ATTENTION, target_parameters=weights)
+        return peft.get_peft_model(in_4_bits("qwen2_moe"), config)
+
+    missed = tuned(WEIGHTS)
+    (doubt,) = doubts(missed, [*ATTENTION, *WEIGHTS])
+    assert adapted(missed).routed_experts == 0
+    assert "lora_target_parameters" not in doubt
+    first = re.findall(r"'([^']*)'", doubt)
+    assert first == [f"model.layers.0.{weight}" for weight in WEIGHTS]
+    every = [name.replace(".0.", f".{layer}.") for name in first for layer in range(2)]
+    assert (adapted(tuned(every)).routed_experts, doubts(tuned(every), every)) == (EXPERTS, [])
+    # Axolotl's patch of PEFT finds the short names.
+    monkeypatch.setattr("peft.tuners.tuners_utils.BaseTuner._inject_parameters", lambda *_: [])
+    assert "write lora_target_parameters: [mlp.experts.down_proj, mlp.experts.gate_up_proj]" in doubts(missed)[0]

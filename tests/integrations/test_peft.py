@@ -390,6 +390,54 @@ def test_two_wrappers_of_one_weight_count_both() -> None:
     assert not pairs
 
 
+def resized(wrapper: nn.Module, **sizes: tuple[int, int]) -> None:
+    for name, (rows, columns) in sizes.items():
+        getattr(wrapper, name)["default"].weight = nn.Parameter(torch.randn(rows, columns))
+
+
+# What is done to the outer wrapper of the last layer, and what check_model says of it. E = 4, r = 5; down_proj is
+# (4, 40, 24), gpt_oss stores (4, 24, 40).
+BROKEN: dict[str, tuple[Callable[[nn.Module], object], str]] = {
+    "ranks": (
+        lambda w: resized(w, lora_B=(40, 12)),
+        "lora_A (20, 24) and lora_B (40, 12) of down_proj (adapter 'default') are no pair of rank 5 for its 4 "
+        "experts, which is (20, 24) and (40, 20): load the adapter again, or make it anew for this model.",
+    ),
+    "both of another rank": (lambda w: resized(w, lora_A=(12, 24), lora_B=(40, 12)), "are no pair of rank 5"),
+    "of one expert": (
+        lambda w: resized(w, lora_A=(5, 24), lora_B=(40, 5)),
+        "are no pair of rank 5 for its 4 experts",
+    ),
+    "orientation": (lambda w: resized(w, lora_A=(24, 20), lora_B=(20, 40)), "which is (20, 24) and (40, 20)"),
+    "of the other weight": (lambda w: resized(w, lora_A=(20, 40), lora_B=(48, 20)), "which is (20, 24) and (40, 20)"),
+    "no lora_A": (lambda w: w.lora_A.pop("default"), "lora_A of down_proj (adapter 'default') is missing: load the"),
+    "no lora_B": (lambda w: w.lora_B.pop("default"), "lora_B of down_proj (adapter 'default') is missing: load the"),
+    "device": (
+        lambda w: w.lora_B.to("meta"),
+        "lora_A of down_proj (adapter 'default') is on cpu and lora_B on meta, the weight is on cpu: move the",
+    ),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_factors_that_are_no_pair_are_refused(name: str, broken: str) -> None:
+    model = ours(adapted(name, lora(name, "down")))
+    change, words = BROKEN[broken]
+    change(outer_wrapper(model))
+    with pytest.raises(ValueError, match=r"^base_model\.model\.model\.layers\.1\..*experts: ") as refused:
+        mk.check_model(model)
+    assert words in str(refused.value)
+
+
+def test_factors_on_the_device_of_the_weight_are_taken_wherever_that_is() -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(MODELS["mixtral"][0](), experts_implementation="eager")
+        model = peft.get_peft_model(model, lora("mixtral"))
+    model.get_base_model().set_experts_implementation("moe_kernels")
+    assert mk.check_model(model) == LAYERS
+
+
 def test_factors_of_different_dtypes_are_refused() -> None:
     model = ours(adapted("mixtral"))
     assert mk.check_model(model) == LAYERS

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
 from moe_kernels.integrations.dispatch import experts_modules
 
@@ -51,13 +52,11 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
     configs = getattr(model, "peft_config", {}).values()
     named = {name.rpartition(".")[2] for name in targets or _configured(configs)}
     said = []
-    if not trained.routed_experts and named & {*PROJECTIONS, "all-linear"}:
-        weights = sorted({f"{place[-2]}.{place[-1]}.{weight}" for place, weight in _expert_weights(model)})
+    projections = named & {*PROJECTIONS, "all-linear"}
+    if projections and not _counted(_factors(model, frozen=True)).routed_experts:
         said.append(
-            f"LoRA adapts no routed expert, though expert projections are named "
-            f"({', '.join(sorted(named & {*PROJECTIONS, 'all-linear'}))}): the routed experts of this model are "
-            f"parameters, not modules. To train them write lora_target_parameters: [{', '.join(weights)}] "
-            "(target_parameters of PEFT)."
+            "LoRA adapts no routed expert, though expert projections are named "
+            f"({', '.join(sorted(projections))}): {_why_no_expert(model)}"
         )
     left_out = _left_out(model, {place for _, place, _ in found})
     modules = {name for name in targets or () if ".experts." not in f".{name}"}
@@ -75,6 +74,27 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
             f"meant, write lora_target_modules: [{', '.join(others)}] (target_modules of PEFT)."
         )
     return said
+
+
+def _why_no_expert(model: torch.nn.Module) -> str:
+    """Why PEFT adapts no expert weight, and the line with which it does."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    modules = experts_modules(model)
+    name, module = modules[0]
+    # PEFT 0.20 to 0.21.2; Axolotl replaces what looks for them.
+    if is_parametrized(module) and BaseTuner._inject_parameters.__module__.startswith("peft."):
+        path = name.removeprefix("base_model.model.")
+        whole = [f"{path}.{weight}" for weight in module.parametrizations]
+        return (
+            "PEFT finds weights in 4 bits, or behind any other parametrization, by their whole names alone. To train "
+            f"them write target_parameters=[{', '.join(map(repr, whole))}, ...], with every layer's names."
+        )
+    weights = {f"{'.'.join(_place(name)[-2:])}.{weight}" for name, module in modules for weight in _weights(module)}
+    return (
+        "the routed experts of this model are parameters, not modules. To train them write "
+        f"lora_target_parameters: [{', '.join(sorted(weights))}] (target_parameters of PEFT)."
+    )
 
 
 def _left_out(model: torch.nn.Module, places: set[tuple[str, ...]]) -> list[str]:
@@ -96,13 +116,9 @@ def _place(name: str) -> tuple[str, ...]:
     return tuple(part for part in name.split(".") if part not in _WRAPPING)
 
 
-def _expert_weights(model: torch.nn.Module) -> list[tuple[tuple[str, ...], str]]:
-    return [
-        (_place(name), weight)
-        for name, module in experts_modules(model)
-        for weight in PROJECTIONS
-        if weight in module._parameters or weight in getattr(module, "parametrizations", ())
-    ]
+def _weights(experts: Any) -> list[str]:
+    """Names of the weights of an experts module."""
+    return [w for w in PROJECTIONS if w in experts._parameters or w in getattr(experts, "parametrizations", ())]
 
 
 def _counted(factors: list[tuple[str, tuple[str, ...], int]]) -> Adapted:
@@ -112,15 +128,15 @@ def _counted(factors: list[tuple[str, tuple[str, ...], int]]) -> Adapted:
     return Adapted(**counts)
 
 
-def _factors(model: torch.nn.Module) -> list[tuple[str, tuple[str, ...], int]]:
-    """(part, place of the adapted module, elements) of every trainable factor."""
+def _factors(model: torch.nn.Module, frozen: bool = False) -> list[tuple[str, tuple[str, ...], int]]:
+    """(part, place of the adapted module, elements) of every trainable factor, and with ``frozen`` of the others."""
     experts = {_place(name) for name, _ in experts_modules(model)}
     blocks = {place[:-1] for place in experts}
     found = []
     for name, parameter in model.named_parameters():
         parts = _place(name)
         first = next((n for n, part in enumerate(parts) if part.startswith("lora_")), None)
-        if first is not None and parameter.requires_grad:
+        if first is not None and (frozen or parameter.requires_grad):
             place, size = parts[:first], int(getattr(parameter, "ds_numel", parameter.numel()))
             found.append((_part(place, experts, blocks), place, size))
     return found

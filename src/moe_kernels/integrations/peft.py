@@ -79,8 +79,9 @@ def check_lora(model: torch.nn.Module) -> int:
     """The number of expert weights of ``model`` whose LoRA runs inside the kernels.
 
     Raises:
-        ValueError: an adapter has a higher rank than the kernels take, factors of different dtypes, or a dropout that
-            would not happen, or PEFT has left an adapter in the weight.
+        ValueError: an adapter has a higher rank than the kernels take, factors that are no pair of this weight, are
+            elsewhere or of different dtypes, or a dropout that would not happen, or PEFT has left an adapter in the
+            weight.
     """
     # PEFT refuses dropout; Axolotl switches that off where PEFT turns target_modules into target_parameters.
     configs = getattr(model, "peft_config", {})
@@ -90,6 +91,8 @@ def check_lora(model: torch.nn.Module) -> int:
         if isinstance(module, ParamWrapper) and _is_fused(module)
     ]
     for name, wrapper in wrappers:
+        for adapter in {**wrapper.lora_A, **wrapper.lora_B}:
+            _check_pair(wrapper, adapter, name)
         for adapters in (*([one] for one in wrapper.r), wrapper.active_adapters):
             _check_rank(wrapper, adapters, f"{name}: ")
             _check_dtypes(wrapper, adapters, name)
@@ -107,6 +110,34 @@ def check_lora(model: torch.nn.Module) -> int:
                 "module, and would be left out there in silence: set lora_dropout: 0."
             )
     return len(wrappers)
+
+
+def _check_pair(wrapper: Any, adapter: str, where: str) -> None:
+    """Both factors are there, in PEFT's packing, for this weight, and with it. Not looked at where an engine holds
+    them in pieces (ZeRO-3, FSDP1: in one dimension)."""
+    what, rank, experts = f"{wrapper.parameter_name} (adapter {adapter!r})", wrapper.r[adapter], wrapper.num_experts
+    missing = [name for name in ("lora_A", "lora_B") if adapter not in getattr(wrapper, name)]
+    if missing:
+        raise ValueError(
+            f"{where}: {missing[0]} of {what} is missing: load the adapter again, or make it anew for this model."
+        )
+    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    if a.dim() != 2 or b.dim() != 2:
+        return
+    wanted = (experts * rank, wrapper.in_features), (wrapper.out_features, experts * rank)
+    if (a.shape, b.shape) != wanted:
+        raise ValueError(
+            f"{where}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} of {what} are no pair of rank {rank} for "
+            f"its {experts} experts, which is {wanted[0]} and {wanted[1]}: load the adapter again, or make it anew "
+            "for this model."
+        )
+    chain = getattr(wrapper.get_base_layer(), "parametrizations", {})
+    weight = chain[wrapper.parameter_name].original if wrapper.parameter_name in chain else wrapper.get_param()
+    if weight.device.type != "meta" and {a.device, b.device} != {weight.device}:
+        raise ValueError(
+            f"{where}: lora_A of {what} is on {a.device} and lora_B on {b.device}, the weight is on {weight.device}: "
+            "move the adapter there before training."
+        )
 
 
 def _check_rank(wrapper: Any, adapters: list[str], where: str = "") -> None:

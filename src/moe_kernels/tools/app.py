@@ -32,7 +32,13 @@ COMMANDS: dict[str, Entry] = {
     "compare": Entry(
         "moe_kernels.tools.compare.command:compare",
         "Train a model pair with and without the kernels and write the side-by-side report.",
-        ("compare mixtral", "compare all --fresh", "compare baseline.yml optimized.yml"),
+        (
+            "compare mixtral",
+            "compare all --fresh",
+            "compare qwen3-moe --lora 64",
+            "compare qwen3-moe gpt-oss --size tiny",
+            "compare baseline.yml optimized.yml",
+        ),
     ),
     "prepare": Entry(
         "moe_kernels.tools.prepare.command:prepare",
@@ -86,7 +92,9 @@ class LazyCommand(click.Command):
         body = getattr(importlib.import_module(module), function)
         examples = "\n\n".join(["Examples:", *(f"  $ moe-kernels {example}" for example in self.entry.examples)])
         one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        one.command(self.name, epilog=examples)(body)
+        # Joined lines: typer would break them where the source does, and at the terminal's edge as well.
+        paragraphs = [" ".join(paragraph.split()) for paragraph in (body.__doc__ or "").split("\n\n")]
+        one.command(self.name, help="\n\n".join(paragraphs), epilog=examples)(body)
         return typer.main.get_command(one).make_context(info_name, args, parent, **extra)
 
 

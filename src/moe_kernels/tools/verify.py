@@ -44,10 +44,7 @@ LAYER_ROUTINGS = ("random", "zipf", "one_hot_expert", "sentinels")
 def verify(
     target: Annotated[
         Path | None,
-        typer.Argument(
-            help="A run file (.yml), or a model's folder or config.json: verify its expert layers, in its dtype.",
-            show_default="the shapes of --shapes",
-        ),
+        typer.Argument(show_default="the shapes of --shapes"),
     ] = None,
     shapes: Annotated[
         str | None,
@@ -67,6 +64,8 @@ def verify(
     ] = None,
 ) -> None:
     """Check output and every gradient of every kernel configuration on this machine.
+
+    TARGET is a run file (.yml), or a model's folder or config.json: verify its expert layers, in its dtype.
 
     Errors are against the plain reference in float64. They may be 1.25 times (root mean square) and twice (maximum)
     those of plain PyTorch in the same dtype, without bias. Routings are hostile (empty experts, one expert for all,

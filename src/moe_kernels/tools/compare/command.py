@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Display
 
-from moe_kernels.shapes import ALL_FAMILIES, FAMILIES, REAL_FAMILIES
+from moe_kernels.shapes import ALL_FAMILIES, FAMILIES
 from moe_kernels.tools.common.errors import CHECK_FAILED, CommandError, MissingDependency, UsageError
 from moe_kernels.tools.common.files import write_json
 from moe_kernels.tools.common.options import one_of
@@ -35,9 +35,9 @@ from moe_kernels.tools.compare.plan import (
     Options,
     Plan,
     RunSpec,
-    label,
     plan_family,
     plan_files,
+    report_name,
 )
 from moe_kernels.tools.compare.report import show_comparison, show_failures, write_report
 from moe_kernels.tools.compare.runner import (
@@ -54,13 +54,7 @@ REPORT_FOLDER = Path("artifacts") / "compare"
 
 
 def compare(
-    targets: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="mixtral, qwen2-moe, deepseek-v3, all (these three); qwen3-moe or gpt-oss, LoRA at real size; "
-            "or two Axolotl run files: BASELINE.yml OPTIMIZED.yml."
-        ),
-    ] = None,
+    targets: Annotated[list[str] | None, typer.Argument(show_default="all")] = None,
     size: Annotated[
         str,
         typer.Option(help="1b, tiny, or auto: 1b (qwen3-moe 30b, gpt-oss 20b) with a GPU, tiny without."),
@@ -81,12 +75,19 @@ def compare(
     ] = True,
     lora: Annotated[
         int,
-        typer.Option(min=0, max=128, help="Train adapters of this rank on attention and experts, the rest frozen."),
+        typer.Option(
+            min=0,
+            max=128,
+            help="Train adapters of this rank on attention and experts, the rest frozen.",
+            show_default="as the run files: 16 of qwen3-moe and gpt-oss, none of the others",
+        ),
     ] = 0,
     qlora: Annotated[
         bool,
         typer.Option(
-            "--qlora", help="With an adapter: keep the frozen weights in 4 bits. Needs a GPU, bitsandbytes."
+            "--qlora",
+            help="With an adapter (--lora, qwen3-moe, gpt-oss): keep the frozen weights in 4 bits. Needs a GPU, "
+            "bitsandbytes.",
         ),
     ] = False,
     liger: Annotated[
@@ -118,6 +119,9 @@ def compare(
 ) -> None:
     """Train each model pair with and without the kernels, and write the side-by-side report.
 
+    TARGETS are mixtral, qwen2-moe, deepseek-v3 (all weights of 1B models) or all, which is these three; qwen3-moe and
+    gpt-oss (LoRA at real size); or two Axolotl run files of your own: BASELINE.yml OPTIMIZED.yml.
+
     Each run is a real `axolotl train` in a process of its own. What is missing (models, tokenizer, data) is
     made first, offline. A finished run is not repeated unless its settings, a version or the kernels changed.
 
@@ -140,11 +144,6 @@ def compare(
     device = visible_gpu()
     if size not in ("auto", "tiny") and device is None:
         raise MissingDependency(f"The {size} models need an NVIDIA GPU and none is visible. Cure: --size tiny.")
-    adapted = lora or all(name in REAL_FAMILIES for name in names)
-    if qlora and (not adapted or device is None):
-        raise UsageError("--qlora needs --lora and an NVIDIA GPU: Axolotl makes 4-bit experts on a GPU alone.")
-    if liger and (device is None or importlib.util.find_spec("liger_kernel") is None):
-        raise MissingDependency("--liger needs an NVIDIA GPU and the package liger-kernel: pip install liger-kernel.")
     options = Options(
         size="tiny" if size == "auto" and device is None else size,
         steps=steps,
@@ -158,8 +157,9 @@ def compare(
         qlora=qlora,
         liger=liger,
     )
+    _check_installed(options, device)
     plans = make_plans(names, options)
-    folder = out or REPORT_FOLDER / (label("all", plans[0].size) if len(plans) > 1 else plans[0].label)
+    folder = out or REPORT_FOLDER / report_name(plans, options)
     for plan in plans:
         _show_plan(plan, dry_run, console)
     if dry_run:
@@ -185,6 +185,19 @@ def compare(
     raise typer.Exit(_finish(comparisons, folder, strict, console))
 
 
+def _check_installed(options: Options, device: str | None) -> None:
+    """Raise MissingDependency where an option asks for what this machine does not have."""
+    if options.qlora and device is None:
+        raise MissingDependency(
+            "--qlora needs an NVIDIA GPU and none is visible: Axolotl loads a 4-bit model onto one, and puts expert "
+            "weights into 4 bits there alone. Cure: leave --qlora out here."
+        )
+    if options.qlora and importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependency("--qlora needs the package bitsandbytes: pip install bitsandbytes.")
+    if options.liger and (device is None or importlib.util.find_spec("liger_kernel") is None):
+        raise MissingDependency("--liger needs an NVIDIA GPU and the package liger-kernel: pip install liger-kernel.")
+
+
 def make_plans(names: list[str], options: Options) -> list[Plan]:
     """What the targets of the command line ask for.
 
@@ -201,10 +214,8 @@ def make_plans(names: list[str], options: Options) -> list[Plan]:
             f"There is nothing called {', '.join(unknown)} to compare. "
             f"Name {', '.join(ALL_FAMILIES)} or all, or a baseline and an optimised .yml file."
         )
-    return [
-        plan_family(name, options, tiny_overrides(name) if options.size == "tiny" else None)
-        for name in (FAMILIES if "all" in names else dict.fromkeys(names))
-    ]
+    families = dict.fromkeys(each for name in names for each in (FAMILIES if name == "all" else [name]))
+    return [plan_family(name, options, tiny_overrides(name) if options.size == "tiny" else None) for name in families]
 
 
 def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Comparison:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_kernels.shapes import ALL_FAMILIES
+from moe_kernels.shapes import ALL_FAMILIES, FAMILIES
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.options import shipped
 from moe_kernels.tools.common.runfile import Config, base_model, dump_yaml, load_yaml
@@ -118,9 +118,13 @@ def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] |
     """The comparison of one family; ``tiny_overrides`` turns its files into runs for a CPU.
 
     Raises:
-        UsageError: the family has no such size.
+        UsageError: the family has no such size, or 4 bits are asked for without an adapter.
     """
     family = ALL_FAMILIES[name]
+    if options.qlora and not (options.lora or family.drawn):
+        raise UsageError(
+            f"--qlora keeps frozen weights in 4 bits, and the run files of {name} train all weights: add --lora 16."
+        )
     size = family.large if options.size == "auto" else options.size
     if size not in family.sizes:
         raise UsageError(f"{name} has no size {size}: choose from {', '.join(family.sizes)}.")
@@ -130,8 +134,7 @@ def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] |
         overrides |= {"base_model": f"artifacts/models/{family.sizes[size].name}", **rank_overrides(options)}
     else:
         overrides |= lora_overrides(options, overrides.get("base_model") or load_yaml(files[0])["base_model"])
-    adapter = f"-{'qlora' if options.qlora else 'lora'}{options.lora or ''}" if options.lora or options.qlora else ""
-    return _plan(name + adapter + ("-liger" if options.liger else ""), files, options, overrides, name, size)
+    return _plan(name + _suffix(options), files, options, overrides, name, size)
 
 
 def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
@@ -140,9 +143,10 @@ def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
     Raises:
         UsageError: the first uses our kernels already, or the second does not, or they are to get an adapter.
     """
-    if options.lora:
+    if options.lora or options.qlora:
+        option = "--lora" if options.lora else "--qlora"
         raise UsageError(
-            "--lora is for mixtral, qwen2-moe and deepseek-v3, and for qwen3-moe and gpt-oss at another rank. "
+            f"{option} changes the run files of a family ({', '.join(ALL_FAMILIES)}). "
             "Write the adapter into your two run files."
         )
     before, after = load_yaml(baseline), load_yaml(optimized)
@@ -154,10 +158,25 @@ def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
         raise UsageError(
             f"{optimized} does not use moe-kernels. Add moe_kernels: true and the plugin, as in {CONFIG_FOLDER}."
         )
-    name = f"{baseline.stem}-vs-{optimized.stem}"
+    name = f"{baseline.stem}-vs-{optimized.stem}{_suffix(options)}"
     if (reason := why_no_name(name)) is not None:
         raise UsageError(f"{reason}. Cure: rename the run files.")
     return _plan(name, (baseline, optimized), options, {}, None, "own")
+
+
+def report_name(plans: list[Plan], options: Options) -> str:
+    """The name of the report of ``plans``, which tells every one of them: ``all`` is the three 1B families."""
+    if len(plans) == 1:
+        return plans[0].label
+    families = [str(plan.family) for plan in plans]
+    name = "all" if set(families) == FAMILIES.keys() else "-".join(families)
+    return label(name + _suffix(options), plans[0].size)
+
+
+def _suffix(options: Options) -> str:
+    """What the options change of a family's run files, for the name of the comparison."""
+    adapter = f"-{'qlora' if options.qlora else 'lora'}{options.lora or ''}" if options.lora or options.qlora else ""
+    return adapter + ("-liger" if options.liger else "")
 
 
 def label(name: str, size: str) -> str:

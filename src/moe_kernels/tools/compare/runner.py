@@ -25,6 +25,7 @@ from moe_kernels.tools.common.runfile import COUNTS, dump_yaml
 from moe_kernels.tools.compare.decode import Misfit, Number, decode
 from moe_kernels.tools.compare.environment import NOT_FOR_OURS, NOT_FOR_STOCK, cpu_name, inputs, token_inputs
 from moe_kernels.tools.compare.gpu import Gpu, Samples, sampled
+from moe_kernels.tools.compare.lines import EXPERTS_LINE, WEIGHTS_LINE
 from moe_kernels.tools.compare.plan import ROLES, Plan, RunSpec, digest
 from moe_kernels.tools.compare.wandb_reader import NotAWandbRun, Row, find_run, read_run
 
@@ -67,8 +68,8 @@ _PHASES = {
     "loaders.model": "loading the model",
     "Training completed": "saving",
 }
-_EXPERTS_LINE = re.compile(r"moe-kernels compare: the experts run on (.+)")
-_WEIGHTS_LINE = re.compile(r"moe-kernels compare: the training starts from weights (\w+)")
+_EXPERTS = re.compile(f"{EXPERTS_LINE}(.+)")
+_WEIGHTS = re.compile(rf"{WEIGHTS_LINE}(\w+)")
 _PLUGIN_LINE = re.compile(r"moe_kernels: backend=.*")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _ERROR = re.compile(
@@ -159,9 +160,9 @@ class LogReader:
             self.progress.step += 1
             self.progress.loss = match.group(1)
             self.progress.phase = "training"
-        if match := _EXPERTS_LINE.search(line):
+        if match := _EXPERTS.search(line):
             self.experts = match.group(1).strip()
-        if match := _WEIGHTS_LINE.search(line):
+        if match := _WEIGHTS.search(line):
             self.weights = match.group(1)
         if match := _PLUGIN_LINE.search(line):
             self.plugin_line = self.plugin_line or match.group(0).strip()

@@ -13,9 +13,8 @@ from axolotl.cli.main import main  # first: it sets what later imports read
 from transformers import TrainerCallback, trainer
 
 from moe_kernels.integrations.dispatch import dispatches, runs_on
+from moe_kernels.tools.compare.lines import EXPERTS_LINE
 from moe_kernels.tools.compare.weights import DrawnWeights
-
-LINE = "moe-kernels compare: the experts run on "
 
 
 class ExpertsRecorder(TrainerCallback):
@@ -36,7 +35,7 @@ class ExpertsRecorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 1 and state.is_world_process_zero:
-            print(LINE + (", ".join(sorted(self.called)) or "no experts module"), flush=True)
+            print(EXPERTS_LINE + (", ".join(sorted(self.called)) or "no experts module"), flush=True)
         while self.hooks:
             self.hooks.pop().remove()
 

@@ -17,11 +17,10 @@ from unittest.mock import patch
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, modeling_utils
 
+from moe_kernels.tools.compare.lines import WEIGHTS_LINE
 from moe_kernels.tools.compare.plan import digest
 from moe_kernels.tools.prepare.cache import made_with
 from moe_kernels.tools.prepare.models import seeded_model
-
-LINE = "moe-kernels compare: the training starts from weights "
 
 
 class DrawnWeights(TrainerCallback):
@@ -58,7 +57,7 @@ class DrawnWeights(TrainerCallback):
             return
         draw_adapter(model, self.seed)
         if state.is_world_process_zero:
-            print(LINE + checksum(model), flush=True)
+            print(WEIGHTS_LINE + checksum(model), flush=True)
         if torch.cuda.is_available():  # the peak is that of the training, not of the drawing
             gc.collect()
             torch.cuda.empty_cache()

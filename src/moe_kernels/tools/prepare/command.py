@@ -43,12 +43,7 @@ def wanted(models: list[str], size: str | None) -> list[tuple[str, str]]:
 
 
 def prepare(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            help="mixtral-1b, qwen2-moe-1b, deepseek-v3-1b, or all; qwen3-30b-a3b, gpt-oss-20b; -tiny for a CPU."
-        ),
-    ],
+    models: list[str],
     size: Annotated[
         str | None,
         typer.Option(
