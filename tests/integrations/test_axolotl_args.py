@@ -401,6 +401,29 @@ def test_axolotls_expert_parallelism_wraps_ours(named: dict[str, str], manager: 
         check_model(model)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, True),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, False),
+        ({"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, False),
+        (
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": True},
+                "deepspeed": "z3",
+            },
+            False,
+        ),
+    ],
+)
+def test_the_shorter_way_of_checkpointing_is_named(
+    plugin: Any, log: pytest.LogCaptureFixture, settings: dict[str, Any], said: bool
+) -> None:
+    plugin.pre_model_load(axolotl_config(**ON, **settings))
+    assert ("use_reentrant: false" in log.text) == said
+
+
 def test_pre_model_load_selects_the_experts(plugin: Any, log: pytest.LogCaptureFixture) -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 

@@ -93,6 +93,16 @@ class MoeOptimizedPlugin(BasePlugin):
                 "Trainer refuses bf16: set bf16: false and fp16: false."
             )
         register(group_size=settings.group_size, persistent=settings.persistent, recompute=settings.recompute)
+        # DeepSpeed's ZeRO-3 needs reentrance.
+        if (
+            cfg.gradient_checkpointing
+            and (cfg.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+            and not cfg.deepspeed
+        ):
+            LOG.info(
+                "moe_kernels: gradient_checkpointing_kwargs: {use_reentrant: false} would make a step shorter: "
+                "the down projection is then not computed again, unless a shared expert comes after the routed ones."
+            )
         if cfg.experts_implementation != "expert_parallel":  # which runs ours on the rows of each rank
             cfg.experts_implementation = "moe_kernels"
 
