@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from moe_kernels import fused_experts
 from moe_kernels.activation import Activation
+from moe_kernels.backends.gluon import use_every_form
 from moe_kernels.packed import PackedWeight, Scales, whole
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LAYERS, LayerShape
@@ -248,8 +250,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--kernels", action="store_true", help="also time every kernel of the first backend")
+    parser.add_argument(
+        "--every-form", action="store_true",
+        help="interleaved experts and weights stored by columns on the Hopper kernels too, which are not chosen",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("forms.json"))
     args = parser.parse_args()
+    with use_every_form(True) if args.every_form else nullcontext():
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Every form that was asked for, each written as it ends."""
     device, shapes, backends = torch.device(args.device), args.shapes.split(","), args.backends.split(",")
     if device.type == "cpu":
         shapes, backends = ["tiny"], ["torch"]
