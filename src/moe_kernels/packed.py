@@ -206,7 +206,7 @@ class FourBit(PackedWeight):
         experts, rows, columns = self.sizes
         each, block = rows * columns, self.scales.blocksize
         if block < 2 or block % 2 or each % block:
-            return f"blocks of {block} values do not divide an expert's {each}"
+            return f"the {block} values of a 4-bit block do not divide an expert's {(rows, columns)}"
         if self.data.dtype != torch.uint8 or self.data.shape != (experts * each // 2,):
             return f"data is {self.data.dtype} {tuple(self.data.shape)}, wanted uint8 ({experts * each // 2},)"
         if self.table.dtype != torch.float32 or self.table.shape != (16,):

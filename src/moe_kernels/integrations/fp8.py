@@ -1,9 +1,9 @@
-"""What else a block-fp8 model of transformers needs in order to train LoRA: its linear layers, and Trainer's consent.
+"""What else a block-fp8 model of transformers needs to train LoRA: its linear layers, and Trainer's consent.
 
-The experts are read in place (:mod:`moe_kernels.integrations.quantized`). Attention and shared experts of such a model
-are ``FP8Linear``, which before transformers 5.23 has no backward at all, needs a kernel from the hub, and rounds its
-input to fp8. Here they run as the experts do: the weight as it is stored, dequantised ahead of each GEMM, in the
-backward once more.
+The experts are read in place (:mod:`moe_kernels.integrations.quantized`). Attention and shared experts of such a
+model are ``FP8Linear``, which before transformers 5.23 has no backward at all, needs a kernel from the hub, and rounds
+its input to fp8. Here they run as the experts do: the weight as it is stored, dequantised ahead of each GEMM, in the
+backward once more. Scales of activations (activation_scheme="static") are not used: no activation is rounded.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def train_fp8(model: nn.Module) -> None:
             module.__class__ = ExactFP8Linear
         elif isinstance(module, FP8Linear) and not isinstance(module, ExactFP8Linear) and not _OWN_BACKWARD:
             raise UnsupportedExperts.mended(
-                module, "this form of fp8 has no backward before transformers 5.23: install that or a newer one.", name
+                module, "this form of fp8 has no backward before transformers 5.23: install that or newer.", name
             )
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if type(quantizer) is FineGrainedFP8HfQuantizer:

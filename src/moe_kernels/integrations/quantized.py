@@ -1,4 +1,4 @@
-"""Frozen expert weights of modules that keep them in few bits: bitsandbytes' 4 bits (QLoRA) and block-fp8 checkpoints.
+"""Frozen weights that a module keeps in few bits: bitsandbytes' 4 bits (QLoRA), and those of block-fp8 checkpoints.
 
 Axolotl's ``quantize_moe_experts`` with ``load_in_4bit`` puts bitsandbytes' parametrization on each weight: reading
 ``module.gate_up_proj`` gives all experts in 16 bits, and autograd would keep that copy for every layer. transformers
@@ -67,22 +67,20 @@ def _block_fp8(module: Any, name: str, dtype: torch.dtype, where: str) -> Packed
     if scales.dtype == torch.float8_e8m0fnu:  # powers of two
         scales = scales.float()
     data, scales = (tensor.detach() if tensor.dim() == 3 else tensor.detach()[None] for tensor in (data, scales))
-    experts, rows, columns = data.shape
-    # Checkpoints hold gate and up apart, so a block of scales ends where up begins. One that was quantised as it was
-    # loaded has the blocks of the whole; then 2I is a multiple of 128.
-    stacks = (2, 1) if name == "gate_up_proj" and rows % 2 == 0 else (1,)
-    grids = {(experts, *scale_grid(rows, columns, stacked)): stacked for stacked in reversed(stacks)}
+    # Checkpoints hold gate and up apart, so a block of scales ends where up begins.
+    stacked = 2 if name == "gate_up_proj" else 1
+    sizes = experts, rows, columns = data.shape
+    grid = experts, *scale_grid(rows, columns, stacked)
     size = getattr(module, "block_size", None)
-    fits = tuple(scales.shape) in grids and scales.dtype in (torch.float32, torch.bfloat16)
+    fits = tuple(scales.shape) == grid and scales.dtype in (torch.float32, torch.bfloat16)
     if not fits or size is None or tuple(size) != (SIDE, SIDE):
         raise UnsupportedExperts.mended(
             module,
-            f"{name} {tuple(data.shape)} has scales {scales.dtype} {tuple(scales.shape)} in blocks of {size}, and only "
-            f"float32, bfloat16 or float8_e8m0fnu {' or '.join(map(str, grids))} is read, one for each {SIDE} x "
-            f"{SIDE}. {DEQUANTIZE}",
+            f"{name} {tuple(sizes)} has scales {scales.dtype} {tuple(scales.shape)} in blocks of {size}; read are "
+            f"float32, bfloat16 or float8_e8m0fnu {grid}, one for each {SIDE} x {SIDE}. {DEQUANTIZE}",
             where,
         )
-    return BlockFp8(tuple(data.shape), dtype, data, scales, grids[tuple(scales.shape)])  # type: ignore[arg-type]
+    return BlockFp8((experts, rows, columns), dtype, data, scales, stacked)
 
 
 def _fp8_parts(module: Any, name: str) -> tuple[Any, Any]:

@@ -164,8 +164,11 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
     names our implementation although it is never called.
 
     What every forward would refuse is refused here, from the shapes, dtypes and strides of the weights: they are not
-    read, but for the scales of fp8 weights. Where the experts are in fp8, the model's fp8 linear layers run on
-    dequantised weights from here on, and Trainer trains LoRA over them (integrations.fp8). Two dtypes in one module are fine under ``torch.autocast``: where you train under it, check under it.
+    read, but for the scales of fp8 weights. Two dtypes in one module are fine under ``torch.autocast``: where you
+    train under it, check under it.
+
+    Where experts are in fp8, the model's fp8 linear layers run on dequantised weights from here on, and Trainer takes
+    the model (integrations.fp8).
 
     Raises:
         UnsupportedExperts: a module, or every one, would not be served; names the module, reason and cure.
