@@ -1,8 +1,8 @@
 """What else a block-fp8 model of transformers needs to train LoRA: its linear layers, and Trainer's consent.
 
 The experts are read in place (:mod:`moe_kernels.integrations.quantized`). Attention and shared experts of such a
-model are ``FP8Linear``, which before transformers 5.23 has no backward at all, needs a kernel from the hub, and rounds
-its input to fp8. Here they run as the experts do: the weight as it is stored, dequantised ahead of each GEMM, in the
+model are ``FP8Linear``, which before transformers 5.23 has no backward, needs a kernel from the hub, and rounds its
+input to fp8. Here they run as the experts do: the weight as it is stored, dequantised ahead of each GEMM, in the
 backward once more. Scales of activations (activation_scheme="static") are not used: no activation is rounded.
 """
 
