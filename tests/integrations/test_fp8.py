@@ -34,7 +34,6 @@ TARGETS = {
     "target_modules": ["q_proj", "v_proj"],
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
-#: They refuse scales of a shape that is not the whole weight's.
 NEWER = Version(transformers.__version__) >= Version("5.23")
 Checkpoint = tuple[Path, dict[str, Tensor]]
 IDS = torch.arange(24).view(2, 12) * 5 % 128
@@ -131,7 +130,7 @@ def test_values_are_bitwise_those_of_the_checkpoint(
     """Sizes that are no multiple of 128 too: gate and up have blocks of their own. transformers 5.20's own
     dequantisation spreads the scales of such sizes evenly, which is wrong."""
     held = write_checkpoint(tmp_path, intermediate, scale_dtype)
-    if intermediate > 128 and intermediate % 128 and NEWER:
+    if intermediate == 192 and NEWER:  # four scales in a column, and they want the three of 384 rows
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
             load(tmp_path)
         return

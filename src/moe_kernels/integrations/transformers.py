@@ -27,7 +27,7 @@ from moe_kernels.settings import DEFAULT_GROUP_SIZE, ExpertsSettings, GroupSize
 try:
     import transformers
     from packaging.version import Version  # which transformers needs
-    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     from moe_kernels.integrations.adapters import Adapted, adapted, doubts
@@ -83,6 +83,8 @@ def register(
 
     for interface in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
         interface.register(name, experts_forward)
+    # transformers 5.16 loads fp8 experts under the implementations that are in here, and under no other.
+    getattr(FP8Experts, "_impl_tp_layer_overrides", {}).setdefault(name, {})
     registered[name] = experts_forward
     mend_trainer(lambda model: bool(experts_modules(model)))
 
