@@ -303,8 +303,9 @@ class KeepFp8(BasePlugin):
 """
 
 
+@pytest.mark.skipif(not ENTRY_POINTS, reason="transformers 5.16, which axolotl 0.19 pins, loads no such baseline")
 def test_lora_over_an_fp8_checkpoint(folder: Path) -> None:
-    """The same losses as the same checkpoint gives where transformers dequantises it as it loads it; the run file names
+    """The losses that the same checkpoint gives where transformers dequantises it as it loads it; the run file names
     the checkpoint and no more."""
     from support.fp8 import quantise_checkpoint
 

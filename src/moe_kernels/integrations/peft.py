@@ -50,7 +50,8 @@ def fuse_lora() -> None:
 
 
 def _refuse_merge_into_fp8(cls: Any) -> None:
-    """PEFT adds B A to the codes of a weight as if its scales were 1, to some of the layers without an error."""
+    """PEFT would add B A to the codes of a weight, as if its scales were 1; torch 2.14 has no such addition, and says
+    nothing of a cure."""
     original = cls.merge
 
     @functools.wraps(original)
@@ -58,9 +59,8 @@ def _refuse_merge_into_fp8(cls: Any) -> None:
         name = getattr(self, "parameter_name", "weight")
         if getattr(getattr(self.get_base_layer(), name, None), "dtype", None) == torch.float8_e4m3fn:
             raise ValueError(
-                f"{type(self.get_base_layer()).__name__}.{name} is in fp8, and PEFT would merge without regard to "
-                "its scales: load the model with FineGrainedFP8Config(dequantize=True), the adapter onto it, and "
-                "merge there."
+                f"{type(self.get_base_layer()).__name__}.{name} is in fp8, into which PEFT cannot merge: load the "
+                "model with FineGrainedFP8Config(dequantize=True), the adapter onto it, and merge there."
             )
         return original(self, *args, **kwargs)
 

@@ -83,8 +83,10 @@ def register(
 
     for interface in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
         interface.register(name, experts_forward)
-    # transformers 5.16 loads fp8 experts under the implementations that are in here, and under no other.
-    getattr(FP8Experts, "_impl_tp_layer_overrides", {}).setdefault(name, {})
+    # transformers 5.16 loads fp8 experts under the implementations that are in here alone; under none (None) Axolotl
+    # 0.19 loads a model, to name one afterwards.
+    for implementation in (name, None):
+        getattr(FP8Experts, "_impl_tp_layer_overrides", {}).setdefault(implementation, {})
     registered[name] = experts_forward
     mend_trainer(lambda model: bool(experts_modules(model)))
 
