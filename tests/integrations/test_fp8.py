@@ -176,9 +176,15 @@ def test_a_model_that_is_quantised_as_it_is_loaded(tmp_path: Path, intermediate:
     assert mk.check_model(with_lora(model)).lora_weights == 4
 
 
+@pytest.mark.parametrize("scheme", ["dynamic", "static"])
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu2", "swiglu_oai"])
-def test_activations(activation: str) -> None:
-    """FP8Experts has an _apply_gate of its own, found out by the same probe as every other's."""
+def test_activations(activation: str, gated: bool, scheme: str) -> None:
+    """FP8Experts has an _apply_gate of its own, found out by the same probe as every other's. Scales of activations
+    are not used."""
+    if activation == "swiglu_oai" and not gated:
+        pytest.skip("it is a gate")
+    up = "gate_up_proj" if gated else "up_proj"
     config = transformers.Qwen3MoeConfig(hidden_size=64, moe_intermediate_size=48, num_experts=5, hidden_act="silu")
     if activation == "swiglu_oai":
         config.swiglu_alpha, config.swiglu_limit = 1.702, 7.0
@@ -187,14 +193,15 @@ def test_activations(activation: str) -> None:
     cls = transformers.integrations.moe.use_experts_implementation(
         experts_class=type("Experts", (finegrained_fp8.FP8Experts,), {}),
         experts_interface=finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS,
+        has_gate=gated,
     )
-    experts = cls(config, block_size=(128, 128))
+    experts = cls(config, block_size=(128, 128), activation_scheme=scheme, has_gate=gated)
     torch.manual_seed(0)
     for name, parameter in experts.named_parameters():
         values = torch.rand(parameter.shape) * 0.01 if "scale" in name else torch.randn(parameter.shape) * 16
         parameter.requires_grad_(False).copy_(values.to(parameter.dtype))
     plain = copy.deepcopy(experts)
-    for name in ("gate_up_proj", "down_proj"):
+    for name in (up, "down_proj"):
         setattr(plain, name, nn.Parameter(packed_weight(experts, name, torch.float32).experts(0, 5), False))
     index, weights = torch.randint(0, 5, (11, 2)), torch.rand(11, 2)
     found = []
@@ -308,6 +315,11 @@ def in_training(model: Any) -> None:
     experts_of(model).down_proj.requires_grad_()
 
 
+def linear_in_training(model: Any) -> None:
+    model.train()
+    model.get_submodule("model.layers.0.self_attn.q_proj").weight.requires_grad_()
+
+
 def one_linear(model: Any) -> None:
     linear = model.get_submodule("model.layers.0.self_attn.q_proj")
     linear.weight_scale_inv = nn.Parameter(torch.zeros(2, 2), False)
@@ -333,6 +345,7 @@ WHERE = r"^model\.layers\.1\.mlp\.experts \(FP8Experts\): "
         (weights(torch.float8_e5m2), WHERE + "its weights are stored as torch.float8_e5m2"),
         (weights(torch.int8), WHERE + "its weights are stored as torch.int8"),
         (in_training, WHERE + r"down_proj is to be trained .* LoRA.*dequantize=True"),
+        (linear_in_training, r"^model\.layers\.0\.self_attn\.q_proj \(FP8Linear\): weight is to be trained"),
         (one_linear, r"^model\.layers\.0\.self_attn\.q_proj \(FP8Linear\): weight_scale_inv\[0, 0\] is 0.0"),
     ],
 )
@@ -354,7 +367,7 @@ def test_a_model_that_was_only_loaded_is_checked_and_not_trained(checkpoint: Che
     assert mk.check_model(model) == 2
     assert model(input_ids=IDS).logits.isfinite().all()
     model.train()
-    with pytest.raises(mk.UnsupportedExperts, match=r"gate_up_proj is to be trained"):
+    with pytest.raises(mk.UnsupportedExperts, match="is to be trained"):
         model(input_ids=IDS)
     with torch.no_grad():
         model(input_ids=IDS)

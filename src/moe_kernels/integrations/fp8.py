@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
-from moe_kernels.integrations.quantized import check_scales, packed_weight
+from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
 from moe_kernels.integrations.support import UnsupportedExperts
 from moe_kernels.kernels.triton.dequantize import dequantize
 from moe_kernels.packed import PackedWeight
@@ -28,6 +28,8 @@ class ExactFP8Linear(FP8Linear):
         """(..., in_features) -> (..., out_features), in the dtype of ``input`` or autocast's."""
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        if self.training and torch.is_grad_enabled():
+            check_frozen(self, "weight")
         weight = packed_weight(self, "weight", dtype)
         if weight is None:  # not converted, in 16 bits
             return super().forward(input)
@@ -76,6 +78,8 @@ def train_fp8(model: nn.Module) -> None:
         if type(module) is FP8Linear:
             packed_weight(module, "weight", torch.bfloat16, name)
             check_scales(module, "weight", name)
+            if module.training:
+                check_frozen(module, "weight", name)
             module.__class__ = ExactFP8Linear
         elif isinstance(module, FP8Linear) and not isinstance(module, ExactFP8Linear) and not _OWN_BACKWARD:
             raise UnsupportedExperts.mended(
