@@ -204,9 +204,6 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
         for parameter in module.parameters(recurse=False):  # not by attribute, which may dequantise it
             local_tensor(module, parameter, name)
         _check_weights(module, recipe, name)
-        _check_frozen(module, recipe.up_name, name)
-        for weight in (recipe.up_name, "down_proj"):
-            check_scales(module, weight, name)
     train_fp8(model)
     served = Served(len(modules))
     if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
@@ -241,9 +238,12 @@ def _check_frozen(module: Any, up_name: str, name: str = "") -> None:
 
 
 def _check_weights(module: Any, recipe: Recipe, name: str) -> None:
-    """Raise UnsupportedExperts where a forward would, whatever its tokens; no weight is read for that."""
+    """Raise UnsupportedExperts where a forward would, whatever its tokens, or on wrong scales; no weight is read."""
+    _check_frozen(module, recipe.up_name, name)
     biases = (f"{recipe.up_name}_bias", "down_proj_bias") if recipe.biased else ()
     weights = [_stand_in(module, weight, name) for weight in (recipe.up_name, "down_proj", *biases)]
+    for weight_name in (recipe.up_name, "down_proj"):
+        check_scales(module, weight_name, name)
     known = [weight for weight in weights if weight is not None]
     for weight in known:
         check_weight(module, weight, name)
