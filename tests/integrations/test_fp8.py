@@ -137,8 +137,8 @@ def test_the_kernels_run_on_the_weights_as_they_are(checkpoint: Checkpoint) -> N
 def test_values_are_bitwise_those_of_the_checkpoint(
     tmp_path: Path, intermediate: int, scale_dtype: torch.dtype
 ) -> None:
-    """Sizes that are no multiple of 128 too: gate and up have blocks of their own. transformers 5.20's own
-    dequantisation spreads the scales of such sizes evenly, which is wrong."""
+    """Sizes that are no multiple of 128 too: gate and up have blocks of their own. transformers' own dequantisation
+    spreads the scales of such sizes evenly, which is wrong."""
     held = write_checkpoint(tmp_path, intermediate, scale_dtype)
     if intermediate == 192 and NEWER:  # four scales in a column, and they want the three of 384 rows
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
@@ -158,8 +158,8 @@ def test_values_are_bitwise_those_of_the_checkpoint(
 
 @pytest.mark.parametrize("intermediate", [256, 192])
 def test_a_model_that_is_quantised_as_it_is_loaded(tmp_path: Path, intermediate: int) -> None:
-    """Of sizes that are no multiple of 128, transformers 5.20 quantises gate and up together, so that a block lies in
-    both, and casts the down projection to e4m3 without a scale."""
+    """Of sizes that are no multiple of 128, transformers quantises gate and up together, so that a block lies in both,
+    and 5.20 casts the down projection to e4m3 without a scale."""
     save_model(tmp_path, intermediate)
     model = load(tmp_path, quantization_config=FineGrainedFP8Config(modules_to_not_convert=["lm_head", "mlp.gate"]))
     experts = experts_of(model)
@@ -323,6 +323,15 @@ def linear_in_training(model: Any) -> None:
 def one_linear(model: Any) -> None:
     linear = model.get_submodule("model.layers.0.self_attn.q_proj")
     linear.weight_scale_inv = nn.Parameter(torch.zeros(2, 2), False)
+
+
+@pytest.mark.skipif(NEWER, reason="there they have a backward of their own")
+def test_grouped_linear_layers_are_refused(checkpoint: Checkpoint) -> None:
+    """DeepSeek-V4's."""
+    model = load(checkpoint[0])
+    model.get_submodule("model.layers.0.self_attn.q_proj").__class__ = finegrained_fp8.FP8GroupedLinear
+    with pytest.raises(mk.UnsupportedExperts, match=r"q_proj \(FP8GroupedLinear\): .* transformers 5.23: install that"):
+        mk.check_model(model)
 
 
 WHERE = r"^model\.layers\.1\.mlp\.experts \(FP8Experts\): "

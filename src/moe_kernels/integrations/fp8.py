@@ -74,6 +74,8 @@ def train_fp8(model: nn.Module) -> None:
     """
     if not any(isinstance(module, FP8Experts) for module in model.modules()):
         return
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    has_backward = bool(getattr(quantizer, "is_trainable", False))
     for name, module in model.named_modules():
         if type(module) is FP8Linear:
             packed_weight(module, "weight", torch.bfloat16, name)
@@ -81,13 +83,9 @@ def train_fp8(model: nn.Module) -> None:
             if module.training:
                 check_frozen(module, "weight", name)
             module.__class__ = ExactFP8Linear
-        elif isinstance(module, FP8Linear) and not isinstance(module, ExactFP8Linear) and not _OWN_BACKWARD:
+        elif isinstance(module, FP8Linear) and type(module) is not ExactFP8Linear and not has_backward:
             raise UnsupportedExperts.mended(
                 module, "this form of fp8 has no backward before transformers 5.23: install that or newer.", name
             )
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if type(quantizer) is FineGrainedFP8HfQuantizer:
+    if type(quantizer) is FineGrainedFP8HfQuantizer and not has_backward:
         quantizer.__class__ = TrainableFP8Quantizer
-
-
-_OWN_BACKWARD = bool(FineGrainedFP8HfQuantizer.is_trainable.fget(None))  # type: ignore[attr-defined]
