@@ -254,8 +254,12 @@ def test_the_adapter_merges_into_the_dequantised_model(checkpoint: Checkpoint, t
     model.save_pretrained(tmp_path)
     whole = load(folder, quantization_config=FineGrainedFP8Config(dequantize=True)).float()
     merged = peft.PeftModel.from_pretrained(whole, tmp_path).merge_and_unload()
-    found = merged(input_ids=IDS).logits
-    assert (found - logits).norm() <= 0.02 * logits.norm()
+    merged.save_pretrained(tmp_path / "merged", save_original_format=False)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert not hasattr(again.config, "quantization_config")
+    for model in (merged, again):
+        found = model(input_ids=IDS).logits
+        assert (found - logits).norm() <= 0.02 * logits.norm()
 
 
 def test_trainer_takes_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
