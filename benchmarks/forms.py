@@ -25,7 +25,7 @@ from torch import Tensor
 from moe_kernels import fused_experts
 from moe_kernels.activation import Activation
 from moe_kernels.backends.gluon import use_every_form
-from moe_kernels.packed import PackedWeight, Scales, whole
+from moe_kernels.packed import SIDE, BlockFp8, FourBit, PackedWeight, Scales, whole
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.bench.timing import MIB, Clock, peak_bytes
@@ -48,13 +48,13 @@ class Form:
     Attributes:
         frozen: the base gets no gradient.
         rank: of the LoRA factors of both weights; 0 without.
-        packed: the base is kept in 4 bits, with nested scales.
+        packed: the base is kept in "4 bits", with nested scales, or in block "fp8"; empty: in 16 bits.
         gpt_oss: weights stored by columns, gate and up interleaved, clamped activation.
     """
 
     frozen: bool = False
     rank: int = 0
-    packed: bool = False
+    packed: str = ""
     biases: bool = False
     gpt_oss: bool = False
     gated: bool = True
@@ -66,7 +66,8 @@ FORMS = {
     "frozen": Form(frozen=True),
     "lora-16": Form(frozen=True, rank=16),
     "lora-64": Form(frozen=True, rank=64),
-    "qlora-16": Form(frozen=True, rank=16, packed=True),
+    "qlora-16": Form(frozen=True, rank=16, packed="4 bits"),
+    "fp8-lora-16": Form(frozen=True, rank=16, packed="fp8"),
     "biases": Form(biases=True),
     "gpt-oss": Form(biases=True, gpt_oss=True, activation=GPT_OSS),
     "gpt-oss-lora-16": Form(frozen=True, rank=16, biases=True, gpt_oss=True, activation=GPT_OSS),
@@ -127,7 +128,18 @@ def _with_leaves(form: Form, arguments: dict[str, Any], dout: Tensor) -> Layer:
     return Layer(form, arguments, trained, dout)
 
 
-def in_4_bits(weight: Tensor) -> PackedWeight:
+def in_fp8(weight: Tensor) -> BlockFp8:
+    """``weight`` (E, N, K) in e4m3 with a scale for each 128 x 128, as checkpoints have it."""
+    experts, rows, columns = weight.shape
+    values = torch.nn.functional.pad(weight.float(), (0, -columns % SIDE, 0, -rows % SIDE))
+    values = values.unflatten(2, (-1, SIDE)).unflatten(1, (-1, SIDE))
+    scales = values.abs().amax((2, 4)) / torch.finfo(torch.float8_e4m3fn).max
+    codes = (values / scales[:, :, None, :, None]).to(torch.float8_e4m3fn).flatten(3).flatten(1, 2)
+    data = codes[:, :rows, :columns].contiguous()
+    return BlockFp8((experts, rows, columns), weight.dtype, data, scales)
+
+
+def in_4_bits(weight: Tensor) -> FourBit:
     """``weight`` (E, N, K) in a format like nf4: another table, the same sizes and the same steps to read it."""
     values = weight.float().view(-1, 64)
     scales = values.abs().amax(1)
@@ -139,7 +151,11 @@ def in_4_bits(weight: Tensor) -> PackedWeight:
     inner = torch.bucketize((scales - offset) / outer.repeat_interleave(256), near).to(torch.uint8)
     nested = Scales(inner, 64, scales_table, outer, 256, offset)
     data = places[:, 0] << 4 | places[:, 1]
-    return PackedWeight(data, table, nested, tuple(weight.shape), weight.dtype, weight.dtype)  # type: ignore[arg-type]
+    sizes: Any = tuple(weight.shape)
+    return FourBit(sizes, weight.dtype, data.view(-1), table, nested, weight.dtype)
+
+
+PACK: dict[str, Callable[[Tensor], PackedWeight]] = {"4 bits": in_4_bits, "fp8": in_fp8}
 
 
 def make_layer(shape: LayerShape, form: Form, device: torch.device) -> Layer:
@@ -164,7 +180,7 @@ def make_layer(shape: LayerShape, form: Form, device: torch.device) -> Layer:
     }
     for name, (n, k) in sizes.items():
         weight = normal(experts, k, n, scale=k**-0.5).mT if form.gpt_oss else normal(experts, n, k, scale=k**-0.5)
-        arguments[name] = in_4_bits(weight) if form.packed else weight
+        arguments[name] = PACK[form.packed](weight) if form.packed else weight
         if form.biases:
             arguments[f"{name}_bias"] = normal(experts, n, scale=0.1)
         if form.rank:

@@ -18,7 +18,7 @@ from moe_kernels.routing import RoutingPlan, TokenRows, resolve_group_size
 
 #: Rows in expert order (R, N), or the tokens to take them from.
 Rows = Tensor | TokenRows
-#: A weight (E, N, K), or a frozen one in 4 bits.
+#: A weight (E, N, K), or a frozen one in few bits.
 Matrix = Tensor | PackedWeight
 
 

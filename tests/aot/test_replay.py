@@ -16,7 +16,7 @@ from moe_kernels.kernels.launch import launch as module
 from moe_kernels.kernels.launch import replay
 from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, call, make_inputs
 from support import fake_cuda
-from support.packed import packed
+from support.packed import block_fp8, packed
 
 pytestmark = [
     pytest.mark.plain_memory,
@@ -31,6 +31,7 @@ CASES = {
         300, 4, 16, 256, 128, BF16, activation=CLAMPED, interleaved=True, transposed=True, bias=True, lora_rank=8
     ),
     "qlora": Case(300, 4, 16, 256, 128, BF16, "zipf", lora_rank=8),
+    "fp8-lora": Case(300, 4, 16, 256, 128, BF16, "zipf", lora_rank=8),
     "apart": Case(512, 8, 64, 128, 128, BF16, "zipf", gated=False),
 }  # fmt: skip
 _ALLOCATE = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
@@ -103,10 +104,11 @@ def test_a_replay_launches_what_the_steps_launch(cuda, launched, monkeypatch, ca
     if case == "apart":  # each expert's two matrices side by side: one lies in the gaps of the other
         together = torch.stack([inputs.gate_up, inputs.down], 1)
         leaves |= {name: together[:, n].requires_grad_() for n, name in enumerate(("gate_up", "down"))}
-    if case == "qlora":
+    if case in ("qlora", "fp8-lora"):
+        make = {"qlora": packed, "fp8-lora": block_fp8}[case]
         monkeypatch.setattr(moe_kernels.packed, "BLOCK_BYTES", 5 * 256 * 256 * 2)
         sizes = {"gate_up": (256, 256), "down": (256, 128)}
-        frozen = {name: packed(16, *size, inputs.x.device, dtype=BF16) for name, size in sizes.items()}
+        frozen = {name: make(16, *size, inputs.x.device, dtype=BF16) for name, size in sizes.items()}
         leaves = {name: leaf for name, leaf in leaves.items() if name not in frozen}
         inputs = dataclasses.replace(inputs, **frozen)
     known = {name: leaf for name, leaf in leaves.items() if name in DIFFERENTIABLE}

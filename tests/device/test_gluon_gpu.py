@@ -14,6 +14,7 @@ from moe_kernels.activation import Activation
 from moe_kernels.tools.check.problems import Case, check, make_inputs, run
 from moe_kernels.tools.check.routings import ROUTINGS
 from moe_kernels.tools.check.verification import variants
+from support.packed import block_fp8, packed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
 if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
@@ -216,17 +217,17 @@ def test_factors_of_one_expert_reach_no_other(rank):
         assert torch.equal(value[part], clean[name][part]), name
 
 
+@pytest.mark.parametrize("make", [packed, block_fp8])
 @pytest.mark.parametrize("kind", ["lora", "gateless-lora", "gpt-oss-lora"])
-def test_experts_in_4_bits(kind, every_form, monkeypatch):
+def test_experts_in_few_bits(kind, make, every_form, monkeypatch):
     from moe_kernels import packed as packed_weights
-    from support.packed import packed
 
     case = dataclasses.replace(CASE, routing="zipf", **KINDS[kind])
     inputs, experts = inputs_of(case), CASE.experts
     sizes = [tuple(weight.shape[1:]) for weight in (inputs.gate_up, inputs.down)]
-    weights = [packed(experts, *size, torch.device("cuda"), dtype=BF16, seed=i) for i, size in enumerate(sizes)]
+    weights = [make(experts, *size, torch.device("cuda"), dtype=BF16, seed=i) for i, size in enumerate(sizes)]
     if case.transposed:
-        stored = (packed(experts, *size[::-1], torch.device("cuda"), dtype=BF16) for size in sizes)
+        stored = (make(experts, *size[::-1], torch.device("cuda"), dtype=BF16) for size in sizes)
         weights = [weight.mT for weight in stored]
     monkeypatch.setattr(packed_weights, "BLOCK_BYTES", 2 * sizes[0][0] * sizes[0][1] * 2)
     frozen = tuple(name for name in inputs.leaves() if name not in ("gate_up", "down"))

@@ -216,7 +216,7 @@ def small_config(kind: str, vocab: int) -> Any:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if kind == "qwen3-moe":
+    if kind.startswith("qwen3-moe"):
         return transformers.Qwen3MoeConfig(
             **common, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=2, num_experts=8
         )
@@ -313,6 +313,51 @@ def test_other_layouts_and_lora(kind: str, folder: Path) -> None:
         saved = [keys_of(folder / "runs" / name / "out" / "adapter_model.safetensors") for name in configs]
         assert saved[0] == saved[1]
         assert any("experts" in key for key in saved[0])
+
+
+#: transformers gives 16-bit weights where no GPU multiplies fp8: a machine without one needs this to keep them.
+KEEP_FP8 = """
+from axolotl.integrations.base import BasePlugin
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+class KeepFp8(BasePlugin):
+    def register(self, cfg):
+        FineGrainedFP8HfQuantizer.validate_environment = lambda self, *args, **kwargs: None
+"""
+
+
+@pytest.mark.skipif(not ENTRY_POINTS, reason="transformers 5.16, which axolotl 0.19 pins, loads no such baseline")
+def test_lora_over_an_fp8_checkpoint(folder: Path) -> None:
+    """The losses that the same checkpoint gives where transformers dequantises it as it loads it; the run file names
+    the checkpoint and no more."""
+    from support.fp8 import quantise_checkpoint
+
+    base = folder / small_model(folder, "qwen3-moe-fp8")
+    quantise_checkpoint(base)
+    (folder / "keep_fp8.py").write_text(KEEP_FP8)
+    optimized = tiny("qwen3-30b-a3b-lora.yml", "mixtral") | {
+        "base_model": str(base.relative_to(folder)),
+        "attn_implementation": "eager",
+        # Axolotl's fused LoRA of attention dequantises fp8 by itself, to bfloat16 whatever the model runs in.
+        "lora_qkv_kernel": False,
+        "lora_o_kernel": False,
+    }
+    optimized |= {"lora_model_dir": small_adapter(folder, optimized)}
+    baseline = {key: value for key, value in optimized.items() if key not in KERNEL_KEYS}
+    optimized["plugins"] = ["keep_fp8.KeepFp8", *optimized["plugins"]]
+    configs = {"fp8-baseline": baseline, "fp8-optimized": optimized}
+    with ThreadPoolExecutor() as pool:
+        expected, actual = pool.map(partial(train, folder), configs.keys(), configs.values())
+    for training in (expected, actual):
+        assert training.returncode == 0, training.log[-4000:]
+        assert len(training.losses) == STEPS
+    assert "default to dequantizing" in expected.log
+    assert "default to dequantizing" not in actual.log
+    assert "LoRA of 4 expert weights runs inside the kernels" in actual.log
+    assert [row["train/moe/expert_calls"] for row in actual.rows] == [4] * STEPS
+    differences = [abs(a - b) for a, b in zip(expected.losses, actual.losses, strict=True)]
+    assert differences[0] < 4e-6, differences
+    assert max(differences) < 1e-4, differences
 
 
 def test_a_fused_router_that_lora_trains_whole(folder: Path) -> None:

@@ -575,14 +575,18 @@ def test_model_on_another_implementation_raises(other: str) -> None:
 
 
 def test_experts_of_another_interface_raise() -> None:
-    """FP8 experts look the name up where it is not registered: transformers would raise KeyError in the forward."""
-    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    """They look the name up where it is not registered: transformers would raise KeyError in the forward."""
+    from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
+
+    other = type("OtherInterface", (ExpertsInterface,), {"_global_mapping": {}})
     model = make_model("qwen3_moe")
     model.set_experts_implementation("moe_kernels")
-    fp8.replace_with_fp8_linear(model, ["lm_head"], transformers.FineGrainedFP8Config(weight_block_size=(8, 8)))
-    assert not any(mk.is_served(module) for _, module in mk.experts_modules(model))
+    experts = model.model.layers[0].mlp.experts
+    cls = type("OtherExperts", (type(experts),), {})
+    experts.__class__ = use_experts_implementation(experts_class=cls, experts_interface=other())
+    assert not mk.is_served(experts)
     with pytest.raises(
-        mk.UnsupportedExperts, match=r"layers\.0\.mlp\.experts \(FP8Experts\): its class .* in FP8ExpertsInterface"
+        mk.UnsupportedExperts, match=r"layers\.0\.mlp\.experts \(OtherExperts\): its class .* in OtherInterface"
     ):
         mk.check_model(model)
 
@@ -621,7 +625,7 @@ def two_dtypes(experts: nn.Module) -> None:
 
 
 def eight_bits(experts: nn.Module) -> None:
-    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().to(torch.float8_e5m2), requires_grad=False)
 
 
 def short_bias(experts: nn.Module) -> None:
@@ -645,7 +649,7 @@ MISFITS = {
         other_hidden_size: "sizes disagree",
         gaps: r"each expert's matrix of down must be contiguous.*strides .*: store it contiguous once",
         two_dtypes: "gate_up is torch.float32 but down is torch.bfloat16: cast one of them, or use torch.autocast",
-        eight_bits: r"its weights are stored as torch\.float8_e4m3fn.*: grouped_mm",
+        eight_bits: r"its weights are stored as torch\.float8_e5m2.*: grouped_mm",
     },
     "gpt_oss": {  # transposed, with biases
         half_the_up_columns: HALF,

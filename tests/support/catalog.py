@@ -17,7 +17,7 @@ from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
 from moe_kernels.kernels.tiles.table import ROW_TILED, GemmConfig, table
 from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
-from moe_kernels.kernels.triton.dequantize import dequantize_kernel
+from moe_kernels.kernels.triton.dequantize import block_fp8_kernel, four_bit_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
 from moe_kernels.kernels.triton.plan import count_kernel, part_kernel, place_kernel, plan_blocks
 from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, route_grad_kernel, route_kernel
@@ -257,7 +257,7 @@ def _packed_cases() -> Iterator[CompileCase]:
     for nested in (True, False):
         yield CompileCase(
             f"dequantize-{'nested' if nested else 'plain'}",
-            dequantize_kernel,
+            four_bit_kernel,
             {
                 **tensors,
                 "scales_ptr": "*u8" if nested else "*fp32",
@@ -267,6 +267,16 @@ def _packed_cases() -> Iterator[CompileCase]:
                 "count": "i32",
             },
             {"BLOCKSIZE": 64, "OUTER_SIZE": 256 * nested, "NESTED": nested, "STORED": tl.bfloat16, "BLOCK": 2048},
+            {"num_warps": 4, "num_stages": 3},
+            uses_dot=False,
+        )
+    for stacked, scale in ((1, "fp32"), (2, "bf16")):
+        yield CompileCase(
+            f"dequantize-fp8-{stacked}-{scale}",
+            block_fp8_kernel,
+            {"data_ptr": "*u8", "scales_ptr": f"*{scale}", "out_ptr": "*bf16"}
+            | dict.fromkeys(("first", "rows", "columns"), "i32"),
+            {"STACKED": stacked, "SIDE": 128, "BLOCK": 32},
             {"num_warps": 4, "num_stages": 3},
             uses_dot=False,
         )

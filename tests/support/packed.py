@@ -1,8 +1,8 @@
-"""Experts in 4 bits without the library that quantises them."""
+"""Experts in few bits without the libraries that quantise them."""
 
 import torch
 
-from moe_kernels.packed import PackedWeight, Scales
+from moe_kernels.packed import BlockFp8, FourBit, Scales, scale_grid
 
 
 def packed(
@@ -14,7 +14,7 @@ def packed(
     dtype: torch.dtype = torch.float32,
     blocksize: int = 32,
     seed: int = 0,
-) -> PackedWeight:
+) -> FourBit:
     """A weight of random bytes, about as large as a layer's."""
     generator = torch.Generator().manual_seed(seed)
     elements = experts * rows * columns
@@ -23,9 +23,31 @@ def packed(
     found = Scales(scales.to(device), blocksize)
     if nested:
         places = torch.randint(0, 256, scales.shape, generator=generator, dtype=torch.uint8)
-        table, outer = torch.linspace(-1, 1, 256), torch.rand(len(scales) // 4 + 1, generator=generator) * 0.1
+        table, outer = torch.linspace(-1, 1, 256), torch.rand(-(-len(scales) // 4), generator=generator) * 0.1
         parts = (t.to(device) for t in (places, table, outer))
         values, table, outer = parts
         found = Scales(values, blocksize, table, outer, 4, torch.tensor(0.3, device=device))
     table = torch.linspace(-1, 1, 16)
-    return PackedWeight(data.to(device), table.to(device), found, (experts, rows, columns), dtype, dtype)
+    return FourBit((experts, rows, columns), dtype, data.to(device), table.to(device), found, dtype)
+
+
+def block_fp8(
+    experts: int,
+    rows: int,
+    columns: int,
+    device: torch.device,
+    stacked: int = 1,
+    dtype: torch.dtype = torch.float32,
+    scale_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    codes: torch.Tensor | None = None,
+) -> BlockFp8:
+    """A weight of random codes that are not NaN, about as large as a layer's; or of ``codes``, uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    if codes is None:
+        codes = torch.randint(0, 127, (experts, rows, columns), generator=generator, dtype=torch.uint8)
+        codes += 128 * torch.randint(0, 2, codes.shape, generator=generator, dtype=torch.uint8)
+    grid = experts, *scale_grid(rows, columns, stacked)
+    scales = ((torch.rand(grid, generator=generator) + 0.1) * columns**-0.5 / 64).to(scale_dtype)
+    data = codes.to(device).view(torch.float8_e4m3fn)
+    return BlockFp8((experts, rows, columns), dtype, data, scales.to(device), stacked)

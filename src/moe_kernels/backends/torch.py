@@ -75,7 +75,7 @@ class TorchBackend(Backend):
     def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
         out = rows.new_zeros(plan.rows, weight.matrix.shape[2])
         for expert, block in _experts(plan):
-            total = rows[block] @ weight.matrix[expert]  # in 4 bits: dequantised here, one expert at a time
+            total = rows[block] @ weight.matrix[expert]  # in few bits: dequantised here, one expert at a time
             if weight.low is not None and weight.factor is not None:
                 total = total + weight.low[block] @ weight.factor[expert]
             out[block] = total if weight.bias is None else total + weight.bias[expert]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 try:
-    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.lora.layer import Linear, ParamWrapper
 except ImportError as error:
     raise ImportError("moe_kernels.integrations.peft needs peft 0.20 or newer: pip install 'peft>=0.20'") from error
 
@@ -30,7 +30,8 @@ _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def fuse_lora() -> None:
-    """From now on, in this process, LoRA on served expert weights runs inside the kernels. Can be called again."""
+    """From now on, in this process, LoRA on served expert weights runs inside the kernels, and no adapter is merged
+    into fp8 weights. Can be called again."""
     if hasattr(ParamWrapper._activate_lora, "_moe_kernels"):
         return
     original = ParamWrapper._activate_lora
@@ -44,6 +45,26 @@ def fuse_lora() -> None:
 
     _activate_lora._moe_kernels = True  # type: ignore[attr-defined]
     ParamWrapper._activate_lora = _activate_lora  # type: ignore[method-assign, assignment]
+    for cls in (Linear, ParamWrapper):
+        _refuse_merge_into_fp8(cls)
+
+
+def _refuse_merge_into_fp8(cls: Any) -> None:
+    """PEFT would add B A to the codes of a weight, as if its scales were 1; torch 2.14 has no such addition, and says
+    nothing of a cure."""
+    original = cls.merge
+
+    @functools.wraps(original)
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        name = getattr(self, "parameter_name", "weight")
+        if getattr(getattr(self.get_base_layer(), name, None), "dtype", None) == torch.float8_e4m3fn:
+            raise ValueError(
+                f"{type(self.get_base_layer()).__name__}.{name} is in fp8, into which PEFT cannot merge: load the "
+                "model with FineGrainedFP8Config(dequantize=True), the adapter onto it, and merge there."
+            )
+        return original(self, *args, **kwargs)
+
+    cls.merge = merge
 
 
 class _Lent(AbstractContextManager[None]):
@@ -150,13 +171,19 @@ def _check_rank(wrapper: Any, adapters: list[str], where: str = "") -> None:
 
 
 def _check_dtypes(wrapper: Any, adapters: list[str], where: str) -> None:
-    """One factor would be rounded and the other not, and torch.cat would promote those of several adapters."""
+    """One factor would be rounded and the other not, and torch.cat would promote those of several adapters. PEFT may
+    leave those over fp8 in fp8."""
     factors = [f[name].weight for f in (wrapper.lora_A, wrapper.lora_B) for name in adapters if name in f]
     dtypes = sorted({str(factor.dtype).removeprefix("torch.") for factor in factors})
     if len(dtypes) > 1:
         raise ValueError(
             f"{where}: the LoRA factors of {wrapper.parameter_name} are {' and '.join(dtypes)}: cast them to one "
             "dtype before training."
+        )
+    if any(factor.dtype.itemsize < 2 for factor in factors):
+        raise ValueError(
+            f"{where}: the LoRA factors of {wrapper.parameter_name} are {dtypes[0]}, which no optimizer trains: "
+            "leave autocast_adapter_dtype of PEFT at True, or cast them to float32 before training."
         )
 
 

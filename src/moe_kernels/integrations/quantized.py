@@ -1,36 +1,124 @@
-"""Frozen expert weights that bitsandbytes keeps in 4 bits (QLoRA).
+"""Frozen weights that a module keeps in few bits: bitsandbytes' 4 bits (QLoRA), and those of block-fp8 checkpoints.
 
 Axolotl's ``quantize_moe_experts`` with ``load_in_4bit`` puts bitsandbytes' parametrization on each weight: reading
-``module.gate_up_proj`` gives all experts in 16 bits, and autograd would keep that copy for every layer. Here the
-4 bits themselves are handed to the kernels.
+``module.gate_up_proj`` gives all experts in 16 bits, and autograd would keep that copy for every layer. transformers
+keeps an fp8 weight beside its scales, ``gate_up_proj_scale_inv``, and multiplies it with activations rounded to fp8.
+Here the weights as they are stored are handed to the kernels.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from moe_kernels.integrations.support import UnsupportedExperts
-from moe_kernels.packed import PackedWeight, Scales
+import torch
+
+from moe_kernels.integrations.support import UnsupportedExperts, is_sharded
+from moe_kernels.packed import SIDE, BlockFp8, FourBit, PackedWeight, Scales, scale_grid
+
+#: Added to the name of a weight: the name of its scales.
+SCALES = "_scale_inv"
+#: The cure where a module's fp8 weights cannot be read.
+DEQUANTIZE = "Load the model with FineGrainedFP8Config(dequantize=True), which gives 16-bit weights."
 
 
-def packed_weight(module: Any, name: str, where: str = "") -> PackedWeight | None:
-    """The weight ``name`` of ``module``, called ``where`` in errors, if bitsandbytes keeps it in 4 bits.
+def packed_weight(module: Any, name: str, dtype: torch.dtype, where: str = "") -> PackedWeight | None:
+    """The weight ``name`` of ``module``, called ``where`` in errors, if it is kept in few bits.
+
+    Args:
+        module: its weights are (E, N, K), or (N, K) of a linear layer, which is read as one expert.
+        name: of the parameter.
+        dtype: what it is used in, where the format does not say.
+        where: the module's name.
 
     Raises:
-        UnsupportedExperts: its blocks of equal scale reach over the border of two experts.
+        UnsupportedExperts: the parts of the weight do not fit together, or are in no form that is read here.
     """
+    try:
+        return _four_bit(module, name) or _block_fp8(module, name, dtype, where)
+    except ValueError as error:
+        if isinstance(error, UnsupportedExperts):
+            raise
+        raise UnsupportedExperts.of(module, f"{name} is not what its library makes: {error}.", where) from error
+
+
+def _four_bit(module: Any, name: str) -> PackedWeight | None:
     chain = getattr(module, "parametrizations", {})
     if name not in chain or len(chain[name]) != 1:
         return None
     state = getattr(chain[name][0], "quant_state", None)
     if state is None:
         return None
-    if state.shape[1] * state.shape[2] % state.blocksize:
-        reason = f"the {state.blocksize} values of a 4-bit block do not divide an expert's {tuple(state.shape[1:])}."
-        raise UnsupportedExperts.of(module, reason, where)
     scales = Scales(state.absmax, state.blocksize)
     if state.nested:
         inner = state.state2
         scales = Scales(state.absmax, state.blocksize, inner.code, inner.absmax, inner.blocksize, state.offset)
     sizes = tuple(state.shape)
-    return PackedWeight(chain[name].original.view(-1), state.code, scales, sizes, state.dtype, state.dtype)
+    return FourBit(sizes, state.dtype, chain[name].original.view(-1), state.code, scales, state.dtype)
+
+
+def _block_fp8(module: Any, name: str, dtype: torch.dtype, where: str) -> PackedWeight | None:
+    data, scales = _fp8_parts(module, name)
+    if data is None or is_sharded(data) or data.dim() == 1:  # pieces of it
+        return None
+    if scales is None:
+        raise UnsupportedExperts.mended(
+            module, f"{name} is float8_e4m3fn without its scales {name}{SCALES}. {DEQUANTIZE}", where
+        )
+    if scales.dtype == torch.float8_e8m0fnu:  # powers of two
+        scales = scales.float()
+    data, scales = (tensor.detach() if tensor.dim() == 3 else tensor.detach()[None] for tensor in (data, scales))
+    # Checkpoints hold gate and up apart, so a block of scales ends where up begins.
+    stacked = 2 if name == "gate_up_proj" else 1
+    sizes = experts, rows, columns = data.shape
+    grid = experts, *scale_grid(rows, columns, stacked)
+    size = getattr(module, "block_size", None)
+    fits = tuple(scales.shape) == grid and scales.dtype in (torch.float32, torch.bfloat16)
+    if not fits or size is None or tuple(size) != (SIDE, SIDE):
+        raise UnsupportedExperts.mended(
+            module,
+            f"{name} {tuple(sizes)} has scales {scales.dtype} {tuple(scales.shape)} in blocks of {size}; read are "
+            f"float32, bfloat16 or float8_e8m0fnu {grid}, one for each {SIDE} x {SIDE}. {DEQUANTIZE}",
+            where,
+        )
+    return BlockFp8((experts, rows, columns), dtype, data, scales, stacked)
+
+
+def _fp8_parts(module: Any, name: str) -> tuple[Any, Any]:
+    """The parameter ``name`` and its scales; None for what is not there, twice if the parameter is not in e4m3."""
+    data = module._parameters.get(name)
+    if data is None or data.dtype != torch.float8_e4m3fn:
+        return None, None
+    return data, module._parameters.get(name + SCALES)
+
+
+def check_scales(module: Any, name: str, where: str = "") -> None:
+    """Read the scales of an fp8 weight, before training: a GPU waits for that.
+
+    Raises:
+        UnsupportedExperts: one is not a positive finite number.
+    """
+    _, scales = _fp8_parts(module, name)
+    if scales is None or scales.is_meta or is_sharded(scales):
+        return
+    values = scales.detach().float()
+    wrong = ~(values.isfinite() & (values > 0))
+    if wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        raise UnsupportedExperts.mended(
+            module,
+            f"{name}{SCALES}{place} is {values[tuple(place)].item()}, and a scale is a positive finite number: the "
+            "checkpoint is broken. Download it, or quantise it, again.",
+            where,
+        )
+
+
+def check_frozen(module: Any, name: str, where: str = "") -> None:
+    """Raise UnsupportedExperts where training would go on without the gradient of an fp8 weight."""
+    if any(part is not None and part.requires_grad for part in _fp8_parts(module, name)):
+        raise UnsupportedExperts.mended(
+            module,
+            f"{name} is to be trained (requires_grad), and fp8 weights get no gradient here. Train LoRA on them "
+            "(peft.get_peft_model freezes them), or for full fine-tuning load 16-bit weights, with "
+            "FineGrainedFP8Config(dequantize=True).",
+            where,
+        )

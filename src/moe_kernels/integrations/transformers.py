@@ -27,12 +27,14 @@ from moe_kernels.settings import DEFAULT_GROUP_SIZE, ExpertsSettings, GroupSize
 try:
     import transformers
     from packaging.version import Version  # which transformers needs
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     from moe_kernels.integrations.adapters import Adapted, adapted, doubts
     from moe_kernels.integrations.dispatch import dispatches, experts_modules, is_served, registered
+    from moe_kernels.integrations.fp8 import train_fp8
     from moe_kernels.integrations.probe import probe_device
-    from moe_kernels.integrations.quantized import packed_weight
+    from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
     from moe_kernels.integrations.resume import mend_trainer
     from moe_kernels.integrations.support import (
         LORA_ATTRIBUTE,
@@ -79,7 +81,12 @@ def register(
     ) -> torch.Tensor:
         return run_experts(self, hidden_states, top_k_index, top_k_weights, **settings)
 
-    ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
+    for interface in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
+        interface.register(name, experts_forward)
+    # transformers 5.16 loads fp8 experts under the implementations that are in here alone; under none (None) Axolotl
+    # 0.19 loads a model, to name one afterwards.
+    for implementation in (name, None):
+        getattr(FP8Experts, "_impl_tp_layer_overrides", {}).setdefault(implementation, {})
     registered[name] = experts_forward
     mend_trainer(lambda model: bool(experts_modules(model)))
 
@@ -109,9 +116,12 @@ def run_experts(
         others["down_bias"] = plain_weight(module, module.down_proj_bias)
 
     # One read each: PEFT merges, quantised parametrisations dequantise, on every attribute access.
+    dtype = hidden_states.dtype
     gate_up, down = (
-        packed_weight(module, name) or plain_weight(module, getattr(module, name)) for name in (up_name, "down_proj")
+        packed_weight(module, name, dtype) or plain_weight(module, getattr(module, name))
+        for name in (up_name, "down_proj")
     )
+    _check_frozen(module, up_name)
     if recipe.transposed:
         gate_up, down = gate_up.mT, down.mT
     check_pair(module, gate_up, down, recipe.gate.gated)
@@ -158,7 +168,11 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
     names our implementation although it is never called.
 
     What every forward would refuse is refused here, from the shapes, dtypes and strides of the weights: they are not
-    read. Two dtypes in one module are fine under ``torch.autocast``: where you train under it, check under it.
+    read, but for the scales of fp8 weights. Two dtypes in one module are fine under ``torch.autocast``: where you
+    train under it, check under it.
+
+    Where experts are in fp8, the model's fp8 linear layers run on dequantised weights from here on, and Trainer takes
+    the model (integrations.fp8).
 
     Raises:
         UnsupportedExperts: a module, or every one, would not be served; names the module, reason and cure.
@@ -190,6 +204,7 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
         for parameter in module.parameters(recurse=False):  # not by attribute, which may dequantise it
             local_tensor(module, parameter, name)
         _check_weights(module, recipe, name)
+    train_fp8(model)
     served = Served(len(modules))
     if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
         from moe_kernels.integrations.peft import check_lora, fuse_lora
@@ -215,10 +230,20 @@ def _warn_of_small_gradients(model: torch.nn.Module) -> None:
         )
 
 
+def _check_frozen(module: Any, up_name: str, name: str = "") -> None:
+    """A model is loaded with requires_grad on its fp8 weights, so only one in training is asked."""
+    if module.training and torch.is_grad_enabled():
+        for weight in (up_name, "down_proj"):
+            check_frozen(module, weight, name)
+
+
 def _check_weights(module: Any, recipe: Recipe, name: str) -> None:
-    """Raise UnsupportedExperts where a forward would, whatever its tokens; no weight is read for that."""
+    """Raise UnsupportedExperts where a forward would, whatever its tokens, or on wrong scales; no weight is read."""
+    _check_frozen(module, recipe.up_name, name)
     biases = (f"{recipe.up_name}_bias", "down_proj_bias") if recipe.biased else ()
     weights = [_stand_in(module, weight, name) for weight in (recipe.up_name, "down_proj", *biases)]
+    for weight_name in (recipe.up_name, "down_proj"):
+        check_scales(module, weight_name, name)
     known = [weight for weight in weights if weight is not None]
     for weight in known:
         check_weight(module, weight, name)
@@ -240,7 +265,7 @@ def _stand_in(module: Any, weight: str, name: str) -> torch.Tensor | None:
     That is behind a parametrization, and where an engine holds it in pieces until then: ZeRO-3 and FSDP1 in one
     dimension, others as a DTensor, of which FSDP2 hands over the whole and expert parallelism this process's part.
     """
-    packed = packed_weight(module, weight, name)
+    packed = packed_weight(module, weight, torch.bfloat16, name)
     if packed is not None:
         return torch.empty(packed.shape, dtype=packed.dtype, device="meta")
     parameter = module._parameters.get(weight)

@@ -44,6 +44,7 @@ _VIEWS = {
     _aten.permute.default,
     _aten.transpose.int,
     _aten.view.default,
+    _aten.view.dtype,
 }
 T = TypeVar("T", bound=tuple[Any, ...])
 S = TypeVar("S", bound=Hashable)
@@ -301,7 +302,7 @@ def _flat(tensors: tuple[Any, ...]) -> list[Any]:
     """Tensors and what else tells a call from another: a packed weight in its parts."""
     flat: list[Any] = []
     for given in tensors:
-        if type(given) is PackedWeight:
+        if isinstance(given, PackedWeight):
             flat += given.parts()
         else:
             flat.append(given)

@@ -1,0 +1,91 @@
+"""What else a block-fp8 model of transformers needs to train LoRA: its linear layers, and Trainer's consent.
+
+The experts are read in place (:mod:`moe_kernels.integrations.quantized`). Attention and shared experts of such a
+model are ``FP8Linear``, which before transformers 5.23 has no backward, needs a kernel from the hub, and rounds its
+input to fp8. Here they run as the experts do: the weight as it is stored, dequantised ahead of each GEMM, in the
+backward once more. Scales of activations (activation_scheme="static") are not used: no activation is rounded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
+from moe_kernels.integrations.support import UnsupportedExperts
+from moe_kernels.kernels.triton.dequantize import dequantize
+from moe_kernels.packed import PackedWeight
+
+
+class ExactFP8Linear(FP8Linear):
+    """A frozen ``FP8Linear`` that does not round its input; the same parameters, and the same state dict."""
+
+    def forward(self, input: Tensor) -> Tensor:  # transformers' own name
+        """(..., in_features) -> (..., out_features), in the dtype of ``input`` or autocast's."""
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        if self.training and torch.is_grad_enabled():
+            check_frozen(self, "weight")
+        weight = packed_weight(self, "weight", dtype)
+        if weight is None:  # not converted, in 16 bits
+            return super().forward(input)
+        if torch.compiler.is_compiling():
+            return nn.functional.linear(input, weight[0], self.bias)
+        return _FrozenLinear.apply(input.to(dtype), weight, None if self.bias is None else self.bias.to(dtype))
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """``F.linear`` that keeps the packed weight for the backward, and not the dequantised one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return nn.functional.linear(x, _matrix(weight), bias)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        dbias = dout.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return dout @ _matrix(ctx.weight), None, dbias
+
+
+def _matrix(weight: PackedWeight) -> Tensor:
+    return (dequantize(weight, 0, 1) if weight.device.type == "cuda" else weight.experts(0, 1))[0]
+
+
+class TrainableFP8Quantizer(FineGrainedFP8HfQuantizer):
+    """The quantizer of a model whose fp8 layers all have a backward. transformers before 5.23 has none for its own,
+    and its Trainer asks here."""
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def train_fp8(model: nn.Module) -> None:
+    """Let LoRA train over ``model``, if its experts are in fp8: its linear layers become :class:`ExactFP8Linear`, and
+    Trainer takes it. No parameter is touched.
+
+    Raises:
+        UnsupportedExperts: an fp8 linear layer is in no form that is read here.
+    """
+    if not any(isinstance(module, FP8Experts) for module in model.modules()):
+        return
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    has_backward = bool(getattr(quantizer, "is_trainable", False))
+    for name, module in model.named_modules():
+        if type(module) is FP8Linear:
+            packed_weight(module, "weight", torch.bfloat16, name)
+            check_scales(module, "weight", name)
+            if module.training:
+                check_frozen(module, "weight", name)
+            module.__class__ = ExactFP8Linear
+        elif isinstance(module, FP8Linear) and type(module) is not ExactFP8Linear and not has_backward:
+            raise UnsupportedExperts.mended(
+                module, "this form of fp8 has no backward before transformers 5.23: install that or newer.", name
+            )
+    if type(quantizer) is FineGrainedFP8HfQuantizer and not has_backward:
+        quantizer.__class__ = TrainableFP8Quantizer

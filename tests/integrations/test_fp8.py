@@ -1,0 +1,435 @@
+"""Block-fp8 checkpoints of transformers: loaded, checked, trained with LoRA, saved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+
+from moe_kernels import backends
+from moe_kernels.kernels.triton.dequantize import dequantize
+from support.fp8 import dequantised, save_model, write_checkpoint
+from support.tiles import use_small_tiles
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+mk = pytest.importorskip("moe_kernels.integrations.transformers")
+
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config  # noqa: E402
+from transformers.integrations import finegrained_fp8  # noqa: E402
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer  # noqa: E402
+
+from moe_kernels.integrations.fp8 import ExactFP8Linear  # noqa: E402
+from moe_kernels.integrations.quantized import packed_weight  # noqa: E402
+
+BF16 = torch.bfloat16
+EXPERTS = "model.layers.1.mlp.experts"
+TARGETS = {
+    "target_modules": ["q_proj", "v_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+NEWER = Version(transformers.__version__) >= Version("5.23")
+Checkpoint = tuple[Path, dict[str, Tensor]]
+IDS = torch.arange(24).view(2, 12) * 5 % 128
+
+
+@pytest.fixture(autouse=True)
+def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers dequantises the model where there is no GPU that multiplies fp8; here nothing does."""
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    mk.register(backend="torch")
+    backends.reset_dispatch_counts()
+    yield
+    mk.register()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("fp8")
+    return folder, write_checkpoint(folder, scales=BF16)  # as Qwen3's are published
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, experts_implementation="moe_kernels", **options)
+
+
+def with_lora(model: nn.Module, **changes: Any) -> Any:
+    """B is not zero, so that both factors have gradients."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, **TARGETS), **changes)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = (torch.randn(parameter.shape) * 0.05).to(parameter.dtype)
+    return model
+
+
+def step(model: nn.Module) -> dict[str, Tensor]:
+    """Loss, logits and every gradient of one training step."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    out = model(input_ids=IDS, labels=IDS)
+    out.loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"loss": out.loss.detach(), "logits": out.logits.detach()} | grads
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.abs().max() > 0, name
+        assert torch.equal(found[name], value), name
+
+
+def bytes_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone().view(torch.uint8) for name, p in model.named_parameters() if "lora_" not in name}
+
+
+def test_lora_is_bitwise_that_over_the_dequantised_model(checkpoint: Checkpoint) -> None:
+    folder, _ = checkpoint
+    model = with_lora(load(folder))
+    held = bytes_of(model)
+    served = mk.check_model(model)
+    assert (served, served.lora_weights) == (2, 4)
+    assert served.adapted.routed_experts > served.adapted.attention > 0
+    found = step(model)
+    assert backends.dispatch_counts() == {"torch": 2}
+    whole = with_lora(load(folder, quantization_config=FineGrainedFP8Config(dequantize=True)))
+    mk.check_model(whole)
+    expected = step(whole)
+    assert len([name for name in expected if "experts" in name]) == 8
+    assert_equal(found, expected)
+    for name, value in bytes_of(model).items():
+        assert torch.equal(value, held[name]), name
+
+
+def test_the_implementation_can_be_named_after_loading(checkpoint: Checkpoint) -> None:
+    """As Axolotl 0.19 does."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0], dtype=BF16)
+    model.set_experts_implementation("moe_kernels")
+    assert mk.check_model(model) == 2
+    named = load(checkpoint[0])
+    mk.check_model(named)
+    assert torch.equal(model(input_ids=IDS).logits, named(input_ids=IDS).logits)
+
+
+def test_the_kernels_run_on_the_weights_as_they_are(checkpoint: Checkpoint) -> None:
+    folder, _ = checkpoint
+    model = with_lora(load(folder))
+    mk.check_model(model)
+    expected = step(model)
+    mk.register(backend="triton")
+    with use_small_tiles():
+        found = step(model)
+    assert backends.dispatch_counts() == {"torch": 2, "triton": 2}
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 0.02 * value.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("intermediate", "scale_dtype"), [(256, torch.float32), (192, BF16), (224, BF16), (64, BF16)]
+)
+def test_values_are_bitwise_those_of_the_checkpoint(
+    tmp_path: Path, intermediate: int, scale_dtype: torch.dtype
+) -> None:
+    """Sizes that are no multiple of 128 too: gate and up have blocks of their own. transformers' own dequantisation
+    spreads the scales of such sizes evenly, which is wrong."""
+    held = write_checkpoint(tmp_path, intermediate, scale_dtype)
+    if intermediate == 192 and NEWER:  # four scales in a column, and they want the three of 384 rows
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            load(tmp_path)
+        return
+    experts = experts_of(load(tmp_path))
+    for expert in range(4):
+        gate, up, down = (
+            dequantised(held[key], held[f"{key}_scale_inv"])
+            for key in (f"{EXPERTS}.{expert}.{name}_proj.weight" for name in ("gate", "up", "down"))
+        )
+        for name, value in (("gate_up_proj", torch.cat([gate, up])), ("down_proj", down)):
+            packed = packed_weight(experts, name, BF16)
+            assert torch.equal(packed[expert], value)
+            assert torch.equal(dequantize(packed, expert, expert + 1)[0], value)
+
+
+@pytest.mark.parametrize("intermediate", [256, 192])
+def test_a_model_that_is_quantised_as_it_is_loaded(tmp_path: Path, intermediate: int) -> None:
+    """Of sizes that are no multiple of 128, transformers quantises gate and up together, so that a block lies in
+    both, and 5.20 casts the down projection to e4m3 without a scale."""
+    save_model(tmp_path, intermediate)
+    model = load(tmp_path, quantization_config=FineGrainedFP8Config(modules_to_not_convert=["lm_head", "mlp.gate"]))
+    experts = experts_of(model)
+    assert experts.gate_up_proj.dtype == torch.float8_e4m3fn
+    if intermediate % 128:
+        with pytest.raises(mk.UnsupportedExperts, match=r"gate_up_proj \(4, 384, 256\) has scales .*\(4, 3, 2\)"):
+            mk.check_model(model)
+        return
+    for name in ("gate_up_proj", "down_proj"):
+        packed = packed_weight(experts, name, BF16)
+        for expert in range(4):
+            parts = (getattr(experts, f"{name}{end}")[expert].detach() for end in ("", "_scale_inv"))
+            assert torch.equal(packed[expert], dequantised(*parts))
+    assert mk.check_model(with_lora(model)).lora_weights == 4
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", "static"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu2", "swiglu_oai"])
+def test_activations(activation: str, gated: bool, scheme: str) -> None:
+    """FP8Experts has an _apply_gate of its own, found out by the same probe as every other's. Scales of activations
+    are not used."""
+    if activation == "swiglu_oai" and not gated:
+        pytest.skip("it is a gate")
+    up = "gate_up_proj" if gated else "up_proj"
+    config = transformers.Qwen3MoeConfig(hidden_size=64, moe_intermediate_size=48, num_experts=5, hidden_act="silu")
+    if activation == "swiglu_oai":
+        config.swiglu_alpha, config.swiglu_limit = 1.702, 7.0
+    else:
+        config.hidden_act = activation
+    cls = transformers.integrations.moe.use_experts_implementation(
+        experts_class=type("Experts", (finegrained_fp8.FP8Experts,), {}),
+        experts_interface=finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS,
+        has_gate=gated,
+    )
+    experts = cls(config, block_size=(128, 128), activation_scheme=scheme, has_gate=gated)
+    torch.manual_seed(0)
+    for name, parameter in experts.named_parameters():
+        values = torch.rand(parameter.shape) * 0.01 if "scale" in name else torch.randn(parameter.shape) * 16
+        parameter.requires_grad_(False).copy_(values.to(parameter.dtype))
+    plain = copy.deepcopy(experts)
+    for name in (up, "down_proj"):
+        setattr(plain, name, nn.Parameter(packed_weight(experts, name, torch.float32).experts(0, 5), False))
+    index, weights = torch.randint(0, 5, (11, 2)), torch.rand(11, 2)
+    found = []
+    for module, implementation in ((experts, "moe_kernels"), (plain, "eager")):  # which multiplies 16 and 32 bits
+        module.config = copy.deepcopy(config)
+        module.config._experts_implementation = implementation
+        torch.manual_seed(1)
+        x = torch.randn(11, 64, requires_grad=True)
+        out = module(x, index, weights)
+        out.backward(torch.randn(11, 64))
+        found.append((out.detach(), x.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_and_loaded_it_is_the_same_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder, held = checkpoint
+    model = with_lora(load(folder))
+    mk.check_model(model)
+    logits = step(model)["logits"]
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load(folder), tmp_path / "adapter")
+    mk.check_model(again)
+    assert torch.equal(again(input_ids=IDS).logits, logits)
+    model.unload().save_pretrained(tmp_path / "base")
+    saved = load_file(tmp_path / "base" / "model.safetensors")
+    assert saved.keys() == held.keys()
+    for name, value in held.items():
+        assert torch.equal(saved[name].to(value.dtype).view(torch.uint8), value.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("way", ["merge_adapter", "merge_and_unload"])
+def test_merging_into_fp8_is_refused(checkpoint: Checkpoint, way: str) -> None:
+    model = with_lora(load(checkpoint[0]))
+    mk.check_model(model)
+    held = bytes_of(model)
+    with pytest.raises(ValueError, match=r"is in fp8, into which PEFT cannot merge: .*dequantize=True"):
+        getattr(model, way)()
+    for name, value in bytes_of(model).items():
+        assert torch.equal(value, held[name]), name
+
+
+def test_the_adapter_merges_into_the_dequantised_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder, _ = checkpoint
+    model = with_lora(load(folder))
+    mk.check_model(model)
+    logits = step(model)["logits"].float()
+    model.save_pretrained(tmp_path)
+    whole = load(folder, quantization_config=FineGrainedFP8Config(dequantize=True)).float()
+    merged = peft.PeftModel.from_pretrained(whole, tmp_path).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged", save_original_format=False)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert not hasattr(again.config, "quantization_config")
+    for model in (merged, again):
+        found = model(input_ids=IDS).logits
+        assert (found - logits).norm() <= 0.02 * logits.norm()
+
+
+def test_trainer_takes_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """transformers before 5.23 says "that quantization method do not support training"."""
+    model = with_lora(load(checkpoint[0]))
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, report_to=[], learning_rate=1e-2, save_strategy="no"
+    )
+    data = [{"input_ids": row, "labels": row} for row in IDS]
+    mk.check_model(model)
+    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert trainer.state.global_step == 2
+    for name, value in before.items():
+        assert not torch.equal(model.get_parameter(name), value), name
+
+
+def experts_of(model: Any) -> Any:
+    return model.get_submodule(EXPERTS)
+
+
+def without_scales(model: Any) -> None:
+    experts_of(model).down_proj_scale_inv = None
+
+
+def scales(change: Callable[[Tensor], Tensor], name: str = "down_proj") -> Callable[[Any], None]:
+    def apply(model: Any) -> None:
+        old = getattr(experts_of(model), f"{name}_scale_inv")
+        setattr(experts_of(model), f"{name}_scale_inv", nn.Parameter(change(old.detach().clone()), False))
+
+    return apply
+
+
+def weights(dtype: torch.dtype) -> Callable[[Any], None]:
+    def apply(model: Any) -> None:
+        experts = experts_of(model)
+        experts.down_proj = nn.Parameter(experts.down_proj.detach().float().to(dtype), False)
+
+    return apply
+
+
+def value(number: float) -> Callable[[Tensor], Tensor]:
+    def put(tensor: Tensor) -> Tensor:
+        tensor[2, 1, 0] = number
+        return tensor
+
+    return put
+
+
+def smaller_blocks(model: Any) -> None:
+    experts_of(model).block_size = [64, 64]
+
+
+def in_training(model: Any) -> None:
+    model.train()
+    experts_of(model).down_proj.requires_grad_()
+
+
+def linear_in_training(model: Any) -> None:
+    model.train()
+    model.get_submodule("model.layers.0.self_attn.q_proj").weight.requires_grad_()
+
+
+def one_linear(model: Any) -> None:
+    linear = model.get_submodule("model.layers.0.self_attn.q_proj")
+    linear.weight_scale_inv = nn.Parameter(torch.zeros(2, 2), False)
+
+
+@pytest.mark.skipif(NEWER, reason="there they have a backward of their own")
+def test_grouped_linear_layers_are_refused(checkpoint: Checkpoint) -> None:
+    """DeepSeek-V4's."""
+    model = load(checkpoint[0])
+    model.get_submodule("model.layers.0.self_attn.q_proj").__class__ = finegrained_fp8.FP8GroupedLinear
+    with pytest.raises(mk.UnsupportedExperts, match=r"q_proj \(FP8GroupedLinear\): .* 5\.23: install that"):
+        mk.check_model(model)
+
+
+WHERE = r"^model\.layers\.1\.mlp\.experts \(FP8Experts\): "
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (without_scales, WHERE + "down_proj is float8_e4m3fn without its scales.*dequantize=True"),
+        (scales(lambda t: t[:3]), WHERE + r"down_proj .* \(3, 2, 2\) .* read are .* \(4, 2, 2\),.*dequantize=True"),
+        (scales(lambda t: t.repeat_interleave(2, 1)), WHERE + r"down_proj .*\(4, 4, 2\).*dequantize=True"),
+        (scales(lambda t: t[:, :1, :1]), WHERE + "down_proj.*dequantize=True"),
+        (scales(lambda t: t.half()), WHERE + "down_proj .* torch.float16.*dequantize=True"),
+        (smaller_blocks, WHERE + r"gate_up_proj .* blocks of \[64, 64\]; .* 128 x 128.*dequantize=True"),
+        (scales(value(float("nan"))), WHERE + r"down_proj_scale_inv\[2, 1, 0\] is nan, .* again"),
+        (scales(value(0.0)), WHERE + r"down_proj_scale_inv\[2, 1, 0\] is 0.0, .* again"),
+        (scales(value(-1.0), "gate_up_proj"), WHERE + r"gate_up_proj_scale_inv\[2, 1, 0\] is -1.0"),
+        (scales(value(float("inf"))), WHERE + r"down_proj_scale_inv\[2, 1, 0\] is inf"),
+        (scales(value(float("-inf"))), WHERE + r"down_proj_scale_inv\[2, 1, 0\] is -inf"),
+        (weights(torch.float8_e5m2), WHERE + "its weights are stored as torch.float8_e5m2"),
+        (weights(torch.int8), WHERE + "its weights are stored as torch.int8"),
+        (in_training, WHERE + r"down_proj is to be trained .* LoRA.*dequantize=True"),
+        (linear_in_training, r"^model\.layers\.0\.self_attn\.q_proj \(FP8Linear\): weight is to be trained"),
+        (one_linear, r"^model\.layers\.0\.self_attn\.q_proj \(FP8Linear\): weight_scale_inv\[0, 0\] is 0.0"),
+    ],
+)
+def test_what_is_refused_before_training(
+    checkpoint: Checkpoint, spoil: Callable[[Any], None], words: str
+) -> None:
+    model = load(checkpoint[0])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    spoil(model)
+    with pytest.raises(mk.UnsupportedExperts, match=words):
+        mk.check_model(model)
+
+
+def test_a_model_that_was_only_loaded_is_checked_and_not_trained(checkpoint: Checkpoint) -> None:
+    """from_pretrained leaves requires_grad on fp8 weights."""
+    model = load(checkpoint[0])
+    assert experts_of(model).down_proj.requires_grad
+    assert mk.check_model(model) == 2
+    assert model(input_ids=IDS).logits.isfinite().all()
+    model.train()
+    with pytest.raises(mk.UnsupportedExperts, match="is to be trained"):
+        model(input_ids=IDS)
+    with torch.no_grad():
+        model(input_ids=IDS)
+
+
+def test_powers_of_two_as_scales(checkpoint: Checkpoint) -> None:
+    """scale_fmt="ue8m0", DeepSeek-V4's."""
+    model = load(checkpoint[0])
+    before = scales(lambda t: t.float().log2().ceil().exp2())
+    before(model)
+    expected = packed_weight(experts_of(model), "down_proj", BF16).experts(0, 4)
+    scales(lambda t: t.to(torch.float8_e8m0fnu))(model)
+    assert torch.equal(packed_weight(experts_of(model), "down_proj", BF16).experts(0, 4), expected)
+    assert mk.check_model(model) == 2
+
+
+def test_factors_in_fp8_are_refused(checkpoint: Checkpoint) -> None:
+    """PEFT makes them in the dtype of the weight where it is asked not to cast them."""
+    model = with_lora(load(checkpoint[0]), autocast_adapter_dtype=False)
+    with pytest.raises(ValueError, match=r"factors of \w+ are float8_e4m3fn, .* float32"):
+        mk.check_model(model)
+
+
+def test_the_linear_layers_keep_no_dequantised_weight(checkpoint: Checkpoint) -> None:
+    model = load(checkpoint[0])
+    mk.check_model(model)
+    linear = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert type(linear) is ExactFP8Linear
+    x, grad = torch.randn(3, 5, 256, dtype=BF16, requires_grad=True), torch.randn(3, 5, 256, dtype=BF16)
+    weight = dequantised(linear.weight.detach(), linear.weight_scale_inv.detach())
+    [expected_dx] = torch.autograd.grad(expected := nn.functional.linear(x, weight), x, grad)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = linear(x)
+    assert saved == []
+    [dx] = torch.autograd.grad(out, x, grad)
+    assert torch.equal(out, expected)
+    assert torch.equal(dx, expected_dx)
+    with torch.autocast("cpu", BF16):
+        assert torch.equal(linear(x.float()), expected)
+
+
+@pytest.mark.plain_memory
+def test_compiled(checkpoint: Checkpoint) -> None:
+    model = with_lora(load(checkpoint[0]))
+    mk.check_model(model)
+    expected = step(model)
+    layer = model.base_model.model.model.layers[1]
+    layer.compile(backend="aot_eager")
+    found = step(model)
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 0.02 * value.norm(), name
