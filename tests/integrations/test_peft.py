@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moe_kernels import backends
+from moe_kernels.factors import LowRank
 from support.tiles import use_small_tiles
 
 transformers = pytest.importorskip("transformers")
@@ -374,16 +375,18 @@ def test_two_wrappers_of_one_weight_count_both() -> None:
     from moe_kernels.integrations.peft import _Lent
     from moe_kernels.integrations.support import LORA_ATTRIBUTE
 
-    def pair(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(4, 6, rank), torch.randn(4, rank, 5)
+    def pair(rank: int, scaling: float = 1.0) -> LowRank:
+        return LowRank(torch.randn(4, 6, rank), torch.randn(4, rank, 5), scaling)
 
-    experts, one, two = torch.nn.Module(), pair(2), pair(3)
+    experts, one, two = torch.nn.Module(), pair(2, 0.5), pair(3, 2.0)
     lent = _Lent(experts, "down_proj", one)
     pairs = vars(experts)[LORA_ATTRIBUTE]
     with lent:
         with _Lent(experts, "down_proj", two):
-            lora_b, lora_a = pairs["down_proj"]
-            torch.testing.assert_close(lora_b @ lora_a, one[0] @ one[1] + two[0] @ two[1])
+            lora_b, lora_a, scaling = pairs["down_proj"]
+            assert scaling == 1.0
+            expected = 0.5 * one.lora_b @ one.lora_a + 2.0 * two.lora_b @ two.lora_a
+            torch.testing.assert_close(lora_b @ lora_a, expected)
         assert pairs["down_proj"] is one
         with pytest.raises(ValueError, match="LoRA of rank 129 on down_proj"), _Lent(experts, "down_proj", pair(127)):
             pass
