@@ -112,7 +112,7 @@ def fused_experts(
     like = _like(gate_up), _like(down)
     check_inputs(x, topk_ids, topk_weights, *like, reduce)
     check_experts(*like, gate_up_bias, down_bias, chosen, interleaved)
-    gate_up_lora, down_lora = LowRank(*(gate_up_lora or ())), LowRank(*(down_lora or ()))
+    gate_up_lora, down_lora = _low_rank(gate_up_lora), _low_rank(down_lora)
     check_low_rank("gate_up", like[0], gate_up_lora)
     check_low_rank("down", like[1], down_lora)
     dtype = compute_dtype(x, *like)
@@ -160,3 +160,11 @@ def fused_experts(
 def _like(weight: Tensor | PackedWeight) -> Tensor:
     """What the checks look at."""
     return weight if isinstance(weight, Tensor) else weight.like()
+
+
+def _low_rank(pair: LowRank | LowRankPair | None) -> LowRank:
+    # The scaling is written out: torch.compile(dynamic=True) would take a default for a number that may change.
+    if pair is None:
+        return LowRank(None, None, 1.0)
+    lora_b, lora_a, *scaling = pair
+    return LowRank(lora_b, lora_a, *(scaling or (1.0,)))
