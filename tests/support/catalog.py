@@ -339,7 +339,9 @@ def _row_pass_cases() -> Iterator[CompileCase]:
                 nothing | kind | blocks | {"PRECISION": "ieee"},
                 {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
                 uses_dot=dtype != torch.float32 and "GRAD" in kind,
-                spills=30,  # a few on sm_80, and with biases on sm_100, in some releases of triton
+                # A few on sm_80, and with biases on sm_100, in some releases of triton; where the gradient is float32
+                # 53 on sm_80 at rank 32, of lora_a of the down projection alone.
+                spills=60 if grad else 30,
             )
 
 
