@@ -286,19 +286,43 @@ def through(wrapper: nn.Module, device: torch.device) -> tuple[torch.Tensor, dic
     return out.detach(), {name: p.grad for name, p in wrapper.named_parameters() if p.requires_grad}
 
 
-def test_float32_adapters_of_a_bfloat16_model() -> None:
+def with_float32_adapters(name: str, config: peft.LoraConfig | None = None) -> peft.PeftModel:
     """PEFT keeps adapters of a 16-bit model in float32."""
-    model = adapted("mixtral").to(torch.bfloat16)
+    model = adapted(name, config).to(torch.bfloat16)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    out, grads = through(outer_wrapper(ours(model)), torch.device("cpu"))
-    exact, exact_grads = through(outer_wrapper(model.float()), torch.device("cpu"))
+    return model
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_float32_adapters_of_a_bfloat16_model(backend: str, compiled: bool, device: torch.device) -> None:
+    """Their gradients are float32 numbers, which bfloat16 does not have."""
+    mk.register(backend=backend)
+    model = with_float32_adapters("mixtral").to(device)
+    wrapper = outer_wrapper(ours(model))
+    if compiled:
+        torch._dynamo.reset()
+        wrapper.forward = torch.compile(wrapper.forward, fullgraph=True, backend="aot_eager")
+    out, grads = through(wrapper, device)
+    exact, exact_grads = through(outer_wrapper(model.float()), device)
     assert out.dtype == torch.bfloat16
     assert (out.float() - exact).norm() / exact.norm() < 0.01
     for name, grad in grads.items():
         assert grad.dtype == torch.float32
         assert (grad - exact_grads[name]).norm() / exact_grads[name].norm() < 0.02, name
+        assert (grad == grad.bfloat16()).float().mean() < 0.5, f"{name} was rounded to bfloat16"
+
+
+def test_the_op_reads_one_adapter_where_it_is() -> None:
+    """No copy, no cast and no scaling by torch: views of the parameters, and the scaling as a number."""
+    wrapper = outer_wrapper(with_float32_adapters("mixtral"))
+    pair = mk_peft.low_rank_pair(wrapper, ["default"])
+    assert pair.scaling == wrapper.scaling["default"] == 3 / 5
+    for factor, linears in ((pair.lora_b, wrapper.lora_B), (pair.lora_a, wrapper.lora_A)):
+        assert factor.data_ptr() == linears["default"].weight.data_ptr()
+        assert factor.dtype == torch.float32
 
 
 def test_a_targeted_bias_is_left_to_peft() -> None:
