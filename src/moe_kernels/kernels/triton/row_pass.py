@@ -180,17 +180,17 @@ def _row_pass(
     copy: bool = False,
     bias_grad: bool = False,
 ) -> _Pass:
-    """``factor`` gives low, ``inner`` gives grad, ``bias`` gives bias_dot; topk_weights weight grad and bias_grad.
+    """``factor`` gives low, ``bias`` gives bias_dot, ``inner`` gives grad, in shape and dtype of ``owner``, its factor.
 
-    ``owner`` is the factor that grad belongs to as its owner has it: grad has its shape and dtype.
+    topk_weights weight grad and bias_grad.
     """
     source, top_k = rows if isinstance(rows, TokenRows) else (rows, 0)
     width, count, experts = source.shape[1], plan.rows, plan.experts
     narrow = inner if factor is None else factor
     rank = 0 if narrow is None else narrow.shape[-1]
+    own = rank if owner is None else owner.shape[1 if transposed else 2]
     tile = pass_tile(source.dtype, width, rank)
     blocks = cdiv(width, tile.block_n)
-    own = rank if owner is None else owner.shape[1 if transposed else 2]
     empty, wide = source.new_empty, torch.float32
     out = _Pass(
         empty(count, width) if copy else None,
