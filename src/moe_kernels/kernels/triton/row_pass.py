@@ -172,7 +172,7 @@ def _row_pass(
     *,
     factor: torch.Tensor | None = None,
     inner: torch.Tensor | None = None,
-    owner: torch.Tensor | None = None,
+    owner: torch.Tensor | None = None,  # the factor that grad belongs to, in its shape and dtype
     transposed: bool = False,
     scaling: float = 1.0,
     topk_weights: torch.Tensor | None = None,
@@ -180,10 +180,7 @@ def _row_pass(
     copy: bool = False,
     bias_grad: bool = False,
 ) -> _Pass:
-    """``factor`` gives low, ``bias`` gives bias_dot, ``inner`` gives grad, in shape and dtype of ``owner``, its factor.
-
-    topk_weights weight grad and bias_grad.
-    """
+    """``factor`` gives low, ``inner`` gives grad, ``bias`` gives bias_dot; topk_weights weight grad and bias_grad."""
     source, top_k = rows if isinstance(rows, TokenRows) else (rows, 0)
     width, count, experts = source.shape[1], plan.rows, plan.experts
     narrow = inner if factor is None else factor
