@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_kernels import backends, steps
 from moe_kernels.checkpointing import keeps, saves_through_hooks, selective_modes, unseen
+from moe_kernels.factors import factor_room, padded_rank
 from moe_kernels.kernels.launch.replay import replayed
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.layer import BackwardSpec, BackwardTensors, Grads, Needs, SecondHalfTensors, Spec, Tensors
@@ -149,7 +150,7 @@ def _eager(tensors: Tensors, spec: Spec) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- custom ops
 _SETTINGS = (
     "str activation, float[] parameters, bool interleaved, bool reduce, bool recompute, int group_size, "
-    "bool persistent, str backend"
+    "bool persistent, str backend, float gate_up_scaling, float down_scaling"
 )
 
 
@@ -205,7 +206,7 @@ def _fake_forward(*flat: Any) -> steps.Forward:
     out = torch.empty_like(t.x) if spec.reduce else t.x.new_empty(rows, t.x.shape[1])
     z = t.x.new_empty(rows, t.gate_up.shape[1]) if spec.needs_grad and not spec.recompute else t.x.new_empty(0)
     x_low, a_low = (
-        t.x.new_empty(0) if lora_a is None else t.x.new_empty(rows, lora_a.shape[1])
+        t.x.new_empty(0) if lora_a is None else t.x.new_empty(rows, padded_rank(lora_a.shape[1]))
         for lora_a in (t.gate_up_lora_a, t.down_lora_a)
     )
     plan = t.topk_ids.new_empty(plan_elements(rows, t.gate_up.shape[0]), dtype=torch.int32)
@@ -221,7 +222,8 @@ def _backward(*flat: Any) -> tuple[Tensor, ...]:
 def _fake_backward(*flat: Any) -> tuple[Tensor, ...]:
     t, spec = _backward_call(flat)
     needs = spec.needs._asdict().items()
-    return tuple(_room(getattr(t, name)) if needed else t.dout.new_empty(0) for name, needed in needs)
+    rooms = {name: factor_room if "_lora_" in name else _room for name, _ in needs}
+    return tuple(rooms[name](getattr(t, name)) if needed else t.dout.new_empty(0) for name, needed in needs)
 
 
 def _room(tensor: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from moe_kernels.activation import Activation
+from moe_kernels.factors import LowRank
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.layer import Tensors
-from moe_kernels.reference import LowRankPair
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -113,10 +113,10 @@ def check_layouts(gate_up: Tensor, down: Tensor) -> None:
             )
 
 
-def check_low_rank(name: str, weight: Tensor, pair: LowRankPair | None) -> None:
-    if pair is None:
+def check_low_rank(name: str, weight: Tensor, pair: LowRank) -> None:
+    (experts, rows, cols), (lora_b, lora_a, _) = weight.shape, pair
+    if lora_b is None or lora_a is None:
         return
-    (experts, rows, cols), (lora_b, lora_a) = weight.shape, pair
     rank = lora_b.shape[-1] if lora_b.dim() == 3 else 0
     _check_dtype(f"{name}_lora", lora_b)
     _check_dtype(f"{name}_lora", lora_a)

@@ -36,7 +36,7 @@ class Weight(NamedTuple):
         matrix: (E, N, K), each expert's matrix stored by rows or by columns.
         bias: (E, N).
         low: (R, r), the rows times the inner factor of the low-rank part; read only if there is a ``factor``.
-        factor: the outer factor: lora_b (E, N, r), and in ``dgrad`` lora_a (E, r, K).
+        factor: the outer factor, packed (factors.py): lora_b (E, N, r), and in ``dgrad`` lora_a (E, r, K).
     """
 
     matrix: Matrix
@@ -61,7 +61,8 @@ class AddedGrads(NamedTuple):
     Attributes:
         rows: dY in expert order.
         low: dY factor[e], (R, r); None without a factor.
-        factor: (w dY)^T low of each expert, (E, N, r); None where it is not needed. w = 1 without routing weights.
+        factor: (w dY)^T low of each expert, (E, N, r), contiguous, of the rank and dtype of lora_b as the caller has
+            it; None where it is not needed. w = 1 without routing weights.
         bias: the sum of w dY over each expert's rows, (E, N); None where it is not needed.
         bias_dot: <dY, bias[e]> of each row, (R,) float32, which belongs to the gradient of the routing weight; None
             without a bias or without routing weights.
@@ -75,7 +76,8 @@ class AddedGrads(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """The tensors of a call. Shapes and dtypes as in :func:`moe_kernels.fused_experts`, already checked and cast."""
+    """The tensors of a call. Shapes and dtypes as in :func:`moe_kernels.fused_experts`, already checked and cast, but
+    for LoRA's factors: the op takes them as they are stored, and its steps pack them (factors.py)."""
 
     x: Tensor
     topk_ids: Tensor
@@ -110,7 +112,8 @@ class BackwardTensors(NamedTuple):
     Attributes:
         dout: (T, H), or (R, H) by slot without the sum.
         z: (R, Z); without elements if it is to be computed again.
-        x_low, a_low: (R, r), X lora_a^T of gate_up and A lora_a^T of down; without elements if there is no LoRA.
+        x_low, a_low: (R, r), X lora_a^T of gate_up and A lora_a^T of down, r padded; without elements if there is no
+            LoRA.
         packed_plan: of :class:`moe_kernels.routing.RoutingPlan`.
     """
 
@@ -187,6 +190,7 @@ class Spec(NamedTuple):
     Attributes:
         activation, parameters: of :class:`moe_kernels.activation.Activation`.
         group_size: rows per tile, or AUTO_GROUP_SIZE.
+        gate_up_scaling, down_scaling: of :class:`moe_kernels.factors.LowRank`.
         needs_grad: a backward may follow.
     """
 
@@ -198,6 +202,8 @@ class Spec(NamedTuple):
     group_size: int
     persistent: bool
     backend: str
+    gate_up_scaling: float
+    down_scaling: float
     needs_grad: bool
 
     def gate(self, tensors: Tensors | BackwardTensors) -> Gate:

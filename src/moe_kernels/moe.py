@@ -36,6 +36,7 @@ from moe_kernels.checks import (
     check_low_rank,
     compute_dtype,
 )
+from moe_kernels.factors import LowRank
 from moe_kernels.layer import Spec, Tensors
 from moe_kernels.packed import PackedWeight, whole
 from moe_kernels.plain import plain_experts, traced, transformed
@@ -59,8 +60,8 @@ def fused_experts(
     activation: str | Activation = "silu",
     interleaved: bool = False,
     reduce: bool = True,
-    gate_up_lora: LowRankPair | None = None,
-    down_lora: LowRankPair | None = None,
+    gate_up_lora: LowRank | LowRankPair | None = None,
+    down_lora: LowRank | LowRankPair | None = None,
     recompute: bool = False,
     group_size: GroupSize = DEFAULT_GROUP_SIZE,
     persistent: bool = True,
@@ -89,8 +90,11 @@ def fused_experts(
         activation: key of :data:`moe_kernels.activation.ACTIVATIONS`, or an ``Activation`` with parameters.
         interleaved: rows of gate_up (and of its bias) are ``[g0, u0, g1, u1, ...]`` instead of ``[gate; up]``.
         reduce: False returns the output of each expert, unweighted and not summed.
-        gate_up_lora: (lora_b (E, 2I, r), lora_a (E, r, H)): adds ``lora_b[e] @ lora_a[e]`` to gate_up, never formed.
-        down_lora: (lora_b (E, H, r), lora_a (E, r, I)).
+        gate_up_lora: (lora_b (E, 2I, r), lora_a (E, r, H)), or with a scaling as third a
+            :class:`moe_kernels.factors.LowRank`: adds ``scaling * lora_b[e] @ lora_a[e]`` to gate_up, never formed.
+            Of any floating dtype and any strides; the products are in the dtype of the layer, gradients in that of
+            the factor, rounded once.
+        down_lora: (lora_b (E, H, r), lora_a (E, r, I)), the same.
         recompute: save X but not Z, and compute Z again in the backward: less memory, one more up projection.
         group_size: rows per tile, 64, 128, 256 or "auto".
         persistent: one program per multiprocessor loops over all tiles, instead of one program per tile.
@@ -108,6 +112,7 @@ def fused_experts(
     like = _like(gate_up), _like(down)
     check_inputs(x, topk_ids, topk_weights, *like, reduce)
     check_experts(*like, gate_up_bias, down_bias, chosen, interleaved)
+    gate_up_lora, down_lora = _low_rank(gate_up_lora), _low_rank(down_lora)
     check_low_rank("gate_up", like[0], gate_up_lora)
     check_low_rank("down", like[1], down_lora)
     dtype = compute_dtype(x, *like)
@@ -121,8 +126,10 @@ def fused_experts(
         down.to(dtype),
         None if gate_up_bias is None else gate_up_bias.to(dtype).contiguous(),
         None if down_bias is None else down_bias.to(dtype).contiguous(),
-        *_padded(gate_up_lora, dtype),
-        *_padded(down_lora, dtype),
+        gate_up_lora.lora_b,
+        gate_up_lora.lora_a,
+        down_lora.lora_b,
+        down_lora.lora_a,
     )
     check_devices(tensors)
     spec = Spec(
@@ -134,6 +141,8 @@ def fused_experts(
         AUTO_GROUP_SIZE if group_size == "auto" else int(group_size),
         persistent,
         backend,
+        gate_up_lora.scaling,
+        down_lora.scaling,
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
     )
     if transformed(tensors):
@@ -153,13 +162,9 @@ def _like(weight: Tensor | PackedWeight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.like()
 
 
-def _padded(pair: LowRankPair | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """(lora_b, lora_a) in ``dtype``, the rank padded with zeros to a power of two of at least 16 (a tile's)."""
+def _low_rank(pair: LowRank | LowRankPair | None) -> LowRank:
+    # The scaling is written out: torch.compile(dynamic=True) would take a default for a number that may change.
     if pair is None:
-        return None, None
-    lora_b, lora_a = (factor.to(dtype) for factor in pair)
-    missing = max(16, 1 << (lora_b.shape[2] - 1).bit_length()) - lora_b.shape[2]
-    if missing:
-        lora_b = torch.nn.functional.pad(lora_b, (0, missing))
-        lora_a = torch.nn.functional.pad(lora_a, (0, 0, 0, missing))
-    return lora_b.contiguous(), lora_a.contiguous()
+        return LowRank(None, None, 1.0)
+    lora_b, lora_a, *scaling = pair
+    return LowRank(lora_b, lora_a, *(scaling or (1.0,)))

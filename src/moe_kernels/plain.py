@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.factors import scaled
 from moe_kernels.layer import BackwardSpec, BackwardTensors, Grads, Matrix, Needs, Spec, Tensors
 from moe_kernels.packed import whole
 from moe_kernels.reference import LowRankPair, reference_experts
@@ -97,14 +98,16 @@ def plain_experts(t: Tensors, spec: Spec) -> Tensor:
             down_bias=t.down_bias,
             interleaved=spec.interleaved,
             reduce=spec.reduce,
-            gate_up_lora=_pair(t.gate_up_lora_b, t.gate_up_lora_a),
-            down_lora=_pair(t.down_lora_b, t.down_lora_a),
+            gate_up_lora=_pair(t.gate_up_lora_b, t.gate_up_lora_a, spec.gate_up_scaling, t.x.dtype),
+            down_lora=_pair(t.down_lora_b, t.down_lora_a, spec.down_scaling, t.x.dtype),
         )
     return out if spec.reduce else out.flatten(0, 1)
 
 
-def _pair(lora_b: Tensor | None, lora_a: Tensor | None) -> LowRankPair | None:
-    return None if lora_b is None or lora_a is None else (lora_b, lora_a)
+def _pair(
+    lora_b: Tensor | None, lora_a: Tensor | None, scaling: float, dtype: torch.dtype
+) -> LowRankPair | None:
+    return None if lora_b is None or lora_a is None else (lora_b.to(dtype), scaled(lora_a, scaling).to(dtype))
 
 
 def plain_grads(t: BackwardTensors, spec: BackwardSpec) -> Grads:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from moe_kernels.activation import Gate
 from moe_kernels.backends import Backend, backend_of, launches_only
+from moe_kernels.factors import LowRank, has_experts_last
 from moe_kernels.kernels.launch.compile import compiling_only
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.kernels.tiles import config
@@ -31,6 +32,7 @@ from moe_kernels.layer import (
 from moe_kernels.routing import RoutingPlan, TokenRows
 
 logger = logging.getLogger("moe_kernels")
+T = TypeVar("T", Tensors, SecondHalfTensors, BackwardTensors)
 
 
 class Forward(NamedTuple):
@@ -69,12 +71,38 @@ class SecondHalf(NamedTuple):
 
 def forward(t: Tensors, spec: Spec) -> Forward:
     """Steps 0 to 3."""
-    half = first_half(t, spec)
-    return Forward(*second_half(t.for_second_half(half.a, half.a_low, half.packed_plan), spec), *half[1:])
+    t = _packed(t, spec)
+    half = _first_half(t, spec)
+    return Forward(*_second_half(t.for_second_half(half.a, half.a_low, half.packed_plan), spec), *half[1:])
 
 
 def first_half(t: Tensors, spec: Spec) -> FirstHalf:
     """Steps 0 and 1, and A lora_a^T of step 2: all that the backward needs is there when they are done."""
+    return _first_half(_packed(t._replace(down_lora_b=None), spec), spec)
+
+
+def second_half(t: SecondHalfTensors, spec: Spec) -> SecondHalf:
+    """Steps 2 and 3."""
+    return _second_half(_packed(t, spec), spec)
+
+
+def _packed(t: T, spec: Spec) -> T:
+    """``t`` with LoRA's factors as the kernels take them."""
+    parts = {
+        name: LowRank(getattr(t, f"{name}_lora_b", None), getattr(t, f"{name}_lora_a", None), scaling)
+        for name, scaling in (("gate_up", spec.gate_up_scaling), ("down", spec.down_scaling))
+    }
+    if all(part.lora_b is None and part.lora_a is None for part in parts.values()):
+        return t
+    made = backend_of(t, spec).pack_factors(list(parts.values()), t.down.dtype)
+    factors: dict[str, Tensor | None] = {}
+    for name, (lora_b, lora_a) in zip(parts, made, strict=True):
+        factors |= {f"{name}_lora_b": lora_b, f"{name}_lora_a": lora_a}
+    present: dict[str, Any] = {name: factor for name, factor in factors.items() if name in t._fields}
+    return t._replace(**present)
+
+
+def _first_half(t: Tensors, spec: Spec) -> FirstHalf:
     backend, gate = backend_of(t, spec), spec.gate(t)
     experts = t.gate_up.shape[0]
     plan = backend.make_plan(t.topk_ids, experts, spec.rows_per_tile(t.topk_ids.numel(), experts), spec.persistent)
@@ -88,8 +116,7 @@ def first_half(t: Tensors, spec: Spec) -> FirstHalf:
     return FirstHalf(a, z, x_low, a_low, plan.packed)
 
 
-def second_half(t: SecondHalfTensors, spec: Spec) -> SecondHalf:
-    """Steps 2 and 3."""
+def _second_half(t: SecondHalfTensors, spec: Spec) -> SecondHalf:
     backend, plan = backend_of(t, spec), spec.plan(t)
     y = backend.down(t.a, Weight(t.down, t.down_bias, t.a_low, t.down_lora_b), plan)
     if spec.reduce:
@@ -104,18 +131,28 @@ def _by_slot(plan: RoutingPlan) -> RoutingPlan:
 
 def backward(t: BackwardTensors, spec: BackwardSpec) -> Grads:
     """Steps 4 to 8."""
-    needs, settings = spec.needs, spec.forward
+    settings = spec.forward
+    given, t = t, _packed(t, settings)
     backend, plan, gate = backend_of(t, settings), settings.plan(t), settings.gate(t)
     z, overwrite_z = t.z, spec.overwrite_z
     if settings.recompute:
         gate_up = Weight(t.gate_up, t.gate_up_bias, t.x_low, t.gate_up_lora_b)
         (z, _), overwrite_z = backend.up(t.x, gate_up, plan, gate, True), True
-    dz, grads = _down_grads(t, spec, z, overwrite_z, plan, gate, backend)
-    return Grads(**grads, **_gate_up_grads(t, needs, dz, plan, backend))
+    dz, grads = _down_grads(t, given, spec, z, overwrite_z, plan, gate, backend)
+    grads |= _gate_up_grads(t, given, spec, dz, plan, backend)
+    transposed = {
+        name: grad
+        for name in ("gate_up_lora_b", "down_lora_b")
+        if (grad := grads.get(name)) is not None and has_experts_last(getattr(given, name))
+    }
+    if transposed:
+        grads |= zip(transposed, backend.experts_last(list(transposed.values())), strict=True)
+    return Grads(**grads)
 
 
 def _down_grads(
     t: BackwardTensors,
+    given: BackwardTensors,
     spec: BackwardSpec,
     z: Tensor,
     overwrite_z: bool,
@@ -123,7 +160,10 @@ def _down_grads(
     gate: Gate,
     backend: Backend,
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Steps 4 and 5: dZ (R, Z), and the gradients that dO in expert order and wA serve. Both die here."""
+    """Steps 4 and 5: dZ (R, Z), and the gradients that dO in expert order and wA serve. Both die here.
+
+    ``given`` has LoRA's factors as the caller has them, ``t`` packed.
+    """
     needs, dout = spec.needs, t.dout.contiguous()
     plan_of_dout = plan if spec.forward.reduce else _by_slot(plan)
     added: AddedGrads | None = None
@@ -132,7 +172,8 @@ def _down_grads(
     else:
         tokens = TokenRows(dout, plan_of_dout.top_k)
         down = Weight(t.down, t.down_bias, t.a_low, t.down_lora_b)
-        added = backend.added_grads(tokens, down, plan, needs.down_lora_b, needs.down_bias, t.topk_weights)
+        lora_b = given.down_lora_b if needs.down_lora_b else None
+        added = backend.added_grads(tokens, down, plan, lora_b, needs.down_bias, t.topk_weights)
         dout_rows = added.rows
     low, bias_dot = (None, None) if added is None else (added.low, added.bias_dot)
     down = Weight(t.down, None, low, t.down_lora_a)
@@ -142,20 +183,22 @@ def _down_grads(
         grads["down"] = _weight_grad(backend, t.down, dout_rows, wa, plan)
     if added is not None:
         grads |= {"down_bias": added.bias, "down_lora_b": added.factor}
-    if needs.down_lora_a and low is not None:
-        grads["down_lora_a"] = backend.lora_a_grad(low, wa, plan)
+    if needs.down_lora_a and low is not None and given.down_lora_a is not None:
+        grads["down_lora_a"] = backend.lora_a_grad(low, wa, plan, given.down_lora_a, spec.forward.down_scaling)
     return dz, grads
 
 
 def _gate_up_grads(
-    t: BackwardTensors, needs: Needs, dz: Tensor, plan: RoutingPlan, backend: Backend
+    t: BackwardTensors, given: BackwardTensors, spec: BackwardSpec, dz: Tensor, plan: RoutingPlan, backend: Backend
 ) -> dict[str, Tensor | None]:
     """Steps 6 to 8, from dZ (R, Z)."""
+    needs = spec.needs
     grads: dict[str, Tensor | None] = {}
     low = None
     if t.gate_up_lora_b is not None or needs.gate_up_bias:
         gate_up = Weight(t.gate_up, t.gate_up_bias, t.x_low, t.gate_up_lora_b)
-        added = backend.added_grads(dz, gate_up, plan, needs.gate_up_lora_b, needs.gate_up_bias)
+        lora_b = given.gate_up_lora_b if needs.gate_up_lora_b else None
+        added = backend.added_grads(dz, gate_up, plan, lora_b, needs.gate_up_bias)
         low, grads["gate_up_lora_b"], grads["gate_up_bias"] = added.low, added.factor, added.bias
     if needs.x:
         dxr = backend.dgrad(dz, Weight(t.gate_up, None, low, t.gate_up_lora_a), plan)
@@ -165,8 +208,9 @@ def _gate_up_grads(
     if needs.gate_up:
         x_rows = in_order = backend.gather(t.x, plan)
         grads["gate_up"] = _weight_grad(backend, t.gate_up, dz, in_order, plan)
-    if needs.gate_up_lora_a and low is not None:
-        grads["gate_up_lora_a"] = backend.lora_a_grad(low, x_rows, plan)
+    if needs.gate_up_lora_a and low is not None and given.gate_up_lora_a is not None:
+        scaling = spec.forward.gate_up_scaling
+        grads["gate_up_lora_a"] = backend.lora_a_grad(low, x_rows, plan, given.gate_up_lora_a, scaling)
     return grads
 
 

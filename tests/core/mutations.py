@@ -45,6 +45,7 @@ TRITON, HOPPER = "src/moe_kernels/kernels/triton", "src/moe_kernels/kernels/hopp
 TESTS = ["tests/core/test_kernels.py", "tests/core/test_sanitized.py"]
 ROUTER_TESTS = ["tests/router/test_router.py"]
 PACKED_TESTS = ["tests/core/test_packed.py"]
+FACTOR_TESTS = ["tests/core/test_factors.py"]
 AT_A_BOUND = "tests/core/test_experts.py::test_a_clamp_at_its_bound_is_the_installed_torchs"
 QUICK = "not shipped_tiles and not scheduling and not sanitisers"
 GPU_TESTS = ["tests/device/test_gluon_gpu.py"]
@@ -126,6 +127,21 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("factor's gradient loses the blocks before", "row_pass.py", "grad = multiply_add(values.T, inner, grad, PRECISION)", "grad = multiply_add(values.T, inner, tl.zeros((BLOCK_N, RANK), tl.float32), PRECISION)"),
     ("sorted copy in the rows of slots", "row_pass.py", "tl.store(sorted_ptr + rows.to(tl.int64)", "tl.store(sorted_ptr + slot.to(tl.int64)"),
     ("low over columns outside", "row_pass.py", "mask = mask & in_width[None, :]", "mask = mask"),
+    ("gradient of a float32 factor rounded to the dtype of the rows", "row_pass.py", "grad = (grad * scaling).to(", "grad = (grad * scaling).to(rows_ptr.dtype.element_ty).to("),
+    ("gradient of lora_a without the scaling", "row_pass.py", "grad = (grad * scaling)", "grad = grad"),
+    ("gradient of the padding written over the next row", "row_pass.py", "mask = in_width[:, None] & (r < rank)[None, :]", "mask = in_width[:, None] & (r < RANK)[None, :]"),
+    ("factor read beyond its rank", "factors.py", "((row < rows) & (column < columns))", "((row < size) & (column < size))"),
+    ("factor of the first experts for all", "factors.py", "source = e[:, None] * source_expert", "source = (e % BLOCK_E)[:, None] * source_expert"),
+    ("factor not scaled", "factors.py", "(values.to(tl.float32) * scaling)", "(values.to(tl.float32))"),
+    ("factor scaled in float32 and rounded once", "factors.py", "values = (values.to(tl.float32) * scaling).to(source_ptr.dtype.element_ty)", "values = values.to(tl.float32) * scaling"),
+    ("lora_b of the second weight with the rows of the first", "factors.py", "tile, E, N1, r1,", "tile, E, N0, r1,"),
+    ("lora_a of the second weight with the scaling of the first", "factors.py", "size, 1, scaling1,", "size, 1, scaling0,"),
+    ("lora_b of the second weight begins with the first one's tiles", "factors.py", "                  False, B_EXPERTS, B_COLUMNS)  # fmt: skip\n        tile -= tiles\n    if HAS_B1:", "                  False, B_EXPERTS, B_COLUMNS)  # fmt: skip\n        tile -= tiles - 1\n    if HAS_B1:"),
+    ("last experts of a factor lost", "factors.py", "(e < E)[:, None]", "(e < E - 1)[:, None]"),
+    ("last elements of a factor lost", "factors.py", "(q < size)[None, :]", "(q < size - 1)[None, :]"),
+    ("second gradient with the size of the first", "factors.py", "1, size1, size1, size1, size1, 0,", "1, size0, size0, size0, size0, 0,"),
+    ("second gradient is the first one", "factors.py", "_copy(grad1_ptr, out1_ptr,", "_copy(grad0_ptr, out1_ptr,"),
+    ("gradient of lora_b in its own order", "factors.py", "size0, 0, 1, 1, E, 1.0", "size0, 0, 1, size0, 1, 1.0"),
     ("last tile of a group walked twice", "tile.py", "size_m = tl.minimum(num_m - first_m, GROUP_M)", "size_m = GROUP_M"),
     ("gather loses a slot", "combine.py", "row = tl.load(slot_row_ptr + token * TOP_K + k)\n        tl.store", "row = tl.load(slot_row_ptr + token * TOP_K + TOP_K - 1 - k * 0)\n        tl.store"),
     ("gather loses the last column", "combine.py", "values, mask=(cols < H) & (row < routed))", "values, mask=(cols < H - 1) & (row < routed))"),
@@ -272,7 +288,7 @@ def interpreted_suite() -> Suite:
     """The Triton kernels, in the interpreter."""
     mutants = []
     for title, file, text, replacement, *times in MUTANTS:
-        tests = {"router.py": ROUTER_TESTS, "dequantize.py": PACKED_TESTS, "plan.py": [*TESTS, *PACKED_TESTS], "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
+        tests = {"router.py": ROUTER_TESTS, "dequantize.py": PACKED_TESTS, "plan.py": [*TESTS, *PACKED_TESTS], "factors.py": FACTOR_TESTS, "row_pass.py": [*FACTOR_TESTS, *TESTS], "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
         mutants.append(Mutant(title, f"{TRITON}/{file}", text, replacement, ("-k", QUICK, *tests), *times))
     return Suite(mutants, True, 600)
 

@@ -125,7 +125,7 @@ MIXTURES = {
 @pytest.mark.parametrize("other", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("which", MIXTURES)
 def test_two_dtypes_under_autocast(experts, device, which, other):
-    """Autocast casts both; gradients come back in the dtype of each."""
+    """Autocast casts both; gradients come back in the dtype of each, those of factors rounded to that alone."""
     half = make_inputs(MIXED, device)
     expected = run(experts, half)
     mixed = {name: t.to(other) if name in MIXTURES[which] else t for name, t in half.leaves().items()}
@@ -137,7 +137,15 @@ def test_two_dtypes_under_autocast(experts, device, which, other):
     out.backward(half.grad.to(out.dtype))
     for name, leaf in own.leaves().items():
         assert leaf.grad.dtype == leaf.dtype
-        assert torch.equal(leaf.grad, expected[f"d{name}"].to(leaf.dtype)), name
+        once = "_lora_" in name and leaf.dtype != torch.bfloat16
+        if once:
+            assert not torch.equal(leaf.grad, leaf.grad.bfloat16().to(leaf.dtype)), name
+        if once and leaf.dtype == torch.float16:  # rounded from float32 to either
+            torch.testing.assert_close(leaf.grad.float(), expected[f"d{name}"].float(), rtol=2**-8, atol=0)
+        elif once:
+            assert torch.equal(leaf.grad.bfloat16(), expected[f"d{name}"]), name
+        else:
+            assert torch.equal(leaf.grad, expected[f"d{name}"].to(leaf.dtype)), name
 
 
 @pytest.mark.parametrize("wide", ["gate_up", "down"])

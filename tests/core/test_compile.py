@@ -19,34 +19,45 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 EVERYTHING = Case(**{**SMALL.__dict__, "bias": True, "lora_rank": 16, "transposed": True, "interleaved": True})
 APART = "experts apart"
+STORED = "factors as PEFT stores them"
 KINDS = {
     "plain": SMALL,
     "everything": EVERYTHING,
     "unreduced": Case(**{**SMALL.__dict__, "reduce": False}),
     APART: Case(**{**SMALL.__dict__, "transposed": True}),
+    STORED: Case(**{**SMALL.__dict__, "lora_rank": 5}),
 }
 EXTRAS = ("gate_up_bias", "down_bias", "gate_up_lora_b", "gate_up_lora_a", "down_lora_b", "down_lora_a")
 
 
-def tensors(inputs, requires_grad, apart=False):
+def as_peft_stores_it(name, factor):
+    """In float32, and of lora_b experts are the fastest dimension."""
+    factor = factor.float()
+    return factor.permute(1, 2, 0).contiguous().permute(2, 0, 1) if name.endswith("_b") else factor
+
+
+def tensors(inputs, requires_grad, kind="plain"):
     weights = inputs.topk_weights
     if weights is None:
         weights = torch.ones_like(inputs.topk_ids, dtype=torch.float32)
     floating = (inputs.x, weights, inputs.gate_up, inputs.down, *(inputs.extras.get(name) for name in EXTRAS))
     leaves = [None if t is None else t.detach().clone() for t in floating]
-    if apart:
+    if kind == STORED:
+        leaves[6:] = map(as_peft_stores_it, EXTRAS[2:], leaves[6:])
+    if kind == APART:
         leaves[2:4] = (torch.stack([w.mT, w.mT], 1).flatten(0, 1)[::2].mT for w in leaves[2:4])
     leaves = [None if t is None else t.requires_grad_(requires_grad) for t in leaves]
     return (leaves[0], inputs.topk_ids, *leaves[1:])
 
 
 def settings(inputs, backend):
-    options = inputs.options
-    return ("silu", [], options.get("interleaved", False), options.get("reduce", True), False, 64, True, backend)
+    options, scalings = inputs.options, (0.5, 2.0)
+    layout = options.get("interleaved", False), options.get("reduce", True)
+    return ("silu", [], *layout, False, 64, True, backend, *scalings)
 
 
-def forward_arguments(inputs, backend, requires_grad=True, apart=False):
-    return (*tensors(inputs, requires_grad, apart), *settings(inputs, backend), True)
+def forward_arguments(inputs, backend, requires_grad=True, kind="plain"):
+    return (*tensors(inputs, requires_grad, kind), *settings(inputs, backend), True)
 
 
 # What the plan does not use stays unwritten; poisoned memory makes even that comparable.
@@ -54,7 +65,7 @@ def forward_arguments(inputs, backend, requires_grad=True, apart=False):
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_contract(backend, device, dtype, kind):
     inputs = make_inputs(Case(**{**KINDS[kind].__dict__, "dtype": dtype}), device)
-    arguments = forward_arguments(inputs, backend, apart=kind == APART)
+    arguments = forward_arguments(inputs, backend, kind=kind)
     torch.library.opcheck(forward_op, arguments)
 
 
@@ -67,14 +78,15 @@ def test_forward_contract(backend, device, dtype, kind):
         (APART, [True] * 4 + [False] * 6),
         ("everything", [True] * 10),
         ("everything", [True] * 2 + [False] * 4 + [True] * 4),
+        (STORED, [True] * 2 + [False] * 4 + [True] * 4),
     ],
     ids=str,
 )
 def test_backward_contract(backend, device, kind, needs):
-    inputs, apart = make_inputs(KINDS[kind], device), kind == APART
-    arguments = forward_arguments(inputs, backend, False, apart)
+    inputs = make_inputs(KINDS[kind], device)
+    arguments = forward_arguments(inputs, backend, False, kind)
     _, z, x_low, a_low, plan = forward_op(*arguments)
-    x, _, *others = tensors(inputs, False, apart)
+    x, _, *others = tensors(inputs, False, kind)
     torch.library.opcheck(
         backward_op,
         (inputs.grad, x, *others, z, x_low, a_low, plan, *settings(inputs, backend), needs, False),

@@ -241,19 +241,21 @@ def test_added_grads(s, weighted, asked, fused, monkeypatch):
     given = spoiled(low, s) if lora else None
     dy = TokenRows(s.inputs.grad, s.case.top_k) if weighted else s.rounded["dz"]
     ours_dy = dy if weighted else spoiled(dy, s)
-    rest = "frozen" not in asked and lora, "frozen" not in asked and biased
+    owner = lora_b if "frozen" not in asked and lora else None
+    rest = owner, "frozen" not in asked and biased
     w = (s.inputs.topk_weights,) if weighted else ()
     ours = triton_backend.added_grads(ours_dy, weight._replace(low=given), s.plan, *rest, *w)
     wide = Weight(*(None if t is None else t.double() for t in weight))
     wide_dy = TokenRows(dy.tokens.double(), dy.top_k) if weighted else dy.double()
-    truth = torch_backend.added_grads(wide_dy, wide, s.plan, *rest, *(t.double() for t in w))
+    wide_rest = None if owner is None else owner.double(), rest[1]
+    truth = torch_backend.added_grads(wide_dy, wide, s.plan, *wide_rest, *(t.double() for t in w))
     eager = torch_backend.added_grads(dy, weight, s.plan, *rest, *w)
     for field, mine, want, plain in zip(ours._fields, ours, truth, eager, strict=True):
         assert (mine is None) == (want is None), field
         if mine is not None:
             part = s.routed if field in ("rows", "low", "bias_dot") else slice(None)
             assert_close_to_truth(mine[part], want[part], plain[part], field)
-    if not any(rest) and not lora and not (biased and weighted):
+    if owner is None and not rest[1] and not lora and not (biased and weighted):
         assert ours[1:] == (None,) * 4
 
 
@@ -267,9 +269,10 @@ def test_low_and_the_gradient_of_lora_a(s, gathered):
     ours, r = triton_backend.low(rows, lora_a, s.plan), s.routed
     truth, eager = torch_backend.low(wide, lora_a.double(), s.plan), torch_backend.low(rows, lora_a, s.plan)
     assert_close_to_truth(ours[r], truth[r], eager[r], "low", min_exact_share=0.9)
-    ours = triton_backend.lora_a_grad(spoiled(low, s), bad, s.plan)
-    truth = torch_backend.lora_a_grad(low.double(), wide, s.plan)
-    assert_close_to_truth(ours, truth, torch_backend.lora_a_grad(low, rows, s.plan), "dlora_a", min_exact_share=0.9)
+    ours = triton_backend.lora_a_grad(spoiled(low, s), bad, s.plan, lora_a)
+    truth = torch_backend.lora_a_grad(low.double(), wide, s.plan, lora_a.double())
+    eager = torch_backend.lora_a_grad(low, rows, s.plan, lora_a)
+    assert_close_to_truth(ours, truth, eager, "dlora_a", min_exact_share=0.9)
     assert torch.count_nonzero(ours[s.plan.expert_start.diff() == 0]) == 0
 
 

@@ -81,7 +81,7 @@ def test_compiled(full):
     inputs, (x, weights, gate_up, down) = leaves()
     full("up")
     tensors = x, inputs.topk_ids, weights, gate_up, down, *(None,) * 6
-    settings = "silu", [], False, True, False, 128, True, "torch", True
+    settings = "silu", [], False, True, False, 128, True, "torch", 1.0, 1.0, True
     text = message(lambda: forward_op(*tensors, *settings))
     assert "the forward pass of an expert layer ran out of memory" in text
 

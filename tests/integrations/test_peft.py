@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moe_kernels import backends
+from moe_kernels.factors import LowRank
 from support.tiles import use_small_tiles
 
 transformers = pytest.importorskip("transformers")
@@ -285,19 +286,43 @@ def through(wrapper: nn.Module, device: torch.device) -> tuple[torch.Tensor, dic
     return out.detach(), {name: p.grad for name, p in wrapper.named_parameters() if p.requires_grad}
 
 
-def test_float32_adapters_of_a_bfloat16_model() -> None:
+def with_float32_adapters(name: str, config: peft.LoraConfig | None = None) -> peft.PeftModel:
     """PEFT keeps adapters of a 16-bit model in float32."""
-    model = adapted("mixtral").to(torch.bfloat16)
+    model = adapted(name, config).to(torch.bfloat16)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    out, grads = through(outer_wrapper(ours(model)), torch.device("cpu"))
-    exact, exact_grads = through(outer_wrapper(model.float()), torch.device("cpu"))
+    return model
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_float32_adapters_of_a_bfloat16_model(backend: str, compiled: bool, device: torch.device) -> None:
+    """Their gradients are float32 numbers, which bfloat16 does not have."""
+    mk.register(backend=backend)
+    model = with_float32_adapters("mixtral").to(device)
+    wrapper = outer_wrapper(ours(model))
+    if compiled:
+        torch._dynamo.reset()
+        wrapper.forward = torch.compile(wrapper.forward, fullgraph=True, backend="aot_eager")
+    out, grads = through(wrapper, device)
+    exact, exact_grads = through(outer_wrapper(model.float()), device)
     assert out.dtype == torch.bfloat16
     assert (out.float() - exact).norm() / exact.norm() < 0.01
     for name, grad in grads.items():
         assert grad.dtype == torch.float32
         assert (grad - exact_grads[name]).norm() / exact_grads[name].norm() < 0.02, name
+        assert (grad == grad.bfloat16()).float().mean() < 0.5, f"{name} was rounded to bfloat16"
+
+
+def test_the_op_reads_one_adapter_where_it_is() -> None:
+    """No copy, no cast and no scaling by torch: views of the parameters, and the scaling as a number."""
+    wrapper = outer_wrapper(with_float32_adapters("mixtral"))
+    pair = mk_peft.low_rank_pair(wrapper, ["default"])
+    assert pair.scaling == wrapper.scaling["default"] == 3 / 5
+    for factor, linears in ((pair.lora_b, wrapper.lora_B), (pair.lora_a, wrapper.lora_A)):
+        assert factor.data_ptr() == linears["default"].weight.data_ptr()
+        assert factor.dtype == torch.float32
 
 
 def test_a_targeted_bias_is_left_to_peft() -> None:
@@ -374,16 +399,18 @@ def test_two_wrappers_of_one_weight_count_both() -> None:
     from moe_kernels.integrations.peft import _Lent
     from moe_kernels.integrations.support import LORA_ATTRIBUTE
 
-    def pair(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(4, 6, rank), torch.randn(4, rank, 5)
+    def pair(rank: int, scaling: float = 1.0) -> LowRank:
+        return LowRank(torch.randn(4, 6, rank), torch.randn(4, rank, 5), scaling)
 
-    experts, one, two = torch.nn.Module(), pair(2), pair(3)
+    experts, one, two = torch.nn.Module(), pair(2, 0.5), pair(3, 2.0)
     lent = _Lent(experts, "down_proj", one)
     pairs = vars(experts)[LORA_ATTRIBUTE]
     with lent:
         with _Lent(experts, "down_proj", two):
-            lora_b, lora_a = pairs["down_proj"]
-            torch.testing.assert_close(lora_b @ lora_a, one[0] @ one[1] + two[0] @ two[1])
+            lora_b, lora_a, scaling = pairs["down_proj"]
+            assert scaling == 1.0
+            expected = 0.5 * one.lora_b @ one.lora_a + 2.0 * two.lora_b @ two.lora_a
+            torch.testing.assert_close(lora_b @ lora_a, expected)
         assert pairs["down_proj"] is one
         with pytest.raises(ValueError, match="LoRA of rank 129 on down_proj"), _Lent(experts, "down_proj", pair(127)):
             pass

@@ -18,6 +18,7 @@ from moe_kernels.kernels.tiles.table import ROW_TILED, GemmConfig, table
 from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
 from moe_kernels.kernels.triton.dequantize import block_fp8_kernel, four_bit_kernel
+from moe_kernels.kernels.triton.factors import BLOCKS, experts_last_kernel, pack_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
 from moe_kernels.kernels.triton.plan import count_kernel, part_kernel, place_kernel, plan_blocks
 from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, route_grad_kernel, route_kernel
@@ -164,6 +165,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     yield from _router_cases()
     yield from _row_pass_cases()
     yield from _packed_cases()
+    yield from _factor_cases()
     if capability == (9, 0):
         yield from hopper_catalog.compile_cases()
 
@@ -291,6 +293,28 @@ def _packed_cases() -> Iterator[CompileCase]:
     )
 
 
+def _factor_cases() -> Iterator[CompileCase]:
+    """LoRA's factors as PEFT stores them: strides of one are compile-time constants, as at run time."""
+    options = {"num_warps": 4, "num_stages": 1}
+    every = {f"HAS_{factor}{number}": True for factor in "AB" for number in range(2)}
+    for rank, own in ((16, "fp32"), (16, "bf16"), (64, "fp32"), (128, "bf16")):
+        unit = {f"b{number}_expert": 1 for number in range(2)} | {f"a{number}_column": 1 for number in range(2)}
+        types = {
+            arg: "*bf16" if arg.endswith("_out_ptr")
+            else f"*{own}" if arg.endswith("_ptr")
+            else "fp32" if arg.startswith("scaling")
+            else "i32"
+            for arg in pack_kernel.arg_names
+            if arg not in {*every, *BLOCKS, *unit, "RANK0", "RANK1"}
+        }  # fmt: skip
+        constants = every | BLOCKS | unit | {"RANK0": rank, "RANK1": rank}
+        yield CompileCase(f"pack-r{rank}-{own}", pack_kernel, types, constants, options, uses_dot=False)
+    for own in ("fp32", "bf16"):
+        types = {arg: f"*{own}" if arg.endswith("_ptr") else "i32" for arg in experts_last_kernel.arg_names[:7]}
+        blocks = {name: BLOCKS[name] for name in ("B_EXPERTS", "B_COLUMNS")}
+        yield CompileCase(f"experts_last-{own}", experts_last_kernel, types, blocks, options, uses_dot=False)
+
+
 def _row_pass_cases() -> Iterator[CompileCase]:
     everything: dict[str, Any] = {"LOW": True, "GRAD": True, "BIAS_GRAD": True, "BIAS_DOT": True}
     nothing = dict.fromkeys(everything, False) | {"TOP_K": 0, "WEIGHTED": False, "COPY": False, "TRANSPOSED": False}
@@ -314,17 +338,21 @@ def _row_pass_cases() -> Iterator[CompileCase]:
         tensors = ("rows_ptr", "factor_ptr", "inner_ptr", "bias_ptr", "sorted_ptr", "grad_ptr", "bias_grad_ptr")
         types = dict.fromkeys(tensors, f"*{t}") | dict.fromkeys(_PLAN[:1] + _PLAN[2:4], "*i32")
         types |= {"topk_weights_ptr": "*fp32", "low_ptr": "*fp32", "bias_dot_ptr": "*fp32"}
-        types |= {"R": "i32", "N": "i32", "blocks": "i32"}
+        types |= {"R": "i32", "N": "i32", "blocks": "i32", "rank": "i32", "scaling": "fp32"}
         blocks = {"RANK": rank, "EVEN_N": True, "BLOCK_R": tile.block_r, "BLOCK_N": tile.block_n}
-        yield CompileCase(
-            f"row_pass-{name}-r{rank}-{t}",
-            row_pass_kernel,
-            {arg: types[arg] for arg in row_pass_kernel.arg_names if arg in types},
-            nothing | kind | blocks | {"PRECISION": "ieee"},
-            {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-            uses_dot=dtype != torch.float32 and "GRAD" in kind,
-            spills=30,  # a few on sm_80, and with biases on sm_100, in some releases of triton
-        )
+        for grad in ("", "-fp32-grad") if "GRAD" in kind and t != "fp32" else ("",):
+            wide = {"grad_ptr": "*fp32"} if grad else {}
+            yield CompileCase(
+                f"row_pass-{name}-r{rank}-{t}{grad}",
+                row_pass_kernel,
+                {arg: (types | wide)[arg] for arg in row_pass_kernel.arg_names if arg in types},
+                nothing | kind | blocks | {"PRECISION": "ieee"},
+                {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+                uses_dot=dtype != torch.float32 and "GRAD" in kind,
+                # A few on sm_80, and with biases on sm_100, in some releases of triton; where the gradient is float32
+                # 53 on sm_80 at rank 32, of lora_a of the down projection alone.
+                spills=60 if grad else 30,
+            )
 
 
 def _router_cases() -> Iterator[CompileCase]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from moe_kernels.activation import Gate
+from moe_kernels.factors import LowRank, packed
 from moe_kernels.layer import AddedGrads, Matrix, Rows, Weight, in_expert_order
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan
@@ -96,15 +99,35 @@ class Backend(Protocol):
         dy: Rows,
         weight: Weight,
         plan: RoutingPlan,
-        needs_factor: bool,
+        lora_b: Tensor | None,
         needs_bias: bool,
         topk_weights: Tensor | None = None,
     ) -> AddedGrads:
         """The gradients of what ``weight`` (E, N, K) of the forward adds to its matrix, from dY (R, N).
 
-        With topk_weights (T, K), dY is dO: not weighted yet.
+        ``lora_b`` (E, N, r) is the factor as the caller has it, if its gradient is needed. With topk_weights (T, K),
+        dY is dO: not weighted yet.
         """
 
-    def lora_a_grad(self, low: Tensor, rows: Rows, plan: RoutingPlan) -> Tensor:
-        """low[rows of e]^T rows[rows of e]: low (R, r), rows (R, K) -> (E, r, K); zeros without rows."""
-        return self.wgrad(low, in_expert_order(rows, plan, self.gather), plan)
+    def lora_a_grad(self, low: Tensor, rows: Rows, plan: RoutingPlan, lora_a: Tensor, scaling: float = 1.0) -> Tensor:
+        """scaling low[rows of e]^T rows[rows of e]: low (R, RANK), rows (R, K) -> (E, r, K), contiguous, in the rank
+        and dtype of ``lora_a``, the factor as the caller has it; zeros without rows. RANK is r, padded.
+
+        By ``wgrad``, which rounds to the dtype of the rows first, unless a backend says otherwise.
+        """
+        grad = self.wgrad(low, in_expert_order(rows, plan, self.gather), plan)
+        return (grad[:, : lora_a.shape[1]] * scaling).to(lora_a.dtype).contiguous()
+
+    def pack_factors(
+        self, parts: Sequence[LowRank], dtype: torch.dtype
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """LoRA's factors of one or two weights as the other steps take them: lora_b (E, N, RANK) and the scaled
+        lora_a (E, RANK, K), contiguous, in ``dtype``, with zeros up to the padded rank."""
+        return [
+            (None if b is None else packed(b, dtype, 2), None if a is None else packed(a, dtype, 1, scaling))
+            for b, a, scaling in parts
+        ]
+
+    def experts_last(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """One or two gradients of lora_b (E, N, r), contiguous, in the memory order (N, r, E) of PEFT's factors."""
+        return [grad.permute(1, 2, 0).contiguous().permute(2, 0, 1) for grad in grads]

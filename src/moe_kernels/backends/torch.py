@@ -121,11 +121,12 @@ class TorchBackend(Backend):
         return (z.copy_(dz) if overwrite_z else dz), (w * a).to(da.dtype), dw
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
-        left = in_expert_order(left, plan, self.gather)
-        dw = left.new_zeros(plan.experts, left.shape[1], right.shape[1])
-        for expert, rows in _experts(plan):
-            dw[expert] = left[rows].T @ right[rows]
-        return dw
+        return _wgrad(in_expert_order(left, plan, self.gather), right, plan, right.dtype)
+
+    def lora_a_grad(self, low: Tensor, rows: Rows, plan: RoutingPlan, lora_a: Tensor, scaling: float = 1.0) -> Tensor:
+        right = in_expert_order(rows, plan, self.gather)
+        grad = _wgrad(low[:, : lora_a.shape[1]], right, plan, _accumulator(low.dtype))
+        return (grad * scaling).to(lora_a.dtype)
 
     def combine_grad(self, dxr: Tensor, plan: RoutingPlan) -> Tensor:
         ones = torch.ones(plan.tokens, plan.top_k, dtype=_accumulator(dxr.dtype), device=dxr.device)
@@ -136,7 +137,7 @@ class TorchBackend(Backend):
         dy: Rows,
         weight: Weight,
         plan: RoutingPlan,
-        needs_factor: bool,
+        lora_b: Tensor | None,
         needs_bias: bool,
         topk_weights: Tensor | None = None,
     ) -> AddedGrads:
@@ -147,8 +148,8 @@ class TorchBackend(Backend):
             weighted = weighted * topk_weights.reshape(-1)[plan.row_slot.long(), None].to(acc)
         low = None if weight.factor is None else self.dgrad(rows, Weight(weight.factor), plan)
         factor = bias = bias_dot = None
-        if needs_factor and weight.low is not None:
-            factor = self.wgrad(weighted, weight.low.to(acc), plan).to(rows.dtype)
+        if lora_b is not None and weight.low is not None:
+            factor = _wgrad(weighted, weight.low[:, : lora_b.shape[2]], plan, acc).to(lora_b.dtype)
         if needs_bias:
             bias = rows.new_empty(plan.experts, rows.shape[1])
             for expert, block in _experts(plan):
@@ -162,6 +163,14 @@ class TorchBackend(Backend):
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wgrad(left: Tensor, right: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:
+    """left[rows of e]^T right[rows of e] (E, M, N), multiplied in ``dtype``."""
+    dw = left.new_zeros(plan.experts, left.shape[1], right.shape[1], dtype=dtype)
+    for expert, rows in _experts(plan):
+        dw[expert] = left[rows].to(dtype).T @ right[rows].to(dtype)
+    return dw
 
 
 def _experts(plan: RoutingPlan) -> Iterator[tuple[int, slice]]:

@@ -14,6 +14,7 @@ from moe_kernels.backends.protocol import Backend
 from moe_kernels.kernels.device import driver_fault, interpreting
 from moe_kernels.kernels.triton.combine import combine, combine_grad, gather
 from moe_kernels.kernels.triton.dact import dact
+from moe_kernels.kernels.triton.factors import experts_last, pack_factors
 from moe_kernels.kernels.triton.grouped_gemm import dgrad, down
 from moe_kernels.kernels.triton.plan import make_plan
 from moe_kernels.kernels.triton.row_pass import added_grads, lora_a_grad
@@ -53,6 +54,8 @@ class TritonBackend(Backend):
     combine_grad = staticmethod(combine_grad)
     added_grads = staticmethod(added_grads)
     lora_a_grad = staticmethod(lora_a_grad)
+    pack_factors = staticmethod(pack_factors)
+    experts_last = staticmethod(experts_last)
 
     def low(self, rows: Rows, lora_a: Tensor, plan: RoutingPlan) -> Tensor:
         if isinstance(rows, Tensor):

@@ -22,6 +22,7 @@ try:
 except ImportError as error:
     raise ImportError("moe_kernels.integrations.peft needs peft 0.20 or newer: pip install 'peft>=0.20'") from error
 
+from moe_kernels.factors import LowRank, scaled
 from moe_kernels.integrations.dispatch import is_served
 from moe_kernels.integrations.support import LORA_ATTRIBUTE, UnsupportedExperts, is_sharded, local_tensor
 
@@ -71,7 +72,7 @@ class _Lent(AbstractContextManager[None]):
     """Inside, ``experts`` has the low-rank pair of one weight. Two nest where both weights are adapted, or where two
     wrappers adapt one weight, as Axolotl's patch of PEFT makes them for a second adapter: then both pairs count."""
 
-    def __init__(self, experts: Any, weight: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def __init__(self, experts: Any, weight: str, pair: LowRank) -> None:
         self.pairs, self.weight, self.pair = vars(experts).setdefault(LORA_ATTRIBUTE, {}), weight, pair
 
     def __enter__(self) -> None:
@@ -85,15 +86,21 @@ class _Lent(AbstractContextManager[None]):
             self.pairs[self.weight] = self.outer
 
 
-def _together(weight: str, *pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pair whose product is the sum of the products of ``pairs``."""
-    rank = sum(lora_a.shape[1] for _, lora_a in pairs)
+def _together(weight: str, *pairs: LowRank) -> LowRank:
+    """The pair whose product is the sum of the products of ``pairs``.
+
+    The op takes one pair of a weight, as almost every training has it: several are joined by torch, in their own
+    dtype, and then packed as one.
+    """
+    given: list[Any] = list(pairs)
+    lora_bs, lora_as = zip(*((b, scaled(a, scaling)) for b, a, scaling in given), strict=True)
+    rank = sum(lora_a.shape[1] for lora_a in lora_as)
     if rank > MAX_RANK:
         raise ValueError(
             f"LoRA of rank {rank} on {weight}, all adapters together, the kernels take at most {MAX_RANK}: lower "
             "lora_r, activate fewer adapters, or train without moe_kernels."
         )
-    return torch.cat([lora_b for lora_b, _ in pairs], dim=2), torch.cat([lora_a for _, lora_a in pairs], dim=1)
+    return LowRank(torch.cat(lora_bs, dim=2), torch.cat(lora_as, dim=1))
 
 
 def check_lora(model: torch.nn.Module) -> int:
@@ -191,11 +198,11 @@ def _is_fused(wrapper: Any) -> bool:
     return wrapper.parameter_name in _WEIGHTS and is_served(wrapper.get_base_layer())
 
 
-def low_rank_pair(wrapper: Any, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(lora_b (E, N, r), lora_a (E, r, K)) of ``adapters`` together: ``lora_b @ lora_a`` is what they add to a weight
-    (E, N, K), the scaling included. None where no adapter has this weight.
+def low_rank_pair(wrapper: Any, adapters: list[str]) -> LowRank | None:
+    """What ``adapters`` together add to a weight (E, N, K). None where no adapter has this weight.
 
     PEFT packs A as (E*r, K), experts slowest, and B as (N, r*E), experts fastest, whichever way the weight is stored.
+    Those of one adapter are views: the op reads PEFT's own memory, and its gradients have that layout.
 
     Raises:
         ValueError: the adapters have a higher rank together than the kernels take.
@@ -205,15 +212,12 @@ def low_rank_pair(wrapper: Any, adapters: list[str]) -> tuple[torch.Tensor, torc
     if not adapters:
         return None
     _check_rank(wrapper, adapters)
-    experts = wrapper.num_experts
-    lora_bs, lora_as = [], []
+    experts, pairs = wrapper.num_experts, []
     for name in adapters:
         a, b = (_factor(wrapper, factors[name].weight) for factors in (wrapper.lora_A, wrapper.lora_B))
-        lora_as.append(a.view(experts, -1, a.shape[1]) * wrapper.scaling[name])
-        lora_bs.append(b.view(b.shape[0], -1, experts).permute(2, 0, 1))
-    if len(adapters) == 1:  # torch.cat would copy it, and its gradient
-        return lora_bs[0], lora_as[0]
-    return _together(wrapper.parameter_name, *zip(lora_bs, lora_as, strict=True))
+        lora_b, lora_a = b.view(b.shape[0], -1, experts).permute(2, 0, 1), a.view(experts, -1, a.shape[1])
+        pairs.append(LowRank(lora_b, lora_a, float(wrapper.scaling[name])))
+    return pairs[0] if len(pairs) == 1 else _together(wrapper.parameter_name, *pairs)
 
 
 def _factor(wrapper: Any, weight: Any) -> torch.Tensor:

@@ -35,12 +35,14 @@ def row_pass_kernel(
     expert_order_ptr,
     sorted_ptr,  # (R, N): written if COPY
     low_ptr,  # (blocks, R, RANK) float32, rows factor[expert] by block of columns: written if LOW
-    grad_ptr,  # (E, N, RANK), or (E, RANK, N) if TRANSPOSED, (w rows)^T inner: written if GRAD
+    grad_ptr,  # (E, N, rank), or (E, rank, N) if TRANSPOSED, scaling (w rows)^T inner: written if GRAD
     bias_grad_ptr,  # (E, N), the sum of w rows: written if BIAS_GRAD
     bias_dot_ptr,  # (blocks, R) float32, <rows, bias[expert]> by block of columns: written if BIAS_DOT
     R,
     N,
     blocks,
+    rank,  # of the factor as its owner has it; its columns from there to RANK are padding
+    scaling,
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     COPY: tl.constexpr,
@@ -105,11 +107,12 @@ def row_pass_kernel(
             dot = tl.sum(values.to(tl.float32) * bias[None, :], axis=1)
             tl.store(bias_dot_ptr + block.to(tl.int64) * R + rows, dot, mask=own)
     if GRAD:
-        grad = grad.to(grad_ptr.dtype.element_ty)
+        grad = (grad * scaling).to(grad_ptr.dtype.element_ty)
+        mask = in_width[:, None] & (r < rank)[None, :]
         if TRANSPOSED:
-            tl.store(grad_ptr + (expert * RANK + r)[None, :] * N + n[:, None], grad, mask=in_width[:, None])
+            tl.store(grad_ptr + (expert * rank + r)[None, :] * N + n[:, None], grad, mask=mask)
         else:
-            tl.store(grad_ptr + (expert * N + n)[:, None] * RANK + r[None, :], grad, mask=in_width[:, None])
+            tl.store(grad_ptr + (expert * N + n)[:, None] * rank + r[None, :], grad, mask=mask)
     if BIAS_GRAD:
         total = tl.sum(bias_grad, axis=0).to(bias_grad_ptr.dtype.element_ty)
         tl.store(bias_grad_ptr + expert * N + n, total, mask=in_width)
@@ -169,7 +172,9 @@ def _row_pass(
     *,
     factor: torch.Tensor | None = None,
     inner: torch.Tensor | None = None,
+    owner: torch.Tensor | None = None,  # the factor that grad belongs to, in its shape and dtype
     transposed: bool = False,
+    scaling: float = 1.0,
     topk_weights: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     copy: bool = False,
@@ -180,13 +185,14 @@ def _row_pass(
     width, count, experts = source.shape[1], plan.rows, plan.experts
     narrow = inner if factor is None else factor
     rank = 0 if narrow is None else narrow.shape[-1]
+    own = rank if owner is None else owner.shape[1 if transposed else 2]
     tile = pass_tile(source.dtype, width, rank)
     blocks = cdiv(width, tile.block_n)
     empty, wide = source.new_empty, torch.float32
     out = _Pass(
         empty(count, width) if copy else None,
         None if factor is None else empty(blocks, count, rank, dtype=wide),
-        None if inner is None else empty(experts, *((rank, width) if transposed else (width, rank))),
+        None if inner is None or owner is None else empty(owner.shape, dtype=owner.dtype),
         empty(experts, width) if bias_grad else None,
         None if bias is None else empty(blocks, count, dtype=wide),
     )
@@ -196,7 +202,7 @@ def _row_pass(
     launch(
         row_pass_kernel,
         (experts * blocks,),
-        (*(source if tensor is None else tensor for tensor in (*inputs, *out)), count, width, blocks),
+        (*(source if tensor is None else tensor for tensor in (*inputs, *out)), count, width, blocks, own, scaling),
         {
             "TOP_K": top_k,
             "WEIGHTED": topk_weights is not None,
@@ -238,18 +244,22 @@ def added_grads(
     dy: Rows,
     weight: Weight,
     plan: RoutingPlan,
-    needs_factor: bool,
+    lora_b: torch.Tensor | None,
     needs_bias: bool,
     topk_weights: torch.Tensor | None = None,
 ) -> AddedGrads:
-    """The gradients of what ``weight`` (E, N, K) adds to its matrix, from dY (R, N)."""
+    """The gradients of what ``weight`` (E, N, K) adds to its matrix, from dY (R, N).
+
+    ``lora_b`` is the factor as its owner has it, if its gradient is needed.
+    """
     factor = weight.factor
     small = factor is not None and factor.shape[2] <= MAX_RANK
     done = _row_pass(
         dy,
         plan,
         factor=factor if small else None,
-        inner=weight.low if needs_factor else None,
+        inner=None if lora_b is None else weight.low,
+        owner=lora_b,
         topk_weights=topk_weights,
         bias=None if topk_weights is None else weight.bias,
         copy=isinstance(dy, TokenRows),
@@ -261,8 +271,10 @@ def added_grads(
     return AddedGrads(rows, low, done.grad, done.bias_grad, done.bias_dot)
 
 
-def lora_a_grad(low: torch.Tensor, rows: Rows, plan: RoutingPlan) -> torch.Tensor:
-    """low[rows of e]^T rows[rows of e]: low (R, r), rows (R, K) or their tokens -> (E, r, K)."""
-    grad = _row_pass(rows, plan, inner=low, transposed=True).grad
+def lora_a_grad(
+    low: torch.Tensor, rows: Rows, plan: RoutingPlan, lora_a: torch.Tensor, scaling: float = 1.0
+) -> torch.Tensor:
+    """scaling low[rows of e]^T rows[rows of e]: low (R, RANK), rows (R, K) or their tokens -> as lora_a (E, r, K)."""
+    grad = _row_pass(rows, plan, inner=low, owner=lora_a, transposed=True, scaling=scaling).grad
     assert grad is not None
     return grad

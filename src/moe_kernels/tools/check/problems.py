@@ -119,7 +119,8 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
     if case.lora_rank:
         rank = case.lora_rank
         for name, (rows, cols) in (("gate_up", (width, hidden)), ("down", (hidden, intermediate))):
-            extras[f"{name}_lora_b"] = normal(experts, rows, rank, scale=rank**-0.5)
+            lora_b = normal(experts, rows, rank, scale=rank**-0.5)
+            extras[f"{name}_lora_b"] = lora_b.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as PEFT stores it
             extras[f"{name}_lora_a"] = normal(experts, rank, cols, scale=cols**-0.5)
     settings: dict[str, Any] = {"activation": case.activation, "interleaved": case.interleaved, "reduce": case.reduce}
     defaults = {"activation": "silu", "interleaved": False, "reduce": True}
