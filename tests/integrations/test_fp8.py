@@ -118,6 +118,12 @@ def test_the_implementation_can_be_named_after_loading(checkpoint: Checkpoint) -
     assert torch.equal(model(input_ids=IDS).logits, named(input_ids=IDS).logits)
 
 
+def test_another_implementation_is_refused_with_its_cure(checkpoint: Checkpoint) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[0], dtype=BF16, experts_implementation="eager")
+    with pytest.raises(mk.UnsupportedExperts, match=r"runs experts_implementation='eager', .* load the model with"):
+        mk.check_model(model)
+
+
 def test_the_kernels_run_on_the_weights_as_they_are(checkpoint: Checkpoint) -> None:
     folder, _ = checkpoint
     model = with_lora(load(folder))
