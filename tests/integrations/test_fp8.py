@@ -294,8 +294,8 @@ def without_scales(model: Any) -> None:
 
 def scales(change: Callable[[Tensor], Tensor], name: str = "down_proj") -> Callable[[Any], None]:
     def apply(model: Any) -> None:
-        old = getattr(experts_of(model), f"{name}_scale_inv")
-        setattr(experts_of(model), f"{name}_scale_inv", nn.Parameter(change(old.detach().clone()), False))
+        loaded = getattr(experts_of(model), f"{name}_scale_inv")  # what transformers has loaded it marks
+        loaded.data = change(loaded.detach().clone())
 
     return apply
 
@@ -332,7 +332,7 @@ def linear_in_training(model: Any) -> None:
 
 def one_linear(model: Any) -> None:
     linear = model.get_submodule("model.layers.0.self_attn.q_proj")
-    linear.weight_scale_inv = nn.Parameter(torch.zeros(2, 2), False)
+    linear.weight_scale_inv.data.zero_()
 
 
 @pytest.mark.skipif(NEWER, reason="there they have a backward of their own")
@@ -377,6 +377,36 @@ def test_what_is_refused_before_training(
     spoil(model)
     with pytest.raises(mk.UnsupportedExperts, match=words):
         mk.check_model(model)
+
+
+@pytest.mark.parametrize("garbage", [1.0, float("nan")])
+@pytest.mark.parametrize("module", ["model.layers.1.self_attn.q_proj", EXPERTS])
+def test_scales_that_the_checkpoint_lacks_are_refused(tmp_path: Path, module: str, garbage: float) -> None:
+    """transformers leaves them as memory was found: a scale may be any number."""
+    from safetensors.torch import save_file
+
+    held = write_checkpoint(tmp_path)
+    kept = {name: held[name] for name in held if not (name.startswith(module) and name.endswith("_scale_inv"))}
+    assert len(held) - len(kept) == (12 if module == EXPERTS else 1)
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    model = load(tmp_path)
+    for name, parameter in model.get_submodule(module).named_parameters(recurse=False):
+        if name.endswith("_scale_inv"):
+            parameter.data.fill_(garbage)
+    with pytest.raises(mk.UnsupportedExperts, match=r"_scale_inv is not in the checkpoint.*modules_to_not_convert"):
+        mk.check_model(model)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("part", ["", "model.layers.0.self_attn.q_proj", EXPERTS])
+def test_codes_that_were_cast_are_refused(checkpoint: Checkpoint, part: str, checked: bool) -> None:
+    """model.to(torch.bfloat16) makes weights of the codes, up to 448, and leaves their scales out."""
+    model = load(checkpoint[0])
+    if checked:
+        mk.check_model(model)
+    model.get_submodule(part).to(BF16)
+    with pytest.raises(mk.UnsupportedExperts, match=r"is torch.bfloat16 beside the scales .*dequantize=True"):
+        model(input_ids=IDS) if checked else mk.check_model(model)
 
 
 def test_a_model_that_was_only_loaded_is_checked_and_not_trained(checkpoint: Checkpoint) -> None:
