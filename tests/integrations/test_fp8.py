@@ -59,10 +59,10 @@ def load(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, experts_implementation="moe_kernels", **options)
 
 
-def with_lora(model: nn.Module, **changes: Any) -> Any:
+def with_lora(model: nn.Module, targets: dict[str, list[str]] = TARGETS, **changes: Any) -> Any:
     """B is not zero, so that both factors have gradients."""
     torch.manual_seed(0)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, **TARGETS), **changes)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, **targets), **changes)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = (torch.randn(parameter.shape) * 0.05).to(parameter.dtype)
@@ -221,6 +221,22 @@ def test_activations(activation: str, gated: bool, scheme: str) -> None:
         found.append((out.detach(), x.grad))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_on_the_weight_of_a_linear_layer(checkpoint: Checkpoint) -> None:
+    """PEFT's own way adds B A to the codes. For the shared expert of DeepSeek-V3 it is the only way to name it."""
+    names = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj", "k_proj.weight", "o_proj.weight"]}
+    found, expected = [], []
+    for steps, options in ((found, {}), (expected, {"quantization_config": FineGrainedFP8Config(dequantize=True)})):
+        model = with_lora(load(checkpoint[0], **options), names)
+        served = mk.check_model(model)
+        assert (served.lora_weights, served.adapted.attention) == (2, 4 * (256 + 128) * 2 + 4 * 512 * 2)
+        steps.append(step(model))
+        with model.disable_adapter():
+            steps.append({"logits": model(input_ids=IDS).logits.detach()})
+    assert_equal(found[1], expected[1])
+    for name, value in expected[0].items():
+        assert (found[0][name] - value).norm() <= 0.03 * value.norm(), name
 
 
 def test_saved_and_loaded_it_is_the_same_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> None:
