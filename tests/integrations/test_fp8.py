@@ -119,7 +119,8 @@ def test_the_implementation_can_be_named_after_loading(checkpoint: Checkpoint) -
 
 
 def test_another_implementation_is_refused_with_its_cure(checkpoint: Checkpoint) -> None:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint[0], dtype=BF16, experts_implementation="eager")
+    model = load(checkpoint[0])
+    model.set_experts_implementation("eager")
     with pytest.raises(mk.UnsupportedExperts, match=r"runs experts_implementation='eager', .* load the model with"):
         mk.check_model(model)
 
