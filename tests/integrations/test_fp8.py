@@ -59,10 +59,10 @@ def load(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, experts_implementation="moe_kernels", **options)
 
 
-def with_lora(model: nn.Module, **changes: Any) -> Any:
+def with_lora(model: nn.Module, targets: dict[str, list[str]] = TARGETS, **changes: Any) -> Any:
     """B is not zero, so that both factors have gradients."""
     torch.manual_seed(0)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, **TARGETS), **changes)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, **targets), **changes)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = (torch.randn(parameter.shape) * 0.05).to(parameter.dtype)
@@ -116,6 +116,13 @@ def test_the_implementation_can_be_named_after_loading(checkpoint: Checkpoint) -
     named = load(checkpoint[0])
     mk.check_model(named)
     assert torch.equal(model(input_ids=IDS).logits, named(input_ids=IDS).logits)
+
+
+def test_another_implementation_is_refused_with_its_cure(checkpoint: Checkpoint) -> None:
+    model = load(checkpoint[0])
+    model.set_experts_implementation("eager")
+    with pytest.raises(mk.UnsupportedExperts, match=r"runs experts_implementation='eager', .* load the model with"):
+        mk.check_model(model)
 
 
 def test_the_kernels_run_on_the_weights_as_they_are(checkpoint: Checkpoint) -> None:
@@ -217,6 +224,22 @@ def test_activations(activation: str, gated: bool, scheme: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_on_the_weight_of_a_linear_layer(checkpoint: Checkpoint) -> None:
+    """PEFT's own way adds B A to the codes. For the shared expert of DeepSeek-V3 it is the only way to name it."""
+    names = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj", "k_proj.weight", "o_proj.weight"]}
+    found, expected = [], []
+    for steps, options in ((found, {}), (expected, {"quantization_config": FineGrainedFP8Config(dequantize=True)})):
+        model = with_lora(load(checkpoint[0], **options), names)
+        served = mk.check_model(model)
+        assert (served.lora_weights, served.adapted.attention) == (2, 4 * (256 + 128) * 2 + 4 * 512 * 2)
+        steps.append(step(model))
+        with model.disable_adapter():
+            steps.append({"logits": model(input_ids=IDS).logits.detach()})
+    assert_equal(found[1], expected[1])
+    for name, value in expected[0].items():
+        assert (found[0][name] - value).norm() <= 0.03 * value.norm(), name
+
+
 def test_saved_and_loaded_it_is_the_same_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -288,8 +311,8 @@ def without_scales(model: Any) -> None:
 
 def scales(change: Callable[[Tensor], Tensor], name: str = "down_proj") -> Callable[[Any], None]:
     def apply(model: Any) -> None:
-        old = getattr(experts_of(model), f"{name}_scale_inv")
-        setattr(experts_of(model), f"{name}_scale_inv", nn.Parameter(change(old.detach().clone()), False))
+        loaded = getattr(experts_of(model), f"{name}_scale_inv")  # what transformers has loaded it marks
+        loaded.data = change(loaded.detach().clone())
 
     return apply
 
@@ -326,7 +349,7 @@ def linear_in_training(model: Any) -> None:
 
 def one_linear(model: Any) -> None:
     linear = model.get_submodule("model.layers.0.self_attn.q_proj")
-    linear.weight_scale_inv = nn.Parameter(torch.zeros(2, 2), False)
+    linear.weight_scale_inv.data.zero_()
 
 
 @pytest.mark.skipif(NEWER, reason="there they have a backward of their own")
@@ -371,6 +394,36 @@ def test_what_is_refused_before_training(
     spoil(model)
     with pytest.raises(mk.UnsupportedExperts, match=words):
         mk.check_model(model)
+
+
+@pytest.mark.parametrize("garbage", [1.0, float("nan")])
+@pytest.mark.parametrize("module", ["model.layers.1.self_attn.q_proj", EXPERTS])
+def test_scales_that_the_checkpoint_lacks_are_refused(tmp_path: Path, module: str, garbage: float) -> None:
+    """transformers leaves them as memory was found: a scale may be any number."""
+    from safetensors.torch import save_file
+
+    held = write_checkpoint(tmp_path)
+    kept = {name: held[name] for name in held if not (name.startswith(module) and name.endswith("_scale_inv"))}
+    assert len(held) - len(kept) == (12 if module == EXPERTS else 1)
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    model = load(tmp_path)
+    for name, parameter in model.get_submodule(module).named_parameters(recurse=False):
+        if name.endswith("_scale_inv"):
+            parameter.data.fill_(garbage)
+    with pytest.raises(mk.UnsupportedExperts, match=r"_scale_inv is not in the checkpoint.*modules_to_not_convert"):
+        mk.check_model(model)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("part", ["", "model.layers.0.self_attn.q_proj", EXPERTS])
+def test_codes_that_were_cast_are_refused(checkpoint: Checkpoint, part: str, checked: bool) -> None:
+    """model.to(torch.bfloat16) makes weights of the codes, up to 448, and leaves their scales out."""
+    model = load(checkpoint[0])
+    if checked:
+        mk.check_model(model)
+    model.get_submodule(part).to(BF16)
+    with pytest.raises(mk.UnsupportedExperts, match=r"is torch.bfloat16 beside the scales .*dequantize=True"):
+        model(input_ids=IDS) if checked else mk.check_model(model)
 
 
 def test_a_model_that_was_only_loaded_is_checked_and_not_trained(checkpoint: Checkpoint) -> None:

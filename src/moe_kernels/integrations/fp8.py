@@ -16,7 +16,7 @@ from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
-from moe_kernels.integrations.support import UnsupportedExperts
+from moe_kernels.integrations.support import LORA_ATTRIBUTE, UnsupportedExperts
 from moe_kernels.kernels.triton.dequantize import dequantize
 from moe_kernels.packed import PackedWeight
 
@@ -33,9 +33,16 @@ class ExactFP8Linear(FP8Linear):
         weight = packed_weight(self, "weight", dtype)
         if weight is None:  # not converted, in 16 bits
             return super().forward(input)
+        x, bias = input.to(dtype), None if self.bias is None else self.bias.to(dtype)
         if torch.compiler.is_compiling():
-            return nn.functional.linear(input, weight[0], self.bias)
-        return _FrozenLinear.apply(input.to(dtype), weight, None if self.bias is None else self.bias.to(dtype))
+            out = nn.functional.linear(x, weight[0], bias)
+        else:
+            out = _FrozenLinear.apply(x, weight, bias)
+        # An adapter on the weight as a parameter; one on the module is beside it.
+        for lora_b, lora_a in vars(self).get(LORA_ATTRIBUTE, {}).values():
+            low = nn.functional.linear(x, lora_a[0].to(dtype))
+            out = out + nn.functional.linear(low, lora_b[0].to(dtype))
+        return out
 
 
 class _FrozenLinear(torch.autograd.Function):

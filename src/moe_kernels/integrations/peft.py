@@ -24,6 +24,7 @@ except ImportError as error:
 
 from moe_kernels.factors import LowRank, scaled
 from moe_kernels.integrations.dispatch import is_served
+from moe_kernels.integrations.fp8 import ExactFP8Linear
 from moe_kernels.integrations.support import LORA_ATTRIBUTE, UnsupportedExperts, is_sharded, local_tensor
 
 MAX_RANK = 128  # of fused_experts
@@ -137,7 +138,7 @@ def check_lora(model: torch.nn.Module) -> int:
                 f"{name}: lora_dropout={dropout} cannot act on {wrapper.parameter_name}, which is a parameter, not a "
                 "module, and would be left out there in silence: set lora_dropout: 0."
             )
-    return len(wrappers)
+    return sum(wrapper.parameter_name in _WEIGHTS for _, wrapper in wrappers)
 
 
 def _check_pair(wrapper: Any, adapter: str, where: str) -> None:
@@ -195,7 +196,9 @@ def _check_dtypes(wrapper: Any, adapters: list[str], where: str) -> None:
 
 
 def _is_fused(wrapper: Any) -> bool:
-    return wrapper.parameter_name in _WEIGHTS and is_served(wrapper.get_base_layer())
+    """Of an expert weight, or of the weight of an fp8 linear layer, to whose codes PEFT would add B A."""
+    layer, weight = wrapper.get_base_layer(), wrapper.parameter_name
+    return (weight in _WEIGHTS and is_served(layer)) or (weight == "weight" and isinstance(layer, ExactFP8Linear))
 
 
 def low_rank_pair(wrapper: Any, adapters: list[str]) -> LowRank | None:

@@ -57,6 +57,7 @@ def _four_bit(module: Any, name: str) -> PackedWeight | None:
 
 
 def _block_fp8(module: Any, name: str, dtype: torch.dtype, where: str) -> PackedWeight | None:
+    _check_not_cast(module, name, where)
     data, scales = _fp8_parts(module, name)
     if data is None or is_sharded(data) or data.dim() == 1:  # pieces of it
         return None
@@ -91,15 +92,43 @@ def _fp8_parts(module: Any, name: str) -> tuple[Any, Any]:
     return data, module._parameters.get(name + SCALES)
 
 
+def _check_not_cast(module: Any, name: str, where: str) -> None:
+    """Raise UnsupportedExperts where model.to(dtype) has cast the codes, which are weights with their scales alone.
+
+    transformers then takes the codes for weights. A weight with a scale that was not loaded may have been in 16 bits.
+    """
+    data, scales = module._parameters.get(name), module._parameters.get(name + SCALES)
+    if data is None or scales is None or data.dtype.itemsize < 2 or (_loaded(data) and not _loaded(scales)):
+        return
+    raise UnsupportedExperts.mended(
+        module,
+        f"{name} is {data.dtype} beside the scales {name}{SCALES} of fp8: the model was cast after it was loaded, "
+        "without its scales. Load it again, and with FineGrainedFP8Config(dequantize=True) for 16-bit weights.",
+        where,
+    )
+
+
+def _loaded(parameter: Any) -> bool:
+    """Whether from_pretrained found it in the checkpoint; what it did not find is memory without a value."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
 def check_scales(module: Any, name: str, where: str = "") -> None:
     """Read the scales of an fp8 weight, before training: a GPU waits for that.
 
     Raises:
-        UnsupportedExperts: one is not a positive finite number.
+        UnsupportedExperts: they were not in the checkpoint, or one is not a positive finite number.
     """
-    _, scales = _fp8_parts(module, name)
+    data, scales = _fp8_parts(module, name)
     if scales is None or scales.is_meta or is_sharded(scales):
         return
+    if _loaded(data) and not _loaded(scales):
+        raise UnsupportedExperts.mended(
+            module,
+            f"{name}{SCALES} is not in the checkpoint. If {name} is in 16 bits there, name the module in "
+            "modules_to_not_convert (quantization_config of config.json); else download it, or quantise it, again.",
+            where,
+        )
     values = scales.detach().float()
     wrong = ~(values.isfinite() & (values > 0))
     if wrong.any():

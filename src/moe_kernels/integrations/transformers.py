@@ -188,7 +188,8 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
         )
     for name, module in modules:
         interface = dispatches(type(module))
-        if interface is not ALL_EXPERTS_FUNCTIONS and not is_served(module):
+        ours = any(interface is known for known in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS))
+        if not ours and not is_served(module):
             raise UnsupportedExperts.of(
                 module,
                 f"its class looks for the implementation in {type(interface).__name__}, where moe_kernels has none.",
