@@ -71,6 +71,8 @@ def test_projections_that_are_only_the_shared_experts(caplog: pytest.LogCaptureF
     caplog.clear()
     served = mk.check_model(model("qwen2_moe", named, WEIGHTS), [*named, *WEIGHTS])
     assert (served.adapted.routed_experts, caplog.text) == (EXPERTS, "")
+    some = [*ATTENTION, "gate_proj"]
+    assert doubts(model("qwen2_moe", some, WEIGHTS), some) == [], "the others are not left out: nobody named them"
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
