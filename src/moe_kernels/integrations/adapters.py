@@ -58,6 +58,8 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
             "LoRA adapts no routed expert, though expert projections are named "
             f"({', '.join(sorted(projections))}): {_why_no_expert(model)}"
         )
+    elif nowhere := _nowhere(model, targets):
+        said.append(f"LoRA trains no parameter of the name {' or '.join(nowhere)}: {_why_no_expert(model)}")
     modules = {name.rpartition(".")[2] for name in targets or () if ".experts." not in f".{name}"}
     left_out = _left_out(model, {place for _, place, _ in found}, modules)
     if trained.routed_experts and left_out:
@@ -103,6 +105,19 @@ def _left_out(model: torch.nn.Module, places: set[tuple[str, ...]], named: set[s
     linears = (_place(name) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     wanted = {*PROJECTIONS} if "all-linear" in named else {*PROJECTIONS} & named
     return sorted({".".join(place[-2:]) for place in linears if place[-1] in wanted and place not in places})
+
+
+def _nowhere(model: torch.nn.Module, targets: Collection[str] | None) -> list[str]:
+    """The target_parameters, of those that the user wrote, that PEFT found nothing for: it says so if that is all."""
+    configs = getattr(model, "peft_config", {}).values()
+    written = {name for config in configs for name in getattr(config, "target_parameters", None) or ()}
+    wrapped = {
+        (*_place(name), module.parameter_name)
+        for name, module in model.named_modules()
+        if hasattr(module, "parameter_name")
+    }
+    ends = {place[n:] for place in wrapped for n in range(len(place))}
+    return sorted(name for name in written if _place(name) not in ends and (targets is None or name in targets))
 
 
 def _configured(configs: Collection[Any]) -> set[str]:
