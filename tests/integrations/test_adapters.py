@@ -71,6 +71,20 @@ def test_projections_that_are_only_the_shared_experts(caplog: pytest.LogCaptureF
     caplog.clear()
     served = mk.check_model(model("qwen2_moe", named, WEIGHTS), [*named, *WEIGHTS])
     assert (served.adapted.routed_experts, caplog.text) == (EXPERTS, "")
+    some = [*ATTENTION, "gate_proj"]
+    assert doubts(model("qwen2_moe", some, WEIGHTS), some) == [], "the others are not left out: nobody named them"
+
+
+@pytest.mark.parametrize("wrong", ["mlp.experts.dwn_proj", "mlp.experts.down_proj.weight"])
+def test_a_parameter_that_is_not_there(wrong: str) -> None:
+    """PEFT says nothing where another name was found."""
+    named = ["mlp.experts.gate_up_proj", wrong]
+    for targets in (None, [*ATTENTION, *named]):
+        (doubt,) = doubts(model("qwen3_moe", ATTENTION, named), targets)
+        assert f"LoRA trains no parameter of the name {wrong}: " in doubt
+        assert "lora_target_parameters: [mlp.experts.down_proj, mlp.experts.gate_up_proj]" in doubt
+    (doubt,) = doubts(model("qwen3_moe", ATTENTION, [wrong]), [*ATTENTION, wrong])
+    assert f"LoRA trains no parameter of the name {wrong}: " in doubt
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

@@ -58,9 +58,11 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
             "LoRA adapts no routed expert, though expert projections are named "
             f"({', '.join(sorted(projections))}): {_why_no_expert(model)}"
         )
-    left_out = _left_out(model, {place for _, place, _ in found})
-    modules = {name for name in targets or () if ".experts." not in f".{name}"}
-    if trained.routed_experts and left_out and {n.rpartition(".")[2] for n in modules} & {*PROJECTIONS, "all-linear"}:
+    elif nowhere := _nowhere(model, targets):
+        said.append(f"LoRA trains no parameter of the name {' or '.join(nowhere)}: {_why_no_expert(model)}")
+    modules = {name.rpartition(".")[2] for name in targets or () if ".experts." not in f".{name}"}
+    left_out = _left_out(model, {place for _, place, _ in found}, modules)
+    if trained.routed_experts and left_out:
         said.append(
             f"LoRA adapts the routed experts and not {', '.join(left_out)}: PEFT takes these names for the routed "
             "experts of this model. To train both add to lora_target_parameters (target_parameters of PEFT): "
@@ -97,10 +99,25 @@ def _why_no_expert(model: torch.nn.Module) -> str:
     )
 
 
-def _left_out(model: torch.nn.Module, places: set[tuple[str, ...]]) -> list[str]:
-    """Projections outside routed experts that no adapter is on, by the last two parts of their names."""
+def _left_out(model: torch.nn.Module, places: set[tuple[str, ...]], named: set[str]) -> list[str]:
+    """Projections outside routed experts that are ``named`` and no adapter is on, by the last two parts of their
+    names."""
     linears = (_place(name) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    return sorted({".".join(place[-2:]) for place in linears if place[-1] in PROJECTIONS and place not in places})
+    wanted = {*PROJECTIONS} if "all-linear" in named else {*PROJECTIONS} & named
+    return sorted({".".join(place[-2:]) for place in linears if place[-1] in wanted and place not in places})
+
+
+def _nowhere(model: torch.nn.Module, targets: Collection[str] | None) -> list[str]:
+    """The target_parameters, of those that the user wrote, that PEFT found nothing for: it says so if that is all."""
+    configs = getattr(model, "peft_config", {}).values()
+    written = {name for config in configs for name in getattr(config, "target_parameters", None) or ()}
+    wrapped = {
+        (*_place(name), module.parameter_name)
+        for name, module in model.named_modules()
+        if hasattr(module, "parameter_name")
+    }
+    ends = {place[n:] for place in wrapped for n in range(len(place))}
+    return sorted(name for name in written if _place(name) not in ends and (targets is None or name in targets))
 
 
 def _configured(configs: Collection[Any]) -> set[str]:

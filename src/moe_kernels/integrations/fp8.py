@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
+from moe_kernels.factors import scaled
 from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
 from moe_kernels.integrations.support import LORA_ATTRIBUTE, UnsupportedExperts
 from moe_kernels.kernels.triton.dequantize import dequantize
@@ -39,8 +40,8 @@ class ExactFP8Linear(FP8Linear):
         else:
             out = _FrozenLinear.apply(x, weight, bias)
         # An adapter on the weight as a parameter; one on the module is beside it.
-        for lora_b, lora_a in vars(self).get(LORA_ATTRIBUTE, {}).values():
-            low = nn.functional.linear(x, lora_a[0].to(dtype))
+        for lora_b, lora_a, scaling in vars(self).get(LORA_ATTRIBUTE, {}).values():
+            low = nn.functional.linear(x, scaled(lora_a[0], scaling).to(dtype))
             out = out + nn.functional.linear(low, lora_b[0].to(dtype))
         return out
 

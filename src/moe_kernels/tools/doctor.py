@@ -165,7 +165,8 @@ def _backends() -> list[Finding]:
             hidden=size.hidden,
             intermediate=size.intermediate,
         )
-        refusals = [f"{name} does not: {reason}" for name, reason in backends.explain(problem) if reason is not None]
+        reasons = [(name, reason) for name, reason in backends.explain(problem) if reason is not None]
+        refusals = [f"{name} does not: {reason.removesuffix('.')}" for name, reason in reasons]
         try:
             chosen, reason = backends.select(problem)
             status, detail = OK, "; ".join([f"{chosen} runs ({reason})", *refusals])
