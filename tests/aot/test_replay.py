@@ -32,6 +32,7 @@ CASES = {
     ),
     "qlora": Case(300, 4, 16, 256, 128, BF16, "zipf", lora_rank=8),
     "fp8-lora": Case(300, 4, 16, 256, 128, BF16, "zipf", lora_rank=8),
+    "float32-adapters": Case(300, 4, 16, 256, 128, BF16, lora_rank=24),
     "apart": Case(512, 8, 64, 128, 128, BF16, "zipf", gated=False),
 }  # fmt: skip
 _ALLOCATE = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
@@ -104,6 +105,8 @@ def test_a_replay_launches_what_the_steps_launch(cuda, launched, monkeypatch, ca
     if case == "apart":  # each expert's two matrices side by side: one lies in the gaps of the other
         together = torch.stack([inputs.gate_up, inputs.down], 1)
         leaves |= {name: together[:, n].requires_grad_() for n, name in enumerate(("gate_up", "down"))}
+    if case == "float32-adapters":
+        leaves |= {name: leaf.detach().float().requires_grad_() for name, leaf in leaves.items() if "_lora_" in name}
     if case in ("qlora", "fp8-lora"):
         make = {"qlora": packed, "fp8-lora": block_fp8}[case]
         monkeypatch.setattr(moe_kernels.packed, "BLOCK_BYTES", 5 * 256 * 256 * 2)

@@ -187,7 +187,7 @@ def pack_factors(parts: Sequence[LowRank], dtype: torch.dtype) -> list[tuple[Ten
 def experts_last(grads: Sequence[Tensor]) -> list[Tensor]:
     """One or two gradients (E, N, r), contiguous, with their elements in the memory order (N, r, E)."""
     outs = [grad.new_empty((*grad.shape[1:], len(grad))) for grad in grads]
-    sizes = [grad[0].numel() for grad in grads]
+    sizes = [grad.shape[1] * grad.shape[2] for grad in grads]
     blocks = {name: BLOCKS[name] for name in ("B_EXPERTS", "B_COLUMNS")}
     across = cdiv(len(grads[0]), blocks["B_EXPERTS"])
     launch(
