@@ -136,7 +136,7 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("factor scaled in float32 and rounded once", "factors.py", "values = (values.to(tl.float32) * scaling).to(source_ptr.dtype.element_ty)", "values = values.to(tl.float32) * scaling"),
     ("lora_b of the second weight with the rows of the first", "factors.py", "tile, E, N1, r1,", "tile, E, N0, r1,"),
     ("lora_a of the second weight with the scaling of the first", "factors.py", "size, 1, scaling1,", "size, 1, scaling0,"),
-    ("lora_b of the second weight begins with the first one's tiles", "factors.py", "                  False, B_EXPERTS, B_COLUMNS)  # fmt: skip\n        tile -= tiles\n    if HAS_B1:", "                  False, B_EXPERTS, B_COLUMNS)  # fmt: skip\n        tile -= tiles - 1\n    if HAS_B1:"),
+    ("a tile between the two weights lost", "factors.py", "                  False, B_EXPERTS, B_COLUMNS)  # fmt: skip\n        tile -= tiles\n    if HAS_B1:", "                  False, B_EXPERTS, B_COLUMNS)  # fmt: skip\n        tile -= tiles + 1\n    if HAS_B1:"),
     ("last experts of a factor lost", "factors.py", "(e < E)[:, None]", "(e < E - 1)[:, None]"),
     ("last elements of a factor lost", "factors.py", "(q < size)[None, :]", "(q < size - 1)[None, :]"),
     ("second gradient with the size of the first", "factors.py", "1, size1, size1, size1, size1, 0,", "1, size0, size0, size0, size0, 0,"),
