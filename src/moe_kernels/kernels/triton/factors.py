@@ -42,19 +42,25 @@ def _copy(
     BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """A tile of BLOCK_E experts by BLOCK_Q elements of their matrices: cast, and scaled in the source's dtype."""
+    """A tile of BLOCK_E experts by BLOCK_Q elements of their matrices: cast, and scaled in the source's dtype.
+
+    Nothing where ``tile`` is not one of this source. Returns its number counted from the first one behind them.
+    """
     across = tl.cdiv(size, BLOCK_Q)
-    e = (tile // across * BLOCK_E + tl.arange(0, BLOCK_E)).to(tl.int64)
-    q = tile % across * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    row, column = (q // WIDTH).to(tl.int64), (q % WIDTH).to(tl.int64)
-    inside = (e < E)[:, None] & (q < size)[None, :]
-    given = inside & ((row < rows) & (column < columns))[None, :]
-    source = e[:, None] * source_expert + (row * source_row + column * source_column)[None, :]
-    values = tl.load(source_ptr + source, mask=given, other=0.0)
-    if SCALED:
-        values = (values.to(tl.float32) * scaling).to(source_ptr.dtype.element_ty)
-    values = values.to(tl.float32).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + e[:, None] * out_expert + q.to(tl.int64)[None, :] * out_element, values, mask=inside)
+    tiles = tl.cdiv(E, BLOCK_E) * across
+    if (tile >= 0) & (tile < tiles):
+        e = (tile // across * BLOCK_E + tl.arange(0, BLOCK_E)).to(tl.int64)
+        q = tile % across * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        row, column = (q // WIDTH).to(tl.int64), (q % WIDTH).to(tl.int64)
+        inside = (e < E)[:, None] & (q < size)[None, :]
+        given = inside & ((row < rows) & (column < columns))[None, :]
+        source = e[:, None] * source_expert + (row * source_row + column * source_column)[None, :]
+        values = tl.load(source_ptr + source, mask=given, other=0.0)
+        if SCALED:
+            values = (values.to(tl.float32) * scaling).to(source_ptr.dtype.element_ty)
+        values = values.to(tl.float32).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + e[:, None] * out_expert + q.to(tl.int64)[None, :] * out_element, values, mask=inside)
+    return tile - tiles
 
 
 @triton.jit
@@ -99,33 +105,19 @@ def pack_kernel(
     A_EXPERTS: tl.constexpr,
     A_COLUMNS: tl.constexpr,
 ):
-    tile = tl.program_id(0)  # counts from the first tile of each factor in turn; negative behind one's own
+    tile = tl.program_id(0)
     if HAS_B0:
-        size = N0 * RANK0
-        tiles = tl.cdiv(E, B_EXPERTS) * tl.cdiv(size, B_COLUMNS)
-        if tile < tiles:
-            _copy(b0_ptr, b0_out_ptr, tile, E, N0, r0, RANK0, size, b0_expert, b0_row, b0_column, size, 1, 1.0,
-                  False, B_EXPERTS, B_COLUMNS)  # fmt: skip
-        tile -= tiles
+        tile = _copy(b0_ptr, b0_out_ptr, tile, E, N0, r0, RANK0, N0 * RANK0, b0_expert, b0_row, b0_column,
+                     N0 * RANK0, 1, 1.0, False, B_EXPERTS, B_COLUMNS)  # fmt: skip
     if HAS_B1:
-        size = N1 * RANK1
-        tiles = tl.cdiv(E, B_EXPERTS) * tl.cdiv(size, B_COLUMNS)
-        if (tile >= 0) & (tile < tiles):
-            _copy(b1_ptr, b1_out_ptr, tile, E, N1, r1, RANK1, size, b1_expert, b1_row, b1_column, size, 1, 1.0,
-                  False, B_EXPERTS, B_COLUMNS)  # fmt: skip
-        tile -= tiles
+        tile = _copy(b1_ptr, b1_out_ptr, tile, E, N1, r1, RANK1, N1 * RANK1, b1_expert, b1_row, b1_column,
+                     N1 * RANK1, 1, 1.0, False, B_EXPERTS, B_COLUMNS)  # fmt: skip
     if HAS_A0:
-        size = RANK0 * K0
-        tiles = tl.cdiv(E, A_EXPERTS) * tl.cdiv(size, A_COLUMNS)
-        if (tile >= 0) & (tile < tiles):
-            _copy(a0_ptr, a0_out_ptr, tile, E, r0, K0, K0, size, a0_expert, a0_row, a0_column, size, 1, scaling0,
-                  True, A_EXPERTS, A_COLUMNS)  # fmt: skip
-        tile -= tiles
+        tile = _copy(a0_ptr, a0_out_ptr, tile, E, r0, K0, K0, RANK0 * K0, a0_expert, a0_row, a0_column,
+                     RANK0 * K0, 1, scaling0, True, A_EXPERTS, A_COLUMNS)  # fmt: skip
     if HAS_A1:
-        size = RANK1 * K1
-        if tile >= 0:
-            _copy(a1_ptr, a1_out_ptr, tile, E, r1, K1, K1, size, a1_expert, a1_row, a1_column, size, 1, scaling1,
-                  True, A_EXPERTS, A_COLUMNS)  # fmt: skip
+        tile = _copy(a1_ptr, a1_out_ptr, tile, E, r1, K1, K1, RANK1 * K1, a1_expert, a1_row, a1_column,
+                     RANK1 * K1, 1, scaling1, True, A_EXPERTS, A_COLUMNS)  # fmt: skip
 
 
 @triton.jit
@@ -140,14 +132,10 @@ def experts_last_kernel(
     B_EXPERTS: tl.constexpr,
     B_COLUMNS: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    tiles = tl.cdiv(E, B_EXPERTS) * tl.cdiv(size0, B_COLUMNS)
-    if tile < tiles:
-        _copy(grad0_ptr, out0_ptr, tile, E, 1, size0, size0, size0, size0, 0, 1, 1, E, 1.0, False,
-              B_EXPERTS, B_COLUMNS)  # fmt: skip
-    else:
-        _copy(grad1_ptr, out1_ptr, tile - tiles, E, 1, size1, size1, size1, size1, 0, 1, 1, E, 1.0, False,
-              B_EXPERTS, B_COLUMNS)  # fmt: skip
+    tile = _copy(grad0_ptr, out0_ptr, tl.program_id(0), E, 1, size0, size0, size0, size0, 0, 1, 1, E, 1.0, False,
+                 B_EXPERTS, B_COLUMNS)  # fmt: skip
+    _copy(grad1_ptr, out1_ptr, tile, E, 1, size1, size1, size1, size1, 0, 1, 1, E, 1.0, False,
+          B_EXPERTS, B_COLUMNS)  # fmt: skip
 
 
 def pack_factors(parts: Sequence[LowRank], dtype: torch.dtype) -> list[tuple[Tensor | None, Tensor | None]]:
