@@ -64,6 +64,21 @@ def checkpointed(experts, **options):
     return lambda *args, **kwargs: checkpoint(experts, *args, use_reentrant=False, **options, **kwargs)
 
 
+def squared(experts):
+    """A layer that saves more after the experts, as one with a shared expert does."""
+    return lambda *args, **kwargs: experts(*args, **kwargs).float().square().to(SMALL.dtype)
+
+
+def twice_in_a_row(experts):
+    return lambda x, *args, **kwargs: experts(experts(x, *args, **kwargs), *args, **kwargs)
+
+
+def in_4_bits(backend, device):
+    """Experts of the size SMALL with weights of their own, whichever they are called with."""
+    weights = [packed(SMALL.experts, 32, columns, device, dtype=SMALL.dtype) for columns in (32, 16)]
+    return lambda x, ids, topk_weights, *_: moe_kernels.fused_experts(x, ids, topk_weights, *weights, backend=backend)
+
+
 def results(experts, inputs, wanted=None, after=lambda out: out):
     """Output, and the gradient of every tensor that is ``wanted``."""
     own = inputs.with_own_leaves(wanted)
@@ -103,11 +118,8 @@ def test_of_a_frozen_base(experts, device, counted, wanted):
 
 
 def test_of_weights_in_4_bits(backend, device, counted):
-    gate_up, down = (packed(SMALL.experts, 32, columns, device, dtype=SMALL.dtype) for columns in (32, 16))
+    experts = in_4_bits(backend, device)
     inputs = make_inputs(SMALL, device)
-
-    def experts(x, ids, topk_weights, *_):
-        return moe_kernels.fused_experts(x, ids, topk_weights, gate_up, down, backend=backend)
 
     wanted = "x", "topk_weights"
     expected = results(experts, inputs, wanted)
@@ -130,9 +142,7 @@ def test_where_the_region_saves_more_after_the_experts(experts, device, counted)
     """As a shared expert that follows does: all is computed again, and is right."""
     inputs = inputs_of("plain", device)
 
-    def layer(*args, **kwargs):
-        return experts(*args, **kwargs).float().square().to(SMALL.dtype)
-
+    layer = squared(experts)
     expected = results(layer, inputs)
     counted.clear()
     assert_bitwise(results(checkpointed(layer), inputs), expected)
@@ -142,9 +152,7 @@ def test_where_the_region_saves_more_after_the_experts(experts, device, counted)
 def test_two_layers_in_a_region(experts, device, counted):
     inputs = inputs_of("biases and LoRA", device)
 
-    def layers(x, *args, **kwargs):
-        return experts(experts(x, *args, **kwargs), *args, **kwargs)
-
+    layers = twice_in_a_row(experts)
     expected = results(layers, inputs)
     counted.clear()
     assert_bitwise(results(checkpointed(layers), inputs), expected)
@@ -271,9 +279,7 @@ def test_nothing_runs_again_where_the_op_is_kept(experts, device, kind, counted)
 def test_nothing_runs_again_before_a_shared_expert(experts, device, counted):
     inputs = inputs_of("biases and LoRA", device)
 
-    def layer(*args, **kwargs):
-        return experts(*args, **kwargs).float().square().to(SMALL.dtype)
-
+    layer = squared(experts)
     expected = results(layer, inputs)
     counted.clear()
     assert_bitwise(results(selective(layer, keep_experts), inputs), expected)
@@ -312,11 +318,8 @@ def test_where_something_else_is_kept(experts, device, counted, keep):
 
 
 def test_weights_in_4_bits_are_not_kept(backend, device, counted, monkeypatch):
-    gate_up, down = (packed(SMALL.experts, 32, columns, device, dtype=SMALL.dtype) for columns in (32, 16))
+    experts = in_4_bits(backend, device)
     inputs, wanted = make_inputs(SMALL, device), ("x", "topk_weights")
-
-    def experts(x, ids, topk_weights, *_):
-        return moe_kernels.fused_experts(x, ids, topk_weights, gate_up, down, backend=backend)
 
     def never(*args):
         raise AssertionError("dequantised whole")
@@ -332,9 +335,7 @@ def test_two_layers_and_a_policy_that_changes_its_mind(experts, device, counted)
     """The modes count an operator's calls: a layer that was no operator must not take what another one left."""
     inputs = inputs_of("biases and LoRA", device)
 
-    def layers(x, *args, **kwargs):
-        return experts(experts(x, *args, **kwargs), *args, **kwargs)
-
+    layers = twice_in_a_row(experts)
     expected = results(layers, inputs)
     for first in (True, False):
         answers = itertools.cycle([first, not first])
@@ -356,9 +357,7 @@ def test_each_region_is_asked(experts, device, counted):
             x = selective(experts, policy)(x, *args, **kwargs)
         return x
 
-    def layers(x, *args, **kwargs):
-        return experts(experts(x, *args, **kwargs), *args, **kwargs)
-
+    layers = twice_in_a_row(experts)
     expected = results(layers, inputs)
     counted.clear()
     assert_bitwise(results(regions, inputs), expected)
