@@ -17,7 +17,7 @@ from moe_kernels.shapes import ALL_FAMILIES, FAMILIES
 from moe_kernels.tools.app import app
 from moe_kernels.tools.compare import command
 from moe_kernels.tools.compare.gpu import Gpu
-from moe_kernels.tools.compare.plan import Options, plan_files
+from moe_kernels.tools.compare.pair import Options, files_pair
 from moe_kernels.tools.compare.runner import Machine
 
 
@@ -131,7 +131,7 @@ def test_reports_of_one_name_are_numbered_and_of_another_size_are_named_so() -> 
 def test_the_report_folder_tells_what_was_compared(
     arguments: tuple[str, ...], folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "run_plan", lambda plan, *_: builders.comparison(name=plan.name, size=plan.size))
+    monkeypatch.setattr(command, "run_pair", lambda pair, *_: builders.comparison(name=pair.name, size=pair.size))
     result = compare(*arguments, "--size", "tiny")
     assert result.exit_code == 0, result.output
     assert [path.name for path in Path("artifacts/compare").iterdir()] == [folder]
@@ -144,7 +144,7 @@ def test_the_report_folder_tells_what_was_compared(
 def test_liger_on_a_pair_of_the_users_own_is_a_comparison_of_its_own() -> None:
     pair()
     files = Path("a.yml"), Path("b.yml")
-    plain, liger = (plan_files(*files, Options(warmup_steps=2, liger=on)) for on in (False, True))
+    plain, liger = (files_pair(*files, Options(warmup_steps=2, liger=on)) for on in (False, True))
     assert (plain.label, liger.label) == ("a-vs-b", "a-vs-b-liger")
     assert plain.folder != liger.folder
 
@@ -171,7 +171,7 @@ def test_another_comparison_at_work_is_named() -> None:
 
 def test_nothing_is_trained_where_one_of_all_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
-    monkeypatch.setattr(command, "run_plan", lambda plan, *_: trained.append(plan.name))
+    monkeypatch.setattr(command, "run_pair", lambda pair, *_: trained.append(pair.name))
     with command.claimed(Path("artifacts/runs/compare/qwen2-moe-tiny")):
         result = compare("mixtral", "qwen2-moe", "--size", "tiny")
     assert (result.exit_code, trained) == (2, [])

@@ -29,7 +29,7 @@ from moe_kernels.tools.common.files import write_json
 from moe_kernels.tools.compare import report
 from moe_kernels.tools.compare.comparison import Analysis, Comparison, load, save
 from moe_kernels.tools.compare.experts_bench import _stored
-from moe_kernels.tools.compare.plan import RunSpec
+from moe_kernels.tools.compare.pair import RunSpec
 from moe_kernels.tools.compare.runner import LogReader, Machine, RunResult, fingerprint, finished_result
 from moe_kernels.tools.compare.wandb_reader import NotAWandbRun, read_run
 

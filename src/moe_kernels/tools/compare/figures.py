@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moe_kernels.telemetry.load import LayerLoad, Loads, RouterHistory
 from moe_kernels.tools.compare.judge import smooth
 from moe_kernels.tools.compare.metrics import COUNTERS, OURS, RunMetrics
-from moe_kernels.tools.compare.plan import BASELINE, EAGER, OPTIMIZED
+from moe_kernels.tools.compare.pair import BASELINE, EAGER, OPTIMIZED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,7 @@ from moe_kernels.tools.compare.comparison import Analysis, Comparison, slug
 from moe_kernels.tools.compare.figures import WORDS, plain, plots, routed
 from moe_kernels.tools.compare.judge import CONFIRMED, NOT_CONFIRMED, NOT_JUDGED
 from moe_kernels.tools.compare.metrics import COUNTERS, OURS
-from moe_kernels.tools.compare.plan import BASELINE, EAGER, FOLDERS, OPTIMIZED
+from moe_kernels.tools.compare.pair import BASELINE, EAGER, FOLDERS, OPTIMIZED
 from moe_kernels.tools.compare.runner import FINISHED
 
 NONE = "–"

@@ -48,8 +48,8 @@ class RunSpec:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One comparison of two YAML files."""
+class Pair:
+    """One comparison: the trainings of a baseline and of an optimised YAML file."""
 
     name: str  # the family, or the two files' names
     family: str | None  # key of ALL_FAMILIES; None for two files of the user's own
@@ -114,7 +114,7 @@ def rank_overrides(options: Options) -> Config:
     }
 
 
-def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] | None = None) -> Plan:
+def family_pair(name: str, options: Options, tiny_overrides: Mapping[str, Any] | None = None) -> Pair:
     """The comparison of one family; ``tiny_overrides`` turns its files into runs for a CPU.
 
     Raises:
@@ -134,10 +134,10 @@ def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] |
         overrides |= {"base_model": f"artifacts/models/{family.sizes[size].name}", **rank_overrides(options)}
     else:
         overrides |= lora_overrides(options, overrides.get("base_model") or load_yaml(files[0])["base_model"])
-    return _plan(name + _suffix(options), files, options, overrides, name, size)
+    return _pair(name + _suffix(options), files, options, overrides, name, size)
 
 
-def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
+def files_pair(baseline: Path, optimized: Path, options: Options) -> Pair:
     """The comparison of two YAML files of the user's own.
 
     Raises:
@@ -161,16 +161,16 @@ def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
     name = f"{baseline.stem}-vs-{optimized.stem}{_suffix(options)}"
     if (reason := why_no_name(name)) is not None:
         raise UsageError(f"{reason}. Cure: rename the run files.")
-    return _plan(name, (baseline, optimized), options, {}, None, "own")
+    return _pair(name, (baseline, optimized), options, {}, None, "own")
 
 
-def report_name(plans: list[Plan], options: Options) -> str:
-    """The name of the report of ``plans``, which tells every one of them: ``all`` is the three 1B families."""
-    if len(plans) == 1:
-        return plans[0].label
-    families = [str(plan.family) for plan in plans]
+def report_name(pairs: list[Pair], options: Options) -> str:
+    """The name of the report of ``pairs``, which tells every one of them: ``all`` is the three 1B families."""
+    if len(pairs) == 1:
+        return pairs[0].label
+    families = [str(pair.family) for pair in pairs]
     name = "all" if set(families) == FAMILIES.keys() else "-".join(families)
-    return label(name + _suffix(options), plans[0].size)
+    return label(name + _suffix(options), pairs[0].size)
 
 
 def _suffix(options: Options) -> str:
@@ -196,9 +196,9 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _plan(
+def _pair(
     name: str, files: tuple[Path, Path], options: Options, base_overrides: Config, family: str | None, size: str
-) -> Plan:
+) -> Pair:
     sources = {BASELINE: files[0], OPTIMIZED: files[1], EAGER: files[0]}
     configs = {role: load_yaml(path) for role, path in sources.items()}
     # A B A B ..., so that a drift of the machine affects both sides alike; then the eager loop once.
@@ -226,7 +226,7 @@ def _plan(
     # Without comments, keys in order.
     before, after = (dump_yaml(dict(sorted(configs[role].items()))).splitlines() for role in (BASELINE, OPTIMIZED))
     diff = "\n".join(difflib.unified_diff(before, after, files[0].name, files[1].name, lineterm="", n=1))
-    return Plan(name, family, size, tuple(runs), options.warmup_steps, diff)
+    return Pair(name, family, size, tuple(runs), options.warmup_steps, diff)
 
 
 def calls_per_step(config: Config) -> int:
