@@ -8,24 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_kernels.integrations.transformers import experts_modules
 from moe_kernels.telemetry.counter import _MOST, RouterCounter, _Layer, _layer
 from moe_kernels.telemetry.load import LayerLoad, Loads
+from support.models import tiny_config, tiny_model
 
 E, K, LAYERS = 4, 2, 3
 
 
 @pytest.fixture
 def model(device: torch.device) -> Any:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=LAYERS, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=E, num_experts_per_tok=K, max_position_embeddings=64,
-    )  # fmt: skip
-    with torch.device(device):
-        return MixtralForCausalLM(config).train()
+    return tiny_model(tiny_config("mixtral", num_hidden_layers=LAYERS)).to(device).train()
 
 
 def seen_ids(model: Any) -> list[list[torch.Tensor]]:
