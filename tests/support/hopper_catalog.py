@@ -95,7 +95,9 @@ def compile_cases() -> Iterator[CompileCase]:
             yield from (
                 case
                 for case in _cases(torch.bfloat16, activation)
+                # Those that write no Z, or gather dO, have the same epilogue.
                 if case.constants.get("ACTIVATION") == activation.name
+                and not case.name.startswith(("hopper-up-no-grad", "hopper-down_grad-gather"))
             )
 
 
