@@ -86,14 +86,15 @@ test-runs: $(READY)
 	$(BIN)/python -m pytest $(RUNS)
 
 # What can depend on the versions of torch, triton, transformers, PEFT and Axolotl, for a second stack (.ci/run): without
-# fuzzing, reports, benchmarks and the like, which are the same code on every stack, and of several ranks only those
-# that transformers and PEFT start.
+# fuzzing, reports, benchmarks and the like (of tests/core SAME), which are our own code on every stack, and of several
+# ranks only what transformers and PEFT start.
 test-stack: test-stack-runs test-stack-main test-hopper
 STACK_RUNS := $(filter-out tests/fuzz tests/distributed,$(RUNS)) tests/distributed/test_transformers_engines.py tests/distributed/test_lora.py
+SAME := tests/core/test_mutations.py tests/core/test_add_a_backend.py tests/core/test_properties.py
 STACK := core router integrations conformance telemetry tuning cli test_configs.py test_stacks.py
 
 test-stack-main: $(READY)
-	$(BIN)/python -m pytest $(STACK:%=tests/%) $(RUNS:%=--ignore=%) --ignore=tests/core/test_mutations.py
+	$(BIN)/python -m pytest $(STACK:%=tests/%) $(RUNS:%=--ignore=%) $(SAME:%=--ignore=%)
 
 test-stack-runs: $(READY)
 	$(BIN)/python -m pytest $(STACK_RUNS)
