@@ -79,6 +79,15 @@ def test_a_parameter_that_is_not_there(wrong: str) -> None:
     assert f"LoRA trains no parameter of the name {wrong}: " in doubt
 
 
+def test_a_module_that_is_not_there() -> None:
+    """PEFT says nothing where another name was found."""
+    named = [*ATTENTION, "qproj"]
+    for targets in (None, [*named, *WEIGHTS]):
+        (doubt,) = doubts(model("qwen3_moe", named, WEIGHTS), targets)
+        assert "LoRA trains no module of the name qproj: this model has none." in doubt
+        assert "Its linear layers are k_proj, lm_head, o_proj, q_proj, v_proj (" in doubt
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_all_linear_that_reaches_no_expert(name: str) -> None:
     """Where PEFT does not make it into expert weights: as a list of what is linear in the model."""
