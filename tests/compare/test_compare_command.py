@@ -17,7 +17,7 @@ from moe_kernels.shapes import ALL_FAMILIES, FAMILIES
 from moe_kernels.tools.app import app
 from moe_kernels.tools.compare import command
 from moe_kernels.tools.compare.gpu import Gpu
-from moe_kernels.tools.compare.pair import Options, files_pair
+from moe_kernels.tools.compare.pair import Options, digest, family_pair, files_pair
 from moe_kernels.tools.compare.runner import Machine
 
 
@@ -149,6 +149,36 @@ def test_liger_on_a_pair_of_the_users_own_is_a_comparison_of_its_own() -> None:
     assert plain.folder != liger.folder
 
 
+def test_keys_of_both_runs() -> None:
+    files = pair()[:2]
+    given = "sequence_len=64", "gradient_checkpointing_kwargs.use_reentrant=true", "special.a.b=[1, two]"
+    for names in (files, ("mixtral", "--size", "tiny")):
+        settings = [part for text in given for part in ("--set", text)]
+        shown = compare(*names, *settings, "--warmup-steps", "2", "--dry-run")
+        assert shown.exit_code == 0, shown.output
+    for made in (
+        files_pair(*map(Path, files), Options(warmup_steps=2, settings=given)),
+        family_pair("mixtral", Options(settings=given)),
+    ):
+        assert made.name.endswith(f"-set-{digest(given)}")
+        for run in made.runs:
+            assert run.config["sequence_len"] == 64
+            assert run.config["gradient_checkpointing_kwargs"] == {"use_reentrant": True}
+            assert run.config["special"] == {"a": {"b": [1, "two"]}}
+    assert family_pair("mixtral", Options(settings=("attn_implementation=eager",))).name.endswith(
+        "-attn_implementation-eager"
+    )
+
+
+def test_a_mapping_keeps_its_other_keys() -> None:
+    one, both = (
+        family_pair("qwen3-moe", Options(settings=("gradient_checkpointing_kwargs.x=1", *more))).runs[0].config
+        for more in ((), ("gradient_checkpointing_kwargs.use_reentrant=true",))
+    )
+    assert one["gradient_checkpointing_kwargs"] == {"use_reentrant": False, "x": 1}
+    assert both["gradient_checkpointing_kwargs"] == {"use_reentrant": True, "x": 1}
+
+
 def test_a_finished_run_of_another_gpu_is_not_reported_as_this_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "visible_gpu", lambda: "0")
     logs, before = [], []
@@ -215,6 +245,11 @@ def test_liger_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         (("mixtral", "--size", "1b"), 3, "need an NVIDIA GPU"),
         (("qwen3-moe", "--size", "30b"), 3, "The 30b models need an NVIDIA GPU"),
         (("qwen3-moe", "--liger"), 3, "--liger needs an NVIDIA GPU"),
+        (("mixtral", "--set", "seed"), 2, "--set 'seed' is no KEY=VALUE"),
+        (("mixtral", "--set", "a..b=1"), 2, "is no KEY=VALUE"),
+        (("mixtral", "--set", "seed=[1"), 2, "is not valid YAML"),
+        (("mixtral", "--set", "max_steps=9"), 2, "--set cannot change max_steps, which compare sets itself"),
+        (("mixtral", "--set", "seed.x=9"), 2, "--set seed.x: seed is no mapping of that depth"),
         (("mixtral", "--wandb", "on"), 2, "--wandb on: choose from offline, online"),
         (("mixtral", "--steps", "5", "--dry-run"), 2, "leave less than the three to time"),
         (("all", "llama", "--dry-run"), 2, "There is nothing called llama to compare"),

@@ -94,6 +94,10 @@ def compare(
         bool,
         typer.Option("--liger", help="Liger's RMSNorm, RoPE and fused loss in every run. Needs a GPU, liger-kernel."),
     ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of every run, such as sequence_len=4096. Repeatable."),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is finished already.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the report.", show_default="artifacts/compare/NAME")
@@ -156,6 +160,7 @@ def compare(
         lora=lora,
         qlora=qlora,
         liger=liger,
+        settings=tuple(settings or ()),
     )
     _check_installed(options, device)
     pairs = make_pairs(names, options)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,13 @@ ADAPTER_FOLDER = Path("artifacts") / "adapters"
 LONGEST_NAME = 150
 # Keys of a run file that `compare` replaces with folders of its own.
 FOLDERS = ("output_dir", "dataset_prepared_path")
+# Keys that `compare` sets itself, with the option that changes them.
+OWN_KEYS = {
+    **dict.fromkeys(("base_model", "plugins", "moe_kernels", "experts_implementation"), "name two run files"),
+    **dict.fromkeys(FOLDERS, "name two run files"),
+    **{"max_steps": "--steps", "wandb_mode": "--wandb", "moe_router_telemetry": "--no-router"},
+    **{"adapter": "--lora or --qlora", "lora_r": "--lora", "load_in_4bit": "--qlora"},
+}
 ROLES = BASELINE, OPTIMIZED, EAGER = "baseline", "optimized", "eager"
 
 
@@ -84,6 +93,7 @@ class Options:
     lora: int = 0  # rank of an adapter on attention and expert weights, the base frozen; 0 leaves it to the run files
     qlora: bool = False  # keep that base in 4 bits
     liger: bool = False  # Liger's norms, rotary embedding and loss in every run
+    settings: tuple[str, ...] = ()  # KEY=VALUE of every run, beside what the run files say
 
 
 def lora_overrides(options: Options, base_model: str) -> Config:
@@ -112,6 +122,45 @@ def rank_overrides(options: Options) -> Config:
         **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),
         **({"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": True} if options.qlora else {}),
     }
+
+
+def read_settings(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """Each ``KEY=VALUE`` as the parts of its key, which dots divide, and the value as YAML reads it.
+
+    Raises:
+        UsageError: no such pair, or a key that is the comparison's own.
+    """
+    import yaml
+
+    found = []
+    for text in settings:
+        key, equals, value = text.partition("=")
+        path = key.strip().split(".")
+        if not (equals and all(path)):
+            raise UsageError(f"--set {text!r:.60} is no KEY=VALUE. Cure: --set sequence_len=4096.")
+        if path[0] in OWN_KEYS:
+            raise UsageError(f"--set cannot change {path[0]}, which compare sets itself. Cure: {OWN_KEYS[path[0]]}.")
+        try:
+            found.append((path, yaml.safe_load(value)))
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {key}: {value!r:.60} is not valid YAML: {error}") from error
+    return found
+
+
+def _set(config: Config, settings: Sequence[str]) -> Config:
+    """The keys of ``config`` that ``settings`` change, whole."""
+    changed: Config = {}
+    for (first, *inner), value in read_settings(settings):
+        if inner:
+            place = changed[first] = copy.deepcopy(changed.get(first, config.get(first))) or {}
+            for part in inner[:-1]:
+                place = place.setdefault(part, {}) if isinstance(place, dict) else None
+            if not isinstance(place, dict):
+                raise UsageError(f"--set {'.'.join([first, *inner])}: {first} is no mapping of that depth.")
+            place[inner[-1]] = value
+        else:
+            changed[first] = value
+    return changed
 
 
 def family_pair(name: str, options: Options, tiny_overrides: Mapping[str, Any] | None = None) -> Pair:
@@ -176,7 +225,10 @@ def report_name(pairs: list[Pair], options: Options) -> str:
 def _suffix(options: Options) -> str:
     """What the options change of a family's run files, for the name of the comparison."""
     adapter = f"-{'qlora' if options.qlora else 'lora'}{options.lora or ''}" if options.lora or options.qlora else ""
-    return adapter + ("-liger" if options.liger else "")
+    settings = "".join("-" + re.sub(r"[^\w.]+", "-", text) for text in options.settings)
+    if len(settings.encode()) > 60:
+        settings = f"-set-{digest(options.settings)}"
+    return adapter + ("-liger" if options.liger else "") + settings
 
 
 def label(name: str, size: str) -> str:
@@ -216,6 +268,7 @@ def _pair(
             overrides["moe_router_telemetry"] = own.get("moe_router_telemetry") or True
         if options.liger:
             overrides |= {"plugins": [*(own.get("plugins") or []), LIGER_PLUGIN], **LIGER}
+        overrides |= _set({**own, **overrides}, options.settings)
         if role == EAGER:
             overrides["experts_implementation"] = "eager"
         overrides = {key: value for key, value in overrides.items() if own.get(key) != value}
