@@ -11,9 +11,10 @@ import torch
 import moe_kernels
 from moe_kernels import backends
 from moe_kernels.activation import Activation
-from moe_kernels.tools.check.problems import Case, check, make_inputs, run
+from moe_kernels.tools.check.problems import Case, make_inputs, run
 from moe_kernels.tools.check.routings import ROUTINGS
 from moe_kernels.tools.check.verification import variants
+from support.judge import check
 from support.packed import block_fp8, packed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
