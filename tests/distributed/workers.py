@@ -26,6 +26,7 @@ from transformers.distributed import DistributedConfig
 import moe_kernels.integrations.transformers as mk
 from moe_kernels import backends
 from moe_kernels.shapes import FAMILIES
+from moe_kernels.telemetry.counter import RouterCounter
 from moe_kernels.tools.check.allocations import poisoned_allocations
 from moe_kernels.tools.prepare.models import model_config
 
@@ -201,14 +202,18 @@ def expert_parallel(folder: Path) -> dict[str, Any]:
         if dist.get_rank() == 0:
             whole.save_pretrained(path)
         dist.barrier()
-        results[family, "whole"] = summary(train(whole, data))
+        counter = RouterCounter(whole)
+        results[family, "whole"] = summary(train(whole, data)) | {"routed": counter.take().tokens.tolist()}
         for layout, config, own in layouts():
             for experts in (BASELINE, OURS):
                 backends.reset_dispatch_counts()
                 model = from_pretrained(path, experts, config)
                 held = {tuple(local(e.gate_up_proj).shape) for _, e in mk.experts_modules(model)}
+                counter = RouterCounter(model.train())  # it counts what is trained
                 with every_row_written():
-                    results[family, layout, experts] = summary(train(model, data, own=own)) | {"held": held}
+                    found = summary(train(model, data, own=own))
+                routed = counter.take().tokens.tolist()
+                results[family, layout, experts] = found | {"held": held, "routed": routed}
         results[family, "starved"] = starved(path)
     return results
 
