@@ -15,6 +15,7 @@ from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import read_json, write_json
 from moe_kernels.tools.common.machine import environment
 from moe_kernels.tools.compare.judge import smooth
+from several_gpus import communication
 from several_gpus.setting import EP, ONE, OURS, STOCK, TRAINER, TRAINER_ONE, Row, Setting
 
 # What must be the same in one file. Not the commit: unlike the kernels it changes between the parts of a measurement.
@@ -67,18 +68,6 @@ def loss_difference(one: Sequence[float], other: Sequence[float]) -> float:
     steps = min(len(one), len(other))
     pairs = zip(smooth(one[:steps]), smooth(other[:steps]), strict=True)
     return statistics.fmean(abs(a - b) for a, b in pairs) / statistics.fmean(one[:steps])
-
-
-def communication(row: Row) -> tuple[float, float] | None:
-    """Shares of a step's time: NCCL's kernels, and what of them nothing hides; the mean of the ranks."""
-    traffic = [one for one in row.get("traffic") or [] if one["window_ms"]]
-    if not traffic:
-        return None
-    talk, exposed = (
-        statistics.fmean(one[name] / one["window_ms"] for one in traffic)
-        for name in ("communication_ms", "exposed_ms")
-    )
-    return talk, exposed
 
 
 def show(rows: Sequence[Row], console: Console) -> None:

@@ -25,8 +25,8 @@ _MOST = 32
 class _Layer:
     """One expert layer.
 
-    ``seen``: ids that its module can be given: ``experts``, or where transformers' expert parallelism masks the router
-    those of this rank, with one more id for all others.
+    ``seen``: ids that its module can be given: ``experts``, or where transformers' expert parallelism masks the
+    router those of this rank, with one more id for all others.
     """
 
     name: str  # of the module
@@ -200,8 +200,8 @@ def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def _dispatched(model: Any) -> bool:
-    """Whether transformers sends tokens to the experts' ranks inside the experts module (5.19 and later): the ids that
-    the module is called with are those of all experts, of this rank's tokens. Asked as transformers asks it."""
+    """Whether transformers sends tokens to the experts' ranks inside the experts module (5.19 and later): the ids
+    that the module is called with are those of all experts, of this rank's tokens. Asked as transformers asks it."""
     styles = set((getattr(model, "ep_plan", None) or {}).values())
     return "ep_dispatch_experts" in styles and not {"ep_router", "moe_tp_experts"} <= styles
 

@@ -139,7 +139,7 @@ def estimate(
     layer_weights = model.experts_per_layer / ep + model.block_parameters / model.layers
     one_layer = rows * (4 * layer.hidden + 6 * layer.intermediate) * BF16 + 16 * a.tokens * layer.hidden * BF16
     logits = 2 * a.tokens * model.vocab * 4
-    activations = model.layers * a.tokens * layer.hidden * BF16 + max(one_layer, logits)
+    activations: float = model.layers * a.tokens * layer.hidden * BF16 + max(one_layer, logits)
     if not a.checkpointing:
         # What every layer keeps: X and Z, three widths of a dense or shared feed-forward block, whose parameters are
         # 3 H times its width, and 16 copies of the layer's input for the rest; and the logits.
