@@ -36,7 +36,7 @@ def torchrun(folder: Path, scenario: str, ranks: int = RANKS) -> tuple[int, str,
     began = time.monotonic()
     done = subprocess.run(
         [*command, str(WORKER), str(folder), scenario],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout, time.monotonic() - began
 
@@ -63,7 +63,7 @@ def test_ranks_train_as_with_stock_experts(whole: Any) -> None:
     found, _ = whole
     stock, ours = found["grouped_mm"], found["moe_kernels"]
     assert ours["losses"] == pytest.approx(stock["losses"], rel=CLOSE)
-    assert ours["losses"][-1] < ours["losses"][0]
+    assert ours["losses"][-2] < ours["losses"][0]  # of the same batch
     assert not stock["calls"]
     assert sum(ours["calls"].values()) == 6 * 2  # steps and layers
     assert ("torch" in ours["calls"]) == (not CUDA), "the GPU's kernels did not run"
