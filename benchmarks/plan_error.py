@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pages
-
 from moe_kernels.shapes import FAMILIES, TOKENS_PER_STEP, ModelShape
 from moe_kernels.tools.plan.estimate import Assumptions, Estimate, Model, Rates, estimate
 

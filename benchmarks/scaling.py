@@ -41,6 +41,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+
+from moe_kernels.tools.common.errors import UsageError
 from several_gpus import axolotl_runs, trainer_runs
 from several_gpus.report import Store, show
 from several_gpus.setting import (
@@ -58,8 +60,6 @@ from several_gpus.setting import (
     cuda,
 )
 from several_gpus.watch import PROFILED
-
-from moe_kernels.tools.common.errors import UsageError
 
 
 def run_family(

@@ -19,7 +19,7 @@ from moe_kernels.tools.common.runfile import tokens_per_micro_batch as tokens_of
 from moe_kernels.tools.compare.command import prepare_missing
 from moe_kernels.tools.compare.environment import versions
 from moe_kernels.tools.compare.metrics import run_metrics
-from moe_kernels.tools.compare.plan import CONFIG_FOLDER, Options, RunSpec, plan_family
+from moe_kernels.tools.compare.pair import CONFIG_FOLDER, Options, RunSpec, family_pair
 from moe_kernels.tools.compare.runner import FINISHED, Machine, run_training
 from moe_kernels.tools.prepare import tiny_overrides
 from several_gpus.report import cell, times
@@ -48,10 +48,10 @@ def one_gpu_specs(family: str, setting: Setting) -> dict[str, RunSpec]:
     """The two run files of configs/moe, as ``moe-kernels compare`` would run them, in folders of their own."""
     name, size = model_of(family), setting.size(family)
     options = Options(size=size, steps=setting.steps, warmup_steps=setting.warmup, noise=False, router=False)
-    plan = plan_family(name, options, tiny_overrides(name) if setting.tiny else None)
-    prepare_missing(plan, Console(stderr=True))
+    pair = family_pair(name, options, tiny_overrides(name) if setting.tiny else None)
+    prepare_missing(pair, Console(stderr=True))
     specs = {}
-    for experts, run in zip((STOCK, OURS), plan.runs, strict=True):
+    for experts, run in zip((STOCK, OURS), pair.runs, strict=True):
         specs[experts] = changed(run, RUNS / f"{family}-{size}-one-{experts}", {})
     return specs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import plan_error
 from moe_kernels.shapes import FAMILIES
 from moe_kernels.tools.app import app
 from moe_kernels.tools.plan.command import MEASURED, measured_rates
 from moe_kernels.tools.plan.estimate import MODELS, Assumptions, Rates, estimate
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import plan_error
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "planning.md"

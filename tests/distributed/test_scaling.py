@@ -11,14 +11,12 @@ import pytest
 from rich.console import Console
 from transformers.distributed import DistributedConfig
 
+import scaling
 from moe_kernels.telemetry.load import LayerLoad, Loads
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.runfile import dump_yaml
-from moe_kernels.tools.compare.plan import RunSpec
+from moe_kernels.tools.compare.pair import RunSpec
 from moe_kernels.tools.compare.runner import Machine
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import scaling
 from several_gpus import axolotl_runs, report, trainer_runs, watch
 from several_gpus.setting import (
     AXOLOTL_EP,
