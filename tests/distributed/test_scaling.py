@@ -324,7 +324,7 @@ def test_axolotl_trains_a_large_models_adapter_on_two_ranks(tmp_path):
 
 
 def run_tiny(folder, *options):
-    command = [sys.executable, str(SCRIPT), "--tiny", *options, "--json", "scaling.json"]
+    command = [sys.executable, str(SCRIPT), "--tiny", *options, "--timeout", "420", "--json", "scaling.json"]
     # The newest transformers may stand on a relative path, and the run has a folder of its own.
     paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
