@@ -15,12 +15,14 @@ from pathlib import Path
 import axolotl.train
 import torch
 
+from moe_kernels.tools.compare.runner import end_with_parent
 from moe_kernels.tools.compare.trainer import train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from several_gpus.watch import Watch
 
 if __name__ == "__main__":
+    end_with_parent()  # torchrun, which starts each rank in a session of its own
     folder, steps, warmup = sys.argv[1:4]
     sys.argv[1:4] = []
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

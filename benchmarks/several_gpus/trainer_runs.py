@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from moe_kernels.tools.common.files import read_json, write_json
 from moe_kernels.tools.common.runfile import tokens_per_micro_batch as tokens_of
-from moe_kernels.tools.compare.runner import OFFLINE
+from moe_kernels.tools.compare.runner import OFFLINE, end_with_parent
 from several_gpus.axolotl_runs import one_gpu_specs
 from several_gpus.report import cell, times
 from several_gpus.setting import LAYOUTS, OURS, RUNS, STOCK, Row, Setting, cuda, python_path
@@ -83,8 +83,8 @@ def watched(answer: Path, engine: str, experts: str) -> Path:
 def torchrun(command: Sequence[str], env: dict[str, str], sink: IO[bytes], timeout_s: float) -> str:
     """Run the ranks; what went wrong, or nothing.
 
-    Killing torchrun leaves its ranks on the GPUs, each being a session of its own, and they would slow what is
-    measured next: it is asked to end, and ends them.
+    Each rank is a session of its own, which on some systems outlives torchrun and would slow what is measured next:
+    torchrun is asked to end, and ends them.
     """
     child = subprocess.Popen(command, env=env, stdout=sink, stderr=subprocess.STDOUT)
     try:
@@ -108,6 +108,7 @@ def work(request: Row) -> None:
 
     import moe_kernels.integrations.transformers as mk
 
+    end_with_parent()
     rank, ranks = place()
     if cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
