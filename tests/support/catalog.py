@@ -244,7 +244,7 @@ def _small_cases() -> Iterator[CompileCase]:
             small,
             uses_dot=False,
         )
-    sizes = dict.fromkeys(("size", "width", "blocks"), "i32")
+    sizes = dict.fromkeys(("R", "width", "blocks"), "i32")
     yield CompileCase(
         "sum_blocks",
         sum_blocks_kernel,
