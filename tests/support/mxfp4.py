@@ -25,7 +25,7 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantised(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """(E, rows, columns), by the format: the product in float32, rounded once."""
     codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2).long()
-    values = torch.tensor(E2M1)[codes] * torch.ldexp(torch.ones(()), scales.int() - 127).unsqueeze(-1)
+    values = torch.tensor(E2M1)[codes] * torch.ldexp(torch.ones(scales.shape), scales.int() - 127).unsqueeze(-1)
     return values.flatten(-2).to(dtype)
 
 

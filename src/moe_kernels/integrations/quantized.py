@@ -1,9 +1,11 @@
-"""Frozen weights that a module keeps in few bits: bitsandbytes' 4 bits (QLoRA), and those of block-fp8 checkpoints.
+"""Frozen weights that a module keeps in few bits: bitsandbytes' 4 bits (QLoRA), and those of checkpoints in block-fp8
+and in mxfp4.
 
 Axolotl's ``quantize_moe_experts`` with ``load_in_4bit`` puts bitsandbytes' parametrization on each weight: reading
 ``module.gate_up_proj`` gives all experts in 16 bits, and autograd would keep that copy for every layer. transformers
-keeps an fp8 weight beside its scales, ``gate_up_proj_scale_inv``, and multiplies it with activations rounded to fp8.
-Here the weights as they are stored are handed to the kernels.
+keeps an fp8 weight beside its scales, ``gate_up_proj_scale_inv``, and multiplies it with activations rounded to fp8;
+mxfp4 stays so in modules of :mod:`moe_kernels.integrations.mxfp4`. Here the weights as they are stored are handed to
+the kernels.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from typing import Any
 import torch
 
 from moe_kernels.integrations.support import UnsupportedExperts, is_sharded
-from moe_kernels.packed import SIDE, BlockFp8, FourBit, PackedWeight, Scales, scale_grid
+from moe_kernels.packed import MX_BLOCK, SIDE, BlockFp8, FourBit, Mxfp4, PackedWeight, Scales, scale_grid
 
 #: Added to the name of a weight: the name of its scales.
 SCALES = "_scale_inv"
 #: The cure where a module's fp8 weights cannot be read.
 DEQUANTIZE = "Load the model with FineGrainedFP8Config(dequantize=True), which gives 16-bit weights."
+#: In an mxfp4 checkpoint, added to the name of a weight.
+BLOCKS, MX_SCALES = "_blocks", "_scales"
 
 
 def packed_weight(module: Any, name: str, dtype: torch.dtype, where: str = "") -> PackedWeight | None:
@@ -34,7 +38,7 @@ def packed_weight(module: Any, name: str, dtype: torch.dtype, where: str = "") -
         UnsupportedExperts: the parts of the weight do not fit together, or are in no form that is read here.
     """
     try:
-        return _four_bit(module, name) or _block_fp8(module, name, dtype, where)
+        return _four_bit(module, name) or _block_fp8(module, name, dtype, where) or _mxfp4(module, name, dtype)
     except ValueError as error:
         if isinstance(error, UnsupportedExperts):
             raise
@@ -82,6 +86,16 @@ def _block_fp8(module: Any, name: str, dtype: torch.dtype, where: str) -> Packed
             where,
         )
     return BlockFp8((experts, rows, columns), dtype, data, scales, stacked)
+
+
+def _mxfp4(module: Any, name: str, dtype: torch.dtype) -> PackedWeight | None:
+    data, scales = module._parameters.get(name), module._parameters.get(name + MX_SCALES)
+    if scales is None or is_sharded(data) or data.dim() == 1:  # pieces of it
+        return None
+    experts, rows, blocks = data.shape[:3]
+    # Beside the transposes that the module's own weights are.
+    sizes = experts, rows, blocks * MX_BLOCK
+    return Mxfp4(sizes, dtype, data.detach(), scales.detach(), by_columns=True)
 
 
 def _fp8_parts(module: Any, name: str) -> tuple[Any, Any]:

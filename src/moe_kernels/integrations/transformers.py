@@ -33,6 +33,7 @@ try:
     from moe_kernels.integrations.adapters import Adapted, adapted, doubts
     from moe_kernels.integrations.dispatch import dispatches, experts_modules, is_served, registered
     from moe_kernels.integrations.fp8 import train_fp8
+    from moe_kernels.integrations.mxfp4 import keep_mxfp4
     from moe_kernels.integrations.probe import probe_device
     from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
     from moe_kernels.integrations.resume import mend_trainer
@@ -88,6 +89,7 @@ def register(
     for implementation in (name, None):
         getattr(FP8Experts, "_impl_tp_layer_overrides", {}).setdefault(implementation, {})
     registered[name] = experts_forward
+    keep_mxfp4(name)
     mend_trainer(lambda model: bool(experts_modules(model)))
 
 
