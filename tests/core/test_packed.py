@@ -99,7 +99,8 @@ def test_mxfp4_is_bitwise_by_the_format(device, sizes):
     codes.copy_(torch.arange(len(codes)) * 89 % 256)
     scales = weight.scales.flatten()
     scales.copy_(torch.arange(len(scales)) * 7 % 256)
-    halves = torch.stack([weight.data.cpu() & 15, weight.data.cpu() >> 4], dim=-1).view(*weight.scales.shape, 32).int()
+    data = weight.data.cpu()
+    halves = torch.stack([data & 15, data >> 4], dim=-1).flatten(-2).int()
     powers = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [math.nan], dtype=torch.float64)
     exact = torch.tensor([e2m1(code) for code in range(16)], dtype=torch.float64)[halves]
     exact = (exact * powers[weight.scales.cpu().int()][..., None]).view(sizes).to(device)
@@ -119,7 +120,7 @@ def test_mxfp4_is_bitwise_by_the_format(device, sizes):
         ({"sizes": (5, 48, 72)}, "blocks of 32 values do not divide 72 columns"),
         ({"sizes": (5, 40, 64)}, r"blocks are torch.uint8 \(5, 48, 2, 16\), wanted uint8 \(5, 40, 2, 16\)"),
         ({"data": torch.zeros(5, 48, 2, 16, dtype=torch.int8)}, "blocks are torch.int8"),
-        ({"scales": torch.zeros(5, 48, 2, 1, dtype=torch.uint8)}, r"scales are torch.uint8 \(5, 48, 2, 1\), wanted uint8"),
+        ({"scales": torch.zeros(5, 48, 4, dtype=torch.uint8)}, r"scales are torch.uint8 \(5, 48, 4\), wanted uint8"),
         ({"scales": torch.zeros(5, 48, 2)}, r"scales are torch.float32 \(5, 48, 2\), wanted uint8 \(5, 48, 2\)"),
         ({"scales": torch.zeros(5, 48, 2, dtype=torch.uint8, device="meta")}, "are on cpu and meta"),
     ],
@@ -238,7 +239,7 @@ def results(inputs, gate_up, down, backend, **others):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize(("kind", "make"), [*((kind, packed) for kind in KINDS), ("lora", block_fp8), ("lora", mxfp4)])
+@pytest.mark.parametrize(("kind", "make"), [*((k, packed) for k in KINDS), ("lora", block_fp8), ("lora", mxfp4)])
 def test_equals_the_whole_weight(device, backend, kind, by_columns, make, monkeypatch):
     """Blocks of two and of four experts, the last of fewer."""
     case = KINDS[kind]

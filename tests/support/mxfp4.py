@@ -1,4 +1,4 @@
-"""mxfp4 checkpoints as openai/gpt-oss-20b is published: experts in blocks of 32 values of 4 bits, all else in bfloat16."""
+"""mxfp4 checkpoints as gpt-oss is published: its experts in 4 bits, 32 values a scale, all else in bfloat16."""
 
 from __future__ import annotations
 

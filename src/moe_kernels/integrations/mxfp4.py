@@ -19,7 +19,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from moe_kernels.integrations.quantized import BLOCKS, MX_SCALES, packed_weight
+from moe_kernels.integrations.quantized import BLOCKS, MX_SCALES, is_loaded, packed_weight
+from moe_kernels.integrations.support import UnsupportedExperts
 from moe_kernels.kernels.triton.dequantize import dequantize
 from moe_kernels.packed import MX_BLOCK
 
@@ -30,12 +31,13 @@ class Mxfp4Experts(GptOssExperts):
     """gpt-oss's experts, frozen, with their weights in mxfp4.
 
     Parameters: of each weight its blocks under the weight's own name (E, N, K / 32, 16) uint8, and its scales
-    (E, N, K / 32) uint8. The state dict has the names and the tensors of the checkpoint. Read as an attribute, a weight
-    is what transformers makes of it when it dequantises the checkpoint: (E, K, N) bfloat16, a new tensor each time.
+    (E, N, K / 32) uint8. The state dict has the names and the tensors of the checkpoint. Read as an attribute, a
+    weight is what transformers makes of it when it dequantises the checkpoint: (E, K, N) bfloat16, a new tensor each
+    time.
     """
 
-    gate_up_proj = property(lambda self: _whole(self, "gate_up_proj"))  # type: ignore[assignment]
-    down_proj = property(lambda self: _whole(self, "down_proj"))  # type: ignore[assignment]
+    gate_up_proj = property(lambda self: _whole(self, "gate_up_proj"))
+    down_proj = property(lambda self: _whole(self, "down_proj"))
 
     def __delattr__(self, name: str) -> None:
         if name in _WEIGHTS:  # torch's parametrizations do, and PEFT's own LoRA is one
@@ -75,7 +77,7 @@ class KeptMxfp4Quantizer(Mxfp4HfQuantizer):
         """Later: transformers asks before it says whose experts run, and has no kernels to find for ours."""
         self._asked = args, kwargs
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(self, model: Any, use_kernels: bool = False, **kwargs: Any) -> Any:
         config = self.quantization_config
         ours = model.config._experts_implementation in self.implementations
         experts = [
@@ -86,7 +88,7 @@ class KeptMxfp4Quantizer(Mxfp4HfQuantizer):
         self.kept = ours and self.pre_quantized and not config.dequantize and bool(experts)
         if not self.kept:
             super().validate_environment(*self._asked[0], **self._asked[1])
-            return super()._process_model_before_weight_loading(model, **kwargs)
+            return super()._process_model_before_weight_loading(model, use_kernels, **kwargs)
         for module in experts:
             _pack(module)
         return model
@@ -94,8 +96,9 @@ class KeptMxfp4Quantizer(Mxfp4HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.kept:
             return super()._process_model_after_weight_loading(model, **kwargs)
-        for module in model.modules():
+        for where, module in model.named_modules():
             if type(module) is GptOssExperts and f"gate_up_proj{BLOCKS}" in module._parameters:
+                _check_loaded(module, where)
                 for name in _WEIGHTS:
                     module._parameters[name] = module._parameters.pop(f"{name}{BLOCKS}")
                 module.__class__ = Mxfp4Experts
@@ -120,10 +123,20 @@ def _pack(experts: Any) -> None:
     """Make room on meta for the tensors of the checkpoint, under their names there."""
     for name in _WEIGHTS:
         every, columns, rows = experts._parameters.pop(name).shape
-        for end, shape in ((BLOCKS, (rows, columns // MX_BLOCK, MX_BLOCK // 2)), (MX_SCALES, (rows, columns // MX_BLOCK))):
-            empty = torch.empty(every, *shape, dtype=torch.uint8, device="meta")
+        grid = every, rows, columns // MX_BLOCK
+        for end, shape in ((BLOCKS, (*grid, MX_BLOCK // 2)), (MX_SCALES, grid)):
+            empty = torch.empty(shape, dtype=torch.uint8, device="meta")
             experts.register_parameter(f"{name}{end}", nn.Parameter(empty, requires_grad=False))
     experts._is_hf_initialized = True  # what the checkpoint lacks is refused, not drawn
+
+
+def _check_loaded(experts: Any, where: str) -> None:
+    """transformers warns of what the checkpoint lacks, and leaves it as memory was found."""
+    missing = [name for name, parameter in experts.named_parameters(recurse=False) if not is_loaded(parameter)]
+    if missing:
+        raise UnsupportedExperts.mended(
+            experts, f"the checkpoint has mxfp4 experts without {', '.join(missing)}: download it again.", where
+        )
 
 
 def keep_mxfp4(implementation: str) -> None:

@@ -112,7 +112,7 @@ def _check_not_cast(module: Any, name: str, where: str) -> None:
     transformers then takes the codes for weights. A weight with a scale that was not loaded may have been in 16 bits.
     """
     data, scales = module._parameters.get(name), module._parameters.get(name + SCALES)
-    if data is None or scales is None or data.dtype.itemsize < 2 or (_loaded(data) and not _loaded(scales)):
+    if data is None or scales is None or data.dtype.itemsize < 2 or (is_loaded(data) and not is_loaded(scales)):
         return
     raise UnsupportedExperts.mended(
         module,
@@ -122,21 +122,22 @@ def _check_not_cast(module: Any, name: str, where: str) -> None:
     )
 
 
-def _loaded(parameter: Any) -> bool:
+def is_loaded(parameter: Any) -> bool:
     """Whether from_pretrained found it in the checkpoint; what it did not find is memory without a value."""
     return getattr(parameter, "_is_hf_initialized", False)
 
 
 def check_scales(module: Any, name: str, where: str = "") -> None:
-    """Read the scales of an fp8 weight, before training: a GPU waits for that.
+    """Read the scales of an fp8 or mxfp4 weight, before training: a GPU waits for that.
 
     Raises:
         UnsupportedExperts: they were not in the checkpoint, or one is not a positive finite number.
     """
+    _check_mx_scales(module, name, where)
     data, scales = _fp8_parts(module, name)
     if scales is None or scales.is_meta or is_sharded(scales):
         return
-    if _loaded(data) and not _loaded(scales):
+    if is_loaded(data) and not is_loaded(scales):
         raise UnsupportedExperts.mended(
             module,
             f"{name}{SCALES} is not in the checkpoint. If {name} is in 16 bits there, name the module in "
@@ -155,8 +156,32 @@ def check_scales(module: Any, name: str, where: str = "") -> None:
         )
 
 
+def _check_mx_scales(module: Any, name: str, where: str) -> None:
+    scales = module._parameters.get(name + MX_SCALES)
+    if scales is None or scales.is_meta or is_sharded(scales):
+        return
+    most = int(scales.detach().max())
+    if most in (0, 255):
+        what = "one is 255, which is NaN" if most else "all are 0, as a cast to uint8 makes them of other dtypes"
+        raise UnsupportedExperts.mended(
+            module,
+            f"{name}{MX_SCALES} are no scales of mxfp4: {what}. Download the checkpoint, or quantise it, again; its "
+            "scales are the codes of e8m0 in uint8.",
+            where,
+        )
+
+
 def check_frozen(module: Any, name: str, where: str = "") -> None:
-    """Raise UnsupportedExperts where training would go on without the gradient of an fp8 weight."""
+    """Raise UnsupportedExperts where training would go on without the gradient of an fp8 or mxfp4 weight."""
+    bias = module._parameters.get(f"{name}_bias")
+    if name + MX_SCALES in module._parameters and bias is not None and bias.requires_grad:
+        raise UnsupportedExperts.mended(
+            module,
+            f"{name}_bias is to be trained (requires_grad), and {name} beside it, in mxfp4, gets no gradient. Train "
+            "LoRA (peft.get_peft_model freezes both), or for full fine-tuning load 16-bit weights, with "
+            "Mxfp4Config(dequantize=True).",
+            where,
+        )
     if any(part is not None and part.requires_grad for part in _fp8_parts(module, name)):
         raise UnsupportedExperts.mended(
             module,

@@ -69,7 +69,8 @@ def register(
     """Make ``experts_implementation=name`` run :func:`moe_kernels.fused_experts` with these settings.
 
     Calling it again with the same name replaces the settings, also for models already loaded under it. From here on
-    transformers' Trainer loads the expert layers of its checkpoints (integrations.resume).
+    transformers' Trainer loads the expert layers of its checkpoints (integrations.resume), and a checkpoint in mxfp4
+    that is loaded with ``experts_implementation=name`` keeps its experts in 4 bits (integrations.mxfp4).
 
     Raises:
         ValueError: a setting is invalid; the message lists the valid ones.
@@ -183,6 +184,13 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
     modules = experts_modules(model)
     if not modules:
         others = {type(m).__name__ for m in model.modules() if hasattr(m, "gate_up_proj")}
+        if "Mxfp4GptOssExperts" in others:
+            raise UnsupportedExperts(
+                f"{type(model).__name__} has experts in mxfp4 in the layout of transformers' kernels, which have no "
+                "backward. To train LoRA over mxfp4, call register() and then load the model with "
+                "experts_implementation='moe_kernels' (Axolotl: moe_kernels: true and adapter: lora do both); for "
+                "16-bit weights, load it with Mxfp4Config(dequantize=True)."
+            )
         raise UnsupportedExperts(
             f"{type(model).__name__} has no experts module that dispatches through transformers' experts "
             f"interface (it has: {', '.join(sorted(others)) or 'no experts'}). Switch off what replaced the "
