@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.mxfp4 import Mxfp4Dequantize
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
@@ -137,6 +138,23 @@ def _check_loaded(experts: Any, where: str) -> None:
         raise UnsupportedExperts.mended(
             experts, f"the checkpoint has mxfp4 experts without {', '.join(missing)}: download it again.", where
         )
+
+
+def keep_names(model: nn.Module) -> None:
+    """Let ``save_pretrained`` write the experts that transformers dequantised under their own names, as 5.24 does.
+
+    transformers before it applies the conversion of the load backwards to 16-bit weights: 5.16 and 5.20 write the
+    experts of all layers under the keys "gate_up_proj$" and "down_proj$", so that one layer's are left, and 5.23
+    writes them as blocks without scales. Nothing is said, and from such a file experts are drawn at random.
+    """
+    for module in model.modules():
+        conversions = vars(module).get("_weight_conversions")
+        if conversions:
+            module._weight_conversions = [
+                conversion
+                for conversion in conversions
+                if not any(isinstance(step, Mxfp4Dequantize) for step in getattr(conversion, "operations", ()))
+            ]
 
 
 def keep_mxfp4(implementation: str) -> None:

@@ -33,7 +33,7 @@ try:
     from moe_kernels.integrations.adapters import Adapted, adapted, doubts
     from moe_kernels.integrations.dispatch import dispatches, experts_modules, is_served, registered
     from moe_kernels.integrations.fp8 import train_fp8
-    from moe_kernels.integrations.mxfp4 import keep_mxfp4
+    from moe_kernels.integrations.mxfp4 import keep_mxfp4, keep_names
     from moe_kernels.integrations.probe import probe_device
     from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
     from moe_kernels.integrations.resume import mend_trainer
@@ -175,7 +175,8 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
     train under it, check under it.
 
     Where experts are in fp8, the model's fp8 linear layers run on dequantised weights from here on, and Trainer takes
-    the model (integrations.fp8).
+    the model (integrations.fp8). A model that transformers dequantised from mxfp4 is saved with its experts, which
+    transformers before 5.24 loses (integrations.mxfp4).
 
     Raises:
         UnsupportedExperts: a module, or every one, would not be served; names the module, reason and cure.
@@ -216,6 +217,7 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
             local_tensor(module, parameter, name)
         _check_weights(module, recipe, name)
     train_fp8(model)
+    keep_names(model)
     served = Served(len(modules))
     if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
         from moe_kernels.integrations.peft import check_lora, fuse_lora
