@@ -220,10 +220,10 @@ def small_config(kind: str, vocab: int) -> Any:
         return transformers.Qwen3MoeConfig(
             **common, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=2, num_experts=8
         )
-    if kind == "gpt-oss":  # stored transposed and interleaved, biases, a clamp
+    if kind.startswith("gpt-oss"):  # stored transposed and interleaved, biases, a clamp
         return transformers.GptOssConfig(
             **common,
-            intermediate_size=48,
+            intermediate_size=64,
             num_hidden_layers=2,
             num_local_experts=8,
             layer_types=["sliding_attention", "full_attention"],
@@ -352,6 +352,35 @@ def test_lora_over_an_fp8_checkpoint(folder: Path) -> None:
         assert training.returncode == 0, training.log[-4000:]
         assert len(training.losses) == STEPS
     assert "default to dequantizing" in expected.log
+    assert "default to dequantizing" not in actual.log
+    assert "LoRA of 4 expert weights runs inside the kernels" in actual.log
+    assert [row["train/moe/expert_calls"] for row in actual.rows] == [4] * STEPS
+    differences = [abs(a - b) for a, b in zip(expected.losses, actual.losses, strict=True)]
+    assert differences[0] < 4e-6, differences
+    assert max(differences) < 1e-4, differences
+
+
+@pytest.mark.skipif(not ENTRY_POINTS, reason="once is enough: nothing here is asked of axolotl alone")
+def test_lora_over_an_mxfp4_checkpoint(folder: Path) -> None:
+    """The losses that the same checkpoint gives where transformers dequantises it, as Axolotl's own examples ask it
+    to; the run file names the checkpoint and no more."""
+    from support.mxfp4 import quantise_checkpoint
+
+    base = folder / small_model(folder, "gpt-oss-mxfp4")
+    quantise_checkpoint(base)
+    optimized = tiny("gpt-oss-20b-lora.yml", "mixtral") | {
+        "base_model": str(base.relative_to(folder)),
+        "attn_implementation": "eager",
+    }
+    optimized |= {"lora_model_dir": small_adapter(folder, optimized)}
+    baseline = {key: value for key, value in optimized.items() if key not in KERNEL_KEYS}
+    baseline |= {"model_quantization_config": "Mxfp4Config", "model_quantization_config_kwargs": {"dequantize": True}}
+    configs = {"mxfp4-baseline": baseline, "mxfp4-optimized": optimized}
+    with ThreadPoolExecutor() as pool:
+        expected, actual = pool.map(partial(train, folder), configs.keys(), configs.values())
+    for training in (expected, actual):
+        assert training.returncode == 0, training.log[-4000:]
+        assert len(training.losses) == STEPS
     assert "default to dequantizing" not in actual.log
     assert "LoRA of 4 expert weights runs inside the kernels" in actual.log
     assert [row["train/moe/expert_calls"] for row in actual.rows] == [4] * STEPS
