@@ -77,3 +77,18 @@ def quantise_checkpoint(folder: Path) -> dict[str, Tensor]:
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": others}
     path.write_text(json.dumps(config))
     return held
+
+
+def dequantise_checkpoint(folder: Path) -> None:
+    """The way back, to values in float32 that mxfp4 holds."""
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(folder / "model.safetensors")
+    for name in [name.removesuffix("_blocks") for name in held if name.endswith("_blocks")]:
+        parts = (held.pop(f"{name}_{part}") for part in ("blocks", "scales"))
+        held[name] = dequantised(*parts, torch.float32).mT.contiguous()
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))

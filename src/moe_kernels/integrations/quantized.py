@@ -21,6 +21,8 @@ from moe_kernels.packed import MX_BLOCK, SIDE, BlockFp8, FourBit, Mxfp4, PackedW
 SCALES = "_scale_inv"
 #: The cure where a module's fp8 weights cannot be read.
 DEQUANTIZE = "Load the model with FineGrainedFP8Config(dequantize=True), which gives 16-bit weights."
+#: What transformers' modules of fp8 may hold in its place.
+_OTHERS = (torch.int8, torch.uint8, torch.float8_e5m2, torch.float4_e2m1fn_x2)
 #: In an mxfp4 checkpoint, added to the name of a weight.
 BLOCKS, MX_SCALES = "_blocks", "_scales"
 
@@ -62,6 +64,7 @@ def _four_bit(module: Any, name: str) -> PackedWeight | None:
 
 def _block_fp8(module: Any, name: str, dtype: torch.dtype, where: str) -> PackedWeight | None:
     _check_not_cast(module, name, where)
+    _check_8_bits(module, name, where)
     data, scales = _fp8_parts(module, name)
     if data is None or is_sharded(data) or data.dim() == 1:  # pieces of it
         return None
@@ -120,6 +123,16 @@ def _check_not_cast(module: Any, name: str, where: str) -> None:
         "without its scales. Load it again, and with FineGrainedFP8Config(dequantize=True) for 16-bit weights.",
         where,
     )
+
+
+def _check_8_bits(module: Any, name: str, where: str) -> None:
+    """Raise UnsupportedExperts where something else lies beside scales of fp8: in DeepSeek-V4, two codes of e2m1 in
+    an int8, whose columns PEFT would take for half as many inputs."""
+    data = module._parameters.get(name)
+    if name + SCALES in module._parameters and data is not None and data.dtype in _OTHERS:
+        raise UnsupportedExperts.mended(
+            module, f"{name} is {data.dtype} beside scales of fp8; float8_e4m3fn alone is read. {DEQUANTIZE}", where
+        )
 
 
 def is_loaded(parameter: Any) -> bool:
