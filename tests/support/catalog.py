@@ -286,7 +286,7 @@ def _packed_cases() -> Iterator[CompileCase]:
         "dequantize-mxfp4",
         mxfp4_kernel,
         {"data_ptr": "*u8", "scales_ptr": "*u8", "out_ptr": "*bf16", "first": "i64", "count": "i32"},
-        {"SIZE": 16, "BLOCK": 2048},
+        {"SIZE": 16, "BLOCK": 128},
         {"num_warps": 4, "num_stages": 3},
         uses_dot=False,
     )

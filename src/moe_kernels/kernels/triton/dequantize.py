@@ -88,23 +88,24 @@ def block_fp8_kernel(
 @triton.jit
 def mxfp4_kernel(
     data_ptr,  # uint8
-    scales_ptr,  # uint8, the codes of e8m0
-    out_ptr,  # the values of bytes ``first`` and following
+    scales_ptr,  # uint8, the codes of e8m0, one for each block
+    out_ptr,  # the values of blocks ``first`` and following
     first,
-    count,  # bytes
-    SIZE: tl.constexpr,  # bytes of a scale
-    BLOCK: tl.constexpr,
+    count,  # blocks
+    SIZE: tl.constexpr,  # bytes of a block
+    BLOCK: tl.constexpr,  # blocks of a program
 ):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < count
-    byte = tl.load(data_ptr + first + place, mask=mask, other=0).to(tl.int32)
-    code = tl.load(scales_ptr + (first + place) // SIZE, mask=mask, other=0).to(tl.int32)
-    scale = tl.where(code == 0, 1 << 22, code << 23)  # 2^-127 has no exponent in float32
-    scale = tl.where(code == 0xFF, 0x7FC00000, scale).to(tl.float32, bitcast=True)
+    code = tl.load(scales_ptr + first + place, mask=mask, other=0).to(tl.int32)
+    bits = tl.where(code == 0, 1 << 22, code << 23)  # 2^-127 has no exponent in float32
+    scale = tl.where(code == 0xFF, 0x7FC00000, bits).to(tl.float32, bitcast=True)[:, None]
+    where = (first + place)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    byte = tl.load(data_ptr + where, mask=mask[:, None], other=0).to(tl.int32)
     low, high = _e2m1(byte & 15) * scale, _e2m1(byte >> 4) * scale
-    values = tl.reshape(tl.join(low, high), (2 * BLOCK,)).to(out_ptr.dtype.element_ty)
-    where = tl.program_id(0).to(tl.int64) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
-    tl.store(out_ptr + where, values, mask=where < 2 * count)
+    values = tl.reshape(tl.join(low, high), (BLOCK, 2 * SIZE)).to(out_ptr.dtype.element_ty)
+    where = place[:, None] * (2 * SIZE) + tl.arange(0, 2 * SIZE)[None, :]
+    tl.store(out_ptr + where, values, mask=mask[:, None])
 
 
 @triton.jit
@@ -154,13 +155,13 @@ def _block_fp8(weight: BlockFp8, first: int, last: int, out: torch.Tensor) -> No
 
 
 def _mxfp4(weight: Mxfp4, first: int, last: int, out: torch.Tensor) -> None:
-    each = weight.sizes[1] * weight.sizes[2] // 2
+    each, size = weight.sizes[1] * weight.sizes[2] // MX_BLOCK, MX_BLOCK // 2
     count = (last - first) * each
     launch(
         mxfp4_kernel,
-        (cdiv(count, _BLOCK),),
+        (cdiv(count, _BLOCK // size),),
         (weight.data, weight.scales, out, first * each, count),
-        {"SIZE": MX_BLOCK // 2, "BLOCK": _BLOCK, "num_warps": 4},
+        {"SIZE": size, "BLOCK": _BLOCK // size, "num_warps": 4},
     )
 
 
