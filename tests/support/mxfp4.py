@@ -85,8 +85,8 @@ def dequantise_checkpoint(folder: Path) -> None:
 
     held = load_file(folder / "model.safetensors")
     for name in [name.removesuffix("_blocks") for name in held if name.endswith("_blocks")]:
-        parts = (held.pop(f"{name}_{part}") for part in ("blocks", "scales"))
-        held[name] = dequantised(*parts, torch.float32).mT.contiguous()
+        values = dequantised(held.pop(f"{name}_blocks"), held.pop(f"{name}_scales"), torch.float32)
+        held[name] = values.mT.contiguous()
     save_file(held, folder / "model.safetensors", {"format": "pt"})
     path = folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text())

@@ -147,7 +147,8 @@ def keep_names(model: nn.Module) -> None:
     experts of all layers under the keys "gate_up_proj$" and "down_proj$", so that one layer's are left, and 5.23
     writes them as blocks without scales. Nothing is said, and from such a file experts are drawn at random.
     """
-    for module in model.modules():
+    parts: Any = model.modules()
+    for module in parts:
         conversions = vars(module).get("_weight_conversions")
         if conversions:
             module._weight_conversions = [

@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -184,19 +184,7 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
     """
     modules = experts_modules(model)
     if not modules:
-        others = {type(m).__name__ for m in model.modules() if hasattr(m, "gate_up_proj")}
-        if "Mxfp4GptOssExperts" in others:
-            raise UnsupportedExperts(
-                f"{type(model).__name__} has experts in mxfp4 in the layout of transformers' kernels, which have no "
-                "backward. To train LoRA over mxfp4, call register() and then load the model with "
-                "experts_implementation='moe_kernels' (Axolotl: moe_kernels: true and adapter: lora do both); for "
-                "16-bit weights, load it with Mxfp4Config(dequantize=True)."
-            )
-        raise UnsupportedExperts(
-            f"{type(model).__name__} has no experts module that dispatches through transformers' experts "
-            f"interface (it has: {', '.join(sorted(others)) or 'no experts'}). Switch off what replaced the "
-            "experts class (Liger: liger_glu_activation), or train this model without moe_kernels."
-        )
+        _refuse_without_experts(model)
     for name, module in modules:
         interface = dispatches(type(module))
         ours = any(interface is known for known in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS))
@@ -229,6 +217,22 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
             logger.warning(doubt)
     _warn_of_small_gradients(model)
     return served
+
+
+def _refuse_without_experts(model: torch.nn.Module) -> NoReturn:
+    others = {type(m).__name__ for m in model.modules() if hasattr(m, "gate_up_proj")}
+    if "Mxfp4GptOssExperts" in others:
+        raise UnsupportedExperts(
+            f"{type(model).__name__} has experts in mxfp4 in the layout of transformers' kernels, which have no "
+            "backward. To train LoRA over mxfp4, call register() and then load the model with "
+            "experts_implementation='moe_kernels' (Axolotl: moe_kernels: true and adapter: lora do both); for 16-bit "
+            "weights, load it with Mxfp4Config(dequantize=True)."
+        )
+    raise UnsupportedExperts(
+        f"{type(model).__name__} has no experts module that dispatches through transformers' experts "
+        f"interface (it has: {', '.join(sorted(others)) or 'no experts'}). Switch off what replaced the "
+        "experts class (Liger: liger_glu_activation), or train this model without moe_kernels."
+    )
 
 
 def _warn_of_small_gradients(model: torch.nn.Module) -> None:
