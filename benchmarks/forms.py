@@ -159,7 +159,7 @@ def in_4_bits(weight: Tensor) -> FourBit:
 def in_mxfp4(weight: Tensor) -> Mxfp4:
     """``weight`` (E, N, K) in mxfp4, stored by rows as gpt-oss's checkpoints have it."""
     experts, rows, columns = weight.shape
-    values = weight.float().unflatten(2, (-1, MX_BLOCK))
+    values = weight.float().contiguous().unflatten(2, (-1, MX_BLOCK))
     exponents = values.abs().amax(3, keepdim=True).log2().floor() - 2
     sizes = torch.tensor(E2M1[: len(E2M1) // 2], device=weight.device)
     codes = torch.bucketize(values.abs() / exponents.exp2(), (sizes[1:] + sizes[:-1]) / 2).to(torch.uint8)
