@@ -17,7 +17,7 @@ from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
 from moe_kernels.kernels.tiles.table import ROW_TILED, GemmConfig, table
 from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
-from moe_kernels.kernels.triton.dequantize import block_fp8_kernel, four_bit_kernel
+from moe_kernels.kernels.triton.dequantize import block_fp8_kernel, four_bit_kernel, mxfp4_kernel
 from moe_kernels.kernels.triton.factors import BLOCKS, experts_last_kernel, pack_kernel
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
 from moe_kernels.kernels.triton.plan import count_kernel, part_kernel, place_kernel, plan_blocks
@@ -283,6 +283,14 @@ def _packed_cases() -> Iterator[CompileCase]:
             {"num_warps": 4, "num_stages": 3},
             uses_dot=False,
         )
+    yield CompileCase(
+        "dequantize-mxfp4",
+        mxfp4_kernel,
+        {"data_ptr": "*u8", "scales_ptr": "*u8", "out_ptr": "*bf16", "first": "i64", "count": "i32"},
+        {"SIZE": 16, "BLOCK": 128},
+        {"num_warps": 4, "num_stages": 3},
+        uses_dot=False,
+    )
     lists = ("expert_start", "tile_expert", "tile_row", "part_expert", "part_row", "part_count")
     yield CompileCase(
         "part",
