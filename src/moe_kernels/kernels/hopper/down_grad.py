@@ -261,7 +261,8 @@ def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, op
     tma.store_wait(0)
 
 
-@gluon.jit
+# Under expert parallelism every step brings another number of rows, for which nothing is to be compiled.
+@gluon.jit(do_not_specialize=["R"])
 def hopper_down_grad_kernel(
     dout_rows,  # (R, H): descriptor; any pointer with TOP_K
     dout_ptr,  # (R / TOP_K, H): read with TOP_K
@@ -342,7 +343,7 @@ def hopper_down_grad_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def sum_weight_grad_kernel(
     parts_ptr,  # (column blocks, R) float32
     row_slot_ptr,  # (R,)
