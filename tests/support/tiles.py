@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -19,6 +20,8 @@ def use_small_tiles(config: GemmConfig = SMALL) -> Iterator[None]:
     with ExitStack() as stack:
         for kernel in KERNELS:
             stack.enter_context(use_config(kernel, config))
+        fp8 = dataclasses.replace(config, block_k=128)
+        stack.enter_context(mock.patch("moe_kernels.kernels.triton.fp8.tile", return_value=fp8))
         stack.enter_context(mock.patch("moe_kernels.layer.resolve_group_size", return_value=config.block_m))
         passes = PassTile(config.block_m, config.block_n, config.num_warps, config.num_stages)
         stack.enter_context(mock.patch("moe_kernels.kernels.triton.row_pass.pass_tile", return_value=passes))
