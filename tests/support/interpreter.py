@@ -2,7 +2,8 @@
 
 Triton's own interpreter (3.6 to 3.9) multiplies the bit patterns of bfloat16 and fp8, truncates where hardware
 rounds, gives zeros for masked lanes that Triton leaves undefined, and reads out of bounds without a word.
-:func:`install` makes numerics exact; :func:`sanitize`, :func:`shuffled` and :func:`overflow_asserts` look for what a friendly run hides.
+:func:`install` makes numerics exact; :func:`sanitize`, :func:`shuffled` and :func:`overflow_asserts` look for what a
+friendly run hides.
 
 ``TRITON_INTERPRET=1`` must be in the environment before the first kernel is decorated (tests/conftest.py).
 """

@@ -1,8 +1,8 @@
 """Grouped GEMMs of block-fp8 weights as they are stored, with rows that are rounded to e4m3 first.
 
 Both operands have a scale for each 128 elements of the inner dimension. So the products of 128 elements are summed by
-the tensor cores, multiplied with the two scales and added in float32. Hopper sums fp8 products with some 14 bits, over
-a whole row of one sign with an error of percents.
+the tensor cores, multiplied with the two scales and added in float32. Hopper sums fp8 products with some 14 bits,
+over a whole row of one sign with an error of percents.
 
 Hopper multiplies fp8 operands whose inner dimension is contiguous. The forward reads the codes of the checkpoint, and
 dgrad, whose inner dimension is the other one, a transposed copy of them. Of the codes as they are stored the compiler
