@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_kernels import fp8, fused_experts
+from moe_kernels import UnsupportedProblem, fp8, fused_experts
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.backends.torch import TorchBackend
 from moe_kernels.backends.triton import TritonBackend
@@ -20,6 +20,7 @@ from moe_kernels.packed import BlockFp8
 from moe_kernels.routing import TokenRows
 from moe_kernels.tools.check.problems import Case, Inputs, make_inputs
 from moe_kernels.tools.check.routings import ROUTINGS, make_routing
+from support import interpreter
 from support.cases import EVERY_ACTIVATION
 from support.packed import block_fp8
 
@@ -253,3 +254,112 @@ def test_activations(device, activation, small_tiles):
     expected = oracle(inputs, gate_up, down)
     for name, value in layer(inputs, gate_up, down, "triton").items():
         assert error(value, expected[name]) < max(5e-5, 3 * CLOSE), name
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter: TRITON_INTERPRET=1")
+@pytest.mark.parametrize("kind", ["odd", "lora"])
+def test_no_finding_in_any_order(device, kind, small_tiles):
+    """Bounds, races, undefined lanes, 32-bit offsets; and programs in another order give the same bits."""
+    inputs, gate_up, down = make(KINDS[kind], device)
+    with interpreter.sanitize(), interpreter.overflow_asserts(), interpreter.recorded_launches() as launches:
+        expected = layer(inputs, gate_up, down, "triton")
+    assert launches.count("fp8_gemm_kernel") == launches.count("quantize_kernel") == 4
+    assert "gather_kernel" not in launches
+    with interpreter.shuffled(0):
+        for name, value in layer(inputs, gate_up, down, "triton").items():
+            assert torch.equal(value, expected[name]), name
+
+
+# ----------------------------------------------------------------------------------- against what is not rounded
+@pytest.mark.parametrize("data", ["normal", "one sign", "outlier channels"])
+def test_errors_against_unrounded_rows(device, data):
+    """A few percent, without a bias: also of sums of one sign, which a narrow accumulator loses a part of."""
+    case = Case(32, 2, 3, 1024, 256, BF16, lora_rank=4)
+    inputs, gate_up, down = make(case, device)
+    if data == "one sign":
+        gate_up, down = (dataclasses.replace(w, data=w.data.float().abs().to(w.data.dtype)) for w in (gate_up, down))
+        inputs = dataclasses.replace(inputs, x=inputs.x.abs(), grad=inputs.grad.abs())
+    if data == "outlier channels":
+        inputs.x[:, ::97] *= 100
+    gate_up, down = in_fp8(gate_up), in_fp8(down)
+    found = layer(inputs, gate_up, down, "torch")
+    exact = layer(inputs.to(torch.float64), *(unrounded(w) for w in (gate_up, down)), "torch")
+    for name, value in found.items():
+        assert 1e-3 < error(value, exact[name]) < 0.08, name
+    for name in ("out", "x"):
+        want = exact[name].double()
+        slope = ((found[name].double() * want).sum() / want.square().sum()).item() - 1
+        assert abs(slope) < 0.004, name
+
+
+def unrounded(weight: Fp8Weight) -> BlockFp8:
+    return BlockFp8(weight.sizes, torch.float64, weight.data, weight.scales, weight.stacked)
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+def test_what_is_no_number_comes_out_in_its_row_alone(device, small_tiles):
+    inputs, gate_up, down = make(KINDS["lora"], device)
+    for backend in BACKENDS:
+        clean = layer(inputs, gate_up, down, backend)
+        for bad in (math.nan, math.inf):
+            spoilt = dataclasses.replace(inputs, x=inputs.x.clone())
+            spoilt.x[5, 3] = bad
+            found = layer(spoilt, gate_up, down, backend)
+            others = torch.arange(len(inputs.x)) != 5
+            routed = bool(((inputs.topk_ids[5] >= 0) & (inputs.topk_ids[5] < len(gate_up.data))).any())
+            assert routed
+            for name in ("out", "x"):
+                assert found[name][5].isnan().all(), (backend, name)
+                assert torch.equal(found[name][others], clean[name][others]), (backend, name)
+
+
+def test_a_code_that_is_no_number_comes_out(device, small_tiles):
+    inputs, gate_up, down = make(KINDS["plain"], device)
+    expert = int(inputs.topk_ids[0, 0])
+    gate_up.data.view(torch.uint8)[expert, 0, 0] = 0x7F
+    for backend in BACKENDS:
+        out = layer(inputs, gate_up, down, backend)["out"]
+        assert torch.equal(out.isnan().all(1), (inputs.topk_ids == expert).any(1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("interleaved", "whose gate and up rows alternate, are not multiplied in fp8: leave fp8_activations"),
+        ("by columns", "weights stored by columns, .* leave fp8_activations"),
+        ("one block", "a block of scales holds rows of gate and of up, .* leave fp8_activations"),
+    ],
+)
+def test_what_the_kernels_do_not_cover_is_refused(device, backend, kind, words):
+    inputs = make_inputs(Case(5, 2, 3, 64, 96), device)
+    gate_up = block_fp8(3, 192, 64, device, stacked=1 if kind == "one block" else 2)
+    if kind == "by columns":
+        gate_up = block_fp8(3, 64, 192, device).mT
+    down, options = in_fp8(block_fp8(3, 64, 96, device)), {"interleaved": kind == "interleaved"}
+    with pytest.raises(UnsupportedProblem, match=words):
+        fused_experts(
+            inputs.x, inputs.topk_ids, inputs.topk_weights, in_fp8(gate_up), down, backend=backend, **options
+        )
+
+
+def test_other_transposed_codes_are_refused(device):
+    weight = block_fp8(3, 64, 96, device)
+    with pytest.raises(ValueError, match=r"the transposed codes are .* \(3, 64, 96\), wanted .* \(3, 96, 64\)"):
+        Fp8Weight.of(weight, weight.data)
+
+
+def test_dgrad_without_transposed_codes_is_refused(device):
+    inputs, gate_up, down = make(KINDS["plain"], device)
+    bare = [dataclasses.replace(w, transposed=None) for w in (gate_up, down)]
+    with torch.no_grad():  # nobody asks for it
+        fused_experts(inputs.x, inputs.topk_ids, inputs.topk_weights, *bare, backend="triton")
+    with pytest.raises(ValueError, match=r"without transposed codes has no dgrad: give it those of fp8\.transposed"):
+        layer(inputs, *bare, "triton")
+
+
+def test_what_the_weight_takes(device):
+    """With the second layout 2 bytes a value, as in 16 bits, and the scales."""
+    gate_up = in_fp8(block_fp8(3, 1536, 2048, device, stacked=2))
+    held = sum(part.numel() * part.element_size() for part in gate_up.parts() if isinstance(part, Tensor))
+    assert held <= 1.001 * 3 * 1536 * 2048 * 2

@@ -31,8 +31,8 @@ try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     from moe_kernels.integrations.adapters import Adapted, adapted, doubts
-    from moe_kernels.integrations.dispatch import dispatches, experts_modules, is_served, registered
-    from moe_kernels.integrations.fp8 import train_fp8
+    from moe_kernels.integrations.dispatch import dispatches, experts_modules, is_served, registered, runs_on
+    from moe_kernels.integrations.fp8 import check_fp8_activations, multiplied_in_fp8, train_fp8
     from moe_kernels.integrations.probe import probe_device
     from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
     from moe_kernels.integrations.resume import mend_trainer
@@ -55,6 +55,9 @@ except ImportError as error:
 
 logger = logging.getLogger("moe_kernels")
 
+# Whether an implementation was registered with fp8_activations, by its name.
+_in_fp8: dict[str, bool] = {}
+
 __all__ = ["UnsupportedExperts", "check_model", "experts_modules", "register", "why_not_module"]
 
 def register(
@@ -62,6 +65,7 @@ def register(
     group_size: GroupSize = DEFAULT_GROUP_SIZE,
     persistent: bool = True,
     recompute: bool = False,
+    fp8_activations: bool = False,
     backend: str = "auto",
     name: str = "moe_kernels",
 ) -> None:
@@ -73,7 +77,7 @@ def register(
     Raises:
         ValueError: a setting is invalid; the message lists the valid ones.
     """
-    settings = dataclasses.asdict(ExpertsSettings(group_size, persistent, backend, recompute))
+    settings = dataclasses.asdict(ExpertsSettings(group_size, persistent, backend, recompute, fp8_activations))
 
     # Models may call it by keyword, so the parameter names are transformers' own.
     def experts_forward(
@@ -88,11 +92,17 @@ def register(
     for implementation in (name, None):
         getattr(FP8Experts, "_impl_tp_layer_overrides", {}).setdefault(implementation, {})
     registered[name] = experts_forward
+    _in_fp8[name] = fp8_activations
     mend_trainer(lambda model: bool(experts_modules(model)))
 
 
 def run_experts(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, **settings: Any
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    fp8_activations: bool = False,
+    **settings: Any,
 ) -> torch.Tensor:
     """What the eager forward of ``module`` computes, by :func:`moe_kernels.fused_experts`.
 
@@ -101,6 +111,7 @@ def run_experts(
         hidden_states: (T, H).
         top_k_index: (T, K); ids outside [0, E) are dropped.
         top_k_weights: (T, K).
+        fp8_activations: of :class:`moe_kernels.ExpertsSettings`.
         settings: further arguments of ``fused_experts``, such as ``backend`` and ``gate_up_lora``.
 
     Raises:
@@ -122,6 +133,9 @@ def run_experts(
         for name in (up_name, "down_proj")
     )
     _check_frozen(module, up_name)
+    if fp8_activations:
+        gate_up = multiplied_in_fp8(module, up_name, gate_up)
+        down = multiplied_in_fp8(module, "down_proj", down)
     if recipe.transposed:
         gate_up, down = gate_up.mT, down.mT
     check_pair(module, gate_up, down, recipe.gate.gated)
@@ -205,6 +219,8 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
         for parameter in module.parameters(recurse=False):  # not by attribute, which may dequantise it
             local_tensor(module, parameter, name)
         _check_weights(module, recipe, name)
+        if _in_fp8.get(runs_on(module)):
+            check_fp8_activations(module, recipe, name, probe_device(module))
     train_fp8(model)
     served = Served(len(modules))
     if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):

@@ -92,7 +92,12 @@ class MoeOptimizedPlugin(BasePlugin):
                 "moe_kernels: the plain-torch backend proves that a config works, not speed. Without a GPU, "
                 "Trainer refuses bf16: set bf16: false and fp16: false."
             )
-        register(group_size=settings.group_size, persistent=settings.persistent, recompute=settings.recompute)
+        register(
+            group_size=settings.group_size,
+            persistent=settings.persistent,
+            recompute=settings.recompute,
+            fp8_activations=settings.fp8_activations,
+        )
         # DeepSpeed's ZeRO-3 needs reentrance.
         if (
             cfg.gradient_checkpointing
@@ -179,6 +184,7 @@ def _settings(cfg: DictDefault) -> ExpertsSettings:
         "group_size": cfg.moe_group_size,
         "persistent": cfg.moe_persistent_kernel,
         "recompute": cfg.moe_recompute,
+        "fp8_activations": cfg.moe_fp8_activations,
     }
     return ExpertsSettings(**{name: value for name, value in asked.items() if value is not None})
 
