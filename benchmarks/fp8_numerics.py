@@ -187,7 +187,6 @@ def main() -> None:
     report: dict[str, Any] = {"schema": 1, "kind": "fp8-numerics", "environment": environment()}
     report["layer"] = {"tokens": T, "top_k": K, "experts": E, "hidden": H, "intermediate": I, "rank": RANK}
     report["errors"] = [row for data in DATA for row in errors(data)]
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
     with tempfile.TemporaryDirectory() as folder:
         report["training"] = curves(Path(folder), args.base_steps, args.steps)
     args.out.write_text(json.dumps(report, indent=1) + "\n")

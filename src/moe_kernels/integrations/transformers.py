@@ -21,6 +21,7 @@ import torch
 
 from moe_kernels.checks import check_weights
 from moe_kernels.install import pip_install
+from moe_kernels.layer import Matrix
 from moe_kernels.moe import fused_experts
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, ExpertsSettings, GroupSize
 
@@ -126,16 +127,10 @@ def run_experts(
         others["gate_up_bias"] = plain_weight(module, getattr(module, f"{up_name}_bias"))
         others["down_bias"] = plain_weight(module, module.down_proj_bias)
 
-    # One read each: PEFT merges, quantised parametrisations dequantise, on every attribute access.
-    dtype = hidden_states.dtype
     gate_up, down = (
-        packed_weight(module, name, dtype) or plain_weight(module, getattr(module, name))
-        for name in (up_name, "down_proj")
+        _weight(module, name, hidden_states.dtype, fp8_activations) for name in (up_name, "down_proj")
     )
     _check_frozen(module, up_name)
-    if fp8_activations:
-        gate_up = multiplied_in_fp8(module, up_name, gate_up)
-        down = multiplied_in_fp8(module, "down_proj", down)
     if recipe.transposed:
         gate_up, down = gate_up.mT, down.mT
     check_pair(module, gate_up, down, recipe.gate.gated)
@@ -157,6 +152,12 @@ def run_experts(
     kept = (top_k_index >= 0) & (top_k_index < module.num_experts)
     weighted = module.post_expert_norm(out) * torch.where(kept, top_k_weights, 0.0).unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
+
+
+def _weight(module: Any, name: str, dtype: torch.dtype, fp8_activations: bool) -> Matrix:
+    """The weight ``name``, read once: PEFT merges, quantised parametrisations dequantise, on every access."""
+    weight = packed_weight(module, name, dtype) or plain_weight(module, getattr(module, name))
+    return multiplied_in_fp8(module, name, weight) if fp8_activations else weight
 
 
 class Served(int):
@@ -219,8 +220,6 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
         for parameter in module.parameters(recurse=False):  # not by attribute, which may dequantise it
             local_tensor(module, parameter, name)
         _check_weights(module, recipe, name)
-        if _in_fp8.get(runs_on(module)):
-            check_fp8_activations(module, recipe, name, probe_device(module))
     train_fp8(model)
     served = Served(len(modules))
     if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
@@ -257,6 +256,8 @@ def _check_frozen(module: Any, up_name: str, name: str = "") -> None:
 def _check_weights(module: Any, recipe: Recipe, name: str) -> None:
     """Raise UnsupportedExperts where a forward would, whatever its tokens, or on wrong scales; no weight is read."""
     _check_frozen(module, recipe.up_name, name)
+    if _in_fp8.get(runs_on(module)):
+        check_fp8_activations(module, recipe, name, probe_device(module))
     biases = (f"{recipe.up_name}_bias", "down_proj_bias") if recipe.biased else ()
     weights = [_stand_in(module, weight, name) for weight in (recipe.up_name, "down_proj", *biases)]
     for weight_name in (recipe.up_name, "down_proj"):

@@ -135,6 +135,17 @@ class MoeKernelsArgs(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def check_fp8_activations(cls, data: Any) -> Any:
+        """Refuse what would take the experts' weights dequantised."""
+        if isinstance(data, dict) and data.get("moe_fp8_activations") and data.get("torch_compile"):
+            raise ValueError(
+                "moe_fp8_activations: true cannot be combined with torch_compile, which would take the weights "
+                "dequantised: remove one of them."
+            )
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
     def check_moe_kernels(cls, data: Any) -> Any:
         """Refuse misspelt keys and whatever would bypass the kernels, each with its cure."""
         if not isinstance(data, dict):
@@ -175,11 +186,6 @@ class MoeKernelsArgs(BaseModel):
         if data.get("moe_recompute") and data.get("gradient_checkpointing"):
             raise ValueError(
                 "moe_recompute: true does again what gradient_checkpointing already does: remove one of them."
-            )
-        if data.get("moe_fp8_activations") and data.get("torch_compile"):
-            raise ValueError(
-                "moe_fp8_activations: true cannot be combined with torch_compile, which would take the weights "
-                "dequantised: remove one of them."
             )
         # Or it has its keys in Axolotl's config class, whose validators then run with ours.
         if lists(data, "kernels") or "use_scattermoe" in cls.model_fields:
