@@ -18,13 +18,8 @@ from moe_kernels.registry import names
 from moe_kernels.settings import ExpertsSettings
 
 PLUGIN = "src/axolotl/integrations/moe_kernels"
-#: The keys that are also arguments of `register`, and all but the last of `fused_experts`.
-ARGUMENTS = {
-    "moe_group_size": "group_size",
-    "moe_persistent_kernel": "persistent",
-    "moe_recompute": "recompute",
-    "moe_fp8_activations": "fp8_activations",
-}
+#: The keys that are also arguments of `register` and `fused_experts`.
+ARGUMENTS = {"moe_group_size": "group_size", "moe_persistent_kernel": "persistent", "moe_recompute": "recompute"}
 
 
 def schema() -> Any:

@@ -28,7 +28,7 @@ def check_settings(
 
 @dataclass(frozen=True)
 class ExpertsSettings:
-    """How expert layers run. Every field changes what runs; none but the last changes the result beyond rounding.
+    """How expert layers run. Every field changes what runs; none changes the result beyond rounding.
 
     Attributes:
         group_size: rows per tile of the grouped GEMMs. Each tile of that many sorted rows belongs to one
@@ -36,17 +36,12 @@ class ExpertsSettings:
         persistent: one program per multiprocessor loops over all tiles, instead of one program per tile.
         backend: ``"auto"``, ``"gluon"``, ``"triton"``, ``"torch"``, or one that was added (moe_kernels.registry).
         recompute: keep X but not Z for the backward, which runs the up projection once more.
-        fp8_activations: multiply frozen block-fp8 weights in fp8, with rows rounded to e4m3 (moe_kernels.fp8),
-            instead of dequantising them ahead of each GEMM. For models with such experts alone.
     """
 
     group_size: GroupSize = DEFAULT_GROUP_SIZE
     persistent: bool = True
     backend: str = "auto"
     recompute: bool = False
-    fp8_activations: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fp8_activations, bool):
-            raise ValueError(f"fp8_activations={self.fp8_activations!r} must be true or false")
         check_settings(self.group_size, self.persistent, self.backend, self.recompute, registry.names())

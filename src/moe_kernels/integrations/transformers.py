@@ -75,16 +75,21 @@ def register(
     Calling it again with the same name replaces the settings, also for models already loaded under it. From here on
     transformers' Trainer loads the expert layers of its checkpoints (integrations.resume).
 
+    ``fp8_activations``: multiply frozen block-fp8 experts in fp8, with rows rounded to e4m3 (:mod:`moe_kernels.fp8`),
+    instead of dequantising them ahead of each GEMM. For models with such experts alone.
+
     Raises:
         ValueError: a setting is invalid; the message lists the valid ones.
     """
-    settings = dataclasses.asdict(ExpertsSettings(group_size, persistent, backend, recompute, fp8_activations))
+    settings = dataclasses.asdict(ExpertsSettings(group_size, persistent, backend, recompute))
+    if not isinstance(fp8_activations, bool):
+        raise ValueError(f"fp8_activations={fp8_activations!r} must be true or false")
 
     # Models may call it by keyword, so the parameter names are transformers' own.
     def experts_forward(
         self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        return run_experts(self, hidden_states, top_k_index, top_k_weights, **settings)
+        return run_experts(self, hidden_states, top_k_index, top_k_weights, fp8_activations, **settings)
 
     for interface in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
         interface.register(name, experts_forward)
@@ -112,7 +117,7 @@ def run_experts(
         hidden_states: (T, H).
         top_k_index: (T, K); ids outside [0, E) are dropped.
         top_k_weights: (T, K).
-        fp8_activations: of :class:`moe_kernels.ExpertsSettings`.
+        fp8_activations: see :func:`register`.
         settings: further arguments of ``fused_experts``, such as ``backend`` and ``gate_up_lora``.
 
     Raises:

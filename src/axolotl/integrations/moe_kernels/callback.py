@@ -46,6 +46,5 @@ class DispatchCallback(TrainerCallback):
         LOG.info(
             f"moe_kernels: backend={'+'.join(sorted(calls))} ({dispatch_reason()}), {calls.total()} expert "
             f"calls dispatched in step {step}, group_size={self.settings.group_size}, "
-            f"persistent={self.settings.persistent}, "
-            f"{'fp8_activations=True, ' if self.settings.fp8_activations else ''}{self.expert_layers} expert layers"
+            f"persistent={self.settings.persistent}, {self.expert_layers} expert layers"
         )

@@ -96,7 +96,7 @@ class MoeOptimizedPlugin(BasePlugin):
             group_size=settings.group_size,
             persistent=settings.persistent,
             recompute=settings.recompute,
-            fp8_activations=settings.fp8_activations,
+            fp8_activations=bool(cfg.moe_fp8_activations),
         )
         # DeepSpeed's ZeRO-3 needs reentrance.
         if (
@@ -184,7 +184,6 @@ def _settings(cfg: DictDefault) -> ExpertsSettings:
         "group_size": cfg.moe_group_size,
         "persistent": cfg.moe_persistent_kernel,
         "recompute": cfg.moe_recompute,
-        "fp8_activations": cfg.moe_fp8_activations,
     }
     return ExpertsSettings(**{name: value for name, value in asked.items() if value is not None})
 
