@@ -27,7 +27,7 @@ ARGS ?=
 # The newest transformers the integration is tested with, and the two packages it pins.
 NEWEST_TRANSFORMERS := transformers==5.24.0 tokenizers==0.23.3 huggingface_hub==1.33.0
 
-.PHONY: help compare check test test-quick test-main test-runs test-compiled test-newest test-stack test-stack-main test-stack-runs fuzz mutants sanitize wheel lint docs clean
+.PHONY: help compare check test test-quick test-main test-runs test-compiled test-hopper test-newest test-stack test-stack-main test-stack-runs fuzz mutants sanitize wheel lint docs clean
 help:
 	@sed -n '1,5p' Makefile
 	@echo "# make lint | docs | fuzz | mutants | sanitize | wheel"
@@ -86,13 +86,15 @@ test-runs: $(READY)
 	$(BIN)/python -m pytest $(RUNS)
 
 # What can depend on the versions of torch, triton, transformers, PEFT and Axolotl, for a second stack (.ci/run): without
-# fuzzing, reports, benchmarks and the like, which are the same code on every stack.
-test-stack: test-stack-runs test-stack-main test-compiled
-STACK_RUNS := $(filter-out tests/fuzz,$(RUNS))
+# fuzzing, reports, benchmarks and the like (of tests/core SAME), which are our own code on every stack, and of several
+# ranks only what transformers and PEFT start.
+test-stack: test-stack-runs test-stack-main test-hopper
+STACK_RUNS := $(filter-out tests/fuzz tests/distributed,$(RUNS)) tests/distributed/test_transformers_engines.py tests/distributed/test_lora.py
+SAME := tests/core/test_mutations.py tests/core/test_add_a_backend.py tests/core/test_properties.py
 STACK := core router integrations conformance telemetry tuning cli test_configs.py test_stacks.py
 
 test-stack-main: $(READY)
-	$(BIN)/python -m pytest $(STACK:%=tests/%) $(STACK_RUNS:%=--ignore=%)
+	$(BIN)/python -m pytest $(STACK:%=tests/%) $(RUNS:%=--ignore=%) $(SAME:%=--ignore=%)
 
 test-stack-runs: $(READY)
 	$(BIN)/python -m pytest $(STACK_RUNS)
@@ -102,10 +104,15 @@ test-compiled: $(READY)
 	@echo "== every kernel compiled ahead of time for sm_80, sm_90 and sm_100"
 	MOE_KERNELS_AOT=1 $(BIN)/python -m pytest tests/aot
 
+HOPPER := tests/aot -m "not one_triton"
+test-hopper: $(READY)
+	@echo "== every kernel for Hopper compiled ahead of time"
+	MOE_KERNELS_AOT=1 $(BIN)/python -m pytest $(HOPPER)
+
 # Under another triton than the installed one, in a folder beside it: make test-triton-3.7.1
 test-triton-%: $(VENV)-triton-%/.ready
-	@echo "== every kernel compiled, and launched on a driver that only remembers, with triton $*"
-	PYTHONPATH=$(VENV)-triton-$* MOE_KERNELS_AOT=1 $(BIN)/python -m pytest tests/aot
+	@echo "== every kernel for Hopper compiled, and launched on a driver that only remembers, with triton $*"
+	PYTHONPATH=$(VENV)-triton-$* MOE_KERNELS_AOT=1 $(BIN)/python -m pytest $(HOPPER)
 	PYTHONPATH=$(VENV)-triton-$* $(BIN)/python -m pytest tests/core/test_launch.py
 
 .PRECIOUS: $(VENV)-triton-%/.ready

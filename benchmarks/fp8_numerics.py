@@ -20,9 +20,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from forms import in_fp8
 from torch import Tensor
 
+from forms import in_fp8
 from moe_kernels import fused_experts
 from moe_kernels.fp8 import Fp8Weight
 from moe_kernels.packed import BlockFp8

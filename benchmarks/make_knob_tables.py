@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
 import pages
-
 from moe_kernels.registry import names
 from moe_kernels.settings import ExpertsSettings
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pages
-
 from moe_kernels.tools.compare.judge import smooth
 
 RELEASES = "-triton-"  # in the name of a file: the same layers under one release of triton

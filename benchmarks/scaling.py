@@ -52,7 +52,7 @@ from moe_kernels.tools.compare.command import prepare_missing
 from moe_kernels.tools.compare.environment import versions
 from moe_kernels.tools.compare.judge import smooth
 from moe_kernels.tools.compare.metrics import run_metrics
-from moe_kernels.tools.compare.plan import CONFIG_FOLDER, Options, RunSpec, plan_family
+from moe_kernels.tools.compare.pair import CONFIG_FOLDER, Options, RunSpec, family_pair
 from moe_kernels.tools.compare.runner import FINISHED, OFFLINE, Machine, run_training
 from moe_kernels.tools.prepare import tiny_overrides
 
@@ -83,10 +83,10 @@ def one_gpu_specs(family: str, setting: Setting) -> dict[str, RunSpec]:
     """The two run files of configs/moe, as `moe-kernels compare` would run them, in folders of their own."""
     options = Options(size=setting.size, steps=setting.steps, warmup_steps=setting.warmup, noise=False, router=False)
     overrides = tiny_overrides(family) if setting.size == "tiny" else None
-    plan = plan_family(family, options, overrides)
-    prepare_missing(plan, Console(stderr=True))
+    pair = family_pair(family, options, overrides)
+    prepare_missing(pair, Console(stderr=True))
     specs = {}
-    for experts, run in zip((STOCK, OURS), plan.runs, strict=True):
+    for experts, run in zip((STOCK, OURS), pair.runs, strict=True):
         folder = RUNS / f"{family}-{setting.size}-one-{experts}"
         output = {"output_dir": str(folder / "output")}
         specs[experts] = replace(run, folder=folder, overrides=run.overrides | output, config=run.config | output)

@@ -38,7 +38,7 @@ from moe_kernels.tools.common.options import ensure_writable
 from moe_kernels.tools.compare.command import prepare_missing
 from moe_kernels.tools.compare.environment import versions
 from moe_kernels.tools.compare.gpu import visible_gpu
-from moe_kernels.tools.compare.plan import OPTIMIZED, Options, plan_family
+from moe_kernels.tools.compare.pair import OPTIMIZED, Options, family_pair
 from moe_kernels.tools.compare.runner import FINISHED, Machine, run_training
 from moe_kernels.tools.prepare import tiny_overrides
 
@@ -126,12 +126,12 @@ def main() -> int:
     console, device = Console(), visible_gpu()
     size = "1b" if device else "tiny"
     options = Options(size=size, steps=wanted.steps, warmup_steps=wanted.warmup_steps, router=False)
-    plan = plan_family(wanted.family, options, tiny_overrides(wanted.family) if size == "tiny" else None)
-    prepare_missing(plan, console)
+    pair = family_pair(wanted.family, options, tiny_overrides(wanted.family) if size == "tiny" else None)
+    prepare_missing(pair, console)
     # The training imports the switch from beside this file.
     here, others = str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([here, others] if others else [here])
-    base = next(run for run in plan.runs if run.role == OPTIMIZED)
+    base = next(run for run in pair.runs if run.role == OPTIMIZED)
     folder = base.folder.with_name("telemetry")
     # Every step of the same size, the last of an epoch too.
     changes = {"moe_router_telemetry": True, "output_dir": str(folder / "output"), "dataloader_drop_last": True}

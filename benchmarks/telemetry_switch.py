@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from axolotl.integrations.base import BasePlugin
-from telemetry_cost import PARTS, TIMES, telemetry_is_on
 from transformers import TrainerCallback
 
 from axolotl.integrations.moe_kernels.telemetry import RouterCallback
 from moe_kernels.telemetry.counter import RouterCounter
+from telemetry_cost import PARTS, TIMES, telemetry_is_on
 
 
 class TelemetrySwitch(BasePlugin):

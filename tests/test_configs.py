@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from moe_kernels.shapes import FAMILIES, REAL_FAMILIES, TOKENS_PER_STEP, Family
-from moe_kernels.tools.compare.plan import Options, plan_family
+from moe_kernels.tools.compare.pair import Options, family_pair
 from moe_kernels.tools.prepare import tiny_overrides
 
 FOLDER = Path(__file__).parents[1] / "configs" / "moe"
@@ -108,7 +108,7 @@ def test_qlora_is_the_lora_run_in_4_bits(name: str, lora: str) -> None:
     family = REAL_FAMILIES["qwen3-moe"]
     config, base = load(name), load(getattr(family, lora))
     assert differing(config, base) == {"adapter", "load_in_4bit", "quantize_moe_experts", *NAMING}
-    run = next(run for run in plan_family("qwen3-moe", Options(qlora=True)).runs if run.role == lora)
+    run = next(run for run in family_pair("qwen3-moe", Options(qlora=True)).runs if run.role == lora)
     assert {key: run.config[key] for key in differing(config, base) - NAMING} == {
         key: config[key] for key in differing(config, base) - NAMING
     }
@@ -189,7 +189,7 @@ def test_axolotl_accepts_it_for_a_gpu(name: str, plugin_manager: Any) -> None:
 def test_axolotl_accepts_what_compare_makes_of_it(
     family: str, options: dict[str, Any], plugin_manager: Any
 ) -> None:
-    for run in plan_family(family, Options(**options)).runs[:2]:
+    for run in family_pair(family, Options(**options)).runs[:2]:
         result = validated(run.config, plugin_manager, **HOPPER)
         assert not changed(run.config, result)
 

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
-from moe_kernels.shapes import FAMILIES, REAL_FAMILIES, SIZES
+from moe_kernels.shapes import FAMILIES, REAL_FAMILIES
 from moe_kernels.tools.app import app
 from moe_kernels.tools.common import files
 from moe_kernels.tools.common.errors import MISSING, WRONG_USAGE, MissingDependency, UsageError
@@ -70,7 +70,7 @@ def test_models_of_real_size(family: str) -> None:
 
 
 @each_family
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["1b", "tiny"])
 def test_layers_are_those_of_the_table(family: str, size: str) -> None:
     shape = FAMILIES[family].sizes[size]
     with torch.device("meta"):

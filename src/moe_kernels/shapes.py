@@ -76,8 +76,6 @@ class Family:
         return next(iter(self.sizes))
 
 
-SIZES: tuple[str, ...] = ("1b", "tiny")
-
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (

@@ -177,7 +177,8 @@ def _down_grads(
         dout_rows = added.rows
     low, bias_dot = (None, None) if added is None else (added.low, added.bias_dot)
     down = Weight(t.down, None, low, t.down_lora_a)
-    dz, wa, dw = backend.down_grad(dout_rows, down, z, t.topk_weights, plan, gate, overwrite_z, bias_dot)
+    needs_wa = needs.down or needs.down_lora_a
+    dz, wa, dw = backend.down_grad(dout_rows, down, z, t.topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
     grads: dict[str, Tensor | None] = {"topk_weights": dw if needs.topk_weights else None}
     if needs.down:
         grads["down"] = _weight_grad(backend, t.down, dout_rows, wa, plan)

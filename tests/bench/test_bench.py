@@ -1,20 +1,18 @@
 """`moe-kernels bench` on a tiny layer on the CPU: numbers are there, right, and wrong implementations are caught."""
 
 import dataclasses
-import importlib.util
 import io
 import itertools
 import json
 import math
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import goals
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LayerShape
 from moe_kernels.tools.app import app
@@ -24,10 +22,6 @@ from moe_kernels.tools.bench.plots import bytes_moved
 from moe_kernels.tools.common import machine
 
 pytest.importorskip("transformers")
-spec = importlib.util.spec_from_file_location("goals", Path(__file__).parents[2] / "benchmarks" / "goals.py")
-goals = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = goals
-spec.loader.exec_module(goals)
 SHAPE = LayerShape("tiny", 48, 32, 24, 6, 2)
 CPU = torch.device("cpu")
 SPREADS = ("forward_ms", "forward_backward_ms", "forward_host_ms", "forward_backward_host_ms")

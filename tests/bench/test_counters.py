@@ -1,15 +1,11 @@
 """benchmarks/counters.py, which needs a GPU whose counters may be read: its reading of ncu's page."""
 
 import csv
-import importlib.util
 import io
-from pathlib import Path
 
 import pytest
 
-_SPEC = importlib.util.spec_from_file_location("counters", Path(__file__).parents[2] / "benchmarks" / "counters.py")
-counters = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(counters)
+import counters
 
 
 def page(kernels, units=None):

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, Field
 
-from moe_kernels.settings import GROUP_SIZES, ExpertsSettings
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import make_knob_tables as knobs
+from moe_kernels.settings import GROUP_SIZES, ExpertsSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "make_knob_tables.py"

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_kernels.shapes import LayerShape
-from moe_kernels.tools.bench import experts
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import make_readme_table as tables
 import pages
 import step_times as steps
+from moe_kernels.shapes import LayerShape
+from moe_kernels.tools.bench import experts
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "make_readme_table.py"

@@ -1,6 +1,5 @@
 """benchmarks/sanitize.py: reads the tools' reports, and no failure of a tool passes for a clean run."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import sanitize
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "sanitize.py"
@@ -55,15 +56,6 @@ INITCHECK = """\
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
 
 
-@pytest.fixture(scope="module")
-def sanitize():
-    spec = importlib.util.spec_from_file_location("sanitize", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sanitize"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("text", "ours", "others"),
     [
@@ -75,24 +67,24 @@ def sanitize():
     ],
     ids=["memcheck", "racecheck", "synccheck", "initcheck", "clean"],
 )
-def test_a_report_belongs_to_the_kernel_it_names(sanitize, text, ours, others):
+def test_a_report_belongs_to_the_kernel_it_names(text, ours, others):
     log = sanitize.read_log(text, OURS)
     assert (log.finished, dict(log.ours), log.others.total(), log.broken) == (True, ours, others, [])
     assert set(log.samples) == set(ours)
 
 
-def test_a_log_without_an_end_is_not_clean(sanitize):
+def test_a_log_without_an_end_is_not_clean():
     assert not sanitize.read_log("========= COMPUTE-SANITIZER\n", OURS).finished
     assert sanitize.read_log("========= Internal Sanitizer Error: no memory\n" + CLEAN, OURS).broken
 
 
-def test_every_kernel_is_known(sanitize):
+def test_every_kernel_is_known():
     kernels = sanitize.package_kernels("cpu")
     assert {"up_kernel", "grouped_gemm_kernel", "wgrad_kernel", "route_kernel"} <= kernels
     assert not any("hopper" in kernel for kernel in kernels)
 
 
-def test_on_hopper_its_own_kernels_must_run(sanitize, monkeypatch):
+def test_on_hopper_its_own_kernels_must_run(monkeypatch):
     monkeypatch.setattr(sanitize.torch.cuda, "get_device_capability", lambda: (9, 0))
     assert "hopper_gemm_kernel" in sanitize.package_kernels("cuda")
     assert all(sanitize.runs_on(name, "cuda") for name in sanitize.NAMES)

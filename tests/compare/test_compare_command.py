@@ -17,7 +17,7 @@ from moe_kernels.shapes import ALL_FAMILIES, FAMILIES
 from moe_kernels.tools.app import app
 from moe_kernels.tools.compare import command
 from moe_kernels.tools.compare.gpu import Gpu
-from moe_kernels.tools.compare.plan import Options, plan_files
+from moe_kernels.tools.compare.pair import Options, digest, family_pair, files_pair
 from moe_kernels.tools.compare.runner import Machine
 
 
@@ -131,7 +131,7 @@ def test_reports_of_one_name_are_numbered_and_of_another_size_are_named_so() -> 
 def test_the_report_folder_tells_what_was_compared(
     arguments: tuple[str, ...], folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "run_plan", lambda plan, *_: builders.comparison(name=plan.name, size=plan.size))
+    monkeypatch.setattr(command, "run_pair", lambda pair, *_: builders.comparison(name=pair.name, size=pair.size))
     result = compare(*arguments, "--size", "tiny")
     assert result.exit_code == 0, result.output
     assert [path.name for path in Path("artifacts/compare").iterdir()] == [folder]
@@ -144,9 +144,39 @@ def test_the_report_folder_tells_what_was_compared(
 def test_liger_on_a_pair_of_the_users_own_is_a_comparison_of_its_own() -> None:
     pair()
     files = Path("a.yml"), Path("b.yml")
-    plain, liger = (plan_files(*files, Options(warmup_steps=2, liger=on)) for on in (False, True))
+    plain, liger = (files_pair(*files, Options(warmup_steps=2, liger=on)) for on in (False, True))
     assert (plain.label, liger.label) == ("a-vs-b", "a-vs-b-liger")
     assert plain.folder != liger.folder
+
+
+def test_keys_of_both_runs() -> None:
+    files = pair()[:2]
+    given = "sequence_len=64", "gradient_checkpointing_kwargs.use_reentrant=true", "special.a.b=[1, two]"
+    for names in (files, ("mixtral", "--size", "tiny")):
+        settings = [part for text in given for part in ("--set", text)]
+        shown = compare(*names, *settings, "--warmup-steps", "2", "--dry-run")
+        assert shown.exit_code == 0, shown.output
+    for made in (
+        files_pair(*map(Path, files), Options(warmup_steps=2, settings=given)),
+        family_pair("mixtral", Options(settings=given)),
+    ):
+        assert made.name.endswith(f"-set-{digest(given)}")
+        for run in made.runs:
+            assert run.config["sequence_len"] == 64
+            assert run.config["gradient_checkpointing_kwargs"] == {"use_reentrant": True}
+            assert run.config["special"] == {"a": {"b": [1, "two"]}}
+    assert family_pair("mixtral", Options(settings=("attn_implementation=eager",))).name.endswith(
+        "-attn_implementation-eager"
+    )
+
+
+def test_a_mapping_keeps_its_other_keys() -> None:
+    one, both = (
+        family_pair("qwen3-moe", Options(settings=("gradient_checkpointing_kwargs.x=1", *more))).runs[0].config
+        for more in ((), ("gradient_checkpointing_kwargs.use_reentrant=true",))
+    )
+    assert one["gradient_checkpointing_kwargs"] == {"use_reentrant": False, "x": 1}
+    assert both["gradient_checkpointing_kwargs"] == {"use_reentrant": True, "x": 1}
 
 
 def test_a_finished_run_of_another_gpu_is_not_reported_as_this_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +201,7 @@ def test_another_comparison_at_work_is_named() -> None:
 
 def test_nothing_is_trained_where_one_of_all_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
-    monkeypatch.setattr(command, "run_plan", lambda plan, *_: trained.append(plan.name))
+    monkeypatch.setattr(command, "run_pair", lambda pair, *_: trained.append(pair.name))
     with command.claimed(Path("artifacts/runs/compare/qwen2-moe-tiny")):
         result = compare("mixtral", "qwen2-moe", "--size", "tiny")
     assert (result.exit_code, trained) == (2, [])
@@ -215,6 +245,11 @@ def test_liger_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         (("mixtral", "--size", "1b"), 3, "need an NVIDIA GPU"),
         (("qwen3-moe", "--size", "30b"), 3, "The 30b models need an NVIDIA GPU"),
         (("qwen3-moe", "--liger"), 3, "--liger needs an NVIDIA GPU"),
+        (("mixtral", "--set", "seed"), 2, "--set 'seed' is no KEY=VALUE"),
+        (("mixtral", "--set", "a..b=1"), 2, "is no KEY=VALUE"),
+        (("mixtral", "--set", "seed=[1"), 2, "is not valid YAML"),
+        (("mixtral", "--set", "max_steps=9"), 2, "--set cannot change max_steps, which compare sets itself"),
+        (("mixtral", "--set", "seed.x=9"), 2, "--set seed.x: seed is no mapping of that depth"),
         (("mixtral", "--wandb", "on"), 2, "--wandb on: choose from offline, online"),
         (("mixtral", "--steps", "5", "--dry-run"), 2, "leave less than the three to time"),
         (("all", "llama", "--dry-run"), 2, "There is nothing called llama to compare"),

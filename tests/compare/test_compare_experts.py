@@ -16,7 +16,7 @@ from typing import Any
 import builders
 import pytest
 import yaml
-from test_compare_runner import BASE, machine, make_plan
+from test_compare_runner import BASE, machine, make_pair
 
 pytest.importorskip("transformers", reason="needs the extra [transformers]")
 from transformers import AutoConfig
@@ -104,7 +104,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, base: dict[str, Any] | None = None
         return 0
 
     monkeypatch.setattr(experts_bench, "run_command", run)
-    found = measure_experts(make_plan(base=base), machine(**changes), False, lambda line: None)
+    found = measure_experts(make_pair(base=base), machine(**changes), False, lambda line: None)
     assert found["moe_layers"] == 10
     return bool(ran)
 
@@ -128,13 +128,13 @@ def test_the_measurement_is_taken_from_the_store_until_something_changes(monkeyp
 
 def test_a_measurement_that_fails_says_why() -> None:
     (Path("model")).mkdir()
-    found = measure_experts(make_plan(), machine(), False, lambda line: None)
+    found = measure_experts(make_pair(), machine(), False, lambda line: None)
     assert "model cannot be read here" in found["error"] or "cannot be used" in found["error"]
     assert found["measurements"] == []
 
 
 def test_a_terminated_command_leaves_no_measurement_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_plan()
+    make_pair()
     here = str(Path(__file__).parent)
     script = f"""
         import sys; sys.path.insert(0, {here!r})

@@ -12,7 +12,7 @@ from moe_kernels.shapes import ALL_FAMILIES, FAMILIES, REAL_FAMILIES
 from moe_kernels.tools.app import app
 from moe_kernels.tools.compare import command
 from moe_kernels.tools.compare.adapter import make_adapter
-from moe_kernels.tools.compare.plan import Options, Plan, lora_overrides, plan_family
+from moe_kernels.tools.compare.pair import Options, Pair, family_pair, lora_overrides
 from moe_kernels.tools.prepare import tiny_overrides
 
 KERNEL_KEYS = {"plugins", "moe_kernels", "moe_group_size", "moe_persistent_kernel", "experts_implementation"}
@@ -20,14 +20,14 @@ NAMES = {"output_dir", "wandb_project", "wandb_name", "moe_router_telemetry"}
 NO_GPU = "--qlora needs an NVIDIA GPU and none is visible: Axolotl loads a 4-bit model onto one"
 
 
-def plan(family: str, **options: object) -> Plan:
-    return plan_family(family, Options(size="tiny", **options), tiny_overrides(family))
+def pair(family: str, **options: object) -> Pair:
+    return family_pair(family, Options(size="tiny", **options), tiny_overrides(family))
 
 
 @pytest.mark.parametrize("qlora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_runs_differ_in_the_kernels_alone(family: str, qlora: bool) -> None:
-    made = plan(family, lora=16, qlora=qlora)
+    made = pair(family, lora=16, qlora=qlora)
     baseline, optimized = (next(run for run in made.runs if run.role == role) for role in ("baseline", "optimized"))
     keys = baseline.config.keys() | optimized.config.keys()
     differ = {key for key in keys if baseline.config.get(key) != optimized.config.get(key)}
@@ -41,7 +41,7 @@ def test_the_runs_differ_in_the_kernels_alone(family: str, qlora: bool) -> None:
         assert run.config["lora_model_dir"] == f"artifacts/adapters/{FAMILIES[family].sizes['tiny'].name}-r16"
         assert run.config.get("load_in_4bit", False) == run.config.get("quantize_moe_experts", False) == qlora
     assert made.name == f"{family}-{'q' if qlora else ''}lora16"
-    assert made.folder != plan(family).folder, "a LoRA pair must not take the place of the full one's runs"
+    assert made.folder != pair(family).folder, "a LoRA pair must not take the place of the full one's runs"
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_runs_differ_in_the_kernels_alone(family: str, qlora: bool) -> None:
 @pytest.mark.parametrize("family", REAL_FAMILIES)
 def test_families_at_real_size(family: str, options: dict[str, Any], suffix: str, changed: dict[str, Any]) -> None:
     for size in REAL_FAMILIES[family].sizes:
-        made = plan_family(family, Options(size=size, **options), tiny_overrides(family) if size == "tiny" else None)
+        made = family_pair(family, Options(size=size, **options), tiny_overrides(family) if size == "tiny" else None)
         assert made.name == family + suffix
         assert len({str(run.folder) for run in made.runs}) == len(made.runs)
         baseline, optimized = made.runs[:2]
@@ -75,7 +75,7 @@ def test_families_at_real_size(family: str, options: dict[str, Any], suffix: str
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_size_for_a_gpu_is_the_default(family: str) -> None:
-    assert plan_family(family, Options()).size == ALL_FAMILIES[family].large != "tiny"
+    assert family_pair(family, Options()).size == ALL_FAMILIES[family].large != "tiny"
 
 
 def test_an_adapter_that_another_comparison_made_is_left_alone(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_an_adapter_that_another_comparison_made_is_left_alone(tmp_path: Path) -
 
 def test_without_it_nothing_changes() -> None:
     assert lora_overrides(Options(), "model") == {}
-    assert not any(key.startswith("lora") for run in plan("mixtral").runs for key in run.config)
+    assert not any(key.startswith("lora") for run in pair("mixtral").runs for key in run.config)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from moe_kernels.tools.common.runfile import load_yaml, precision
 from moe_kernels.tools.compare import lines
 from moe_kernels.tools.compare.environment import LAUNCHER, SOURCES, TILES
 from moe_kernels.tools.compare.gpu import Gpu
-from moe_kernels.tools.compare.plan import Options, Plan, plan_family, plan_files
+from moe_kernels.tools.compare.pair import Options, Pair, family_pair, files_pair
 from moe_kernels.tools.compare.runner import (
     LogReader,
     Machine,
@@ -61,29 +61,29 @@ def _inside_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PYTHONPATH", "/kept")
 
 
-def make_plan(fake: str = "train", options: Options | None = None, base: dict[str, Any] | None = None) -> Plan:
+def make_pair(fake: str = "train", options: Options | None = None, base: dict[str, Any] | None = None) -> Pair:
     config = BASE | (base or {})
     Path("a.yml").write_text(yaml.safe_dump(config))
     ours = {"moe_kernels": True, "wandb_project": "moe-kernels", "fake": fake}
     Path("b.yml").write_text(yaml.safe_dump(config | ours))
-    return plan_files(Path("a.yml"), Path("b.yml"), options or Options(warmup_steps=2))
+    return files_pair(Path("a.yml"), Path("b.yml"), options or Options(warmup_steps=2))
 
 
 def machine(**changes: Any) -> Machine:
     return Machine(**{"device": None, "versions": {"torch": "2", SOURCES: "s"}, "trainer": FAKE, **changes})
 
 
-def train(plan: Plan, index: int = 1, shown: list[Progress] | None = None, **changes: Any) -> RunResult:
+def train(pair: Pair, index: int = 1, shown: list[Progress] | None = None, **changes: Any) -> RunResult:
     def show(progress: Progress) -> None:
         if shown is not None:
             shown.append(replace(progress))
 
-    return run_training(plan.runs[index], machine(**changes), show)
+    return run_training(pair.runs[index], machine(**changes), show)
 
 
 def test_a_finished_training() -> None:
-    plan, shown = make_plan(), []
-    result = train(plan, shown=shown)
+    pair, shown = make_pair(), []
+    result = train(pair, shown=shown)
     assert (result.status, result.error, result.exit_code) == ("finished", "", 0)
     assert [row["train/loss"] for row in result.rows] == [7.0 - 0.1 * step for step in range(1, 7)]
     assert (result.wandb["project"], result.wandb["complete"]) == ("moe-kernels", "yes")
@@ -93,7 +93,7 @@ def test_a_finished_training() -> None:
     assert shown[-1].step == 6
     assert shown[-1].loss == "6.4"
     assert result.command[0] == "python"
-    folder = plan.runs[1].folder
+    folder = pair.runs[1].folder
     assert sorted(path.name for path in folder.iterdir()) == [
         "derived.yml",
         "output",
@@ -105,67 +105,67 @@ def test_a_finished_training() -> None:
 
 
 def test_weights_are_kept_on_request() -> None:
-    plan = make_plan()
-    train(plan, keep_weights=True)
-    assert len(list(plan.runs[1].folder.rglob("*.safetensors"))) == 1
+    pair = make_pair()
+    train(pair, keep_weights=True)
+    assert len(list(pair.runs[1].folder.rglob("*.safetensors"))) == 1
 
 
 def test_a_failing_trainer_leaves_its_log_and_the_reason() -> None:
-    plan = make_plan("fail")
-    result = train(plan)
+    pair = make_pair("fail")
+    result = train(pair)
     assert (result.status, result.exit_code) == ("failed", 3)
     assert result.error == "RuntimeError: the fake GPU melted"
     assert "the fake GPU melted" in Path(result.log).read_text()
     assert result.tail[-1] == "RuntimeError: the fake GPU melted"
-    assert not (plan.runs[1].folder / "result.json").exists()
-    assert finished_result(plan.runs[1], machine()) is None
+    assert not (pair.runs[1].folder / "result.json").exists()
+    assert finished_result(pair.runs[1], machine()) is None
 
 
 def test_a_trainer_that_logs_too_few_steps_has_not_finished() -> None:
-    result = train(make_plan("short"))
+    result = train(make_pair("short"))
     assert result.status == "failed"
     assert result.error.startswith("W&B holds 2 of 6 steps")
 
 
 def test_the_time_limit_ends_the_trainer() -> None:
-    plan = make_plan("hang")
-    result = train(plan, timeout_s=3.0)
+    pair = make_pair("hang")
+    result = train(pair, timeout_s=3.0)
     assert result.exit_code is None
     assert "time limit of 3 s" in result.error
     with pytest.raises(ProcessLookupError):
-        os.kill(int((plan.runs[1].folder / "pid").read_text()), 0)
+        os.kill(int((pair.runs[1].folder / "pid").read_text()), 0)
 
 
 def test_ctrl_c_ends_the_trainer_and_keeps_finished_runs() -> None:
-    plan = make_plan("hang")
-    train(plan, index=0)
+    pair = make_pair("hang")
+    train(pair, index=0)
 
     def interrupt(progress: Progress) -> None:
-        if (plan.runs[1].folder / "pid").is_file():
+        if (pair.runs[1].folder / "pid").is_file():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_training(plan.runs[1], machine(), interrupt)
+        run_training(pair.runs[1], machine(), interrupt)
     with pytest.raises(ProcessLookupError):
-        os.kill(int((plan.runs[1].folder / "pid").read_text()), 0)
-    assert finished_result(plan.runs[0], machine()) is not None
+        os.kill(int((pair.runs[1].folder / "pid").read_text()), 0)
+    assert finished_result(pair.runs[0], machine()) is not None
 
 
 def test_a_finished_run_is_served_from_its_folder_until_something_changes() -> None:
-    plan = make_plan()
-    before = train(plan)
-    assert finished_result(plan.runs[1], machine()) == before
+    pair = make_pair()
+    before = train(pair)
+    assert finished_result(pair.runs[1], machine()) == before
     # Another kernel, another torch, another setting: run again.
-    assert finished_result(plan.runs[1], machine(versions={"torch": "2", SOURCES: "new"})) is None
-    assert finished_result(plan.runs[1], machine(versions={"torch": "3", SOURCES: "s"})) is None
-    longer = make_plan(options=Options(warmup_steps=2, steps=7))
+    assert finished_result(pair.runs[1], machine(versions={"torch": "2", SOURCES: "new"})) is None
+    assert finished_result(pair.runs[1], machine(versions={"torch": "3", SOURCES: "s"})) is None
+    longer = make_pair(options=Options(warmup_steps=2, steps=7))
     assert finished_result(longer.runs[1], machine()) is None
 
 
 def test_a_changed_kernel_leaves_the_baseline_alone() -> None:
-    plan = make_plan()
-    train(plan, index=0)
-    assert finished_result(plan.runs[0], machine(versions={"torch": "2", SOURCES: "new"})) is not None
+    pair = make_pair()
+    train(pair, index=0)
+    assert finished_result(pair.runs[0], machine(versions={"torch": "2", SOURCES: "new"})) is not None
 
 
 H100, H200 = Gpu("NVIDIA H100", "580", 80.0), Gpu("NVIDIA H200", "580", 140.0)
@@ -180,7 +180,7 @@ H100, H200 = Gpu("NVIDIA H100", "580", 80.0), Gpu("NVIDIA H200", "580", 140.0)
     ],
 )
 def test_a_run_of_another_machine_is_not_taken_for_one_of_this(one: dict[str, Any], other: dict[str, Any]) -> None:
-    run = make_plan().runs[0]
+    run = make_pair().runs[0]
     assert fingerprint(run, machine(**one)) == fingerprint(run, machine(**one))
     assert fingerprint(run, machine(**one)) != fingerprint(run, machine(**other))
 
@@ -191,18 +191,18 @@ def test_a_run_of_another_machine_is_not_taken_for_one_of_this(one: dict[str, An
 def test_a_changed_file_of_model_or_data_runs_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(Path("hub").absolute()))
     named = [{"path": "text.jsonl"}, {"path": "json", "data_files": ["texts"]}, {"path": "x" * 5000}]
-    plan = make_plan(base={"datasets": named, "tokenizer_config": "some/model"})
+    pair = make_pair(base={"datasets": named, "tokenizer_config": "some/model"})
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_text("one")
-    before = [fingerprint(run, machine()) for run in plan.runs]
-    assert before == [fingerprint(run, machine()) for run in plan.runs]
+    before = [fingerprint(run, machine()) for run in pair.runs]
+    assert before == [fingerprint(run, machine()) for run in pair.runs]
     Path(name).write_text("another")
-    assert not set(before) & {fingerprint(run, machine()) for run in plan.runs}
+    assert not set(before) & {fingerprint(run, machine()) for run in pair.runs}
 
 
 @pytest.mark.parametrize("name", [TILES, LAUNCHER])
 def test_what_our_kernels_run_with_counts_for_our_runs_alone(name: str) -> None:
-    stock, ours = make_plan().runs[:2]
+    stock, ours = make_pair().runs[:2]
     one, other = (machine(versions={"torch": "2", name: value}) for value in ("a", "b"))
     assert fingerprint(stock, one) == fingerprint(stock, other)
     assert fingerprint(ours, one) != fingerprint(ours, other)
@@ -224,21 +224,21 @@ def test_a_training_has_tokens_of_its_own_and_leaves_the_users(named: str | None
     arrow = tokenised(Path(named or "last_run_prepared"))
     arrow.with_name("dataset_info.json").unlink()
     os.utime(arrow, (1, 1))
-    plan = make_plan(base=base)
-    before = fingerprint(plan.runs[0], machine())
-    result = train(plan, index=0)
+    pair = make_pair(base=base)
+    before = fingerprint(pair.runs[0], machine())
+    result = train(pair, index=0)
     assert arrow.is_file()
     folder = Path(result.config["dataset_prepared_path"])
-    assert folder.parent == plan.folder / "prepared"
-    assert load_yaml(plan.runs[0].folder / "derived.yml") == result.config
+    assert folder.parent == pair.folder / "prepared"
+    assert load_yaml(pair.runs[0].folder / "derived.yml") == result.config
     assert result.overrides["dataset_prepared_path"] == str(folder)
-    assert before == result.fingerprint == fingerprint(plan.runs[0], machine())
-    assert "dataset_prepared_path" not in plan.yaml_diff
+    assert before == result.fingerprint == fingerprint(pair.runs[0], machine())
+    assert "dataset_prepared_path" not in pair.yaml_diff
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_runs_of_a_pair_tokenise_once(name: str) -> None:
-    runs = plan_family(name, Options(with_eager=True, lora=8)).runs
+    runs = family_pair(name, Options(with_eager=True, lora=8)).runs
     assert len({tokens_folder(run, machine()) for run in runs}) == 1
 
 
@@ -253,19 +253,19 @@ def test_all_runs_of_a_pair_tokenise_once(name: str) -> None:
 )
 def test_tokens_are_made_again_of_another_text_tokenizer_or_setting(file: str, again: bool) -> None:
     base = {"datasets": [{"path": "text.jsonl"}], "lora_model_dir": "adapter"}
-    plan = make_plan(base=base)
+    pair = make_pair(base=base)
     for name in ("text.jsonl", "model/tokenizer.json", "model/model.safetensors", "adapter/adapter_config.json"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("one")
-    before = [tokens_folder(run, machine()) for run in plan.runs]
+    before = [tokens_folder(run, machine()) for run in pair.runs]
     assert (
-        len({*before, tokens_folder(make_plan(base={**base, "dataset_prepared_path": "x"}).runs[0], machine())}) == 1
+        len({*before, tokens_folder(make_pair(base={**base, "dataset_prepared_path": "x"}).runs[0], machine())}) == 1
     )
-    assert tokens_folder(make_plan(base={**base, "sequence_len": 8}).runs[0], machine()) != before[0]
-    assert tokens_folder(plan.runs[0], machine(versions={"axolotl": "new"})) != before[0]
+    assert tokens_folder(make_pair(base={**base, "sequence_len": 8}).runs[0], machine()) != before[0]
+    assert tokens_folder(pair.runs[0], machine(versions={"axolotl": "new"})) != before[0]
     arrow = tokenised(before[0])
     Path(file).write_text("another")
-    drop_old_tokens(plan, machine())
+    drop_old_tokens(pair, machine())
     assert arrow.is_file() != again
 
 
@@ -278,11 +278,11 @@ def test_half_tokenised_data_is_removed() -> None:
 
 
 def test_two_comparisons_do_not_share_a_folder() -> None:
-    plan = make_plan()
+    pair = make_pair()
     code = f"""
         from pathlib import Path
         from moe_kernels.tools.compare.runner import claimed
-        with claimed(Path({str(plan.folder)!r})):
+        with claimed(Path({str(pair.folder)!r})):
             print("mine", flush=True)
             input()
     """
@@ -293,11 +293,11 @@ def test_two_comparisons_do_not_share_a_folder() -> None:
         assert other.stdout.readline() == "mine\n"
         with (
             pytest.raises(UsageError, match=r"Another `moe-kernels compare` is at work in .*a-vs-b-own"),
-            claimed(plan.folder),
+            claimed(pair.folder),
         ):
             raise AssertionError("both are at work")
         other.kill()
-    with claimed(plan.folder):
+    with claimed(pair.folder):
         pass
 
 
@@ -330,7 +330,7 @@ def test_every_spelling_of_a_precision(config: dict[str, Any], expected: str) ->
 
 
 def test_the_environment_is_offline_and_keeps_the_callers_path() -> None:
-    run = make_plan().runs[0]
+    run = make_pair().runs[0]
     env = environment(run, machine(device="1"))
     assert env["PYTHONPATH"] == "/kept"
     assert (env["HF_HUB_OFFLINE"], env["WANDB_MODE"], env["AXOLOTL_DO_NOT_TRACK"]) == ("1", "offline", "1")
@@ -340,15 +340,15 @@ def test_the_environment_is_offline_and_keeps_the_callers_path() -> None:
 
 
 def test_the_derived_file_changes_what_is_shown_and_nothing_else() -> None:
-    plan = make_plan(options=Options(warmup_steps=2, steps=9, with_eager=True))
-    ids = [run.run_id for run in plan.runs]
+    pair = make_pair(options=Options(warmup_steps=2, steps=9, with_eager=True))
+    ids = [run.run_id for run in pair.runs]
     assert ids == ["baseline-1", "optimized-1", "baseline-2", "eager-1"]
-    first, second, _, eager = plan.runs
+    first, second, _, eager = pair.runs
     assert first.overrides == {"output_dir": str(first.folder / "output"), "wandb_mode": "offline", "max_steps": 9}
     assert first.config == {**BASE, **first.overrides}
     assert eager.overrides["experts_implementation"] == "eager"
-    assert [run.uses_kernels for run in plan.runs] == [False, True, False, False]
-    assert {line for line in plan.yaml_diff.splitlines() if line[0] in "+-" and line[1] not in "+-"} == {
+    assert [run.uses_kernels for run in pair.runs] == [False, True, False, False]
+    assert {line for line in pair.yaml_diff.splitlines() if line[0] in "+-" and line[1] not in "+-"} == {
         "+fake: train",
         "+moe_kernels: true",
         "-wandb_project: moe-baseline",
@@ -358,17 +358,17 @@ def test_the_derived_file_changes_what_is_shown_and_nothing_else() -> None:
 
 
 def test_repeats_are_interleaved() -> None:
-    plan = make_plan(options=Options(warmup_steps=2, repeats=2))
-    assert [run.run_id for run in plan.runs] == ["baseline-1", "optimized-1", "baseline-2", "optimized-2"]
-    assert len(make_plan(options=Options(warmup_steps=2, noise=False)).runs) == 2
+    pair = make_pair(options=Options(warmup_steps=2, repeats=2))
+    assert [run.run_id for run in pair.runs] == ["baseline-1", "optimized-1", "baseline-2", "optimized-2"]
+    assert len(make_pair(options=Options(warmup_steps=2, noise=False)).runs) == 2
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_has_a_plan(name: str) -> None:
-    plan = plan_family(name, Options())
-    assert (plan.family, plan.size) == (name, "1b")
-    assert plan.runs[1].uses_kernels
-    assert not plan.runs[0].uses_kernels
+def test_every_family_has_a_pair(name: str) -> None:
+    pair = family_pair(name, Options())
+    assert (pair.family, pair.size) == (name, "1b")
+    assert pair.runs[1].uses_kernels
+    assert not pair.runs[0].uses_kernels
 
 
 def test_wrong_files_are_named() -> None:
@@ -383,17 +383,17 @@ def test_wrong_files_are_named() -> None:
     with pytest.raises(MissingDependency, match="run this in a clone"):
         shipped(Path("no-such.yml"))
     with pytest.raises(UsageError, match="leave less than the three to time after 10 warm-up steps"):
-        make_plan(options=Options(warmup_steps=10))
+        make_pair(options=Options(warmup_steps=10))
     Path("c.yml").write_text(yaml.safe_dump({key: value for key, value in BASE.items() if key != "max_steps"}))
     with pytest.raises(UsageError, match="sets no max_steps"):
-        plan_files(Path("c.yml"), Path("b.yml"), Options())
+        files_pair(Path("c.yml"), Path("b.yml"), Options())
     with pytest.raises(UsageError, match=r"b\.yml already trains with moe-kernels"):
-        plan_files(Path("b.yml"), Path("a.yml"), Options())
+        files_pair(Path("b.yml"), Path("a.yml"), Options())
     with pytest.raises(UsageError, match=r"a\.yml does not use moe-kernels"):
-        plan_files(Path("a.yml"), Path("a.yml"), Options())
+        files_pair(Path("a.yml"), Path("a.yml"), Options())
     Path("c.yml").write_text("moe_kernels: true\nmax_steps: 20")
     with pytest.raises(UsageError, match=r"c\.yml names no base_model"):
-        plan_files(Path("a.yml"), Path("c.yml"), Options())
+        files_pair(Path("a.yml"), Path("c.yml"), Options())
     for text in ("wandb_name: 2026-01-05", "special_tokens: {1: a, b: c}", "a: &x [*x]", "a: !!binary aGVsbG8="):
         Path("c.yml").write_text(text)
         with pytest.raises(UsageError, match=r"c\.yml: \w+ is .*Cure: put what is text"):
@@ -401,7 +401,7 @@ def test_wrong_files_are_named() -> None:
     for name, words in (("x" * 200, "is too long for the name"), ("x\ny", "is no plain name")):
         Path(f"{name}.yml").write_text(Path("b.yml").read_text())
         with pytest.raises(UsageError, match=words):
-            plan_files(Path("a.yml"), Path(f"{name}.yml"), Options(warmup_steps=2))
+            files_pair(Path("a.yml"), Path(f"{name}.yml"), Options(warmup_steps=2))
 
 
 def test_the_log_is_followed_in_pieces() -> None:
@@ -442,8 +442,8 @@ def test_the_last_line_that_says_why(tail: list[str], expected: str) -> None:
 
 
 def test_a_terminated_command_leaves_no_trainer_behind(tmp_path: Path) -> None:
-    plan = make_plan("hang")
-    pid = plan.runs[1].folder / "pid"
+    pair = make_pair("hang")
+    pid = pair.runs[1].folder / "pid"
     script = f"""
         import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
         from functools import partial

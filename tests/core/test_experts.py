@@ -124,6 +124,13 @@ def test_frozen_weights_cost_no_gradient(experts, device):
     assert all(torch.equal(results[f"d{name}"], expected[f"d{name}"]) for name in wanted)
 
 
+@pytest.mark.parametrize("name", ["x", "topk_weights", "gate_up", "down", "down_lora_a", "gate_up_lora_b"])
+def test_a_gradient_alone_is_the_one_among_all(experts, device, name):
+    """What serves others, such as wA for the down weight and its lora_a, is left out without harm."""
+    inputs = make_inputs(case(lora_rank=8), device)
+    assert torch.equal(run(experts, inputs, (name,))[f"d{name}"], run(experts, inputs)[f"d{name}"])
+
+
 def test_recompute_changes_no_bit(experts, device):
     inputs = make_inputs(case(routing="zipf", lora_rank=8, bias=True), device)
     expected, actual = run(experts, inputs), run(functools.partial(experts, recompute=True), inputs)

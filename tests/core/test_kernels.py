@@ -198,6 +198,16 @@ def test_dact(s, weights_dtype):
     assert_close_to_truth(ours[2], truth[2], eager[2], "dw")
 
 
+def test_down_grad_without_wa(s):
+    """For frozen weights: dZ and dw are the same to the bit, and wA takes no memory."""
+    arguments = s.rounded["dout"], Weight(s.inputs.down), s.rounded["z"], s.inputs.topk_weights, s.plan, SILU
+    for backend in BACKENDS:
+        whole, lean = (backend.down_grad(*arguments, needs_wa=needs_wa) for needs_wa in (True, False))
+        assert lean[1].numel() == 0
+        assert torch.equal(lean[0][s.routed], whole[0][s.routed])
+        assert torch.equal(lean[2], whole[2])
+
+
 @pytest.mark.parametrize(("left", "right"), [("dout", "wa"), ("dz", "x")])
 def test_wgrad(s, left, right):
     operands = [s.rounded[left], s.rounded["wa"] if right == "wa" else torch_backend.gather(s.inputs.x, s.plan)]

@@ -17,7 +17,7 @@ from mutate import JUNK, mutated, mutated_bytes
 
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.runfile import dump_yaml, load_yaml
-from moe_kernels.tools.compare.plan import Options, plan_files
+from moe_kernels.tools.compare.pair import Options, files_pair
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "moe"
 BASELINE, OPTIMIZED = CONFIGS / "mixtral-1b-baseline.yml", CONFIGS / "mixtral-8x7b-moe-optimized.yml"
@@ -123,10 +123,10 @@ def test_run_files_as_settings(
         config = mutated(yaml.safe_load(source.read_text()), random)
         path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     try:
-        plan = plan_files(*paths, Options(size="own", steps=random.choice((None, 1, 20, 60))))
+        pair = files_pair(*paths, Options(size="own", steps=random.choice((None, 1, 20, 60))))
     except UsageError:
         return
-    assert [run.uses_kernels for run in plan.runs] == [False, True, False]
-    for run in plan.runs:
+    assert [run.uses_kernels for run in pair.runs] == [False, True, False]
+    for run in pair.runs:
         assert run.steps >= 13
         assert yaml.safe_load(dump_yaml(run.config)) == run.config

@@ -8,32 +8,21 @@ import re
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")
 
 from moe_kernels.integrations.adapters import Adapted, adapted, doubts  # noqa: E402
+from support.models import tiny_config, tiny_model  # noqa: E402
 
-SIZES = {
-    "vocab_size": 53,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 24,
-    "num_experts_per_tok": 2,
+SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+FAMILIES = {
+    "mixtral": {},
+    "qwen2_moe": {"shared_expert_intermediate_size": 24, "num_experts": 4},
+    "qwen3_moe": {"num_experts": 4},
+    "gpt_oss": {},
 }
-CONFIGS = {
-    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4),
-    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
-        **SIZES, moe_intermediate_size=24, shared_expert_intermediate_size=24, num_experts=4
-    ),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, moe_intermediate_size=24, num_experts=4),
-    "gpt_oss": lambda: transformers.GptOssConfig(
-        **SIZES, head_dim=16, num_local_experts=4, layer_types=["full_attention"] * 2
-    ),
-}
+DEEPSEEK = {"num_hidden_layers": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
 WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -43,13 +32,16 @@ EXPERTS = 2 * R * 4 * ((48 + 32) + (32 + 24))
 SHARED = 2 * R * 3 * (32 + 24)
 
 
+def base(name: str) -> torch.nn.Module:
+    return tiny_model(tiny_config(name, **(SIZES | FAMILIES.get(name, DEEPSEEK))), "moe_kernels")
+
+
 def model(name: str, modules: list[str] | str, weights: list[str] | None = None) -> torch.nn.Module:
     mk.register(backend="torch")
-    base = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), experts_implementation="moe_kernels")
-    return peft.get_peft_model(base, peft.LoraConfig(r=R, target_modules=modules, target_parameters=weights))
+    return peft.get_peft_model(base(name), peft.LoraConfig(r=R, target_modules=modules, target_parameters=weights))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_part_is_counted(name: str) -> None:
     found = adapted(model(name, ATTENTION, WEIGHTS))
     assert found.routed_experts == EXPERTS
@@ -87,6 +79,15 @@ def test_a_parameter_that_is_not_there(wrong: str) -> None:
     assert f"LoRA trains no parameter of the name {wrong}: " in doubt
 
 
+def test_a_module_that_is_not_there() -> None:
+    """PEFT says nothing where another name was found."""
+    named = [*ATTENTION, "qproj"]
+    for targets in (None, [*named, *WEIGHTS]):
+        (doubt,) = doubts(model("qwen3_moe", named, WEIGHTS), targets)
+        assert "LoRA trains no module of the name qproj: this model has none." in doubt
+        assert "Its linear layers are k_proj, lm_head, o_proj, q_proj, v_proj (" in doubt
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_all_linear_that_reaches_no_expert(name: str) -> None:
     """Where PEFT does not make it into expert weights: as a list of what is linear in the model."""
@@ -105,24 +106,8 @@ def test_a_router_that_nobody_named() -> None:
     assert doubts(tuned, [*ATTENTION, "gate"]) == []
 
 
-DEEPSEEK = {
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
-}
-
-
-def test_a_shared_expert_whose_names_peft_takes_for_the_routed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_expert_whose_names_peft_takes_for_the_routed_ones() -> None:
     """findings/peft-deepseek-shared-expert.sh; the line that the warning gives adapts both."""
-    sizes = SIZES | {"num_key_value_heads": 2}
-    monkeypatch.setitem(CONFIGS, "deepseek_v3", lambda: transformers.DeepseekV3Config(**sizes, **DEEPSEEK))
     for named in (["o_proj", *PROJECTIONS], [f"shared_experts.{name}" for name in PROJECTIONS], ["all-linear"]):
         tuned = model("deepseek_v3", named if len(named) > 1 else "all-linear")
         assert adapted(tuned).shared_expert == adapted(tuned).rest == 0
@@ -138,11 +123,11 @@ def test_a_shared_expert_whose_names_peft_takes_for_the_routed_ones(monkeypatch:
 
 def test_without_an_adapter() -> None:
     mk.register(backend="torch")
-    base = transformers.AutoModelForCausalLM.from_config(CONFIGS["mixtral"](), experts_implementation="moe_kernels")
-    assert adapted(base) == Adapted(0, 0, 0, 0, 0)
-    assert str(adapted(base)) == "nothing"
-    assert doubts(base, PROJECTIONS) == []
-    assert mk.check_model(base) == 2
+    plain = base("mixtral")
+    assert adapted(plain) == Adapted(0, 0, 0, 0, 0)
+    assert str(adapted(plain)) == "nothing"
+    assert doubts(plain, PROJECTIONS) == []
+    assert mk.check_model(plain) == 2
 
 
 def test_frozen_factors_are_not_trained() -> None:
@@ -157,11 +142,11 @@ def test_frozen_factors_are_not_trained() -> None:
 def in_4_bits(name: str) -> torch.nn.Module:
     packed = pytest.importorskip("bitsandbytes.nn.parametrize")
     mk.register(backend="torch")
-    base = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), experts_implementation="moe_kernels")
-    for _, experts in mk.experts_modules(base):
+    packed_base = base(name)
+    for _, experts in mk.experts_modules(packed_base):
         for weight in ("gate_up_proj", "down_proj"):
             packed.replace_parameter_4bit(experts, weight)
-    return base
+    return packed_base
 
 
 @pytest.mark.filterwarnings("ignore:target_parameters=")

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from moe_kernels import backends
+from support.models import tiny_config, tiny_model
 
 # find_spec, not import: Axolotl takes many seconds to import, and collecting must not.
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
@@ -378,8 +379,6 @@ def test_an_axolotl_that_was_not_tried(
 @pytest.mark.parametrize("named", [{}, {"experts_implementation": "moe_kernels"}], ids=str)
 def test_axolotls_expert_parallelism_wraps_ours(named: dict[str, str], manager: Any) -> None:
     """Its plugin runs first, and looks for the name before ours has seen the validated config."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
     from moe_kernels.integrations.transformers import UnsupportedExperts, check_model
 
     fsdp = {
@@ -392,11 +391,7 @@ def test_axolotls_expert_parallelism_wraps_ours(named: dict[str, str], manager: 
     from axolotl.integrations.expert_parallel import experts_fn
 
     assert experts_fn.get_local_implementation() == "moe_kernels"
-    config = MixtralConfig(
-        hidden_size=16, intermediate_size=8, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=2,
-        num_local_experts=4, vocab_size=32,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config)
+    model = tiny_model(tiny_config("mixtral"))
     model.set_experts_implementation(cfg.experts_implementation)
     assert check_model(model) == 2
     experts_fn.set_local_implementation("grouped_mm")
@@ -454,19 +449,13 @@ def test_model_outside_the_allow_list(plugin: Any) -> None:
 
 
 def test_fused_router_is_installed_or_refused(plugin: Any, log: pytest.LogCaptureFixture) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
     from moe_kernels.integrations.router import UnsupportedRouter
 
-    config = MixtralConfig(
-        hidden_size=16, intermediate_size=8, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=2,
-        num_local_experts=4, vocab_size=32,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config)
+    model = tiny_model(tiny_config("mixtral"))
     plugin.post_model_load(axolotl_config(moe_fused_router=True), model)
     assert "fused router in 2 layers of MixtralForCausalLM" in log.text
     assert all("forward" in vars(layer.mlp.gate) for layer in model.model.layers)
-    plain = MixtralForCausalLM(config)
+    plain = tiny_model(tiny_config("mixtral"))
     plugin.post_model_load(axolotl_config(moe_fused_router=False), plain)
     assert not any("forward" in vars(layer.mlp.gate) for layer in plain.model.layers)
     with pytest.raises(UnsupportedRouter, match="Set moe_fused_router: false"):

@@ -11,44 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import moe_kernels.integrations.transformers as mk
 from moe_kernels import backends, steps
 from moe_kernels.autograd import backward_op, forward_op
+from support.models import tiny_config, tiny_model
 
 LAYERS = 2
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-ROUTED: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-SHARED: dict[str, Any] = {"shared_expert_intermediate_size": 40, "decoder_sparse_step": 1}
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **ROUTED),
-    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
-    "gpt_oss": lambda: transformers.GptOssConfig(
-        **SIZES, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * LAYERS
-    ),
-    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**SIZES, **ROUTED, **SHARED),
-}
+FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "qwen2_moe")
 PATTERN = "moe_kernels::experts_forward"  # as docs/axolotl.md has it
 axolotl = pytest.mark.skipif(importlib.util.find_spec("axolotl.utils") is None, reason="needs the extra [axolotl]")
 
 
-def make_model(name: str) -> nn.Module:
-    torch.manual_seed(0)
+def make_model(name: str, **changes: Any) -> nn.Module:
     mk.register(backend="torch")
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), experts_implementation="moe_kernels")
-    return model.train()
+    return tiny_model(tiny_config(name, **changes), "moe_kernels").train()
 
 
 @pytest.fixture
@@ -69,7 +47,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
 
 
 def results(model: nn.Module) -> dict[str, torch.Tensor]:
-    ids = torch.randint(0, SIZES["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(3))
     model.zero_grad(set_to_none=True)
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
@@ -96,7 +74,7 @@ def test_the_down_projection_is_not_computed_again(
 
 @axolotl
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_axolotl_keeps_the_experts(
     name: str, offload: bool, counted: collections.Counter[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -137,9 +115,7 @@ def test_axolotl_recomputes_layers_with_a_sliding_window(
     """Whatever is named, unless it is told otherwise: in gpt-oss every second layer."""
     from axolotl.monkeypatch.selective_checkpointing import apply_selective_checkpointing
 
-    config = CONFIGS["gpt_oss"]()
-    config.layer_types = ["sliding_attention", "full_attention"]
-    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="moe_kernels").train()
+    model = make_model("gpt_oss", layer_types=["sliding_attention", "full_attention"])
     expected = results(model)
     apply_selective_checkpointing(model, save=["attention", PATTERN], **options)
     model.gradient_checkpointing_enable()

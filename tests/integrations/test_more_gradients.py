@@ -8,28 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")
 
-COMMON = {
-    "vocab_size": 31,
-    "hidden_size": 24,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 16,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-}
-CONFIGS = {
-    "mixtral": lambda: transformers.MixtralConfig(**COMMON, intermediate_size=20),
-    # Stored transposed and interleaved, with biases and a clamp.
-    "gpt_oss": lambda: transformers.GptOssConfig(
-        **COMMON, head_dim=12, intermediate_size=20, layer_types=["full_attention"] * 2
-    ),
-}
+from support.models import tiny_config, tiny_model  # noqa: E402
 
-
+FAMILIES = ("mixtral", "gpt_oss")
+VOCAB = 31
 @pytest.fixture(autouse=True, params=["torch", "triton"])
 def _registered(request: pytest.FixtureRequest) -> Iterator[None]:
     mk.register(backend=request.param)
@@ -39,29 +24,21 @@ def _registered(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def models(name: str) -> tuple[nn.Module, nn.Module]:
     """(the model with its own experts, the same with ours)"""
-    pair = []
-    for implementation in ("eager", "moe_kernels"):
-        torch.manual_seed(7)
-        pair.append(
-            transformers.AutoModelForCausalLM.from_config(
-                CONFIGS[name](), experts_implementation=implementation, attn_implementation="eager"
-            ).eval()
-        )
-        with torch.no_grad():
-            for parameter in pair[-1].parameters():
-                parameter.normal_(0.0, 0.3)
-    mk.check_model(pair[1])
-    return pair[0], pair[1]
+    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 2}
+    config = tiny_config(name, **sizes, attn_implementation="eager")
+    stock, ours = (tiny_model(config, implementation, 0.3).eval() for implementation in ("eager", "moe_kernels"))
+    mk.check_model(ours)
+    return stock, ours
 
 
-SENTENCES = torch.arange(18).view(3, 6) * 7 % 31
+SENTENCES = torch.arange(18).view(3, 6) * 7 % VOCAB
 
 
 def call(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Logits. Mask and positions are given, which transformers else looks for in the data."""
     shape = ids.shape
     mask = torch.zeros(shape[0], 1, shape[1], shape[1], device=ids.device)
-    if isinstance(model.config, transformers.GptOssConfig):
+    if model.config.model_type == "gpt_oss":
         mask = {"full_attention": mask}
     positions = torch.arange(shape[1], device=ids.device).expand(shape)
     return model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
@@ -92,7 +69,7 @@ def gradients(model: nn.Module, vmap: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("vmap", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_of_each_sentence(name: str, vmap: bool) -> None:
     stock, ours = models(name)
     wanted, found = gradients(stock, False), gradients(ours, vmap)
@@ -100,7 +77,7 @@ def test_gradients_of_each_sentence(name: str, vmap: bool) -> None:
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=key: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_hessian_vector_product(name: str) -> None:
     products = []
     for model in models(name):
@@ -115,13 +92,13 @@ def test_hessian_vector_product(name: str) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_shapes_on_meta(name: str) -> None:
     _, ours = models(name)
     ours = ours.to("meta")
     logits = call(ours, SENTENCES.to("meta"))
     logits.sum().backward()
-    assert logits.shape == (*SENTENCES.shape, COMMON["vocab_size"])
+    assert logits.shape == (*SENTENCES.shape, VOCAB)
     for key, parameter in ours.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.shape == parameter.shape, key

@@ -13,6 +13,7 @@ from torch import nn
 
 from moe_kernels import backends
 from moe_kernels.factors import LowRank
+from support.models import tiny_config, tiny_model
 from support.tiles import use_small_tiles
 
 transformers = pytest.importorskip("transformers")
@@ -21,50 +22,9 @@ mk = pytest.importorskip("moe_kernels.integrations.transformers")
 mk_peft = pytest.importorskip("moe_kernels.integrations.peft")
 
 VOCAB, EXPERTS = 53, 4
-COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 40,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
-# name: (configuration, name of the first weight)
-MODELS: dict[str, tuple[Callable, str]] = {
-    "mixtral": (
-        lambda: transformers.MixtralConfig(
-            **COMMON, intermediate_size=24, num_hidden_layers=2, num_local_experts=EXPERTS, num_experts_per_tok=2
-        ),
-        "gate_up_proj",
-    ),
-    # Stored transposed and interleaved, with biases.
-    "gpt_oss": (
-        lambda: transformers.GptOssConfig(
-            **COMMON,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_local_experts=EXPERTS,
-            num_experts_per_tok=2,
-            layer_types=["full_attention"] * 2,
-        ),
-        "gate_up_proj",
-    ),
-    # No gate.
-    "nemotron_h": (
-        lambda: transformers.NemotronHConfig(
-            **COMMON,
-            layers_block_type=["full_attention", "moe", "moe"],
-            moe_intermediate_size=24,
-            moe_shared_expert_intermediate_size=24,
-            n_routed_experts=EXPERTS,
-            num_experts_per_tok=2,
-            n_group=1,
-            topk_group=1,
-        ),
-        "up_proj",
-    ),
-}
+SIZES = {"vocab_size": VOCAB, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+# Name of the first weight.
+MODELS = {"mixtral": "gate_up_proj", "gpt_oss": "gate_up_proj", "nemotron_h": "up_proj"}
 LAYERS = 2
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 
@@ -79,7 +39,7 @@ def _registered() -> Iterator[None]:
 
 
 def lora(name: str, targets: str = "both", **changes) -> peft.LoraConfig:
-    weights = {"both": [MODELS[name][1], "down_proj"], "first": [MODELS[name][1]], "down": ["down_proj"]}[targets]
+    weights = {"both": [MODELS[name], "down_proj"], "first": [MODELS[name]], "down": ["down_proj"]}[targets]
     settings = {"r": 5, "lora_alpha": 3, "init_lora_weights": False, "target_modules": ["q_proj"]}
     return peft.LoraConfig(target_parameters=[f"experts.{weight}" for weight in weights], **settings | changes)
 
@@ -94,8 +54,13 @@ def fill(model: nn.Module) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
 
 
+def stock(name: str) -> nn.Module:
+    blocks = {"num_hidden_layers": 3, "layers_block_type": ["full_attention", "moe", "moe"]}
+    return tiny_model(tiny_config(name, **SIZES, **(blocks if name == "nemotron_h" else {})))
+
+
 def adapted(name: str, config: peft.LoraConfig | None = None) -> peft.PeftModel:
-    model = transformers.AutoModelForCausalLM.from_config(MODELS[name][0](), experts_implementation="eager")
+    model = stock(name)
     model = peft.get_peft_model(model, config or lora(name))
     fill(model)
     return model
@@ -459,7 +424,7 @@ def test_factors_that_are_no_pair_are_refused(name: str, broken: str) -> None:
 
 def test_factors_on_the_device_of_the_weight_are_taken_wherever_that_is() -> None:
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(MODELS["mixtral"][0](), experts_implementation="eager")
+        model = stock("mixtral")
         model = peft.get_peft_model(model, lora("mixtral"))
     model.get_base_model().set_experts_implementation("moe_kernels")
     assert mk.check_model(model) == LAYERS
@@ -524,7 +489,7 @@ def loaded_by_axolotl(monkeypatch: pytest.MonkeyPatch, dropout: float) -> peft.P
     dictionary = importlib.import_module("axolotl.utils.dict")
     for name in ("__init__", "_axolotl_dropout_patched"):  # put back what Axolotl patches
         monkeypatch.setattr(mk_peft.ParamWrapper, name, getattr(mk_peft.ParamWrapper, name, False), raising=False)
-    model = transformers.AutoModelForCausalLM.from_config(MODELS["mixtral"][0](), experts_implementation="eager")
+    model = stock("mixtral")
     cfg = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": dropout}
     return adapter.load_lora(model, dictionary.DictDefault(cfg | {"lora_target_modules": ["w1", "w2", "w3"]}))[0]
 

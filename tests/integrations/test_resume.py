@@ -17,45 +17,11 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")
 
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
-CONFIGS = {
-    # One weight per expert in the checkpoint.
-    "qwen3_moe": lambda **changes: transformers.Qwen3MoeConfig(
-        **(COMMON | changes), head_dim=8, moe_intermediate_size=16, num_experts=12, num_experts_per_tok=2
-    ),
-    # Its router has another name there as well.
-    "mixtral": lambda: transformers.MixtralConfig(
-        **COMMON, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2
-    ),
-    # The bias of its router is a buffer; a dense layer first.
-    "deepseek_v3": lambda: transformers.DeepseekV3Config(
-        **(COMMON | {"num_key_value_heads": 4}),
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-    ),
-    # Stacked in the checkpoint as in the model: nothing to convert.
-    "gpt_oss": lambda: transformers.GptOssConfig(
-        **COMMON, head_dim=8, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2
-    ),
-}
+from support.models import COMMON, tiny_config  # noqa: E402
+
+# Of qwen3_moe a checkpoint holds one weight per expert, of mixtral its router has another name too, of deepseek_v3
+# the bias of the router is a buffer; gpt_oss is stacked in the checkpoint as in the model: nothing to convert.
+FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss")
 STEPS, SAVED_AT = 4, 2
 
 
@@ -132,9 +98,9 @@ def assert_goes_on(resumed: Any, whole: Any) -> None:
 
 
 @pytest.mark.parametrize("experts", ["moe_kernels", "grouped_mm"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_resumed_training_is_the_uninterrupted_one(family: str, experts: str, tmp_path: Path) -> None:
-    runs = Runs(tmp_path, CONFIGS[family](), experts)
+    runs = Runs(tmp_path, tiny_config(family), experts)
     whole = runs.train("whole")
     assert_goes_on(runs.train("resumed", resume=runs.checkpoint("whole")), whole)
     base = runs.model().state_dict()
@@ -146,19 +112,19 @@ def test_a_resumed_training_is_the_uninterrupted_one(family: str, experts: str, 
 
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"tie_word_embeddings": True}], ids=str)
 def test_bfloat16_and_tied_embeddings(changes: dict[str, Any], tmp_path: Path) -> None:
-    runs = Runs(tmp_path, CONFIGS["qwen3_moe"](**changes))
+    runs = Runs(tmp_path, tiny_config("qwen3_moe", **changes))
     whole = runs.train("whole")
     assert_goes_on(runs.train("resumed", resume=runs.checkpoint("whole")), whole)
 
 
 def test_a_model_that_was_never_loaded(tmp_path: Path) -> None:
     """Trained from scratch, it has no record of the conversions that its checkpoints go through."""
-    runs = Runs(tmp_path, CONFIGS["mixtral"]())
+    runs = Runs(tmp_path, tiny_config("mixtral"))
 
     def fresh() -> Any:
         torch.manual_seed(5)
         return transformers.AutoModelForCausalLM.from_config(
-            CONFIGS["mixtral"](), experts_implementation="moe_kernels"
+            tiny_config("mixtral"), experts_implementation="moe_kernels"
         )
 
     mk.register(backend="torch")
@@ -169,7 +135,7 @@ def test_a_model_that_was_never_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["shards", "bin", "bin shards"])
 def test_other_files(kind: str, tmp_path: Path) -> None:
     """The experts of a layer lie in several files; and as torch's own files, of earlier releases."""
-    runs = Runs(tmp_path, CONFIGS["qwen3_moe"]())
+    runs = Runs(tmp_path, tiny_config("qwen3_moe"))
     whole = runs.train("whole")
     checkpoint = runs.checkpoint("whole")
     tensors = safetensors.torch.load_file(checkpoint / "model.safetensors")
@@ -188,8 +154,8 @@ def test_other_files(kind: str, tmp_path: Path) -> None:
 
 
 def test_the_best_model_is_loaded_whole(tmp_path: Path) -> None:
-    runs = Runs(tmp_path, CONFIGS["mixtral"]())
-    # By the largest loss, the best checkpoint of a training that learns is the first.
+    # By the largest loss, the best checkpoint of a training that learns is the first; a smaller model learns here.
+    runs = Runs(tmp_path, tiny_config("mixtral", hidden_size=32, intermediate_size=24))
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     trained = runs.train("best", eval_strategy="steps", eval_steps=SAVED_AT, **best)
     assert trained.state.best_model_checkpoint == str(runs.checkpoint("best"))
@@ -201,7 +167,7 @@ def test_the_best_model_is_loaded_whole(tmp_path: Path) -> None:
 
 def test_a_compiled_model(tmp_path: Path) -> None:
     """Trainer saves the model inside, whose names are not those of the compiled one."""
-    runs = Runs(tmp_path, CONFIGS["mixtral"]())
+    runs = Runs(tmp_path, tiny_config("mixtral"))
 
     def train(name: str, resume: Path | None = None) -> Any:
         model = torch.compile(runs.model(), backend="eager")
@@ -213,7 +179,7 @@ def test_a_compiled_model(tmp_path: Path) -> None:
 
 def test_weights_are_written_in_place(tmp_path: Path) -> None:
     """An optimizer that the user made before holds the parameters themselves."""
-    runs = Runs(tmp_path, CONFIGS["qwen3_moe"]())
+    runs = Runs(tmp_path, tiny_config("qwen3_moe"))
     runs.train("whole")
     trainer = runs.trainer("resumed")
     before = dict(trainer.model.named_parameters())
@@ -226,7 +192,7 @@ def test_weights_are_written_in_place(tmp_path: Path) -> None:
 
 def test_lora_goes_on(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    runs = Runs(tmp_path, CONFIGS["qwen3_moe"]())
+    runs = Runs(tmp_path, tiny_config("qwen3_moe"))
 
     def adapted() -> Any:
         torch.manual_seed(7)
@@ -258,7 +224,7 @@ def refused(runs: Runs, match: str, model: Any = None) -> None:
 
 GAPS = {
     "mlp.experts.3.up_proj": "experts.gate_up_proj cannot be made of model.layers.0.mlp.experts.0.gate_proj.weight",
-    "mlp.experts.3.": r"experts.down_proj as \(11, 32, 16\), the model as Tensor \(12, 32, 16\)",
+    "mlp.experts.3.": r"experts.down_proj as \(11, 40, 24\), the model as Tensor \(12, 40, 24\)",
     "mlp.experts.": "holds nothing for 4 weights",
     "q_proj": "holds nothing for 2 weights .*model.layers.0.self_attn.q_proj.weight",
 }
@@ -266,7 +232,7 @@ GAPS = {
 
 @pytest.mark.parametrize("lost", GAPS)
 def test_a_checkpoint_with_a_gap_is_refused(lost: str, tmp_path: Path) -> None:
-    runs = Runs(tmp_path, CONFIGS["qwen3_moe"]())
+    runs = Runs(tmp_path, tiny_config("qwen3_moe"))
     runs.train("whole")
     file = runs.checkpoint("whole") / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
@@ -276,7 +242,7 @@ def test_a_checkpoint_with_a_gap_is_refused(lost: str, tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_stacked_experts_with_a_gap_is_refused(tmp_path: Path) -> None:
     """Here nothing is converted, and Trainer would only log the gap."""
-    runs = Runs(tmp_path, CONFIGS["gpt_oss"]())
+    runs = Runs(tmp_path, tiny_config("gpt_oss"))
     runs.train("whole")
     file = runs.checkpoint("whole") / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
@@ -287,21 +253,20 @@ def test_a_checkpoint_of_stacked_experts_with_a_gap_is_refused(tmp_path: Path) -
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    runs = Runs(tmp_path, CONFIGS["qwen3_moe"]())
+    runs = Runs(tmp_path, tiny_config("qwen3_moe"))
     runs.train("whole")
-    other = CONFIGS["qwen3_moe"]()
-    other.num_experts = 6
+    other = tiny_config("qwen3_moe", num_experts=6)
     refused(runs, "resume with the model", transformers.AutoModelForCausalLM.from_config(other))
 
 
 def test_a_checkpoint_without_optimizer_is_refused(tmp_path: Path) -> None:
-    runs = Runs(tmp_path, CONFIGS["qwen3_moe"]())
+    runs = Runs(tmp_path, tiny_config("qwen3_moe"))
     runs.train("whole", save_only_model=True)
     refused(runs, r"checkpoint-2 holds no state of the optimizer .* name the folder as the model instead")
 
 
 def test_an_unknown_transformers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = Runs(tmp_path, CONFIGS["qwen3_moe"]())
+    runs = Runs(tmp_path, tiny_config("qwen3_moe"))
     runs.train("whole")
     model = runs.model()
     monkeypatch.delattr("transformers.core_model_loading.rename_source_key")
@@ -310,7 +275,7 @@ def test_an_unknown_transformers_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_trainer_that_loads_right_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a later release of transformers will: ours on top of it gives the same."""
-    runs = Runs(tmp_path, CONFIGS["mixtral"]())
+    runs = Runs(tmp_path, tiny_config("mixtral"))
     whole = runs.train("whole")
 
     def right(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -325,7 +290,7 @@ def test_a_trainer_that_loads_right_by_itself(tmp_path: Path, monkeypatch: pytes
 
 
 def test_models_without_experts_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = transformers.LlamaConfig(**COMMON, intermediate_size=32)
+    dense = transformers.LlamaConfig(**COMMON)
     runs = Runs(tmp_path, dense, "eager")
     whole = runs.train("whole", save_only_model=True)
     monkeypatch.setattr("moe_kernels.integrations.resume._load", None)

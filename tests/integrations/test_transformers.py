@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moe_kernels
 from moe_kernels import backends
 from moe_kernels.activation import PLAIN, Activation
+from support import models
 from support.ambient import AMBIENT, inside
 from support.tiles import use_small_tiles
 
@@ -28,106 +29,11 @@ mk = pytest.importorskip("moe_kernels.integrations.transformers")
 
 from moe_kernels.integrations.support import recipe_of  # noqa: E402
 
-VOCAB, TOKENS = 97, (2, 13)
-COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 40,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
-
-# name: (configuration, layers with routed experts)
-CONFIGS = {
-    "mixtral": (
-        lambda: transformers.MixtralConfig(
-            **COMMON, intermediate_size=56, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2
-        ),
-        2,
-    ),
-    "qwen2_moe": (
-        lambda: transformers.Qwen2MoeConfig(
-            **COMMON,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            shared_expert_intermediate_size=40,
-            num_hidden_layers=3,
-            num_experts=6,
-            num_experts_per_tok=3,
-            mlp_only_layers=[1],
-        ),
-        2,
-    ),
-    "deepseek_v3": (
-        lambda: transformers.DeepseekV3Config(
-            **(COMMON | {"num_key_value_heads": 4}),
-            intermediate_size=64,
-            moe_intermediate_size=24,
-            num_hidden_layers=3,
-            n_routed_experts=8,
-            num_experts_per_tok=3,
-            n_shared_experts=1,
-            n_group=4,
-            topk_group=2,
-            first_k_dense_replace=1,
-            q_lora_rank=16,
-            kv_lora_rank=16,
-            qk_nope_head_dim=8,
-            qk_rope_head_dim=8,
-            v_head_dim=8,
-        ),
-        2,
-    ),
-    "qwen3_moe": (
-        lambda: transformers.Qwen3MoeConfig(
-            **COMMON,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            head_dim=16,
-            num_hidden_layers=2,
-            num_experts=8,
-            num_experts_per_tok=3,
-            norm_topk_prob=True,
-        ),
-        2,
-    ),
-    "olmoe": (
-        lambda: transformers.OlmoeConfig(
-            **COMMON, intermediate_size=24, num_hidden_layers=2, num_experts=8, num_experts_per_tok=4
-        ),
-        2,
-    ),
-}
-# Stored transposed and interleaved with biases and a clamp; without a gate.
-CONFIGS |= {
-    "gpt_oss": (
-        lambda: transformers.GptOssConfig(
-            **COMMON,
-            head_dim=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            layer_types=["full_attention"] * 2,
-        ),
-        2,
-    ),
-    "nemotron_h": (
-        lambda: transformers.NemotronHConfig(
-            **COMMON,
-            head_dim=16,
-            layers_block_type=["full_attention", "moe"],
-            moe_intermediate_size=24,
-            moe_shared_expert_intermediate_size=24,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_group=1,
-            topk_group=1,
-        ),
-        1,
-    ),
-}
+# What differs from the tiny models of tests/support: a dense layer between those with experts.
+CONFIGS: dict[str, dict] = {name: {} for name in models.FAMILIES}
+CONFIGS["qwen2_moe"] = {"num_hidden_layers": 3, "mlp_only_layers": [1], "num_experts_per_tok": 3}
+# Layers with routed experts.
+MOE_LAYERS = dict.fromkeys(CONFIGS, 2) | {"nemotron_h": 1}
 FAMILIES = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "nemotron_h")
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-10}}
 
@@ -141,13 +47,7 @@ def _registered() -> Iterator[None]:
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A tiny model whose weights are large enough that a wrong expert shows in the logits."""
-    torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name][0](), experts_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.25) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
-    return model.to(dtype)
+    return models.tiny_model(models.tiny_config(name, **CONFIGS[name])).to(dtype)
 
 
 def run(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
@@ -158,7 +58,7 @@ def run(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, to
 
 
 def tokens() -> torch.Tensor:
-    return torch.randint(0, VOCAB, TOKENS, generator=torch.Generator().manual_seed(3))
+    return torch.randint(0, 97, (2, 13), generator=torch.Generator().manual_seed(3))
 
 
 def assert_same(a: tuple, b: tuple, dtype: torch.dtype) -> None:
@@ -180,11 +80,10 @@ def test_equals_eager(name: str, dtype: torch.dtype) -> None:
     assert backends.dispatch_counts() == {}
 
     model.set_experts_implementation("moe_kernels")
-    moe_layers = CONFIGS[name][1]
-    assert mk.check_model(model) == moe_layers
+    assert mk.check_model(model) == MOE_LAYERS[name]
     # Nemotron-H sums its experts in the dtype of the routing weights, float32 whatever the model's.
     assert_same(expected, run(model, ids), torch.float32 if name == "nemotron_h" else dtype)
-    assert backends.dispatch_counts() == {"torch": moe_layers}
+    assert backends.dispatch_counts() == {"torch": MOE_LAYERS[name]}
 
 
 @pytest.mark.parametrize("activation", PLAIN)
@@ -231,7 +130,7 @@ def test_gradient_checkpointing(name: str, use_reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.train()
     assert_same(expected, run(model, ids), torch.float32)
-    assert backends.dispatch_counts() == {"torch": 2 * CONFIGS[name][1]}, "each layer runs again in backward"
+    assert backends.dispatch_counts() == {"torch": 2 * MOE_LAYERS[name]}, "each layer runs again in backward"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -243,7 +142,7 @@ def test_no_grad_and_generate(name: str) -> None:
         torch.testing.assert_close(model(input_ids=ids).logits, expected, **TOLERANCE[torch.float32])
     backends.reset_dispatch_counts()
     model.generate(ids[:1, :4], max_new_tokens=2, do_sample=False, pad_token_id=0)
-    assert backends.dispatch_counts() == {"torch": 2 * CONFIGS[name][1]}
+    assert backends.dispatch_counts() == {"torch": 2 * MOE_LAYERS[name]}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -269,7 +168,7 @@ def test_save_and_reload(name: str, tmp_path: Path) -> None:
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, experts_implementation="moe_kernels"
     )
-    assert mk.check_model(again) == CONFIGS[name][1]
+    assert mk.check_model(again) == MOE_LAYERS[name]
     for key, value in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0, msg=key)
 
@@ -316,8 +215,7 @@ def experts_module(name: str) -> nn.Module:
 
 def experts_inputs(experts: nn.Module, rows: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    hidden = COMMON["hidden_size"]
-    x = torch.randn(rows, hidden, generator=generator, requires_grad=True)
+    x = torch.randn(rows, models.COMMON["hidden_size"], generator=generator, requires_grad=True)
     logits = torch.randn(rows, experts.num_experts, generator=generator)
     weights, index = logits.softmax(-1).topk(2, dim=-1)
     return x, index, weights.requires_grad_()
@@ -503,7 +401,7 @@ def test_a_model_is_checked_whatever_is_switched_on(state: str, data: bool) -> N
 @pytest.mark.plain_memory
 def test_a_model_made_of_fake_tensors_is_checked() -> None:
     with FakeTensorMode():
-        model = transformers.AutoModelForCausalLM.from_config(CONFIGS["mixtral"][0]())
+        model = transformers.AutoModelForCausalLM.from_config(models.tiny_config("mixtral"))
         model.set_experts_implementation("moe_kernels")
         assert mk.check_model(model) == 2
 
@@ -537,8 +435,7 @@ def test_served_module_has_no_objection() -> None:
 
 
 def test_unsupported_model_raises_at_check_and_at_the_first_call() -> None:
-    config = CONFIGS["mixtral"][0]()
-    config.hidden_act = "mish"
+    config = models.tiny_config("mixtral", hidden_act="mish")
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="moe_kernels")
     with pytest.raises(
         mk.UnsupportedExperts,

@@ -25,33 +25,21 @@ from moe_kernels.integrations.router import (  # noqa: E402
 )
 from moe_kernels.integrations.support import recipe_of  # noqa: E402
 from support.ambient import AMBIENT, inside  # noqa: E402
+from support.models import tiny_config, tiny_model  # noqa: E402
 
-COMMON = {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 96,
-          "intermediate_size": 32, "num_hidden_layers": 2, "num_experts_per_tok": 3}  # fmt: skip
+# No number of experts fills a block of the kernel.
 MODELS = {
-    "mixtral": lambda: transformers.MixtralConfig(**COMMON, num_local_experts=8, output_router_logits=True),
-    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
-        **COMMON, moe_intermediate_size=16, shared_expert_intermediate_size=24, num_experts=12,
-        output_router_logits=True,
-    ),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **COMMON, moe_intermediate_size=16, num_experts=16, head_dim=10, norm_topk_prob=True,
-        output_router_logits=True,
-    ),
-    "deepseek_v3": lambda: transformers.DeepseekV3Config(
-        **COMMON, moe_intermediate_size=16, n_routed_experts=24, n_group=4, topk_group=2, first_k_dense_replace=0,
-        q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-    ),
-}  # fmt: skip
+    "mixtral": {"num_local_experts": 9, "output_router_logits": True},
+    "qwen2_moe": {"num_experts": 12, "output_router_logits": True},
+    "qwen3_moe": {"num_experts": 17, "output_router_logits": True},
+    "deepseek_v3": {"n_routed_experts": 24, "first_k_dense_replace": 0, "num_hidden_layers": 2},
+}
 IDS = torch.randint(0, 96, (2, 19), generator=torch.Generator().manual_seed(3))
 
 
 def make_model(name):
-    torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(MODELS[name](), experts_implementation="eager")
+    model = tiny_model(tiny_config(name, num_experts_per_tok=3, **MODELS[name]))
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.25) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
         for _, module in router_modules(model):
             if hasattr(module, "e_score_correction_bias"):
                 module.e_score_correction_bias.normal_(0.0, 0.1)

@@ -1,29 +1,15 @@
 """What benchmarks/telemetry_cost.py makes of step times, and that its switch really switches."""
 
-import importlib.util
 import json
 import math
 import random
 import statistics
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-telemetry_cost = load("telemetry_cost")
+import telemetry_cost
 
 
 def times(percent, drift=0.0, steps=120):
@@ -87,16 +73,13 @@ def test_the_interval_holds_the_median_as_often_as_it_says():
 
 def test_the_switch_counts_and_times_half_the_steps(tmp_path):
     pytest.importorskip("axolotl")
-    transformers = pytest.importorskip("transformers")
-    switch_module = load("telemetry_switch")
+    pytest.importorskip("transformers")
+    import telemetry_switch
     from axolotl.integrations.moe_kernels.telemetry import RouterCallback
     from moe_kernels.telemetry.counter import RouterCounter
+    from support.models import tiny_config, tiny_model
 
-    config = transformers.MixtralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config).train()
+    model = tiny_model(tiny_config("mixtral", num_hidden_layers=1)).train()
 
     class Recorded(RouterCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -105,7 +88,7 @@ def test_the_switch_counts_and_times_half_the_steps(tmp_path):
     counted = {}
     trainer = type("Trainer", (), {})()
     telemetry = Recorded(trainer, RouterCounter(model), "", False)
-    switch = switch_module._Switch(trainer)
+    switch = telemetry_switch._Switch(trainer)
     trainer.callback_handler = type("Handler", (), {"callbacks": [telemetry, switch]})()
     for step in range(41):
         state = type("State", (), {"global_step": step})()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moe_kernels.telemetry.load import FILE_NAME, LayerLoad, Loads, read_history
+from support.models import tiny_config
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
     pytest.skip("axolotl is not installed: needs the extra [axolotl]", allow_module_level=True)
@@ -250,14 +251,11 @@ def test_idle_balancing_loss(config: dict[str, Any], warns: bool) -> None:
 
 def test_the_key_hooks_the_model(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     from axolotl.utils.dict import DictDefault
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import MixtralForCausalLM
 
     from axolotl.integrations.moe_kernels import MoeOptimizedPlugin
 
-    config = MixtralConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, num_local_experts=2,
-    )  # fmt: skip
+    config = tiny_config("mixtral", num_hidden_layers=1)
     model, plugin = MixtralForCausalLM(config).train(), MoeOptimizedPlugin()
     # Without moe_kernels: true, for it counts whatever runs the experts.
     cfg = DictDefault(moe_router_telemetry=True, output_dir=str(tmp_path))
@@ -281,15 +279,12 @@ def test_the_key_hooks_the_model(tmp_path: Path, log: pytest.LogCaptureFixture) 
 
 
 def test_a_real_training_that_resumes_loses_no_row(tmp_path: Path) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
+    from transformers import MixtralForCausalLM, Trainer, TrainingArguments
 
     from axolotl.integrations.moe_kernels.telemetry import RouterCallback
     from moe_kernels.telemetry.counter import RouterCounter
 
-    config = MixtralConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, num_local_experts=2,
-    )  # fmt: skip
+    config = tiny_config("mixtral", num_hidden_layers=1)
     arguments = TrainingArguments(
         str(tmp_path), max_steps=5, logging_steps=3, save_steps=2, per_device_train_batch_size=1, use_cpu=True,
         report_to=[], disable_tqdm=True,

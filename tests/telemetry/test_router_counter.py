@@ -8,24 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_kernels.integrations.transformers import experts_modules
 from moe_kernels.telemetry.counter import _MOST, RouterCounter, _Layer, _layer
-from moe_kernels.telemetry.load import LayerLoad
+from moe_kernels.telemetry.load import LayerLoad, Loads
+from support.models import tiny_config, tiny_model
 
 E, K, LAYERS = 4, 2, 3
 
 
 @pytest.fixture
 def model(device: torch.device) -> Any:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=LAYERS, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=E, num_experts_per_tok=K, max_position_embeddings=64,
-    )  # fmt: skip
-    with torch.device(device):
-        return MixtralForCausalLM(config).train()
+    return tiny_model(tiny_config("mixtral", num_hidden_layers=LAYERS)).to(device).train()
 
 
 def seen_ids(model: Any) -> list[list[torch.Tensor]]:
@@ -230,10 +224,10 @@ def test_ranks_are_added_up_and_local_ids_put_in_their_place(monkeypatch: pytest
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         _counter_of_rank(rank).take()
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda mine: mine.copy_(total))
-    loads = _counter_of_rank(3).take().layers()
+    loads = _counter_of_rank(3).take()
     # Two replicas saw three tokens each; the four ranks of the whole layer one token each.
-    assert loads == [LayerLoad((6, 2, 2, 2), 12), LayerLoad((4, 2, 2), 8), LayerLoad((0,) * 4, 0)]
-    assert loads[0].dropped_share == 0.0
+    assert loads.layers() == [LayerLoad((6, 2, 2, 2), 12), LayerLoad((4, 2, 2), 8), LayerLoad((0,) * 4, 0)]
+    assert loads.numbers().dropped_share[0] == 0.0
 
 
 def test_ranks_of_tensor_parallelism_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,12 +268,10 @@ def test_which_ids_a_module_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _layer("axolotl", module) == _Layer("axolotl", 8, 8)
 
 
-def test_numbers_of_a_layer() -> None:
-    even = LayerLoad((5, 5, 5, 5), 20)
-    assert (even.imbalance, even.entropy, even.dead, even.dropped_share) == (1.0, pytest.approx(1.0), 0, 0.0)
-    one = LayerLoad((0, 20, 0, 0), 40)
-    assert (one.imbalance, one.entropy, one.dead, one.dropped_share) == (4.0, 0.0, 3, 0.5)
-    half = LayerLoad((10, 10, 0, 0), 20)
-    assert (half.imbalance, half.entropy, half.dead) == (2.0, pytest.approx(0.5), 2)
-    nothing = LayerLoad((0, 0), 0)
-    assert (nothing.imbalance, nothing.entropy, nothing.dropped_share) == (1.0, 1.0, 0.0)
+def test_numbers_of_layers() -> None:
+    layers = [((5, 5, 5, 5), 20), ((0, 20, 0, 0), 40), ((10, 10, 0, 0), 20), ((0, 0), 0)]
+    numbers = Loads.of([LayerLoad(*layer) for layer in layers]).numbers()
+    assert numbers.imbalance == [1.0, 4.0, 2.0, 1.0]
+    assert numbers.entropy == pytest.approx([1.0, 0.0, 0.5, 1.0])
+    assert numbers.dead == [0, 3, 2, 2]
+    assert numbers.dropped_share == [0.0, 0.5, 0.0, 0.0]

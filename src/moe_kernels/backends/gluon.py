@@ -93,11 +93,11 @@ class GluonBackend(TritonBackend):
         gate: Gate,
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
+        needs_wa: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows_fit = isinstance(dout_rows, TokenRows) or _fits(dout_rows)
-        if _chosen(gate) and rows_fit and _weight_fits(weight):
-            return down_grad.down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot)
-        return super().down_grad(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot)
+        run = down_grad.down_grad if _chosen(gate) and rows_fit and _weight_fits(weight) else super().down_grad
+        return run(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
         if isinstance(left, TokenRows) or _fits(left, right):

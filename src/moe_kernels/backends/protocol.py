@@ -79,8 +79,10 @@ class Backend(Protocol):
         gate: Gate,
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
+        needs_wa: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step 4, from dO, W2 and Z: dZ (R, Z), written over Z if overwrite_z, w A (R, I), and dw (T, K).
+        """Step 4, from dO, W2 and Z: dZ (R, Z), written over Z if overwrite_z; w A (R, I), empty unless needs_wa; and
+        dw (T, K).
 
         ``bias_dot`` (R,) of :class:`AddedGrads` is added to dw.
         """

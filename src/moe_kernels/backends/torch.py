@@ -95,9 +95,10 @@ class TorchBackend(Backend):
         gate: Gate,
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
+        needs_wa: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         da = self.dgrad(in_expert_order(dout_rows, plan, self.gather), weight, plan)
-        return self.dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot)
+        return self.dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
 
     def dact(
         self,
@@ -108,8 +109,9 @@ class TorchBackend(Backend):
         gate: Gate,
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
+        needs_wa: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """From dA0 (R, I) and Z (R, Z): dZ (R, Z), wA = w * A (R, I) and dw = <dO, Y> (T, K)."""
+        """From dA0 (R, I), Z (R, Z): dZ (R, Z), wA = w * A (R, I), empty unless needs_wa, and dw = <dO, Y> (T, K)."""
         acc = _accumulator(da.dtype)
         slots = plan.row_slot.long()
         kept = torch.arange(plan.rows, device=da.device) < plan.expert_start[-1]
@@ -122,7 +124,8 @@ class TorchBackend(Backend):
             dots = dots + bias_dot
         dw = torch.empty_like(topk_weights)
         dw.view(-1)[slots] = torch.where(kept, dots, 0.0).to(dw.dtype)
-        return (z.copy_(dz) if overwrite_z else dz), (w * a).to(da.dtype), dw
+        wa = (w * a).to(da.dtype) if needs_wa else da.new_empty(0)
+        return (z.copy_(dz) if overwrite_z else dz), wa, dw
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
         return _wgrad(in_expert_order(left, plan, self.gather), right, plan, right.dtype)

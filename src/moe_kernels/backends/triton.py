@@ -87,12 +87,13 @@ class TritonBackend(Backend):
         gate: Gate,
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
+        needs_wa: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(weight.matrix, Fp8Weight):
             da = fp8.dgrad(dout_rows, weight, plan)
         else:
             da = grouped_gemm.dgrad(in_expert_order(dout_rows, plan, gather), weight, plan)
-        return dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot)
+        return dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
         return wgrad(in_expert_order(left, plan, gather), right, plan)

@@ -60,6 +60,12 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
         )
     elif nowhere := _nowhere(model, targets):
         said.append(f"LoRA trains no parameter of the name {' or '.join(nowhere)}: {_why_no_expert(model)}")
+    if unknown := _unknown(model, targets):
+        linears = {place[-1] for place in _linears(model)}
+        said.append(
+            f"LoRA trains no module of the name {' or '.join(unknown)}: this model has none. Its linear layers are "
+            f"{', '.join(sorted(linears))} (lora_target_modules, target_modules of PEFT)."
+        )
     modules = {name.rpartition(".")[2] for name in targets or () if ".experts." not in f".{name}"}
     left_out = _left_out(model, {place for _, place, _ in found}, modules)
     if trained.routed_experts and left_out:
@@ -102,9 +108,27 @@ def _why_no_expert(model: torch.nn.Module) -> str:
 def _left_out(model: torch.nn.Module, places: set[tuple[str, ...]], named: set[str]) -> list[str]:
     """Projections outside routed experts that are ``named`` and no adapter is on, by the last two parts of their
     names."""
-    linears = (_place(name) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     wanted = {*PROJECTIONS} if "all-linear" in named else {*PROJECTIONS} & named
-    return sorted({".".join(place[-2:]) for place in linears if place[-1] in wanted and place not in places})
+    return sorted({".".join(place[-2:]) for place in _linears(model) if place[-1] in wanted and place not in places})
+
+
+def _linears(model: torch.nn.Module) -> set[tuple[str, ...]]:
+    """Names of the linear layers, less those of LoRA's factors."""
+    places = {_place(name) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {place for place in places if not {"lora_A", "lora_B"} & {*place}}
+
+
+def _unknown(model: torch.nn.Module, targets: Collection[str] | None) -> list[str]:
+    """The target_modules, of those that the user wrote, that no module is called: PEFT says so if none is.
+
+    Not names of expert projections, which PEFT turns into parameters where the experts are no modules.
+    """
+    configs = getattr(model, "peft_config", {}).values()
+    lists = (config.target_modules for config in configs if not isinstance(config.target_modules, str))
+    written = {name for names in lists for name in names or ()}
+    ends = {place[n:] for name, _ in model.named_modules() for place in [_place(name)] for n in range(len(place))}
+    known = {name for name in written if _place(name) in ends or name.rpartition(".")[2] in PROJECTIONS}
+    return sorted(name for name in written - known if targets is None or name in targets)
 
 
 def _nowhere(model: torch.nn.Module, targets: Collection[str] | None) -> list[str]:

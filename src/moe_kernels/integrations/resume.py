@@ -28,7 +28,7 @@ Tensors = dict[str, torch.Tensor]
 #: How to read each weight of a checkpoint.
 Readers = dict[str, Callable[[], torch.Tensor]]
 #: For each weight of the model, what it is made of: (name in the checkpoint, pattern of the converter or None).
-Plan = dict[str, list[tuple[str, str | None]]]
+Origins = dict[str, list[tuple[str, str | None]]]
 
 # In Trainer's order of preference.
 FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -97,13 +97,13 @@ def _load(trainer: Any, model: Any, checkpoint: Path) -> bool:
     if not stored or not isinstance(core, PreTrainedModel):  # an adapter, or nothing: Trainer says which
         return False
     state = {name: tensor for name, tensor in core.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    converters, plan = _plan(core, state, stored)
+    converters, origins = _origins(core, state, stored)
     # The names of a compiled model are not those of the model inside.
-    if core is model and all(sources == [(target, None)] for target, sources in plan.items()):
-        _check_complete(core, checkpoint, state, plan)
+    if core is model and all(sources == [(target, None)] for target, sources in origins.items()):
+        _check_complete(core, checkpoint, state, origins)
         return False
     loaded = []
-    for target, value in _converted(core, plan, converters, stored):
+    for target, value in _converted(core, origins, converters, stored):
         weight = state[target]
         if weight.shape != value.shape or hasattr(weight, "device_mesh"):
             raise ValueError(
@@ -139,7 +139,7 @@ def stored_weights(checkpoint: Path, files: tuple[str, ...] = FILES) -> Readers:
     return readers
 
 
-def _plan(core: Any, state: Tensors, stored: Iterable[str]) -> tuple[dict[str, Any], Plan]:
+def _origins(core: Any, state: Tensors, stored: Iterable[str]) -> tuple[dict[str, Any], Origins]:
     """The converters by pattern, and what each weight of the model is made of, by transformers' own rules."""
     try:
         from transformers import core_model_loading as loading
@@ -159,7 +159,7 @@ def _plan(core: Any, state: Tensors, stored: Iterable[str]) -> tuple[dict[str, A
     mapping = copy.deepcopy(getattr(core, "_weight_conversions", None)) or get_model_conversion_mapping(core)
     renamings = [entry for entry in mapping if isinstance(entry, renaming_class)]
     converters = [entry for entry in mapping if isinstance(entry, converter_class)]
-    plan: Plan = {}
+    origins: Origins = {}
     foreign = []
     for name in sorted(stored, key=natural_order):
         bare = name.removeprefix("_orig_mod.")  # Trainer's name for what it saves of a compiled model
@@ -167,7 +167,7 @@ def _plan(core: Any, state: Tensors, stored: Iterable[str]) -> tuple[dict[str, A
         if target not in state and bare in state:
             target, pattern = bare, None
         if target in state:
-            plan.setdefault(target, []).append((name, pattern))
+            origins.setdefault(target, []).append((name, pattern))
         else:
             foreign.append(name)
     if foreign:
@@ -177,14 +177,14 @@ def _plan(core: Any, state: Tensors, stored: Iterable[str]) -> tuple[dict[str, A
             len(foreign),
             foreign[0],
         )
-    return {pattern: entry for entry in converters for pattern in entry.source_patterns}, plan
+    return {pattern: entry for entry in converters for pattern in entry.source_patterns}, origins
 
 
 def _converted(
-    core: Any, plan: Plan, converters: dict[str, Any], stored: Readers
+    core: Any, origins: Origins, converters: dict[str, Any], stored: Readers
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, value) of each weight, converted by transformers; one at a time, for they may not all fit in memory."""
-    for target, sources in plan.items():
+    for target, sources in origins.items():
         pattern = sources[0][1]
         if pattern is None:
             yield target, stored[sources[-1][0]]()

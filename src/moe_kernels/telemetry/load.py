@@ -23,41 +23,20 @@ SCHEMA = "moe-kernels router 1"
 MOST_ROWS = 2**63  # of one layer over a whole training: sums over records fit into int64
 
 
-@dataclass(frozen=True)
-class LayerLoad:
+class LayerLoad(NamedTuple):
     """The rows that one expert layer was given over some steps."""
 
     tokens: tuple[int, ...]  # routed rows of each expert; a token counts once for each expert it was sent to
     rows: int  # tokens x K, those without an expert too (ids outside [0, E)); less than MOST_ROWS
 
-    @property
-    def imbalance(self) -> float:
-        """Rows of the busiest expert over the mean: 1 is even, the number of experts is one for all."""
-        return Loads.of([self]).numbers().imbalance[0]
-
-    @property
-    def entropy(self) -> float:
-        """Entropy of the distribution over that of an even one: 1 is even, 0 is one expert for all."""
-        return Loads.of([self]).numbers().entropy[0]
-
-    @property
-    def dead(self) -> int:
-        """Experts that were given nothing."""
-        return Loads.of([self]).numbers().dead[0]
-
-    @property
-    def dropped_share(self) -> float:
-        """Share of the rows that went to no expert."""
-        return Loads.of([self]).numbers().dropped_share[0]
-
 
 class LoadNumbers(NamedTuple):
-    """The properties of :class:`LayerLoad` of each of several layers."""
+    """How even the load of each of several layers is."""
 
-    imbalance: list[float]
-    entropy: list[float]
-    dead: list[int]
-    dropped_share: list[float]
+    imbalance: list[float]  # rows of the busiest expert over the mean: 1 is even, the number of experts one for all
+    entropy: list[float]  # of the distribution over that of an even one: 1 is even, 0 is one expert for all
+    dead: list[int]  # experts that were given nothing
+    dropped_share: list[float]  # of the rows, those that went to no expert
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +64,7 @@ class Loads:
         return [LayerLoad(tuple(part.tolist()), rows) for part, rows in zip(parts, self.rows, strict=True)]
 
     def numbers(self) -> LoadNumbers:
-        """The properties of each layer."""
+        """How even each layer is."""
         tokens, experts = self.tokens, self.experts
         first = _first(experts)
         total = np.add.reduceat(tokens, first).tolist()
@@ -133,6 +112,10 @@ class RouterHistory:
         """The numbers of one layer over the records from ``first`` to before ``last``."""
         counts = zip(*(self.tokens[index][layer] for index in range(len(self.steps))[first:last]), strict=True)
         return LayerLoad(tuple(sum(column) for column in counts), sum(rows[layer] for rows in self.rows[first:last]))
+
+    def numbers(self, first: int = 0, last: int | None = None) -> LoadNumbers:
+        """How even each layer is over these records."""
+        return Loads.of([self.sum(layer, first, last) for layer in range(len(self.layers))]).numbers()
 
     def check(self) -> None:
         """Raise ValueError where the parts do not fit each other."""

@@ -2,8 +2,9 @@
 
 Rows of dO are loaded by TMA from a sorted copy, or (GATHER) from their tokens by cp.async. dA0 stays in registers,
 in float32. Z is loaded by TMA while wgmma runs; the epilogue overwrites it with dZ in shared memory and also writes
-wA. The routing weight's gradient <dA0, A> is summed per column block, and a second launch adds these partial sums: a
-fixed order, no atomics. The consumer warpgroups ping-pong, so one's epilogue overlaps the other's wgmma.
+wA, if the gradient of the down weight or of its lora_a needs it. The routing weight's gradient <dA0, A> is summed per
+column block, and a second launch adds these partial sums: a fixed order, no atomics. The consumer warpgroups
+ping-pong, so one's epilogue overlaps the other's wgmma.
 """
 
 import torch
@@ -70,20 +71,23 @@ class Epilogue:
     compete with those of the mainloop. Interleaved, 64 columns of Z are 32 of dA0.
 
     Each consumer has two sets of buffers: a step's Z, which dZ overwrites (gate and up apart, or in one if they are
-    interleaved; without a gate the second is not used), and its wA.
+    interleaved; without a gate the second is not used), and its wA (WRITE_WA).
     """
 
     z: tma.tensor_descriptor
     dz: Matrix
     wa: Matrix
     z_buffers: gl.shared_memory_descriptor  # [8, 64, 64], two for each of four sets, or interleaved [4, 128, 64]
-    a_buffers: gl.shared_memory_descriptor  # [4, 64, 64], or interleaved [4, 128, 32]
+    a_buffers: gl.shared_memory_descriptor  # [4, 64, 64], or interleaved [4, 128, 32]; any unless WRITE_WA
     z_arrived: gl.shared_memory_descriptor  # [4, 1]: the mbarriers of the sets
+    ROWS: gl.constexpr  # of a step
+    COLUMNS: gl.constexpr
     ACTIVATION: gl.constexpr
     P0: gl.constexpr
     P1: gl.constexpr
     GATED: gl.constexpr
     INTERLEAVED: gl.constexpr
+    WRITE_WA: gl.constexpr
 
     @gluon.jit
     def fetch_z(self, SET: gl.constexpr, row0, col0):
@@ -101,7 +105,7 @@ class Epilogue:
     @gluon.jit
     def load_z(self, SET: gl.constexpr):
         """(gate, up) of a set of buffers, in the layout of the sums; up is 1 without a gate."""
-        layout: gl.constexpr = accumulator_layout(self.a_buffers.shape[2])
+        layout: gl.constexpr = accumulator_layout(self.COLUMNS)
         if self.INTERLEAVED:
             gate, up = pairs(self.z_buffers.index(SET).load(pairs_layout()).to(gl.float32))
             gate = gl.convert_layout(gate, layout, assert_trivial=True)
@@ -129,7 +133,7 @@ class Epilogue:
     @gluon.jit
     def send_dz(self, SET: gl.constexpr, row0, row_end, col0):
         """Copy dZ of a set of buffers to device memory; the stores of whole tiles are only started."""
-        whole = row0 + self.a_buffers.shape[1] <= row_end
+        whole = row0 + self.ROWS <= row_end
         if self.INTERLEAVED:
             if whole:
                 tma_store(self.dz.descriptor, [row0, 2 * col0], self.z_buffers.index(SET))
@@ -154,8 +158,7 @@ class Epilogue:
         Returns <dA0, A> of each row over these columns. If ``fetch``, also waits for the other set's stores and
         issues the load of the next step's Z, at (next_row, next_col), into it.
         """
-        layout: gl.constexpr = accumulator_layout(self.a_buffers.shape[2])
-        a_buffer = self.a_buffers.index(SET)
+        layout: gl.constexpr = accumulator_layout(self.COLUMNS)
         mbarrier.wait(self.z_arrived.index(SET), z_phase)
         da = gl.convert_layout(da, layout, assert_trivial=True)
         gate, up = self.load_z(SET)
@@ -166,12 +169,14 @@ class Epilogue:
             tma.store_wait(0)
             self.fetch_z(SET ^ 1, next_row, next_col)
         self.put_dz(da * d_gate, da * d_up, SET)
-        put(weight[:, None] * a, a_buffer)
+        if self.WRITE_WA:
+            put(weight[:, None] * a, self.a_buffers.index(SET))
         if row0 + da.shape[0] <= row_end:
             fence_async_shared()
-            tma_store(self.wa.descriptor, [row0, col0], a_buffer)
-        else:
-            self.wa.store_masked(a_buffer, row0, row_end, col0)
+            if self.WRITE_WA:
+                tma_store(self.wa.descriptor, [row0, col0], self.a_buffers.index(SET))
+        elif self.WRITE_WA:
+            self.wa.store_masked(self.a_buffers.index(SET), row0, row_end, col0)
         self.send_dz(SET, row0, row_end, col0)
         return dw
 
@@ -191,11 +196,9 @@ def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, op
     BLOCK_K: gl.constexpr = ring.a.shape[2]
     BLOCK_N: gl.constexpr = ring.b.shape[2] if operands.W_IS_KN else ring.b.shape[1]
     SET: gl.constexpr = 2 * WARPGROUP  # the first of this consumer's
-    ROWS: gl.constexpr = epilogue.a_buffers.shape[1]  # of a step of the epilogue
-    COLUMNS: gl.constexpr = epilogue.a_buffers.shape[2]
     # Steps 0 and 1 of the epilogue are the left half of a tile: below each other, interleaved beside each other.
-    DOWN: gl.constexpr = BLOCK_M - ROWS
-    RIGHT: gl.constexpr = 64 - COLUMNS
+    DOWN: gl.constexpr = BLOCK_M - epilogue.ROWS
+    RIGHT: gl.constexpr = 64 - epilogue.COLUMNS
     H, I = operands.rows.width, operands.N
     steps_per_tile = (H + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS
     step = WARPGROUP * steps_per_tile
@@ -208,7 +211,7 @@ def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, op
         tma.store_wait(0)  # the stores of the tile before are done: the buffers are free
         epilogue.fetch_z(SET, row0, col0)
         epilogue.fetch_z(SET + 1, row0 + DOWN, col0 + RIGHT)
-        rows0 = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, accumulator_layout(COLUMNS)))
+        rows0 = row0 + gl.arange(0, epilogue.ROWS, gl.SliceLayout(1, accumulator_layout(epilogue.COLUMNS)))
         rows1 = rows0 + DOWN
         weight0 = _row_weights(rows0, row_end, operands.row_slot, topk_weights_ptr)
         weight1 = _row_weights(rows1, row_end, operands.row_slot, topk_weights_ptr)
@@ -268,7 +271,7 @@ def hopper_down_grad_kernel(
     z,  # (R, 2I), or (R, I) unless GATED: descriptor
     dz,  # the same: descriptor, may share the memory of z
     dz_ptr,
-    wa,  # (R, I): descriptor
+    wa,  # (R, I): descriptor; any unless WRITE_WA, as is wa_ptr
     wa_ptr,
     dw_ptr,  # (column blocks, R) float32
     topk_weights_ptr,  # (T * K,)
@@ -289,13 +292,14 @@ def hopper_down_grad_kernel(
     W_IS_KN: gl.constexpr,
     LOW_IS_KN: gl.constexpr,
     RANK: gl.constexpr,
+    WRITE_WA: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    dtype: gl.constexpr = wa_ptr.dtype.element_ty
+    dtype: gl.constexpr = dz_ptr.dtype.element_ty
     GATHER: gl.constexpr = TOP_K > 0
     W_BLOCK: gl.constexpr = (BLOCK_K, BLOCK_N) if W_IS_KN else (BLOCK_N, BLOCK_K)
     ring = new_ring(dtype, STAGES, (BLOCK_M, BLOCK_K), W_BLOCK, 1 + (128 if GATHER else 0), 1)
@@ -303,7 +307,9 @@ def hopper_down_grad_kernel(
     ROWS: gl.constexpr = BLOCK_M if INTERLEAVED else BLOCK_M // 2
     COLUMNS: gl.constexpr = 32 if INTERLEAVED else 64
     z_buffers = gl.allocate_shared_memory(dtype, [4 if INTERLEAVED else 8, ROWS, 64], SWIZZLED)
-    a_buffers = gl.allocate_shared_memory(dtype, [4, ROWS, COLUMNS], block_layout(COLUMNS))
+    a_buffers = z_buffers
+    if WRITE_WA:
+        a_buffers = gl.allocate_shared_memory(dtype, [4, ROWS, COLUMNS], block_layout(COLUMNS))
     z_arrived = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(z_arrived.index(i), count=1)
@@ -322,8 +328,8 @@ def hopper_down_grad_kernel(
     epilogue = Epilogue(
         z=z, dz=Matrix(descriptor=dz, pointer=dz_ptr, width=2 * I if GATED else I),
         wa=Matrix(descriptor=wa, pointer=wa_ptr, width=I),
-        z_buffers=z_buffers, a_buffers=a_buffers, z_arrived=z_arrived, ACTIVATION=ACTIVATION, P0=P0, P1=P1,
-        GATED=GATED, INTERLEAVED=INTERLEAVED,
+        z_buffers=z_buffers, a_buffers=a_buffers, z_arrived=z_arrived, ROWS=ROWS, COLUMNS=COLUMNS,
+        ACTIVATION=ACTIVATION, P0=P0, P1=P1, GATED=GATED, INTERLEAVED=INTERLEAVED, WRITE_WA=WRITE_WA,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -374,8 +380,9 @@ def down_grad(
     gate: Gate,
     overwrite_z: bool,
     bias_dot: torch.Tensor | None = None,
+    needs_wa: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dZ (R, Z), wA (R, I) and dw (T, K) from the output's gradient.
+    """dZ (R, Z), wA (R, I), empty unless needs_wa, and dw (T, K) from the output's gradient.
 
     Args:
         dout_rows: (R, H), sorted by expert, or unsorted tokens to gather its rows from.
@@ -387,28 +394,28 @@ def down_grad(
     """
     intermediate = weight.matrix.shape[2]
     dz = z if overwrite_z else torch.empty_like(z)
-    wa = z.new_empty(plan.rows, intermediate)
+    wa = z.new_empty(plan.rows, intermediate) if needs_wa else z.new_empty(0)
     dw = torch.empty_like(topk_weights)
     column_blocks = cdiv(intermediate, SCHEDULE.block_n)
     if plan.max_tiles * column_blocks == 0:
         return dz, wa, dw
     parts = torch.empty((column_blocks, plan.rows), dtype=torch.float32, device=z.device)
     dout, top_k = dout_rows if isinstance(dout_rows, TokenRows) else (dout_rows, 0)
-    constants = {"TOP_K": top_k, **gate.constants(), **SCHEDULE.constants(), "num_warps": 4}
+    constants = {"TOP_K": top_k, **gate.constants(), "WRITE_WA": needs_wa, **SCHEDULE.constants(), "num_warps": 4}
     del constants["COOPERATIVE"]
     rows_in = dout if top_k else matrix(dout, BLOCK_M, BLOCK_K), dout
     rows, columns = (BLOCK_M, 32) if gate.interleaved else (BLOCK_M // 2, 64)  # of a step of the epilogue
     z_in, dz_out = (matrix(t, rows, 64) for t in (z, dz))
-    wa_out = matrix(wa, rows, columns, layout=block_layout(columns))
+    wa_out = (matrix(wa, rows, columns, layout=block_layout(columns)), wa) if needs_wa else (dz_out, dz)
     for part, tiles in blocks(weight, plan):
-        weights, chosen = weight_arguments(part, SCHEDULE.block_n, True, unused=wa)
+        weights, chosen = weight_arguments(part, SCHEDULE.block_n, True, unused=dz)
         launch(
             hopper_down_grad_kernel,
             (min(tiles.max_tiles * column_blocks, multiprocessors(z.device)),),
             (
                 *rows_in,
                 *weights,
-                *(z_in, dz_out, dz, wa_out, wa, parts, topk_weights),
+                *(z_in, dz_out, dz, *wa_out, parts, topk_weights),
                 *(tiles.row_slot, tiles.expert_start, tiles.tile_expert, tiles.tile_row, tiles.tile_count),
                 *weight.matrix.shape[1:],
                 plan.rows,

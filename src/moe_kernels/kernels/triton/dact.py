@@ -20,7 +20,7 @@ from moe_kernels.routing import RoutingPlan
 
 @triton.jit
 def dact_kernel(
-    da_ptr,  # (R, I): dA0 in, wA out
+    da_ptr,  # (R, I): dA0 in, wA out if WRITE_WA
     z_ptr,  # (R, Z), Z = 2I with a gate, I without
     topk_weights_ptr,  # (T * K,)
     dz_ptr,  # (R, Z), may be z_ptr
@@ -37,6 +37,7 @@ def dact_kernel(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    WRITE_WA: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -66,7 +67,8 @@ def dact_kernel(
         a, d_gate, d_up = value_and_partials(gate, up, ACTIVATION, P0, P1)
         dw += tl.sum(tl.where(mask, da * a, 0.0), axis=1)
         da *= weight
-        tl.store(da_ptr + a_rows + cols, (weight * a).to(da_ptr.dtype.element_ty), mask=mask)
+        if WRITE_WA:
+            tl.store(da_ptr + a_rows + cols, (weight * a).to(da_ptr.dtype.element_ty), mask=mask)
         d_gate = (da * d_gate).to(dz_ptr.dtype.element_ty)
         if INTERLEAVED:
             d_up = (da * d_up).to(dz_ptr.dtype.element_ty)
@@ -96,14 +98,16 @@ def dact(
     gate: Gate,
     overwrite_z: bool = False,
     bias_dot: torch.Tensor | None = None,
+    needs_wa: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """da (R, I) = dA0, z (R, Z), topk_weights (T, K) -> dZ (R, Z), wA (R, I), dw (T, K).
+    """da (R, I) = dA0, z (R, Z), topk_weights (T, K) -> dZ (R, Z), wA (R, I), empty unless needs_wa, and dw (T, K).
 
     wA overwrites ``da``, and dZ overwrites ``z`` if overwrite_z. bias_dot (R,), if given, is the bias's part of dw.
     """
     dz, dw = z if overwrite_z else torch.empty_like(z), torch.empty_like(topk_weights)
+    wa = da if needs_wa else da.new_empty(0)
     if plan.rows == 0:
-        return dz, da, dw
+        return dz, wa, dw
     intermediate = da.shape[1]
     blocks = _blocks(intermediate)
     launch(
@@ -125,8 +129,9 @@ def dact(
         {
             **gate.constants(),
             "HAS_BIAS": bias_dot is not None,
+            "WRITE_WA": needs_wa,
             **blocks,
             "num_warps": 4,
         },
     )
-    return dz, da, dw
+    return dz, wa, dw

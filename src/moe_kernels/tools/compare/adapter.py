@@ -1,7 +1,7 @@
 """Makes the adapter that every run of a LoRA comparison starts from, in a process of its own.
 
 Run as ``python -m moe_kernels.tools.compare.adapter CONFIG.json``: the settings of a run, of which ``base_model``
-and the keys of :func:`moe_kernels.tools.compare.plan.lora_overrides` are read. The adapter is PEFT's own, seeded. B
+and the keys of :func:`moe_kernels.tools.compare.pair.lora_overrides` are read. The adapter is PEFT's own, seeded. B
 is random too: a B of zeros would hide errors at the first step.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from moe_kernels.tools.common.files import read_json
 from moe_kernels.tools.common.runfile import Config
-from moe_kernels.tools.compare.plan import ADAPTER_FOLDER
+from moe_kernels.tools.compare.pair import ADAPTER_FOLDER
 from moe_kernels.tools.prepare.cache import in_turn, replacing
 
 

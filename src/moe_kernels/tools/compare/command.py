@@ -29,14 +29,14 @@ from moe_kernels.tools.compare.comparison import Analysis, Comparison, load, num
 from moe_kernels.tools.compare.environment import versions, with_commit
 from moe_kernels.tools.compare.experts_bench import measure_experts
 from moe_kernels.tools.compare.gpu import describe, visible_gpu
-from moe_kernels.tools.compare.plan import (
+from moe_kernels.tools.compare.pair import (
     FOLDERS,
     LONGEST_NAME,
     Options,
-    Plan,
+    Pair,
     RunSpec,
-    plan_family,
-    plan_files,
+    family_pair,
+    files_pair,
     report_name,
 )
 from moe_kernels.tools.compare.report import show_comparison, show_failures, write_report
@@ -94,6 +94,10 @@ def compare(
         bool,
         typer.Option("--liger", help="Liger's RMSNorm, RoPE and fused loss in every run. Needs a GPU, liger-kernel."),
     ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of every run, such as sequence_len=4096. Repeatable."),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is finished already.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the report.", show_default="artifacts/compare/NAME")
@@ -156,12 +160,13 @@ def compare(
         lora=lora,
         qlora=qlora,
         liger=liger,
+        settings=tuple(settings or ()),
     )
     _check_installed(options, device)
-    plans = make_plans(names, options)
-    folder = out or REPORT_FOLDER / report_name(plans, options)
-    for plan in plans:
-        _show_plan(plan, dry_run, console)
+    pairs = make_pairs(names, options)
+    folder = out or REPORT_FOLDER / report_name(pairs, options)
+    for pair in pairs:
+        _show_pair(pair, dry_run, console)
     if dry_run:
         return
     _make_folder(folder)
@@ -175,11 +180,11 @@ def compare(
     )
     comparisons = []
     with _sigterm_as_interrupt(), ExitStack() as claims:
-        for plan in plans:  # all of them before anything is trained
-            claims.enter_context(claimed(plan.folder))
-        for plan in plans:
-            comparison = run_plan(plan, machine, fresh, console)
-            save(comparison, folder / f"{plan.label}.json")
+        for pair in pairs:  # all of them before anything is trained
+            claims.enter_context(claimed(pair.folder))
+        for pair in pairs:
+            comparison = run_pair(pair, machine, fresh, console)
+            save(comparison, folder / f"{pair.label}.json")
             comparisons.append(comparison)
             show_comparison(Analysis(comparison), console)
     raise typer.Exit(_finish(comparisons, folder, strict, console))
@@ -198,7 +203,7 @@ def _check_installed(options: Options, device: str | None) -> None:
         raise MissingDependency("--liger needs an NVIDIA GPU and the package liger-kernel: pip install liger-kernel.")
 
 
-def make_plans(names: list[str], options: Options) -> list[Plan]:
+def make_pairs(names: list[str], options: Options) -> list[Pair]:
     """What the targets of the command line ask for.
 
     Raises:
@@ -207,7 +212,7 @@ def make_plans(names: list[str], options: Options) -> list[Plan]:
     from moe_kernels.tools.prepare import tiny_overrides
 
     if len(names) == 2 and all(name.endswith((".yml", ".yaml")) for name in names):
-        return [plan_files(Path(names[0]), Path(names[1]), options)]
+        return [files_pair(Path(names[0]), Path(names[1]), options)]
     unknown = [name for name in names if name not in (*ALL_FAMILIES, "all")]
     if unknown:
         raise UsageError(
@@ -215,20 +220,20 @@ def make_plans(names: list[str], options: Options) -> list[Plan]:
             f"Name {', '.join(ALL_FAMILIES)} or all, or a baseline and an optimised .yml file."
         )
     families = dict.fromkeys(each for name in names for each in (FAMILIES if name == "all" else [name]))
-    return [plan_family(name, options, tiny_overrides(name) if options.size == "tiny" else None) for name in families]
+    return [family_pair(name, options, tiny_overrides(name) if options.size == "tiny" else None) for name in families]
 
 
-def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Comparison:
+def run_pair(pair: Pair, machine: Machine, fresh: bool, console: Console) -> Comparison:
     """Make what is missing, run every training that is not finished, measure the layer."""
-    prepare_missing(plan, console)
-    drop_old_tokens(plan, machine)
+    prepare_missing(pair, console)
+    drop_old_tokens(pair, machine)
     comparison = Comparison(
-        name=plan.name,
-        size=plan.size,
-        warmup_steps=plan.warmup_steps,
-        yaml_diff=plan.yaml_diff,
-        files=[str(plan.runs[0].source), str(plan.runs[1].source)],
-        planned=[run.run_id for run in plan.runs],
+        name=pair.name,
+        size=pair.size,
+        warmup_steps=pair.warmup_steps,
+        yaml_diff=pair.yaml_diff,
+        files=[str(pair.runs[0].source), str(pair.runs[1].source)],
+        planned=[run.run_id for run in pair.runs],
         command=shlex.join(["moe-kernels", *sys.argv[1:]]),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=machine.versions,
@@ -238,22 +243,22 @@ def run_plan(plan: Plan, machine: Machine, fresh: bool, console: Console) -> Com
     what, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
     columns = (SpinnerColumn(), what, BarColumn(), MofNCompleteColumn(), note, TimeElapsedColumn())
     with Display(*columns, console=console) as display:
-        for run in plan.runs:
-            comparison.runs.append(_run(plan, run, machine, fresh, display))
+        for run in pair.runs:
+            comparison.runs.append(_run(pair, run, machine, fresh, display))
             if not console.is_terminal:
                 # Nobody sees the live display in a log file.
                 done = comparison.runs[-1]
-                console.print(f"{plan.name} {run.run_id}: {done.status}, {done.ended_at - done.started_at:.0f} s")
-        task = display.add_task(f"{plan.name} expert layer", total=1, note="starting")
-        comparison.experts = measure_experts(plan, machine, fresh, lambda line: display.update(task, note=line[:60]))
+                console.print(f"{pair.name} {run.run_id}: {done.status}, {done.ended_at - done.started_at:.0f} s")
+        task = display.add_task(f"{pair.name} expert layer", total=1, note="starting")
+        comparison.experts = measure_experts(pair, machine, fresh, lambda line: display.update(task, note=line[:60]))
         said = comparison.experts["error"] or comparison.experts.get("note") or "measured"
         display.update(task, completed=1, note=said)
     show_failures(comparison, console)
     return comparison
 
 
-def _run(plan: Plan, run: RunSpec, machine: Machine, fresh: bool, display: Display) -> RunResult:
-    task = display.add_task(f"{plan.name} {run.run_id}", total=run.steps, note="starting")
+def _run(pair: Pair, run: RunSpec, machine: Machine, fresh: bool, display: Display) -> RunResult:
+    task = display.add_task(f"{pair.name} {run.run_id}", total=run.steps, note="starting")
     stored = None if fresh else finished_result(run, machine)
     if stored is not None:
         display.update(task, completed=run.steps, note="finished before")
@@ -268,18 +273,18 @@ def _run(plan: Plan, run: RunSpec, machine: Machine, fresh: bool, display: Displ
     return result
 
 
-def prepare_missing(plan: Plan, console: Console) -> None:
+def prepare_missing(pair: Pair, console: Console) -> None:
     """Make a missing model or data set, in a process of its own so that the GPU is free afterwards."""
-    if plan.family is None:
+    if pair.family is None:
         return
-    config = plan.runs[0].config
+    config = pair.runs[0].config
     data = [Path(dataset["path"]) for dataset in config["datasets"]]
     if not ((Path(config["base_model"]) / "config.json").is_file() and all(path.exists() for path in data)):
         console.print(f"Making {config['base_model']} and its data")
-        _make([sys.executable, "-m", "moe_kernels", "prepare", ALL_FAMILIES[plan.family].sizes[plan.size].name])
+        _make([sys.executable, "-m", "moe_kernels", "prepare", ALL_FAMILIES[pair.family].sizes[pair.size].name])
     if config.get("lora_model_dir") and not adapter_made(config):
         console.print(f"Making {config['lora_model_dir']}")
-        request = plan.folder / "adapter.json"
+        request = pair.folder / "adapter.json"
         write_json(request, config)
         _make([sys.executable, "-m", "moe_kernels.tools.compare.adapter", str(request)])
 
@@ -306,16 +311,16 @@ def _finish(comparisons: list[Comparison], folder: Path, strict: bool, console: 
     return 0 if sound and not (strict and contradicted) else CHECK_FAILED
 
 
-def _show_plan(plan: Plan, details: bool, console: Console) -> None:
-    console.print(f"[bold]{plan.name}[/bold] ({plan.size}), {plan.warmup_steps} warm-up steps, in this order:")
-    for run in plan.runs:
+def _show_pair(pair: Pair, details: bool, console: Console) -> None:
+    console.print(f"[bold]{pair.name}[/bold] ({pair.size}), {pair.warmup_steps} warm-up steps, in this order:")
+    for run in pair.runs:
         console.print(f"  {run.run_id}: {run.source}, {run.steps} steps", soft_wrap=True)
     if not details:
         return
     console.print("  what differs between the two files:")
-    console.print(indent(plan.yaml_diff, "    "), markup=False, soft_wrap=True)
+    console.print(indent(pair.yaml_diff, "    "), markup=False, soft_wrap=True)
     console.print("  what is changed in them for this comparison:")
-    for run in plan.runs[:2]:
+    for run in pair.runs[:2]:
         shown = {key: value for key, value in run.overrides.items() if key not in FOLDERS}
         text = dump_yaml({run.role: shown} if shown else {run.role: f"nothing but {' and '.join(FOLDERS)}"})
         console.print(indent(text, "    ").rstrip(), markup=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from moe_kernels.tools.compare.experts_bench import check_experts
 from moe_kernels.tools.compare.gpu import Gpu
 from moe_kernels.tools.compare.judge import CONFIRMED, NOT_CONFIRMED, Claim, judge_claims, judge_loss, kernels_ran
 from moe_kernels.tools.compare.metrics import OURS, experts_by_name, run_metrics, share, side_metrics
-from moe_kernels.tools.compare.plan import (
+from moe_kernels.tools.compare.pair import (
     BASELINE,
     EAGER,
     OPTIMIZED,
@@ -42,7 +42,7 @@ class Comparison:
     warmup_steps: NonNegativeInt
     yaml_diff: str
     files: Annotated[list[str], Field(min_length=2, max_length=2)]  # the two YAML files
-    planned: list[str]  # run ids of the plan
+    planned: list[str]  # run ids that were to be
     command: str  # what the user typed
     created: str  # ISO 8601 in UTC
     versions: dict[str, str]  # Python, packages, commit and hash of our sources

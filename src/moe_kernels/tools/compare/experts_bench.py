@@ -26,7 +26,7 @@ from moe_kernels.tools.common.runfile import precision, tokens_per_micro_batch
 from moe_kernels.tools.compare.decode import LARGEST, Misfit, Number, decode
 from moe_kernels.tools.compare.environment import NOT_FOR_LAYER, inputs
 from moe_kernels.tools.compare.metrics import OURS
-from moe_kernels.tools.compare.plan import OPTIMIZED, Plan, digest
+from moe_kernels.tools.compare.pair import OPTIMIZED, Pair, digest
 from moe_kernels.tools.compare.runner import Machine, log_tail, run_command, why_ended
 
 READ_ALWAYS = ("implementation", "ok", "note", "dtype")
@@ -34,19 +34,19 @@ GPU_REPEATS, CPU_REPEATS = 30, 20
 STOCK = ("eager", "grouped_mm")
 
 
-def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[str], object]) -> dict[str, Any]:
-    """Measure the plan's expert layer, or return the stored measurement where nothing has changed.
+def measure_experts(pair: Pair, machine: Machine, fresh: bool, show: Callable[[str], object]) -> dict[str, Any]:
+    """Measure the pair's expert layer, or return the stored measurement where nothing has changed.
 
     Returns:
         ``measurements`` (as of ``moe-kernels bench``), ``layer`` and ``moe_layers`` of the model, ``default``
         (what transformers picks for this model where the run file names no experts_implementation), ``note``: empty,
         or why the benchmark cannot run this layer, and ``error``: empty, or why the measurement failed.
     """
-    config = next(run.config for run in plan.runs if run.role == OPTIMIZED)
+    config = next(run.config for run in pair.runs if run.role == OPTIMIZED)
     request = {
         "model": config["base_model"],
         "overrides": config.get(OVERRIDES) or {},
-        "name": ALL_FAMILIES[plan.family].sizes[plan.size].name if plan.family else "",
+        "name": ALL_FAMILIES[pair.family].sizes[pair.size].name if pair.family else "",
         "tokens": tokens_per_micro_batch(config),
         "group_size": config.get("moe_group_size") or DEFAULT_GROUP_SIZE,
         "persistent": config.get("moe_persistent_kernel") is not False,
@@ -56,7 +56,7 @@ def measure_experts(plan: Plan, machine: Machine, fresh: bool, show: Callable[[s
         "repeats": CPU_REPEATS if machine.device is None else GPU_REPEATS,
         "frozen": bool(config.get("adapter")),
     }
-    folder = plan.folder / "experts"
+    folder = pair.folder / "experts"
     stored, log = folder / "answer.json", folder / "bench.log"
     mark = digest(request, machine.identity(NOT_FOR_LAYER), inputs({"base_model": config["base_model"]}))
     if stored.is_file() and not fresh:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moe_kernels.telemetry.load import LayerLoad, Loads, RouterHistory
 from moe_kernels.tools.compare.judge import smooth
 from moe_kernels.tools.compare.metrics import COUNTERS, OURS, RunMetrics
-from moe_kernels.tools.compare.plan import BASELINE, EAGER, OPTIMIZED
+from moe_kernels.tools.compare.pair import BASELINE, EAGER, OPTIMIZED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -284,12 +284,11 @@ def _router_experts(analysis: Analysis) -> Drawn | None:
     bar = figure.colorbar(image, ax=axes, ticks=[-LIMIT, -1, 0, 1, LIMIT], aspect=40, pad=0.01)
     bar.ax.set_yticklabels(["≤ ⅛×", "½×", "mean", "2×", "≥ 8×"], fontsize=8.5, color=INK)
     bar.outline.set(edgecolor=INK, alpha=0.4)
-    ends = [history.sum(layer, len(history.steps) - 1) for layer in range(len(history.layers))]
-    unused = sum(load.dead for load in ends)
+    end = history.numbers(len(history.steps) - 1)
     alt = (
         f"Heat map of the load of {rows} experts in {len(history.layers)} layers from step {history.steps[0]} to "
-        f"{history.steps[-1]}, over the mean of their layer. Experts unused at the end: {unused}; the busiest "
-        f"has {max(load.imbalance for load in ends):.2f} times the mean."
+        f"{history.steps[-1]}, over the mean of their layer. Experts unused at the end: {sum(end.dead)}; the "
+        f"busiest has {max(end.imbalance):.2f} times the mean."
     )
     return figure, "Load of every expert over time", alt
 

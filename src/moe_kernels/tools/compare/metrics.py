@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from moe_kernels.tools.bench.timing import Spread
 from moe_kernels.tools.compare.decode import NOT_FINITE
-from moe_kernels.tools.compare.plan import calls_per_step
+from moe_kernels.tools.compare.pair import calls_per_step
 from moe_kernels.tools.compare.runner import FINISHED, RunResult
 from moe_kernels.tools.compare.wandb_reader import Row
 

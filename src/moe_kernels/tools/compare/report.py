@@ -19,7 +19,7 @@ from moe_kernels.tools.compare.comparison import Analysis, Comparison, slug
 from moe_kernels.tools.compare.figures import WORDS, plain, plots, routed
 from moe_kernels.tools.compare.judge import CONFIRMED, NOT_CONFIRMED, NOT_JUDGED
 from moe_kernels.tools.compare.metrics import COUNTERS, OURS
-from moe_kernels.tools.compare.plan import BASELINE, EAGER, FOLDERS, OPTIMIZED
+from moe_kernels.tools.compare.pair import BASELINE, EAGER, FOLDERS, OPTIMIZED
 from moe_kernels.tools.compare.runner import FINISHED
 
 NONE = "–"
@@ -297,16 +297,17 @@ def router_table(analysis: Analysis) -> Table:
     tenth = history.steps[-1] / 10
     early = max(1, sum(step <= tenth for step in history.steps))
     late = min(len(history.steps) - 1, sum(step <= 9 * tenth for step in history.steps))
-    rows = []
-    for index, name in enumerate(history.layers):
-        first, last = history.sum(index, 0, early), history.sum(index, late)
-        rows.append((
+    first, last = history.numbers(0, early), history.numbers(late)
+    rows = tuple(
+        (
             name,
-            f"{first.imbalance:.2f}× → {last.imbalance:.2f}×",
-            f"{first.entropy:.3f} → {last.entropy:.3f}",
-            f"{last.dead} of {history.experts[index]}",
-        ))  # fmt: skip
-    return Table("Load of the experts", head, tuple(rows))
+            f"{first.imbalance[layer]:.2f}× → {last.imbalance[layer]:.2f}×",
+            f"{first.entropy[layer]:.3f} → {last.entropy[layer]:.3f}",
+            f"{last.dead[layer]} of {history.experts[layer]}",
+        )
+        for layer, name in enumerate(history.layers)
+    )
+    return Table("Load of the experts", head, rows)
 
 
 def runs_table(analysis: Analysis) -> Table:

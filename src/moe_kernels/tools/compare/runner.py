@@ -26,7 +26,7 @@ from moe_kernels.tools.compare.decode import Misfit, Number, decode
 from moe_kernels.tools.compare.environment import NOT_FOR_OURS, NOT_FOR_STOCK, cpu_name, inputs, token_inputs
 from moe_kernels.tools.compare.gpu import Gpu, Samples, sampled
 from moe_kernels.tools.compare.lines import EXPERTS_LINE, WEIGHTS_LINE
-from moe_kernels.tools.compare.plan import ROLES, Plan, RunSpec, digest
+from moe_kernels.tools.compare.pair import ROLES, Pair, RunSpec, digest
 from moe_kernels.tools.compare.wandb_reader import NotAWandbRun, Row, find_run, read_run
 
 TRAINER: tuple[str, ...] = (sys.executable, "-m", "moe_kernels.tools.compare.trainer", "train")
@@ -278,10 +278,10 @@ def tokens_folder(run: RunSpec, machine: Machine) -> Path:
     return run.folder.parent / TOKENISED / digest(token_inputs(run.config), tools)
 
 
-def drop_old_tokens(plan: Plan, machine: Machine) -> None:
+def drop_old_tokens(pair: Pair, machine: Machine) -> None:
     """Remove what this comparison tokenised from other data or with other settings."""
-    wanted = {tokens_folder(run, machine) for run in plan.runs}
-    for folder in set((plan.folder / TOKENISED).glob("*")) - wanted:
+    wanted = {tokens_folder(run, machine) for run in pair.runs}
+    for folder in set((pair.folder / TOKENISED).glob("*")) - wanted:
         shutil.rmtree(folder)
 
 

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, modeling_utils
 
 from moe_kernels.tools.compare.lines import WEIGHTS_LINE
-from moe_kernels.tools.compare.plan import digest
+from moe_kernels.tools.compare.pair import digest
 from moe_kernels.tools.prepare.cache import made_with
 from moe_kernels.tools.prepare.models import seeded_model
 

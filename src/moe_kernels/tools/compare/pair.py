@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,13 @@ ADAPTER_FOLDER = Path("artifacts") / "adapters"
 LONGEST_NAME = 150
 # Keys of a run file that `compare` replaces with folders of its own.
 FOLDERS = ("output_dir", "dataset_prepared_path")
+# Keys that `compare` sets itself, with the option that changes them.
+OWN_KEYS = {
+    **dict.fromkeys(("base_model", "plugins", "moe_kernels", "experts_implementation"), "name two run files"),
+    **dict.fromkeys(FOLDERS, "name two run files"),
+    **{"max_steps": "--steps", "wandb_mode": "--wandb", "moe_router_telemetry": "--no-router"},
+    **{"adapter": "--lora or --qlora", "lora_r": "--lora", "load_in_4bit": "--qlora"},
+}
 ROLES = BASELINE, OPTIMIZED, EAGER = "baseline", "optimized", "eager"
 
 
@@ -48,8 +57,8 @@ class RunSpec:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One comparison of two YAML files."""
+class Pair:
+    """One comparison: the trainings of a baseline and of an optimised YAML file."""
 
     name: str  # the family, or the two files' names
     family: str | None  # key of ALL_FAMILIES; None for two files of the user's own
@@ -84,6 +93,7 @@ class Options:
     lora: int = 0  # rank of an adapter on attention and expert weights, the base frozen; 0 leaves it to the run files
     qlora: bool = False  # keep that base in 4 bits
     liger: bool = False  # Liger's norms, rotary embedding and loss in every run
+    settings: tuple[str, ...] = ()  # KEY=VALUE of every run, beside what the run files say
 
 
 def lora_overrides(options: Options, base_model: str) -> Config:
@@ -114,7 +124,46 @@ def rank_overrides(options: Options) -> Config:
     }
 
 
-def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] | None = None) -> Plan:
+def read_settings(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """Each ``KEY=VALUE`` as the parts of its key, which dots divide, and the value as YAML reads it.
+
+    Raises:
+        UsageError: no such pair, or a key that is the comparison's own.
+    """
+    import yaml
+
+    found = []
+    for text in settings:
+        key, equals, value = text.partition("=")
+        path = key.strip().split(".")
+        if not (equals and all(path)):
+            raise UsageError(f"--set {text!r:.60} is no KEY=VALUE. Cure: --set sequence_len=4096.")
+        if path[0] in OWN_KEYS:
+            raise UsageError(f"--set cannot change {path[0]}, which compare sets itself. Cure: {OWN_KEYS[path[0]]}.")
+        try:
+            found.append((path, yaml.safe_load(value)))
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {key}: {value!r:.60} is not valid YAML: {error}") from error
+    return found
+
+
+def _set(config: Config, settings: Sequence[str]) -> Config:
+    """The keys of ``config`` that ``settings`` change, whole."""
+    changed: Config = {}
+    for (first, *inner), value in read_settings(settings):
+        if inner:
+            place = changed[first] = copy.deepcopy(changed.get(first, config.get(first))) or {}
+            for part in inner[:-1]:
+                place = place.setdefault(part, {}) if isinstance(place, dict) else None
+            if not isinstance(place, dict):
+                raise UsageError(f"--set {'.'.join([first, *inner])}: {first} is no mapping of that depth.")
+            place[inner[-1]] = value
+        else:
+            changed[first] = value
+    return changed
+
+
+def family_pair(name: str, options: Options, tiny_overrides: Mapping[str, Any] | None = None) -> Pair:
     """The comparison of one family; ``tiny_overrides`` turns its files into runs for a CPU.
 
     Raises:
@@ -134,10 +183,10 @@ def plan_family(name: str, options: Options, tiny_overrides: Mapping[str, Any] |
         overrides |= {"base_model": f"artifacts/models/{family.sizes[size].name}", **rank_overrides(options)}
     else:
         overrides |= lora_overrides(options, overrides.get("base_model") or load_yaml(files[0])["base_model"])
-    return _plan(name + _suffix(options), files, options, overrides, name, size)
+    return _pair(name + _suffix(options), files, options, overrides, name, size)
 
 
-def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
+def files_pair(baseline: Path, optimized: Path, options: Options) -> Pair:
     """The comparison of two YAML files of the user's own.
 
     Raises:
@@ -161,22 +210,25 @@ def plan_files(baseline: Path, optimized: Path, options: Options) -> Plan:
     name = f"{baseline.stem}-vs-{optimized.stem}{_suffix(options)}"
     if (reason := why_no_name(name)) is not None:
         raise UsageError(f"{reason}. Cure: rename the run files.")
-    return _plan(name, (baseline, optimized), options, {}, None, "own")
+    return _pair(name, (baseline, optimized), options, {}, None, "own")
 
 
-def report_name(plans: list[Plan], options: Options) -> str:
-    """The name of the report of ``plans``, which tells every one of them: ``all`` is the three 1B families."""
-    if len(plans) == 1:
-        return plans[0].label
-    families = [str(plan.family) for plan in plans]
+def report_name(pairs: list[Pair], options: Options) -> str:
+    """The name of the report of ``pairs``, which tells every one of them: ``all`` is the three 1B families."""
+    if len(pairs) == 1:
+        return pairs[0].label
+    families = [str(pair.family) for pair in pairs]
     name = "all" if set(families) == FAMILIES.keys() else "-".join(families)
-    return label(name + _suffix(options), plans[0].size)
+    return label(name + _suffix(options), pairs[0].size)
 
 
 def _suffix(options: Options) -> str:
     """What the options change of a family's run files, for the name of the comparison."""
     adapter = f"-{'qlora' if options.qlora else 'lora'}{options.lora or ''}" if options.lora or options.qlora else ""
-    return adapter + ("-liger" if options.liger else "")
+    settings = "".join("-" + re.sub(r"[^\w.]+", "-", text) for text in options.settings)
+    if len(settings.encode()) > 60:
+        settings = f"-set-{digest(options.settings)}"
+    return adapter + ("-liger" if options.liger else "") + settings
 
 
 def label(name: str, size: str) -> str:
@@ -196,9 +248,9 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _plan(
+def _pair(
     name: str, files: tuple[Path, Path], options: Options, base_overrides: Config, family: str | None, size: str
-) -> Plan:
+) -> Pair:
     sources = {BASELINE: files[0], OPTIMIZED: files[1], EAGER: files[0]}
     configs = {role: load_yaml(path) for role, path in sources.items()}
     # A B A B ..., so that a drift of the machine affects both sides alike; then the eager loop once.
@@ -216,6 +268,7 @@ def _plan(
             overrides["moe_router_telemetry"] = own.get("moe_router_telemetry") or True
         if options.liger:
             overrides |= {"plugins": [*(own.get("plugins") or []), LIGER_PLUGIN], **LIGER}
+        overrides |= _set({**own, **overrides}, options.settings)
         if role == EAGER:
             overrides["experts_implementation"] = "eager"
         overrides = {key: value for key, value in overrides.items() if own.get(key) != value}
@@ -226,7 +279,7 @@ def _plan(
     # Without comments, keys in order.
     before, after = (dump_yaml(dict(sorted(configs[role].items()))).splitlines() for role in (BASELINE, OPTIMIZED))
     diff = "\n".join(difflib.unified_diff(before, after, files[0].name, files[1].name, lineterm="", n=1))
-    return Plan(name, family, size, tuple(runs), options.warmup_steps, diff)
+    return Pair(name, family, size, tuple(runs), options.warmup_steps, diff)
 
 
 def calls_per_step(config: Config) -> int:
