@@ -65,7 +65,7 @@ if AOT:
         for case in compile_cases(divmod(arch, 10))
         if "-fp16-" not in case.name or "-g128-fp16" in case.name
     ]
-    CASES += [pytest.param(89, case, id=f"sm89-{case.name}") for case in fp8_cases(tma=False)]
+    CASES += [param(89, case) for case in fp8_cases(tma=False)]
     # What sm_80 runs, compiled for another instruction set: a few stand for all.
     CASES += [
         param(120, case)
