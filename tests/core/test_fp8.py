@@ -248,6 +248,31 @@ def test_a_layer_and_every_gradient(device, kind, backend, small_tiles):
             assert error(value, expected[name]) < max(5e-5, 3 * CLOSE), name
 
 
+@pytest.mark.parametrize("group_size", [64, 128, 256])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(144, 80), (37, 21)])
+def test_shipped_tiles(device, hidden, intermediate, group_size):
+    inputs, gate_up, down = make(Case(90, 2, 3, hidden, intermediate, routing="zipf", lora_rank=4), device)
+    expected = oracle(inputs, gate_up, down)
+    for name, value in layer(inputs, gate_up, down, "triton", group_size=group_size).items():
+        assert error(value, expected[name]) < max(5e-5, 3 * CLOSE), name
+
+
+def test_the_hopper_kernels_leave_them_to_triton(device):
+    """Also where sizes and layout are theirs: gluon is what "auto" takes on Hopper."""
+    from moe_kernels.backends import gluon
+
+    weight = in_fp8(block_fp8(2, 128, 128, device, dtype=BF16))
+    dout, plan = torch.zeros(4, 128, dtype=BF16, device=device), TritonBackend().make_plan(
+        torch.zeros(4, 1, dtype=torch.int64, device=device), 2, 128
+    )
+    assert gluon._weight_fits(Weight(weight.experts(0, 2)))
+    assert gluon._weight_fits(Weight(BlockFp8(weight.sizes, BF16, weight.data, weight.scales)))
+    assert not gluon._weight_fits(Weight(weight))
+    rows = gluon.GluonBackend().dout_rows(dout, weight, plan, SILU)
+    assert isinstance(rows, TokenRows)
+    assert rows.tokens is dout
+
+
 @pytest.mark.parametrize("activation", EVERY_ACTIVATION, ids=lambda a: a.name)
 def test_activations(device, activation, small_tiles):
     inputs, gate_up, down = make(Case(7, 2, 3, 48, 32, activation=activation), device)
