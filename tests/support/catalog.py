@@ -346,6 +346,7 @@ def fp8_case(kernel: str, group: int, tma: bool, variant: Variant) -> CompileCas
         "LOW_IS_KN": kernel == "dgrad",
         "USE_TMA": tma,
         "PRECISION": "ieee",
+        "FLATTEN": config.flatten,
     }
     name = f"fp8-{kernel}-g{group}-{variant.name or 'plain'}-{'tma' if tma else 'pointer'}"
     return dataclasses.replace(_gemm_case(name, fp8_gemm_kernel, types, constants, config, tma), fp8=True)

@@ -10,6 +10,8 @@ makes that copy in every k block, byte by byte through registers: 64 stores to s
 for 4 matrix instructions.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ from moe_kernels.fp8 import LARGEST, SMALLEST, Fp8Weight
 from moe_kernels.kernels.device import cdiv, dot_precision, loads_by_tma
 from moe_kernels.kernels.launch.launch import launch, launch_grid
 from moe_kernels.kernels.operands import descriptor, low_rank_arguments
+from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.kernels.tiles.fit import fit_rank
 from moe_kernels.kernels.tiles.table import GemmConfig
 from moe_kernels.kernels.triton.tile import (
@@ -130,11 +133,12 @@ def fp8_gemm_kernel(
     BLOCK_N: tl.constexpr,  # divides SIDE
     BLOCK_K: tl.constexpr,  # SIDE
     GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     num_m = tl.load(tile_count_ptr)
     num_n = tl.cdiv(N, BLOCK_N)
     WIDTH = 2 * N if GATED else N
-    for pid in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+    for pid in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
         m, n = swizzled_tile(pid, num_m, num_n, GROUP_M)
         expert, row0, rows, row_mask = row_tile(m, tile_expert_ptr, tile_row_ptr, expert_start_ptr, BLOCK_M)
         source = rows.to(tl.int64)
@@ -205,9 +209,17 @@ _POINTER_TILES = {
 }
 
 
+_overrides: dict[bool, Override[GemmConfig]] = {True: Override(), False: Override()}
+
+
+def use_tile(gated: bool, config: GemmConfig) -> AbstractContextManager[None]:
+    """Within this context GEMMs of two products at a time, or of one, use ``config``: for measuring and for tests."""
+    return _overrides[gated].use(config)
+
+
 def tile(gated: bool, group_size: int, tma: bool) -> GemmConfig:
     """The tile of a GEMM, of two products at a time if ``gated``. ``block_n`` divides 128, ``block_k`` is 128."""
-    return (_TILES if tma else _POINTER_TILES)[gated, group_size]
+    return _overrides[gated].choice or (_TILES if tma else _POINTER_TILES)[gated, group_size]
 
 
 def quantize(rows: torch.Tensor, pieces: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -317,5 +329,6 @@ def _gemm(
             "LOW_IS_KN": transposed,
             "USE_TMA": tma,
             "PRECISION": dot_precision(out.dtype),
+            "FLATTEN": config.flatten,
         },
     )
