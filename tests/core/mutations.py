@@ -262,7 +262,7 @@ GPU_MUTANTS = [
     ("both groups take the upper half of the low-rank rows", "gemm.py", "a = a.slice(ROW0, acc.shape[0])", "a = a.slice(0, acc.shape[0])", LORA),
     ("the low-rank part alone counts", "gemm.py", "            acc = warpgroup_mma(a, b, acc, is_async=True)\n            acc = warpgroup_mma_wait(1, deps=(acc,))\n            ring", "            acc = warpgroup_mma(a, b, acc, use_acc=False, is_async=True)\n            acc = warpgroup_mma_wait(1, deps=(acc,))\n            ring", LORA),
     ("every low-rank block is the first", "gemm.py", "k0 = block * self.LOW_K", "k0 = 0 * self.LOW_K", LORA128),
-    ("rows in expert order taken for tokens", "../../backends/gluon.py", "return TokenRows(dout, plan.top_k)", "return TokenRows(self.gather(dout, plan), plan.top_k)", ROUTINGS),
+    ("rows in expert order taken for tokens", "../../backends/gluon.py", "return TokenRows(dout, plan.top_k)", "return TokenRows(super().gather(dout, plan), plan.top_k)", ROUTINGS),
 ]  # fmt: skip
 
 

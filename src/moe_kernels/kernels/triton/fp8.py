@@ -291,8 +291,7 @@ def _gemm(
     codes, row_scales = quantize(given, pieces)
     gated = gate is not None and gate.gated
     width, inner = out.shape[1], given.shape[1] // pieces
-    capability = device_capability(out.device)
-    tma = loads_by_tma(capability) and inner % 16 == 0 and data.data_ptr() % 16 == 0
+    tma = loads_by_tma(device_capability(out.device)) and inner % 16 == 0 and data.data_ptr() % 16 == 0
     config = tile(gated, plan.group_size, tma)
     low, factor, rank = low_rank_arguments(weight, out)
     config = fit_rank(config, rank, out.device, out.element_size())
