@@ -26,7 +26,7 @@ from moe_kernels import fused_experts
 from moe_kernels.activation import Activation
 from moe_kernels.backends.gluon import use_every_form
 from moe_kernels.fp8 import Fp8Weight, transposed
-from moe_kernels.packed import SIDE, BlockFp8, FourBit, PackedWeight, Scales, whole
+from moe_kernels.packed import E2M1, MX_BLOCK, SIDE, BlockFp8, FourBit, Mxfp4, PackedWeight, Scales, whole
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.bench.timing import MIB, Clock, peak_bytes
@@ -49,8 +49,8 @@ class Form:
     Attributes:
         frozen: the base gets no gradient.
         rank: of the LoRA factors of both weights; 0 without.
-        packed: the base is kept in "4 bits", with nested scales, or in block "fp8"; empty: in 16 bits. "fp8
-            activations" is block fp8 that is multiplied in fp8, which GPUs of compute capability 8.9 do.
+        packed: the base is kept in "4 bits", with nested scales, in block "fp8" or in "mxfp4"; empty: in 16 bits.
+            "fp8 activations" is block fp8 that is multiplied in fp8, which GPUs of compute capability 8.9 do.
         gpt_oss: weights stored by columns, gate and up interleaved, clamped activation.
     """
 
@@ -74,6 +74,7 @@ FORMS = {
     "biases": Form(biases=True),
     "gpt-oss": Form(biases=True, gpt_oss=True, activation=GPT_OSS),
     "gpt-oss-lora-16": Form(frozen=True, rank=16, biases=True, gpt_oss=True, activation=GPT_OSS),
+    "mxfp4-lora-16": Form(frozen=True, rank=16, packed="mxfp4", biases=True, gpt_oss=True, activation=GPT_OSS),
     "no-gate": Form(gated=False, activation="relu2"),
 }
 
@@ -166,10 +167,23 @@ def in_4_bits(weight: Tensor, stacked: int = 1) -> FourBit:
     return FourBit(sizes, weight.dtype, data.view(-1), table, nested, weight.dtype)
 
 
+def in_mxfp4(weight: Tensor, stacked: int = 1) -> Mxfp4:
+    """``weight`` (E, N, K) in mxfp4, stored by rows as gpt-oss's checkpoints have it."""
+    experts, rows, columns = weight.shape
+    values = weight.float().contiguous().unflatten(2, (-1, MX_BLOCK))
+    exponents = values.abs().amax(3, keepdim=True).log2().floor() - 2
+    sizes = torch.tensor(E2M1[: len(E2M1) // 2], device=weight.device)
+    codes = torch.bucketize(values.abs() / exponents.exp2(), (sizes[1:] + sizes[:-1]) / 2).to(torch.uint8)
+    codes |= (values < 0).to(torch.uint8) << 3
+    data, scales = codes[..., ::2] | codes[..., 1::2] << 4, (exponents + 127).squeeze(3).to(torch.uint8)
+    return Mxfp4((experts, rows, columns), weight.dtype, data, scales)
+
+
 PACK: dict[str, Callable[[Tensor, int], PackedWeight]] = {
     "4 bits": in_4_bits,
     "fp8": in_fp8,
     "fp8 activations": multiplied_in_fp8,
+    "mxfp4": in_mxfp4,
 }
 
 

@@ -6,7 +6,8 @@ Host time is what a call takes until it returns, nothing awaited, from an idle G
 holds it up. ``forward`` (without gradients) and ``forward_backward`` are single calls, so that the second wakes
 autograd's thread; ``layer_in_stack`` is a forward and backward through a stack of layers, divided by their number, as
 in a training. Inputs are bfloat16, every weight is trained. The ways take turns, so that a drift of the machine's
-clocks meets all alike. ``--profile`` adds where replayed calls spend their time, by function.
+clocks meets all alike. ``--new-sizes`` gives every call a number of tokens that did not come before, as expert
+parallelism does: none is replayed. ``--profile`` adds where replayed calls spend their time, by function.
 """
 
 from __future__ import annotations
@@ -44,17 +45,21 @@ def choose(way: str) -> None:
 class Stack:
     """Expert layers of one shape, one after the other; the routing is that of random ids."""
 
-    def __init__(self, shape: LayerShape, layers: int, backend: str) -> None:
-        self.backend = backend
+    def __init__(self, shape: LayerShape, layers: int, backend: str, new_sizes: bool = False) -> None:
+        self.backend, self.tokens, self.new_sizes, self.calls = backend, shape.tokens, new_sizes, 0
         g = torch.Generator(device="cuda").manual_seed(0)
 
         def normal(*sizes: int, scale: float = 1.0) -> torch.Tensor:
             return (torch.randn(*sizes, device="cuda", generator=g) * scale).bfloat16().requires_grad_()
 
         experts, hidden, intermediate = shape.experts, shape.hidden, shape.intermediate
-        self.x, self.dout = normal(shape.tokens, hidden), normal(shape.tokens, hidden).detach()
-        self.ids = torch.rand(shape.tokens, experts, device="cuda", generator=g).topk(shape.top_k).indices
-        self.weights = torch.rand(shape.tokens, shape.top_k, device="cuda", generator=g).requires_grad_()
+        most = 2 * shape.tokens
+        self.most = (
+            normal(most, hidden).detach(),
+            normal(most, hidden).detach(),
+            torch.rand(most, experts, device="cuda", generator=g).topk(shape.top_k).indices,
+            torch.rand(most, shape.top_k, device="cuda", generator=g),
+        )
         self.layers = [
             (
                 normal(experts, 2 * intermediate, hidden, scale=hidden**-0.5),
@@ -62,6 +67,7 @@ class Stack:
             )
             for _ in range(layers)
         ]
+        self.clear()
 
     def forward(self) -> torch.Tensor:
         out = self.x
@@ -77,8 +83,13 @@ class Stack:
         self.forward().backward(self.dout)
 
     def clear(self) -> None:
-        for tensor in (self.x, self.weights, *(weight for layer in self.layers for weight in layer)):
-            tensor.grad = None
+        """Forget the gradients, and make the inputs of the next call."""
+        for weight in (weight for layer in self.layers for weight in layer):
+            weight.grad = None
+        tokens = self.tokens + (self.calls % self.tokens if self.new_sizes else 0)
+        self.calls += 1
+        x, self.dout, self.ids, weights = (tensor[:tokens] for tensor in self.most)
+        self.x, self.weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
 
 
 def host_us(call: Step, clear: Step) -> float:
@@ -91,15 +102,16 @@ def host_us(call: Step, clear: Step) -> float:
     return elapsed
 
 
-def measure(shape: LayerShape, backend: str, repeats: int, layers: int) -> dict[str, Any]:
+def measure(shape: LayerShape, backend: str, repeats: int, layers: int, new_sizes: bool) -> dict[str, Any]:
     """Host time and launches of one layer, by step and way."""
-    one, stack = Stack(shape, 1, backend), Stack(shape, layers, backend)
+    one, stack = Stack(shape, 1, backend, new_sizes), Stack(shape, layers, backend, new_sizes)
     steps: dict[str, tuple[Step, Step, int]] = {
         "forward": (one.forward_alone, one.clear, 1),
         "forward_backward": (one.forward_backward, one.clear, 1),
         "layer_in_stack": (stack.forward_backward, stack.clear, layers),
     }
-    row: dict[str, Any] = {"layer": shape.name, "tokens": shape.tokens, "backend": backend, "layers": layers}
+    row: dict[str, Any] = {"layer": shape.name, "tokens": shape.tokens, "backend": backend, "layers": layers,
+                           "new_sizes": new_sizes}  # fmt: skip
     times: dict[str, list[float]] = {}
     for turn in range(-4, repeats):  # four to compile, to be followed and to fill the caches
         for way in LAUNCHERS:
@@ -141,13 +153,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--layers", type=int, default=8, help="of the stack")
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--new-sizes", action="store_true", help="another number of tokens in every call")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("host-time.json"))
     args = parser.parse_args()
     rows = []
     for family in FAMILIES.values():
         shape = family.sizes["1b"].layer(args.tokens)
-        rows.append(measure(shape, args.backend, args.repeats, args.layers))
+        rows.append(measure(shape, args.backend, args.repeats, args.layers, args.new_sizes))
         for step in ("forward", "forward_backward", "layer_in_stack"):
             for way in LAUNCHERS:
                 cost = rows[-1][f"{step}_{way}"]

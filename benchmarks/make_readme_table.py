@@ -21,6 +21,7 @@ from typing import Any
 
 import pages
 from moe_kernels.tools.compare.judge import smooth
+from several_gpus import communication
 
 RELEASES = "-triton-"  # in the name of a file: the same layers under one release of triton
 NOTHING = "No result from a GPU is committed yet."
@@ -33,6 +34,8 @@ WIDE_COLUMNS = ("layer", "routing", "forward: ours, grouped_mm, dense", "forward
                 "its wall time: the same", "of dense, wall (GPU time)", "saved / peak MiB", "error")  # fmt: skip
 SCALING_COLUMNS = ("family", "engine", "GPUs", "step ms: stock, ours", "tokens/s per GPU: stock, ours",
                    "peak GiB: stock, ours", "faster", "scaling: stock, ours", "losses apart")  # fmt: skip
+# Where the trainings were watched: shares of the step, and rows of the busiest rank over the mean.
+WATCHED_COLUMNS = ("communication (exposed): stock, ours", "busiest rank")
 LORA_COLUMNS = ("base", "adapters", "implementation", "forward ms", "forward + backward ms", "of it GPU ms",
                 "saved MiB", "peak MiB", "weights MiB", "error")  # fmt: skip
 FORM_COLUMNS = ("layer", "form", "GPU ms (p20-p80)", "of dense", "peak MiB", "error")
@@ -161,11 +164,18 @@ def scaling(results: Results) -> str:
                 if row["ok"]:
                     pairs.setdefault((row["family"], row["engine"]), {})[row["experts"]] = row
             lines = {(line["family"], line["engine"]): line for line in data["summary"]}
+            watched = any(row.get("traffic") for row in data["rows"])
             parts += [
                 f"`{name}`: `{machine['command']}` on {data['setting']['gpus']} GPUs, {machine['gpu']}, torch "
                 f"{machine['torch']}, axolotl {machine['axolotl']}, {machine['date'][:10]}. Stock experts are "
                 "grouped_mm. Scaling: tokens/s per GPU over those of one GPU.",
-                _table(SCALING_COLUMNS, [_scaling_row(pair, lines[key]) for key, pair in sorted(pairs.items())]),
+                _table(
+                    SCALING_COLUMNS + (WATCHED_COLUMNS if watched else ()),
+                    [
+                        _scaling_row(pair, lines[key]) + (_watched(pair) if watched else [])
+                        for key, pair in sorted(pairs.items())
+                    ],
+                ),
             ]
     return "\n\n".join(parts) or NOTHING
 
@@ -185,6 +195,19 @@ def _scaling_row(pair: dict[str, dict[str, Any]], line: dict[str, Any]) -> list[
         _number(line["speedup"], ".2f"),
         ", ".join(value or "-" for value in efficiency) if any(efficiency) else "",
         _number(line["loss_difference"], ".2%"),
+    ]
+
+
+def _watched(pair: dict[str, dict[str, Any]]) -> list[str]:
+    """Communication of both sides, the mean of the ranks, and how the router of ours loads the ranks."""
+    def shares(row: dict[str, Any]) -> str:
+        found = communication(row)
+        return "-" if found is None else f"{found[0]:.0%} ({found[1]:.0%})"
+
+    load = pair.get("moe_kernels", {}).get("imbalance")
+    return [
+        ", ".join(shares(pair[name]) if name in pair else "-" for name in ("grouped_mm", "moe_kernels")),
+        "" if load is None else f"{load['mean']:.2f}",
     ]
 
 

@@ -87,6 +87,11 @@ def test_what_only_tests_use_does_not_ship():
     used = {name for tree in PYTHON.values() for name in imported(tree)} | {CHECK}
     shipped = {path[:-3].replace("/", ".") for path in PYTHON if path.startswith("moe_kernels/tools/check/")}
     assert shipped - used == {"moe_kernels.tools.check.__init__"}
+    nodes = [node for tree in PYTHON.values() for node in ast.walk(tree)]
+    called = {node.id for node in nodes if isinstance(node, ast.Name)}
+    called |= {node.name for node in nodes if isinstance(node, ast.alias)}
+    parts = [node for path in PYTHON if path.startswith("moe_kernels/tools/check/") for node in PYTHON[path].body]
+    assert {node.name for node in parts if isinstance(node, ast.FunctionDef)} <= called
     assert not {name for name in used if name.split(".")[0] == "support"}
 
 

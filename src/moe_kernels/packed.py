@@ -1,9 +1,10 @@
 """Frozen expert weights in few bits, read a block of experts at a time.
 
-Two formats. :class:`FourBit` is bitsandbytes' (nf4 and fp4, QLoRA, arXiv 2305.14314): an index of 4 bits into a table
-of 16 values, times one scale for each block of neighbouring values; scales may be quantised once more (nested), to 8
-bits. :class:`BlockFp8` is that of DeepSeek-V3 (arXiv 2412.19437, section 3.3) and transformers' ``finegrained_fp8``:
-e4m3, times one scale for each 128 x 128 values.
+Three formats. :class:`FourBit` is bitsandbytes' (nf4 and fp4, QLoRA, arXiv 2305.14314): an index of 4 bits into a
+table of 16 values, times one scale for each block of neighbouring values; scales may be quantised once more (nested),
+to 8 bits. :class:`BlockFp8` is that of DeepSeek-V3 (arXiv 2412.19437, section 3.3) and transformers'
+``finegrained_fp8``: e4m3, times one scale for each 128 x 128 values. :class:`Mxfp4` is that of gpt-oss (OCP
+Microscaling Formats, version 1.0): e2m1, times one power of two for each 32 neighbouring values.
 
 A format is a subclass of :class:`PackedWeight`: its tensors, what must hold of them, and how torch reads them. How
 kernels read them is an entry in :mod:`moe_kernels.kernels.triton.dequantize`. Nothing else knows formats.
@@ -275,3 +276,46 @@ class BlockFp8(PackedWeight):
         for dim in (2, 3):
             scales = scales.repeat_interleave(SIDE, dim).narrow(dim, 0, values.shape[dim])
         return (values * scales).flatten(1, 2).to(self.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- mxfp4
+#: Neighbouring values of a row with one scale.
+MX_BLOCK = 32
+#: The value of each code of e2m1.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@dataclass(frozen=True)
+class Mxfp4(PackedWeight):
+    """e2m1, 4 bits a value, with one e8m0 scale for each 32 of a row.
+
+    A value is the product, which float32 and bfloat16 hold exactly but for the largest scales, rounded once to
+    ``dtype``. The scale of code 255 is NaN.
+
+    Attributes:
+        data: (E, rows, columns / 32, 16) uint8, two values a byte, the first in the lower half.
+        scales: (E, rows, columns / 32) uint8, the codes of e8m0: code c is 2^(c - 127).
+    """
+
+    data: Tensor
+    scales: Tensor
+
+    def _why_not(self) -> str:
+        experts, rows, columns = self.sizes
+        if columns % MX_BLOCK:
+            return f"blocks of {MX_BLOCK} values do not divide {columns} columns"
+        grid = experts, rows, columns // MX_BLOCK
+        for name, tensor, wanted in (("blocks", self.data, (*grid, MX_BLOCK // 2)), ("scales", self.scales, grid)):
+            if tensor.dtype != torch.uint8 or tensor.shape != wanted:
+                return f"{name} are {tensor.dtype} {tuple(tensor.shape)}, wanted uint8 {wanted}"
+        return ""
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def _values(self, first: int, last: int) -> Tensor:
+        pairs = self.data[first:last].int()
+        values = torch.tensor(E2M1, device=self.device)[torch.stack([pairs & 15, pairs >> 4], dim=-1)]
+        scales = self.scales[first:last].view(torch.float8_e8m0fnu).float()
+        return (values.flatten(-2) * scales[..., None]).flatten(-2).to(self.dtype)

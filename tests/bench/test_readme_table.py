@@ -151,6 +151,12 @@ def test_scaling_tables():
     assert f"| mixtral | fsdp2 | 2 | {times} | {speeds} | , 18.6 | 1.31 | 0.97, 0.90 | 0.06% |" in text
     assert "| mixtral | ep | 2 | -, 100 (99-101) | -, 1,000 | -, 18.6 |  |  |  |" in text
     assert tables.scaling([("s.json", {**data, "environment": {**machine, "gpu": None}})]) == tables.NOTHING
+    assert "busiest rank" not in text
+    ranks = [{"window_ms": 10.0, "communication_ms": talk, "exposed_ms": 1.0} for talk in (2.0, 4.0)]
+    seen = {**row, "traffic": ranks, "imbalance": {"mean": 1.204, "worst": 2.0}}
+    text = tables.scaling([("s.json", {**data, "rows": [seen, stock]})])
+    assert "| losses apart | communication (exposed): stock, ours | busiest rank |" in text
+    assert "| 0.06% | -, 30% (10%) | 1.20 |" in text
 
 
 def test_cpu_results_are_left_out():

@@ -3,9 +3,9 @@
 import errno
 import importlib
 import re
+import resource
 import subprocess
 import sys
-import time
 import typing
 from pathlib import Path
 
@@ -72,13 +72,15 @@ def test_overview_and_version_import_no_torch():
 
 
 def test_overview_is_quick():
-    command = [sys.executable, "-m", "moe_kernels", "--help"]
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-        best = min(best, time.perf_counter() - began)
-    assert best < 1.0
+    """In seconds of the processor: what else the machine does takes the clock's."""
+
+    def used() -> float:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return children.ru_utime + children.ru_stime
+
+    before = used()
+    subprocess.run([sys.executable, "-m", "moe_kernels", "--help"], check=True, capture_output=True, timeout=60)
+    assert used() - before < 0.8
 
 
 def test_version(runner):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import plan_error
+from moe_kernels.shapes import FAMILIES
 from moe_kernels.tools.app import app
 from moe_kernels.tools.plan.command import MEASURED, measured_rates
 from moe_kernels.tools.plan.estimate import MODELS, Assumptions, Rates, estimate
@@ -195,3 +199,63 @@ def test_the_page_shows_what_the_command_prints() -> None:
     shown = page.partition("<!-- plan:begin -->\n")[2].partition("<!-- plan:end -->")[0]
     arguments = ("--other-tflops", "300", "--markdown")
     assert shown == run(*arguments), f"docs/planning.md: run `moe-kernels plan {' '.join(arguments)}` and paste it in"
+
+
+# ------------------------------------------------------------------------------------ judged by what was measured
+def scaling_rows(step_ms: float, engine: str, gpus: int) -> dict[str, Any]:
+    return {
+        "family": "qwen2-moe", "engine": engine, "experts": "moe_kernels", "gpus": gpus, "ok": True,
+        "step_ms": {"median": step_ms}, "peak_gib": 20.0,
+    }  # fmt: skip
+
+
+def test_a_prediction_is_the_step_of_one_gpu_and_the_all_to_all() -> None:
+    rows = [scaling_rows(100.0, "one GPU", 1), scaling_rows(150.0, "axolotl-ep", 4), scaling_rows(80.0, "fsdp2", 4)]
+    spread, whole = plan_error.judged("f.json", {"rows": [*rows, {**rows[1], "ok": False}]})
+    # Six layers, 16384 tokens to 8 experts each, of width 1024 in bfloat16: out and back, in forward and backward.
+    all_to_all_ms = 4 * 6 * 16384 * 8 * 1024 * 2 * 3 / 4 / 300e9 * 1000
+    assert spread["step_ms"] == (pytest.approx(100.0 + all_to_all_ms), 150.0)
+    assert whole["step_ms"] == (pytest.approx(100.0), 80.0)
+    assert plan_error.error(whole["step_ms"]) == pytest.approx(0.25)
+
+
+def test_traffic_that_takes_longer_than_the_compute_is_the_step() -> None:
+    rows = [scaling_rows(1.0, "one GPU", 1), scaling_rows(50.0, "fsdp2", 2)]
+    (whole,) = plan_error.judged("f.json", {"rows": rows})
+    model = plan_error.model_of(FAMILIES["qwen2-moe"].sizes["1b"])
+    assert whole["step_ms"][0] == pytest.approx(
+        6 * (model.expert_parameters + model.other_parameters) / 2 / 300e9 * 1000
+    )
+
+
+@pytest.mark.parametrize(("family", "billions"), [("mixtral", 0.973), ("qwen2-moe", 1.025), ("deepseek-v3", 1.020)])
+def test_the_1b_models_have_their_parameters(family: str, billions: float) -> None:
+    from moe_kernels.tools.prepare.models import model_config
+
+    model = plan_error.model_of(FAMILIES[family].sizes["1b"])
+    counted = model.expert_parameters + model.other_parameters
+    assert counted / 1e9 == pytest.approx(billions, abs=1e-3)
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        real = transformers.AutoModelForCausalLM.from_config(model_config(family))
+    # But for norms, biases and the gate of a shared expert.
+    assert counted == pytest.approx(sum(p.numel() for p in real.parameters()), rel=1e-3)
+
+
+def test_without_checkpointing_there_is_no_second_forward_pass() -> None:
+    kept, again = (
+        estimate("qwen3-30b-a3b", 8, 8, RATES, Assumptions(other_flops=300e12, checkpointing=checkpointing))
+        for checkpointing in (False, True)
+    )
+    assert kept.all_to_all == pytest.approx(again.all_to_all * 4 / 6)
+    assert kept.other_s == pytest.approx((again.other_s or 0) * 3 / 4)
+    assert kept.experts_s < again.experts_s
+    assert kept.activations > 3 * again.activations
+    assert kept.fsdp_s == again.fsdp_s
+
+
+def test_the_page_says_how_far_off_the_estimate_was() -> None:
+    """Cure: python benchmarks/plan_error.py."""
+    for page, new in plan_error.parts(ROOT).items():
+        text = (ROOT / page).read_text()
+        assert plan_error.pages.updated(page, text, "error", new) == text

@@ -119,7 +119,8 @@ def test_the_numbers_are_on_the_page(folder: Path) -> None:
 def test_a_failed_run_is_said_first(folder: Path) -> None:
     text = (folder / "report.html").read_text()
     assert text.index("Read this first") < text.index("Summary")
-    assert "optimized-1 failed: boom" in text
+    for page in (text, (folder / "report.md").read_text()):
+        assert "optimized-1 failed: boom" in page
     assert "the expert layer was not measured: crashed" in text
 
 

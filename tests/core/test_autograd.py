@@ -210,6 +210,9 @@ def test_every_forward_is_counted(experts, backend, device):
     run(experts, inputs)
     run(experts, inputs)
     assert moe_kernels.dispatch_counts() == {backend: 2}
+    with pytest.raises(RuntimeError), backends.uncounted():
+        raise RuntimeError(run(experts, inputs))
+    assert moe_kernels.dispatch_counts() == {backend: 2}, "what was not to be counted is not, also where it fails"
 
 
 def test_the_backend_of_the_forward_runs_the_backward(experts, backend, device, monkeypatch):

@@ -8,8 +8,9 @@ import torch
 
 import moe_kernels
 from moe_kernels.activation import ACTIVATIONS, PLAIN, Activation
-from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, check, eager, make_inputs, run, truth
+from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, eager, make_inputs, run, truth
 from moe_kernels.tools.check.routings import ROUTINGS
+from support.judge import check
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = Case(tokens=11, top_k=2, experts=4, hidden=48, intermediate=32)

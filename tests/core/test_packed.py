@@ -13,7 +13,7 @@ from moe_kernels.kernels.triton.plan import make_plan, part_of
 from moe_kernels.tools.check.problems import Case, eager, make_inputs, truth
 from moe_kernels.tools.check.routings import ROUTINGS, make_routing
 from moe_kernels.tools.check.tolerances import assert_close_to_truth
-from support.packed import block_fp8, packed
+from support.packed import block_fp8, mxfp4, packed
 from support.tiles import use_small_tiles
 
 BACKENDS = ["torch", "triton"]
@@ -84,6 +84,52 @@ def test_fp8_rounds_once(device):
             assert found.item() == want.item() == (1 + 2**-7 if product > 1 + 2**-8 else 1)
 
 
+def e2m1(code):
+    """The value of a code, by the definition of the format."""
+    exponent, fraction = code >> 1 & 3, code & 1
+    size = 2.0 ** (exponent - 1) * (1 + fraction / 2) if exponent else fraction / 2
+    return math.copysign(size, -1 if code >> 3 else 1)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 32), (3, 7, 64), (2, 65, 96)])
+def test_mxfp4_is_bitwise_by_the_format(device, sizes):
+    """Every code beside every scale, in more than one program; halves of a byte in their order."""
+    weight = mxfp4(*sizes, device)
+    codes = weight.data.flatten()
+    codes.copy_(torch.arange(len(codes)) * 89 % 256)
+    scales = weight.scales.flatten()
+    scales.copy_(torch.arange(len(scales)) * 7 % 256)
+    data = weight.data.cpu()
+    halves = torch.stack([data & 15, data >> 4], dim=-1).flatten(-2).int()
+    powers = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [math.nan], dtype=torch.float64)
+    exact = torch.tensor([e2m1(code) for code in range(16)], dtype=torch.float64)[halves]
+    exact = (exact * powers[weight.scales.cpu().int()][..., None]).view(sizes).to(device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        used, want = weight.to(dtype), exact.float().to(dtype)
+        for first, last in ((0, sizes[0]), (1, sizes[0]), (1, 2)):
+            for found in (used.experts(first, last), dequantize(used, first, last)):
+                assert found.dtype == dtype
+                assert all(map(torch.equal, bits(found), bits(want[first:last])))
+            assert all(map(torch.equal, bits(dequantize(used.mT, first, last)), bits(want[first:last].mT)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": torch.uint8}, "is used in float32"),
+        ({"sizes": (5, 48, 72)}, "blocks of 32 values do not divide 72 columns"),
+        ({"sizes": (5, 40, 64)}, r"blocks are torch.uint8 \(5, 48, 2, 16\), wanted uint8 \(5, 40, 2, 16\)"),
+        ({"data": torch.zeros(5, 48, 2, 16, dtype=torch.int8)}, "blocks are torch.int8"),
+        ({"scales": torch.zeros(5, 48, 4, dtype=torch.uint8)}, r"scales are torch.uint8 \(5, 48, 4\), wanted uint8"),
+        ({"scales": torch.zeros(5, 48, 2)}, r"scales are torch.float32 \(5, 48, 2\), wanted uint8 \(5, 48, 2\)"),
+        ({"scales": torch.zeros(5, 48, 2, dtype=torch.uint8, device="meta")}, "are on cpu and meta"),
+    ],
+)
+def test_mxfp4_parts_that_do_not_fit_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(mxfp4(5, 48, 64, torch.device("cpu")), **change)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -128,7 +174,7 @@ def test_4_bit_parts_that_do_not_fit_are_refused(change, words):
         dataclasses.replace(weight, **change)
 
 
-@pytest.mark.parametrize("make", [packed, block_fp8])
+@pytest.mark.parametrize("make", [packed, block_fp8, mxfp4])
 def test_a_packed_weight_moves_to_a_dtype_and_to_no_device(make):
     weight = make(2, 32, 64, torch.device("cpu"))
     assert weight.to(torch.float16).experts(0, 1).dtype == torch.float16
@@ -193,7 +239,7 @@ def results(inputs, gate_up, down, backend, **others):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize(("kind", "make"), [*((kind, packed) for kind in KINDS), ("lora", block_fp8)])
+@pytest.mark.parametrize(("kind", "make"), [*((k, packed) for k in KINDS), ("lora", block_fp8), ("lora", mxfp4)])
 def test_equals_the_whole_weight(device, backend, kind, by_columns, make, monkeypatch):
     """Blocks of two and of four experts, the last of fewer."""
     case = KINDS[kind]

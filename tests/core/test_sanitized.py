@@ -17,9 +17,10 @@ from moe_kernels.kernels.tiles.config import use_config
 from moe_kernels.kernels.tiles.table import GemmConfig
 from moe_kernels.layer import Weight
 from moe_kernels.routing import RoutingPlan
-from moe_kernels.tools.check.problems import Case, check, make_inputs, run
+from moe_kernels.tools.check.problems import Case, make_inputs, run
 from moe_kernels.tools.check.routings import make_routing
 from support import interpreter
+from support.judge import check
 
 torch_backend, triton_backend = TorchBackend(), TritonBackend()
 gpu = pytest.importorskip("moe_kernels.kernels.device")

@@ -11,10 +11,11 @@ import torch
 import moe_kernels
 from moe_kernels import backends
 from moe_kernels.activation import Activation
-from moe_kernels.tools.check.problems import Case, check, make_inputs, run
+from moe_kernels.tools.check.problems import Case, make_inputs, run
 from moe_kernels.tools.check.routings import ROUTINGS
 from moe_kernels.tools.check.verification import variants
-from support.packed import block_fp8, packed
+from support.judge import check
+from support.packed import block_fp8, mxfp4, packed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
 if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
@@ -217,7 +218,7 @@ def test_factors_of_one_expert_reach_no_other(rank):
         assert torch.equal(value[part], clean[name][part]), name
 
 
-@pytest.mark.parametrize("make", [packed, block_fp8])
+@pytest.mark.parametrize("make", [packed, block_fp8, mxfp4])
 @pytest.mark.parametrize("kind", ["lora", "gateless-lora", "gpt-oss-lora"])
 def test_experts_in_few_bits(kind, make, every_form, monkeypatch):
     from moe_kernels import packed as packed_weights

@@ -60,3 +60,12 @@ def test_a_rank_without_tokens_adds_nothing(family: str, ranks: Any) -> None:
         found = rank[family, "idle"]
         # FSDP averages over ranks, and one of the two had nothing.
         assert max(distances({n: 2 * g for n, g in found["fsdp2"].items()}, found["whole"]).values()) < 1e-4
+
+
+def test_an_adapter_is_drawn_alike_however_it_is_sharded(ranks: Any) -> None:
+    for rank in ranks:
+        whole, sharded = rank["drawn"]["whole"], rank["drawn"]["sharded"]
+        assert whole["sum"] == sharded["sum"] == ranks[0]["drawn"]["whole"]["sum"]
+        assert whole["weights"].keys() == sharded["weights"].keys()
+        for name, weight in whole["weights"].items():
+            assert torch.equal(sharded["weights"][name], weight), name

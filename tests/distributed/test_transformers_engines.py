@@ -67,6 +67,18 @@ def test_training_is_that_of_the_whole_model(layout: str, family: str, ranks: An
 
 
 @each_family
+@pytest.mark.parametrize("layout", TRAINS_RIGHT)
+def test_router_telemetry_counts_every_row_once(layout: str, family: str, ranks: Any) -> None:
+    for rank in ranks:
+        results = rank["expert_parallel"]
+        expected = [rows // RANKS for rows in results[family, "whole"]["routed"]]  # each rank saw every token
+        routed = results[family, layout, "moe_kernels"]["routed"]
+        if layout == "own batch" and DIVIDES_TWICE:  # the experts, and so the routers, learn something else
+            routed, expected = [sum(routed)], [sum(expected)]
+        assert routed == expected
+
+
+@each_family
 def test_a_rank_whose_experts_get_no_token(family: str, ranks: Any) -> None:
     starved = [rank["expert_parallel"][family, "starved"] for rank in ranks]
     assert all(torch.isfinite(torch.tensor(rank["losses"])).all() for rank in starved)

@@ -26,7 +26,9 @@ from transformers.distributed import DistributedConfig
 import moe_kernels.integrations.transformers as mk
 from moe_kernels import backends
 from moe_kernels.shapes import FAMILIES
+from moe_kernels.telemetry.counter import RouterCounter
 from moe_kernels.tools.check.allocations import poisoned_allocations
+from moe_kernels.tools.compare.weights import checksum, draw_adapter
 from moe_kernels.tools.prepare.models import model_config
 
 STEPS = 4
@@ -35,15 +37,17 @@ GPT_OSS = "gpt-oss"
 Batch = torch.Tensor
 
 
-def build(family: str, experts: str) -> Any:
-    """The tiny model, on every rank with the same weights; large enough that a wrong expert shows in the loss."""
-    config = gpt_oss() if family == GPT_OSS else model_config(family, "tiny")
+def build(family: str, experts: str, size: str = "tiny", layers: int | None = None) -> Any:
+    """The model, on every rank with the same weights; large enough that a wrong expert shows in the loss."""
+    config = gpt_oss() if family == GPT_OSS else model_config(family, size)
     config.vocab_size = 128
+    config.num_hidden_layers = layers or config.num_hidden_layers
     torch.manual_seed(11)
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation=experts)
+    std = 0.15 if size == "tiny" else 0.15 * (64 / config.hidden_size) ** 0.5
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0.0, 0.15) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+            parameter.normal_(0.0, std) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
     if experts == OURS:
         mk.check_model(model)
     return model
@@ -201,14 +205,18 @@ def expert_parallel(folder: Path) -> dict[str, Any]:
         if dist.get_rank() == 0:
             whole.save_pretrained(path)
         dist.barrier()
-        results[family, "whole"] = summary(train(whole, data))
+        counter = RouterCounter(whole)
+        results[family, "whole"] = summary(train(whole, data)) | {"routed": counter.take().tokens.tolist()}
         for layout, config, own in layouts():
             for experts in (BASELINE, OURS):
                 backends.reset_dispatch_counts()
                 model = from_pretrained(path, experts, config)
                 held = {tuple(local(e.gate_up_proj).shape) for _, e in mk.experts_modules(model)}
+                counter = RouterCounter(model.train())  # it counts what is trained
                 with every_row_written():
-                    results[family, layout, experts] = summary(train(model, data, own=own)) | {"held": held}
+                    found = summary(train(model, data, own=own))
+                routed = counter.take().tokens.tolist()
+                results[family, layout, experts] = found | {"held": held, "routed": routed}
         results[family, "starved"] = starved(path)
     return results
 
@@ -414,7 +422,21 @@ def lora(folder: Path) -> dict[str, Any]:
             mixed = shard_adapted(adapted(family, experts), mp_policy=policy)
             results[family, "bf16", experts] = summary(train(mixed, data, own=own_half))
         results[family, "idle"] = one_idle_rank(family)
+    results["drawn"] = drawn_adapters()
     return results
+
+
+def drawn_adapters() -> dict[str, Any]:
+    """Adapters drawn where a training starts, whole and sharded: their weights, and the checksum of the model."""
+    found = {}
+    for name in ("whole", "sharded"):
+        model = adapted("mixtral", OURS)
+        model = model if name == "whole" else shard_adapted(model)
+        draw_adapter(model, seed=3)
+        weights = {key: value for key, value in model.state_dict().items() if "lora_" in key}
+        whole = {key: w.full_tensor() if isinstance(w, DTensor) else w for key, w in weights.items()}
+        found[name] = {"weights": whole, "sum": checksum(model)}
+    return found
 
 
 def adapted(family: str, experts: str) -> Any:

@@ -82,6 +82,7 @@ FACTOR = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_B.weight"
         (EXPERT, 1.0, None, True),
         (EXPERT, 1.0, "memory_efficient", True),
         (EXPERT, 1.0, "legacy", False),
+        ("model.layers.1.mlp.experts.up_proj_blocks", 1.0, None, True),  # mxfp4
         (EXPERT, 0.0, None, False),  # an adapter that changes nothing
         ("model.layers.1.mlp.experts.up_proj", 1.0, None, False),  # stacked in the files: that merges right
     ],

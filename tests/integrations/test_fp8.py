@@ -476,8 +476,8 @@ WHERE = r"^model\.layers\.1\.mlp\.experts \(FP8Experts\): "
         (scales(value(-1.0), "gate_up_proj"), WHERE + r"gate_up_proj_scale_inv\[2, 1, 0\] is -1.0"),
         (scales(value(float("inf"))), WHERE + r"down_proj_scale_inv\[2, 1, 0\] is inf"),
         (scales(value(float("-inf"))), WHERE + r"down_proj_scale_inv\[2, 1, 0\] is -inf"),
-        (weights(torch.float8_e5m2), WHERE + "its weights are stored as torch.float8_e5m2"),
-        (weights(torch.int8), WHERE + "its weights are stored as torch.int8"),
+        (weights(torch.float8_e5m2), WHERE + "down_proj is torch.float8_e5m2 beside scales of fp8.*dequantize=True"),
+        (weights(torch.int8), WHERE + "down_proj is torch.int8 beside scales of fp8.*dequantize=True"),
         (in_training, WHERE + r"down_proj is to be trained .* LoRA.*dequantize=True"),
         (linear_in_training, r"^model\.layers\.0\.self_attn\.q_proj \(FP8Linear\): weight is to be trained"),
         (one_linear, r"^model\.layers\.0\.self_attn\.q_proj \(FP8Linear\): weight_scale_inv\[0, 0\] is 0.0"),
@@ -535,6 +535,35 @@ def test_a_model_that_was_only_loaded_is_checked_and_not_trained(checkpoint: Che
         model(input_ids=IDS)
     with torch.no_grad():
         model(input_ids=IDS)
+
+
+def test_experts_in_4_bits_are_refused_with_a_cure_that_works(tmp_path: Path) -> None:
+    """DeepSeek-V4's: mxfp4, in transformers' module for fp8."""
+    import json
+
+    from safetensors.torch import save_file
+
+    from support import mxfp4
+
+    held = write_checkpoint(tmp_path)
+    for name in [name for name in held if ".experts." in name and name.endswith(".weight")]:
+        codes, powers = mxfp4.quantised(dequantised(held[name], held[f"{name}_scale_inv"])[None])
+        held[name], held[f"{name}_scale_inv"] = codes[0].flatten(-2).view(torch.int8), powers[0]
+        held[f"{name}_scale_inv"] = held[f"{name}_scale_inv"].view(torch.float8_e8m0fnu)
+    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["expert_dtype"] = "fp4"
+    config["quantization_config"] |= {"scale_fmt": "ue8m0", "expert_dtype": "fp4"}  # 5.24 looks for it there
+    path.write_text(json.dumps(config))
+    with pytest.raises(mk.UnsupportedExperts, match=r"gate_up_proj is torch.int8 beside scales .*dequantize=True"):
+        mk.check_model(load(tmp_path))
+    whole = load(tmp_path, quantization_config=FineGrainedFP8Config(dequantize=True))
+    assert mk.check_model(whole) == 2
+    for expert in range(4):
+        key = f"{EXPERTS}.{expert}.down_proj.weight"
+        parts = held[key].view(torch.uint8).unflatten(-1, (-1, 16)), held[f"{key}_scale_inv"].view(torch.uint8)
+        assert torch.equal(experts_of(whole).down_proj[expert], mxfp4.dequantised(*parts))
 
 
 def test_powers_of_two_as_scales(checkpoint: Checkpoint) -> None:

@@ -377,7 +377,8 @@ def test_two_wrappers_of_one_weight_count_both() -> None:
             expected = 0.5 * one.lora_b @ one.lora_a + 2.0 * two.lora_b @ two.lora_a
             torch.testing.assert_close(lora_b @ lora_a, expected)
         assert pairs["down_proj"] is one
-        with pytest.raises(ValueError, match="LoRA of rank 129 on down_proj"), _Lent(experts, "down_proj", pair(127)):
+        too_much = _Lent(experts, "down_proj", pair(127))
+        with pytest.raises(ValueError, match=r"LoRA of rank 129 \(all adapters together\) on down_proj"), too_much:
             pass
     assert not pairs
 

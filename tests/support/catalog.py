@@ -18,7 +18,7 @@ from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
 from moe_kernels.kernels.tiles.table import ROW_TILED, GemmConfig, table
 from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
-from moe_kernels.kernels.triton.dequantize import block_fp8_kernel, four_bit_kernel
+from moe_kernels.kernels.triton.dequantize import block_fp8_kernel, four_bit_kernel, mxfp4_kernel
 from moe_kernels.kernels.triton.factors import BLOCKS, experts_last_kernel, pack_kernel
 from moe_kernels.kernels.triton.fp8 import fp8_gemm_kernel, quantize_kernel
 from moe_kernels.kernels.triton.fp8 import tile as fp8_tile
@@ -249,7 +249,7 @@ def _small_cases() -> Iterator[CompileCase]:
             small,
             uses_dot=False,
         )
-    sizes = dict.fromkeys(("size", "width", "blocks"), "i32")
+    sizes = dict.fromkeys(("R", "width", "blocks"), "i32")
     yield CompileCase(
         "sum_blocks",
         sum_blocks_kernel,
@@ -288,6 +288,14 @@ def _packed_cases() -> Iterator[CompileCase]:
             {"num_warps": 4, "num_stages": 3},
             uses_dot=False,
         )
+    yield CompileCase(
+        "dequantize-mxfp4",
+        mxfp4_kernel,
+        {"data_ptr": "*u8", "scales_ptr": "*u8", "out_ptr": "*bf16", "first": "i64", "count": "i32"},
+        {"SIZE": 16, "BLOCK": 128},
+        {"num_warps": 4, "num_stages": 3},
+        uses_dot=False,
+    )
     lists = ("expert_start", "tile_expert", "tile_row", "part_expert", "part_row", "part_count")
     yield CompileCase(
         "part",

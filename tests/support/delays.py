@@ -29,9 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 import moe_kernels
 from moe_kernels.kernels.hopper import down_grad, gemm, ring, wgrad
-from moe_kernels.tools.check.problems import Case, check, make_inputs, run, truth
+from moe_kernels.tools.check.problems import Case, make_inputs, run, truth
 from moe_kernels.tools.check.verification import compile_variants, variants
 from moe_kernels.tools.common.machine import environment
+from support.judge import check
 from support.patches import patches
 
 # 16 bits from the clock and the warp's place: the lower byte are nanoseconds, times 64 if six of the upper

@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_kernels.packed import BlockFp8, FourBit, Scales, scale_grid
+from moe_kernels.packed import BlockFp8, FourBit, Mxfp4, Scales, scale_grid
 
 
 def packed(
@@ -51,3 +51,19 @@ def block_fp8(
     scales = ((torch.rand(grid, generator=generator) + 0.1) * columns**-0.5 / 64).to(scale_dtype)
     data = codes.to(device).view(torch.float8_e4m3fn)
     return BlockFp8((experts, rows, columns), dtype, data, scales.to(device), stacked)
+
+
+def mxfp4(
+    experts: int,
+    rows: int,
+    columns: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Mxfp4:
+    """A weight of random codes, about as large as a layer's."""
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+    around = 125 - (columns.bit_length() // 2)  # of 3 / sqrt(columns)
+    scales = torch.randint(around - 2, around + 2, data.shape[:-1], generator=generator, dtype=torch.uint8)
+    return Mxfp4((experts, rows, columns), dtype, data.to(device), scales.to(device))

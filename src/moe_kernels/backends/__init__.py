@@ -175,9 +175,11 @@ def dispatch_reason() -> str:
 def uncounted() -> Iterator[None]:
     """Within this context forwards are not counted: nothing runs, or it is no part of what is proved."""
     before = _counts.copy()
-    yield
-    _counts.clear()
-    _counts.update(before)
+    try:
+        yield
+    finally:
+        _counts.clear()
+        _counts.update(before)
 
 
 def reset_dispatch_counts() -> None:

@@ -25,6 +25,7 @@ except ImportError as error:
 from moe_kernels.factors import LowRank, scaled
 from moe_kernels.integrations.dispatch import is_served
 from moe_kernels.integrations.fp8 import ExactFP8Linear
+from moe_kernels.integrations.quantized import MX_SCALES
 from moe_kernels.integrations.support import LORA_ATTRIBUTE, UnsupportedExperts, is_sharded, local_tensor
 
 MAX_RANK = 128  # of fused_experts
@@ -33,7 +34,7 @@ _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 def fuse_lora() -> None:
     """From now on, in this process, LoRA on served expert weights runs inside the kernels, and no adapter is merged
-    into fp8 weights. Can be called again."""
+    into fp8 or mxfp4 weights. Can be called again."""
     if hasattr(ParamWrapper._activate_lora, "_moe_kernels"):
         return
     original = ParamWrapper._activate_lora
@@ -48,21 +49,24 @@ def fuse_lora() -> None:
     _activate_lora._moe_kernels = True  # type: ignore[attr-defined]
     ParamWrapper._activate_lora = _activate_lora  # type: ignore[method-assign, assignment]
     for cls in (Linear, ParamWrapper):
-        _refuse_merge_into_fp8(cls)
+        _refuse_merge_into_packed(cls)
 
 
-def _refuse_merge_into_fp8(cls: Any) -> None:
-    """PEFT would add B A to the codes of a weight, as if its scales were 1; torch 2.14 has no such addition, and says
-    nothing of a cure."""
+def _refuse_merge_into_packed(cls: Any) -> None:
+    """PEFT would add B A to the codes of an fp8 weight, as if its scales were 1; torch 2.14 has no such addition, and
+    says nothing of a cure. To an mxfp4 weight it would add B A in a copy."""
     original = cls.merge
 
     @functools.wraps(original)
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        name = getattr(self, "parameter_name", "weight")
-        if getattr(getattr(self.get_base_layer(), name, None), "dtype", None) == torch.float8_e4m3fn:
+        layer, name = self.get_base_layer(), getattr(self, "parameter_name", "weight")
+        stored = layer._parameters.get(name)
+        is_fp8 = stored is not None and stored.dtype == torch.float8_e4m3fn
+        if is_fp8 or name + MX_SCALES in layer._parameters:
+            kind, config = ("fp8", "FineGrainedFP8Config") if is_fp8 else ("mxfp4", "Mxfp4Config")
             raise ValueError(
-                f"{type(self.get_base_layer()).__name__}.{name} is in fp8, into which PEFT cannot merge: load the "
-                "model with FineGrainedFP8Config(dequantize=True), the adapter onto it, and merge there."
+                f"{type(layer).__name__}.{name} is in {kind}, into which PEFT cannot merge: load the model with "
+                f"{config}(dequantize=True), the adapter onto it, and merge there."
             )
         return original(self, *args, **kwargs)
 
@@ -156,8 +160,10 @@ def _check_pair(wrapper: Any, adapter: str, where: str) -> None:
             f"its {experts} experts, which is {wanted[0]} and {wanted[1]}: load the adapter again, or make it anew "
             "for this model."
         )
-    chain = getattr(wrapper.get_base_layer(), "parametrizations", {})
-    weight = chain[wrapper.parameter_name].original if wrapper.parameter_name in chain else wrapper.get_param()
+    layer, name = wrapper.get_base_layer(), wrapper.parameter_name
+    chain = getattr(layer, "parametrizations", {})
+    stored = chain[name].original if name in chain else layer._parameters.get(name)
+    weight = wrapper.get_param() if stored is None else stored  # reading one may dequantise it
     if weight.device.type != "meta" and {a.device, b.device} != {weight.device}:
         raise ValueError(
             f"{where}: lora_A of {what} is on {a.device} and lora_B on {b.device}, the weight is on {weight.device}: "

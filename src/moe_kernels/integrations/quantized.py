@@ -1,9 +1,11 @@
-"""Frozen weights that a module keeps in few bits: bitsandbytes' 4 bits (QLoRA), and those of block-fp8 checkpoints.
+"""Frozen weights that a module keeps in few bits: bitsandbytes' 4 bits (QLoRA), and those of checkpoints in block-fp8
+and in mxfp4.
 
 Axolotl's ``quantize_moe_experts`` with ``load_in_4bit`` puts bitsandbytes' parametrization on each weight: reading
 ``module.gate_up_proj`` gives all experts in 16 bits, and autograd would keep that copy for every layer. transformers
-keeps an fp8 weight beside its scales, ``gate_up_proj_scale_inv``, and multiplies it with activations rounded to fp8.
-Here the weights as they are stored are handed to the kernels.
+keeps an fp8 weight beside its scales, ``gate_up_proj_scale_inv``, and multiplies it with activations rounded to fp8;
+mxfp4 stays so in modules of :mod:`moe_kernels.integrations.mxfp4`. Here the weights as they are stored are handed to
+the kernels.
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ from typing import Any
 import torch
 
 from moe_kernels.integrations.support import UnsupportedExperts, is_sharded
-from moe_kernels.packed import SIDE, BlockFp8, FourBit, PackedWeight, Scales, scale_grid
+from moe_kernels.packed import MX_BLOCK, SIDE, BlockFp8, FourBit, Mxfp4, PackedWeight, Scales, scale_grid
 
 #: Added to the name of a weight: the name of its scales.
 SCALES = "_scale_inv"
 #: The cure where a module's fp8 weights cannot be read.
 DEQUANTIZE = "Load the model with FineGrainedFP8Config(dequantize=True), which gives 16-bit weights."
+#: What transformers' modules of fp8 may hold in its place.
+_OTHERS = (torch.int8, torch.uint8, torch.float8_e5m2, torch.float4_e2m1fn_x2)
+#: In an mxfp4 checkpoint, added to the name of a weight.
+BLOCKS, MX_SCALES = "_blocks", "_scales"
 
 
 def packed_weight(module: Any, name: str, dtype: torch.dtype, where: str = "") -> PackedWeight | None:
@@ -34,7 +40,7 @@ def packed_weight(module: Any, name: str, dtype: torch.dtype, where: str = "") -
         UnsupportedExperts: the parts of the weight do not fit together, or are in no form that is read here.
     """
     try:
-        return _four_bit(module, name) or _block_fp8(module, name, dtype, where)
+        return _four_bit(module, name) or _block_fp8(module, name, dtype, where) or _mxfp4(module, name, dtype)
     except ValueError as error:
         if isinstance(error, UnsupportedExperts):
             raise
@@ -58,6 +64,7 @@ def _four_bit(module: Any, name: str) -> PackedWeight | None:
 
 def _block_fp8(module: Any, name: str, dtype: torch.dtype, where: str) -> PackedWeight | None:
     _check_not_cast(module, name, where)
+    _check_8_bits(module, name, where)
     data, scales = _fp8_parts(module, name)
     if data is None or is_sharded(data) or data.dim() == 1:  # pieces of it
         return None
@@ -84,6 +91,16 @@ def _block_fp8(module: Any, name: str, dtype: torch.dtype, where: str) -> Packed
     return BlockFp8((experts, rows, columns), dtype, data, scales, stacked)
 
 
+def _mxfp4(module: Any, name: str, dtype: torch.dtype) -> PackedWeight | None:
+    data, scales = module._parameters.get(name), module._parameters.get(name + MX_SCALES)
+    if scales is None or is_sharded(data) or data.dim() == 1:  # pieces of it
+        return None
+    experts, rows, blocks = data.shape[:3]
+    # Beside the transposes that the module's own weights are.
+    sizes = experts, rows, blocks * MX_BLOCK
+    return Mxfp4(sizes, dtype, data.detach(), scales.detach(), by_columns=True)
+
+
 def _fp8_parts(module: Any, name: str) -> tuple[Any, Any]:
     """The parameter ``name`` and its scales; None for what is not there, twice if the parameter is not in e4m3."""
     data = module._parameters.get(name)
@@ -98,7 +115,7 @@ def _check_not_cast(module: Any, name: str, where: str) -> None:
     transformers then takes the codes for weights. A weight with a scale that was not loaded may have been in 16 bits.
     """
     data, scales = module._parameters.get(name), module._parameters.get(name + SCALES)
-    if data is None or scales is None or data.dtype.itemsize < 2 or (_loaded(data) and not _loaded(scales)):
+    if data is None or scales is None or data.dtype.itemsize < 2 or (is_loaded(data) and not is_loaded(scales)):
         return
     raise UnsupportedExperts.mended(
         module,
@@ -108,21 +125,32 @@ def _check_not_cast(module: Any, name: str, where: str) -> None:
     )
 
 
-def _loaded(parameter: Any) -> bool:
+def _check_8_bits(module: Any, name: str, where: str) -> None:
+    """Raise UnsupportedExperts where something else lies beside scales of fp8: in DeepSeek-V4, two codes of e2m1 in
+    an int8, whose columns PEFT would take for half as many inputs."""
+    data = module._parameters.get(name)
+    if name + SCALES in module._parameters and data is not None and data.dtype in _OTHERS:
+        raise UnsupportedExperts.mended(
+            module, f"{name} is {data.dtype} beside scales of fp8; float8_e4m3fn alone is read. {DEQUANTIZE}", where
+        )
+
+
+def is_loaded(parameter: Any) -> bool:
     """Whether from_pretrained found it in the checkpoint; what it did not find is memory without a value."""
     return getattr(parameter, "_is_hf_initialized", False)
 
 
 def check_scales(module: Any, name: str, where: str = "") -> None:
-    """Read the scales of an fp8 weight, before training: a GPU waits for that.
+    """Read the scales of an fp8 or mxfp4 weight, before training: a GPU waits for that.
 
     Raises:
         UnsupportedExperts: they were not in the checkpoint, or one is not a positive finite number.
     """
+    _check_mx_scales(module, name, where)
     data, scales = _fp8_parts(module, name)
     if scales is None or scales.is_meta or is_sharded(scales):
         return
-    if _loaded(data) and not _loaded(scales):
+    if is_loaded(data) and not is_loaded(scales):
         raise UnsupportedExperts.mended(
             module,
             f"{name}{SCALES} is not in the checkpoint. If {name} is in 16 bits there, name the module in "
@@ -141,8 +169,32 @@ def check_scales(module: Any, name: str, where: str = "") -> None:
         )
 
 
+def _check_mx_scales(module: Any, name: str, where: str) -> None:
+    scales = module._parameters.get(name + MX_SCALES)
+    if scales is None or scales.is_meta or is_sharded(scales):
+        return
+    most = int(scales.detach().max())
+    if most in (0, 255):
+        what = "one is 255, which is NaN" if most else "all are 0, as a cast to uint8 makes them of other dtypes"
+        raise UnsupportedExperts.mended(
+            module,
+            f"{name}{MX_SCALES} are no scales of mxfp4: {what}. Download the checkpoint, or quantise it, again; its "
+            "scales are the codes of e8m0 in uint8.",
+            where,
+        )
+
+
 def check_frozen(module: Any, name: str, where: str = "") -> None:
-    """Raise UnsupportedExperts where training would go on without the gradient of an fp8 weight."""
+    """Raise UnsupportedExperts where training would go on without the gradient of an fp8 or mxfp4 weight."""
+    bias = module._parameters.get(f"{name}_bias")
+    if name + MX_SCALES in module._parameters and bias is not None and bias.requires_grad:
+        raise UnsupportedExperts.mended(
+            module,
+            f"{name}_bias is to be trained (requires_grad), and {name} beside it, in mxfp4, gets no gradient. Train "
+            "LoRA (peft.get_peft_model freezes both), or for full fine-tuning load 16-bit weights, with "
+            "Mxfp4Config(dequantize=True).",
+            where,
+        )
     if any(part is not None and part.requires_grad for part in _fp8_parts(module, name)):
         raise UnsupportedExperts.mended(
             module,

@@ -230,5 +230,10 @@ def local_tensor(module: Any, tensor: Any, name: str = "") -> torch.Tensor:
     """
     tensor = tensor.to_local() if hasattr(tensor, "placements") else tensor
     if is_traceable_wrapper_subclass(tensor):
-        raise UnsupportedExperts.of(module, f"its weights are stored as {type(tensor).__name__}.", name)
+        raise UnsupportedExperts.mended(
+            module,
+            f"its weights are stored as {type(tensor).__name__}, which is not read here: leave the experts out of "
+            "the quantisation, or train with experts_implementation: grouped_mm and without moe_kernels.",
+            name,
+        )
     return tensor

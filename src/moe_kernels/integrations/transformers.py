@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -34,6 +34,7 @@ try:
     from moe_kernels.integrations.adapters import Adapted, adapted, doubts
     from moe_kernels.integrations.dispatch import dispatches, experts_modules, is_served, registered, runs_on
     from moe_kernels.integrations.fp8 import check_fp8_activations, multiplied_in_fp8, train_fp8
+    from moe_kernels.integrations.mxfp4 import keep_mxfp4, keep_names
     from moe_kernels.integrations.probe import probe_device
     from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
     from moe_kernels.integrations.resume import mend_trainer
@@ -73,7 +74,8 @@ def register(
     """Make ``experts_implementation=name`` run :func:`moe_kernels.fused_experts` with these settings.
 
     Calling it again with the same name replaces the settings, also for models already loaded under it. From here on
-    transformers' Trainer loads the expert layers of its checkpoints (integrations.resume).
+    transformers' Trainer loads the expert layers of its checkpoints (integrations.resume), and a checkpoint in mxfp4
+    that is loaded with ``experts_implementation=name`` keeps its experts in 4 bits (integrations.mxfp4).
 
     ``fp8_activations``: multiply frozen block-fp8 experts in fp8, with rows rounded to e4m3 (:mod:`moe_kernels.fp8`),
     instead of dequantising them ahead of each GEMM. For models with such experts alone.
@@ -99,6 +101,7 @@ def register(
         getattr(FP8Experts, "_impl_tp_layer_overrides", {}).setdefault(implementation, {})
     registered[name] = experts_forward
     _in_fp8[name] = fp8_activations
+    keep_mxfp4(name)
     mend_trainer(lambda model: bool(experts_modules(model)))
 
 
@@ -192,7 +195,8 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
     train under it, check under it.
 
     Where experts are in fp8, the model's fp8 linear layers run on dequantised weights from here on, and Trainer takes
-    the model (integrations.fp8).
+    the model (integrations.fp8). A model that transformers dequantised from mxfp4 is saved with its experts, which
+    transformers before 5.24 loses (integrations.mxfp4).
 
     Raises:
         UnsupportedExperts: a module, or every one, would not be served; names the module, reason and cure.
@@ -200,12 +204,7 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
     """
     modules = experts_modules(model)
     if not modules:
-        others = {type(m).__name__ for m in model.modules() if hasattr(m, "gate_up_proj")}
-        raise UnsupportedExperts(
-            f"{type(model).__name__} has no experts module that dispatches through transformers' experts "
-            f"interface (it has: {', '.join(sorted(others)) or 'no experts'}). Switch off what replaced the "
-            "experts class (Liger: liger_glu_activation), or train this model without moe_kernels."
-        )
+        _refuse_without_experts(model)
     for name, module in modules:
         interface = dispatches(type(module))
         ours = any(interface is known for known in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS))
@@ -226,6 +225,7 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
             local_tensor(module, parameter, name)
         _check_weights(module, recipe, name)
     train_fp8(model)
+    keep_names(model)
     served = Served(len(modules))
     if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
         from moe_kernels.integrations.peft import check_lora, fuse_lora
@@ -237,6 +237,22 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
             logger.warning(doubt)
     _warn_of_small_gradients(model)
     return served
+
+
+def _refuse_without_experts(model: torch.nn.Module) -> NoReturn:
+    others = {type(m).__name__ for m in model.modules() if hasattr(m, "gate_up_proj")}
+    if "Mxfp4GptOssExperts" in others:
+        raise UnsupportedExperts(
+            f"{type(model).__name__} has experts in mxfp4 in the layout of transformers' kernels, which have no "
+            "backward. To train LoRA over mxfp4, call register() and then load the model with "
+            "experts_implementation='moe_kernels' (Axolotl: moe_kernels: true and adapter: lora do both); for 16-bit "
+            "weights, load it with Mxfp4Config(dequantize=True)."
+        )
+    raise UnsupportedExperts(
+        f"{type(model).__name__} has no experts module that dispatches through transformers' experts "
+        f"interface (it has: {', '.join(sorted(others)) or 'no experts'}). Switch off what replaced the "
+        "experts class (Liger: liger_glu_activation), or train this model without moe_kernels."
+    )
 
 
 def _warn_of_small_gradients(model: torch.nn.Module) -> None:

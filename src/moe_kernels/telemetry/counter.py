@@ -25,8 +25,8 @@ _MOST = 32
 class _Layer:
     """One expert layer.
 
-    ``seen``: ids that its experts function can be given: ``experts``, or under transformers' expert parallelism those
-    of this rank, with one more id for all others.
+    ``seen``: ids that its module can be given: ``experts``, or where transformers' expert parallelism masks the
+    router those of this rank, with one more id for all others.
     """
 
     name: str  # of the module
@@ -59,7 +59,10 @@ class RouterCounter:
             )
         # Tensor parallelism of transformers, whose model.tp_size stays None; DeepSpeed's is not seen.
         distributed = getattr(getattr(model, "config", None), "distributed_config", None)
-        self._begin([_layer(name, module) for name, module in modules], getattr(distributed, "tp_size", None) or 1)
+        dispatched = _dispatched(model)
+        self._begin(
+            [_layer(name, module, dispatched) for name, module in modules], getattr(distributed, "tp_size", None) or 1
+        )
         self._modules = [module for _, module in modules]
         self._hooks: list[RemovableHandle] = []
         self.open()
@@ -196,7 +199,14 @@ def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     raise ValueError("An experts module was called without expert ids: set moe_router_telemetry: false.")
 
 
-def _layer(name: str, module: Any) -> _Layer:
+def _dispatched(model: Any) -> bool:
+    """Whether transformers sends tokens to the experts' ranks inside the experts module (5.19 and later): the ids
+    that the module is called with are those of all experts, of this rank's tokens. Asked as transformers asks it."""
+    styles = set((getattr(model, "ep_plan", None) or {}).values())
+    return "ep_dispatch_experts" in styles and not {"ep_router", "moe_tp_experts"} <= styles
+
+
+def _layer(name: str, module: Any, dispatched: bool = False) -> _Layer:
     # Axolotl's expert parallelism dispatches inside the experts function: the ids are those of all experts.
     everywhere = getattr(module, "num_experts_global", None)
     if everywhere:
@@ -205,4 +215,5 @@ def _layer(name: str, module: Any) -> _Layer:
     known = [getattr(config, key, None) for key in _EXPERTS_KEYS]
     total = next((count for count in known if isinstance(count, int) and count > module.num_experts), None)
     parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return _Layer(name, total if total and parallel else module.num_experts, module.num_experts)
+    experts = total if total and parallel else module.num_experts
+    return _Layer(name, experts, experts if dispatched else module.num_experts)

@@ -15,22 +15,26 @@ if TYPE_CHECKING:
     from moe_kernels.integrations.resume import Readers
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-CURE = "Set merge_method: legacy in the run file, which merges as PEFT does, with the whole model in memory."
+CURE = (
+    "Set merge_method: legacy in the run file, which merges as PEFT does, with the whole model in memory; for a "
+    "base model in mxfp4 also model_quantization_config: Mxfp4Config and its kwargs {dequantize: true}."
+)
 
 
 def refuse_lossy_merge(cfg: Any) -> None:
     """Refuse, before anything is merged, a method that would lose the experts' part: for Axolotl 0.19.
 
     Raises:
-        ValueError: the adapter has factors of expert weights, and the base model's files one weight per expert.
+        ValueError: the adapter has factors of expert weights, and the base model's files one weight per expert, or
+            blocks of mxfp4.
     """
     adapter = cfg.get("lora_model_dir") or cfg.get("output_dir")
     if cfg.get("merge_method") == "legacy" or not adapter or not _expert_layers(Path(adapter)):
         return
-    if any(re.search(r"\bexperts\.\d+\.", name) for name in _base_weights(cfg)):
+    if any(re.search(r"\bexperts\.(\d+\.|\w+_blocks$)", name) for name in _base_weights(cfg)):
         raise ValueError(
             f"axolotl merge-lora would leave the experts' part of the adapter in {adapter} out: the files of "
-            f"{cfg.get('base_model')} hold one weight per expert. {CURE}"
+            f"{cfg.get('base_model')} hold one weight per expert, or blocks of mxfp4. {CURE}"
         )
 
 

@@ -46,6 +46,9 @@ class MoeOptimizedPlugin(BasePlugin):
             from .merge import refuse_lossy_merge
 
             refuse_lossy_merge(cfg)
+        if cfg.moe_kernels and cfg.adapter == "lora" and not shards_experts(cfg):
+            # Axolotl names the implementation after it has loaded a model; mxfp4 is kept as it is loaded.
+            cfg.model_kwargs = {"experts_implementation": "moe_kernels", **(cfg.model_kwargs or {})}
         if cfg.moe_kernels and shards_experts(cfg) and wraps_any_experts():
             # Axolotl's expert parallelism looks for the name to wrap in its pre_model_load, which is before ours.
             from axolotl.integrations.expert_parallel.experts_fn import get_local_implementation

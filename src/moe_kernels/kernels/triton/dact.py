@@ -18,7 +18,8 @@ from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.routing import RoutingPlan
 
 
-@triton.jit
+# Under expert parallelism every step brings another number of rows, for which nothing is to be compiled.
+@triton.jit(do_not_specialize=["R"])
 def dact_kernel(
     da_ptr,  # (R, I): dA0 in, wA out if WRITE_WA
     z_ptr,  # (R, Z), Z = 2I with a gate, I without

@@ -15,7 +15,7 @@ from moe_kernels.kernels.device import cdiv
 from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.triton.plan import part_of
 from moe_kernels.layer import Weight
-from moe_kernels.packed import SIDE, BlockFp8, FourBit, PackedWeight
+from moe_kernels.packed import MX_BLOCK, SIDE, BlockFp8, FourBit, Mxfp4, PackedWeight
 from moe_kernels.routing import RoutingPlan
 
 _BLOCK = 2048  # bytes of a program
@@ -85,6 +85,37 @@ def block_fp8_kernel(
         tl.store(out_ptr + place, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def mxfp4_kernel(
+    data_ptr,  # uint8
+    scales_ptr,  # uint8, the codes of e8m0, one for each block
+    out_ptr,  # the values of blocks ``first`` and following
+    first,
+    count,  # blocks
+    SIZE: tl.constexpr,  # bytes of a block
+    BLOCK: tl.constexpr,  # blocks of a program
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < count
+    code = tl.load(scales_ptr + first + place, mask=mask, other=0).to(tl.int32)
+    bits = tl.where(code == 0, 1 << 22, code << 23)  # 2^-127 has no exponent in float32
+    scale = tl.where(code == 0xFF, 0x7FC00000, bits).to(tl.float32, bitcast=True)[:, None]
+    where = (first + place)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    byte = tl.load(data_ptr + where, mask=mask[:, None], other=0).to(tl.int32)
+    low, high = _e2m1(byte & 15) * scale, _e2m1(byte >> 4) * scale
+    values = tl.reshape(tl.join(low, high), (BLOCK, 2 * SIZE)).to(out_ptr.dtype.element_ty)
+    where = place[:, None] * (2 * SIZE) + tl.arange(0, 2 * SIZE)[None, :]
+    tl.store(out_ptr + where, values, mask=mask[:, None])
+
+
+@triton.jit
+def _e2m1(code):
+    """The value of a code (int32): 2 bits of exponent, bias 1, and 1 bit; without an exponent, in units of 1/2."""
+    size = code & 7
+    bits = tl.where(size < 2, (size * 0.5).to(tl.int32, bitcast=True), (size << 22) + (126 << 23))
+    return (bits | ((code & 8) << 28)).to(tl.float32, bitcast=True)
+
+
 def dequantize(weight: PackedWeight, first: int, last: int) -> torch.Tensor:
     """Experts ``first`` to ``last`` (exclusive) of ``weight``: (last - first, N, K)."""
     out = torch.empty((last - first, *weight.sizes[1:]), dtype=weight.dtype, device=weight.device)
@@ -123,11 +154,23 @@ def _block_fp8(weight: BlockFp8, first: int, last: int, out: torch.Tensor) -> No
     )
 
 
+def _mxfp4(weight: Mxfp4, first: int, last: int, out: torch.Tensor) -> None:
+    each, size = weight.sizes[1] * weight.sizes[2] // MX_BLOCK, MX_BLOCK // 2
+    count = (last - first) * each
+    launch(
+        mxfp4_kernel,
+        (cdiv(count, _BLOCK // size),),
+        (weight.data, weight.scales, out, first * each, count),
+        {"SIZE": size, "BLOCK": _BLOCK // size, "num_warps": 4},
+    )
+
+
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 #: How the kernels read each format.
 _LAUNCHES: dict[type[PackedWeight], Callable[[Any, int, int, torch.Tensor], None]] = {
     FourBit: _four_bit,
     BlockFp8: _block_fp8,
+    Mxfp4: _mxfp4,
 }
 
 

@@ -24,7 +24,8 @@ from moe_kernels.layer import AddedGrads, Rows, Weight
 from moe_kernels.routing import RoutingPlan, TokenRows
 
 
-@triton.jit
+# Under expert parallelism every step brings another number of rows, for which nothing is to be compiled.
+@triton.jit(do_not_specialize=["R"])
 def row_pass_kernel(
     rows_ptr,  # (R, N), or with TOP_K the tokens (R / TOP_K, N)
     factor_ptr,  # (E, N, RANK): read if LOW
@@ -119,16 +120,17 @@ def row_pass_kernel(
         tl.store(bias_grad_ptr + expert * N + n, total, mask=in_width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def sum_blocks_kernel(
     parts_ptr,  # (blocks, R * width) float32
     routed_ptr,  # expert_start[E]: rows at or after it belong to dropped slots
     out_ptr,  # (R * width,)
-    size,
-    width,
+    R,
+    width,  # a multiple of 16 keeps loads of the parts wide, whatever R
     blocks,
     BLOCK: tl.constexpr,
 ):
+    size = R.to(tl.int64) * width
     cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < tl.load(routed_ptr).to(tl.int64) * width
     total = tl.zeros((BLOCK,), tl.float32)
@@ -232,7 +234,7 @@ def _sum_blocks(parts: torch.Tensor, out: torch.Tensor, plan: RoutingPlan) -> to
     size = out.numel()
     if size == 0:
         return out
-    arguments = parts, plan.expert_start[plan.experts :], out, size, size // max(plan.rows, 1), parts.shape[0]
+    arguments = parts, plan.expert_start[plan.experts :], out, plan.rows, size // max(plan.rows, 1), parts.shape[0]
     launch(sum_blocks_kernel, (cdiv(size, 1024),), arguments, {"BLOCK": 1024, "num_warps": 4})
     return out
 

@@ -77,7 +77,6 @@ def measure(
     group_sizes: tuple[GroupSize, ...] = (DEFAULT_GROUP_SIZE,),
     persistent: tuple[bool, ...] = (True,),
     recompute: tuple[bool, ...] = (False,),
-    backend: str = "auto",
     seed: int = 0,
     progress: Progress = lambda message: None,
 ) -> list[Measurement]:
@@ -90,7 +89,6 @@ def measure(
         repeats: timed calls of each implementation; medians are of these.
         routing: balanced, mild or heavy.
         group_sizes, persistent, recompute: knobs of moe_kernels; each combination becomes a row.
-        backend: of moe_kernels: a name of :func:`moe_kernels.registry.names`.
         seed: of the random tensors.
         progress: called with what is being done.
 
@@ -106,7 +104,7 @@ def measure(
         raise ValueError(f"unknown implementation {', '.join(unknown)}: choose from {', '.join((*PEERS, OURS))}")
     progress(f"{shape.name}: making tensors")
     layer = make_layer(shape, routing, torch.device(device), dtype, seed)
-    ours = our_variants(group_sizes, persistent, backend, recompute) if OURS in implementations else {}
+    ours = our_variants(group_sizes, persistent, recompute=recompute) if OURS in implementations else {}
     rows = [row for name in implementations for row in (ours if name == OURS else (name,))]
     runners, absent = _set_up(layer, rows, ours)
     errors, faults = _check(layer, runners, progress)

@@ -13,7 +13,6 @@ from moe_kernels.activation import Activation
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LayerShape
 from moe_kernels.tools.check.routings import make_routing
-from moe_kernels.tools.check.tolerances import Closeness, assert_close_to_truth
 
 #: (x, topk_ids, topk_weights, gate_up, down, **extras and options) -> out
 Experts = Callable[..., Tensor]
@@ -168,19 +167,3 @@ def truth(inputs: Inputs) -> dict[str, Tensor]:
 def eager(inputs: Inputs) -> dict[str, Tensor]:
     """Output and every gradient by plain PyTorch in the inputs' own dtype: the yardstick of accuracy."""
     return {name: value for name, value in run(reference_experts, inputs).items() if value is not None}
-
-
-def check(implementation: Experts, inputs: Inputs, label: str = "") -> dict[str, Closeness]:
-    """Judge the output and every gradient of ``implementation``. Returns what was measured, by tensor name.
-
-    Raises:
-        AssertionError: naming the tensor and the limit it broke.
-    """
-    expected, plain, actual = truth(inputs), eager(inputs), run(implementation, inputs)
-    measured = {}
-    for name, value in actual.items():
-        assert value is not None, f"{label} {name}: no gradient"
-        measured[name] = assert_close_to_truth(
-            value, expected[name], plain[name].to(value.dtype), f"{label} {name}", compute_dtype=inputs.gate_up.dtype
-        )
-    return measured

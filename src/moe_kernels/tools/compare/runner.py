@@ -326,7 +326,7 @@ def run_command(
     with log.open("wb") as sink, log.open("rb") as source:
         # A session of its own, so that the trainer's own children end with it.
         child = subprocess.Popen(
-            command, stdout=sink, stderr=sink, env=env, start_new_session=True, preexec_fn=_end_with_parent
+            command, stdout=sink, stderr=sink, env=env, start_new_session=True, preexec_fn=end_with_parent
         )
         try:
             while child.poll() is None and time.monotonic() < end:
@@ -339,8 +339,8 @@ def run_command(
     return None if stopped else child.returncode
 
 
-def _end_with_parent() -> None:
-    """In the child: have Linux kill it when this process is killed, so that no training is left behind."""
+def end_with_parent() -> None:
+    """In a child: have Linux kill it when its parent is killed, so that no training is left behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

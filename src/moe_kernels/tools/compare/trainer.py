@@ -48,7 +48,12 @@ def implementation(module: Any) -> str | None:
     return type(module).__name__ if any(weight is not None and weight.dim() == 3 for weight in weights) else None
 
 
-if __name__ == "__main__":
+def train(*more: Any) -> None:
+    """Run ``axolotl`` on this process's arguments, with these callbacks of Trainer and ``more``."""
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
-    callbacks += [ExpertsRecorder, DrawnWeights().installed()]
+    callbacks += [ExpertsRecorder, DrawnWeights().installed(), *more]
     main()
+
+
+if __name__ == "__main__":
+    train()

@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, modeling_utils
 
 from moe_kernels.tools.compare.lines import WEIGHTS_LINE
@@ -39,9 +40,9 @@ class DrawnWeights(TrainerCallback):
                 return load(cls, name, *arguments, **settings)
             self.seed = seed
             weights = draw_base(settings["config"], settings.get("dtype") or settings.get("torch_dtype"), seed)
-            if torch.cuda.is_available():
-                # "auto" would divide what is left beside the weights just drawn.
-                settings["device_map"] = {"": torch.cuda.current_device()}
+            # "auto" would divide what is left beside the weights just drawn, and Axolotl's map of several processes
+            # names a GPU by its number even where there is none.
+            settings["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
             # The weights are on the device already: room for them a second time would show as the peak.
             with patch.object(modeling_utils, "caching_allocator_warmup", lambda *_, **__: None):
                 model = load(cls, None, *arguments, state_dict=weights, **settings)
@@ -56,8 +57,9 @@ class DrawnWeights(TrainerCallback):
         if self.seed is None:
             return
         draw_adapter(model, self.seed)
+        start = checksum(model)  # on every rank
         if state.is_world_process_zero:
-            print(WEIGHTS_LINE + checksum(model), flush=True)
+            print(WEIGHTS_LINE + start, flush=True)
         if torch.cuda.is_available():  # the peak is that of the training, not of the drawing
             gc.collect()
             torch.cuda.empty_cache()
@@ -85,18 +87,35 @@ def draw_base(config: PreTrainedConfig, dtype: torch.dtype | None, seed: int) ->
 def draw_adapter(model: torch.nn.Module, seed: int) -> None:
     """Draw both factors of every LoRA adapter: with a B of zeros an error of A would not show at the first step.
 
-    Axolotl's own draw depends on its version, and before 0.21 on no seed.
+    Axolotl's own draw depends on its version, and before 0.21 on no seed. A factor that FSDP2 has sharded gets its
+    part of what one process alone would draw.
     """
     generators: dict[torch.device, torch.Generator] = {}
     for name, factor in model.named_parameters():
         if factor.requires_grad and ".lora_" in name:
             device = factor.device
             generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
-            torch.nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+            whole = torch.empty(factor.shape, dtype=factor.dtype, device=device)
+            torch.nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+            with torch.no_grad():
+                if isinstance(factor, DTensor):
+                    mesh, placements = factor.device_mesh, factor.placements
+                    whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+                factor.copy_(whole)
 
 
 def checksum(model: torch.nn.Module) -> str:
-    """A short hash of the bytes of all parameters and of their names."""
-    sums = [tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64).cpu()
-            for tensor in model.parameters()]  # fmt: skip
+    """A short hash of the bytes of all parameters and of their names, of the whole ones where FSDP2 has sharded them.
+
+    Then every rank must call it.
+    """
+    sums = [_byte_sum(tensor.detach()).cpu() for tensor in model.parameters()]
     return digest([name for name, _ in model.named_parameters()], [int(total) for total in sums])
+
+
+def _byte_sum(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.contiguous().view(torch.uint8).sum(dtype=torch.int64)
+    total = _byte_sum(tensor.to_local())
+    torch.distributed.all_reduce(total, group=tensor.device_mesh.get_group())  # FSDP2: one dimension, sharded
+    return total

@@ -76,13 +76,16 @@ def plan(
     optimizer_bytes: Annotated[
         int, typer.Option(help="Bytes of optimizer state per weight.", min=0)
     ] = DEFAULT.optimizer_bytes,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Compute activations again in the backward pass.")
+    ] = DEFAULT.checkpointing,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Estimate a training step on many GPUs: measured kernel rates, and speeds that you state."""
     assumptions = Assumptions(
         tokens, sequence, other_tflops and other_tflops * 1e12, gpus_per_node, node_link * 1e9, network_link * 1e9,
-        weight_bytes, grad_bytes, optimizer_bytes,
+        weight_bytes, grad_bytes, optimizer_bytes, checkpointing,
     )  # fmt: skip
     for name, value in asdict(assumptions).items():
         if value is not None and not value < TOO_LARGE:
@@ -181,7 +184,8 @@ def basis(rates: dict[str, Rates], a: Assumptions, measured: Path) -> list[str]:
         other,
         f"Assumed: a GPU sends {a.node_link / 1e9:.0f} GB/s within its node of {a.gpus_per_node} (--node-link, "
         f"--gpus-per-node) and {a.network_link / 1e9:.0f} GB/s to other nodes (--network-link), without contention.",
-        f"{a.tokens} tokens per GPU and step in sequences of {a.sequence}, routed evenly; activations checkpointed.",
+        f"{a.tokens} tokens per GPU and step in sequences of {a.sequence}, routed evenly; activations "
+        f"{'checkpointed' if a.checkpointing else 'kept'}.",
         f"Bytes kept per parameter: {a.weight_bytes} + {a.grad_bytes} + {a.optimizer_bytes} (weights + gradients + "
         "optimizer), sharded over all GPUs.",
         "The all-to-all overlaps with nothing; the traffic of FSDP with all the rest.",

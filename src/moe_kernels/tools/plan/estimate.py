@@ -1,8 +1,8 @@
 """What a training step costs on many GPUs: arithmetic over measured kernel rates and speeds that the user states.
 
 Layout: data parallel; experts over groups of ``ep`` GPUs (expert parallelism), each group's copy sharded over the
-other groups (FSDP2); everything else sharded over all GPUs. Activations are checkpointed per layer, so that a forward
-pass runs twice. Units are bytes and seconds, G = 1e9.
+other groups (FSDP2); everything else sharded over all GPUs. Unless told otherwise activations are checkpointed per
+layer, so that a forward pass runs twice. Units are bytes and seconds, G = 1e9.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class Assumptions:
     weight_bytes: int = 4  # kept per parameter, like the next two
     grad_bytes: int = 4
     optimizer_bytes: int = 8
+    checkpointing: bool = True  # of every decoder layer
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,11 @@ class Estimate:
         return None if self.other_s is None else max(self.experts_s + self.other_s + self.all_to_all_s, self.fsdp_s)
 
 
-def estimate(name: str, gpus: int, ep: int, rates: Rates, a: Assumptions) -> Estimate:
-    """One model on ``gpus`` GPUs, its experts spread over groups of ``ep``."""
-    model = MODELS[name]
+def estimate(
+    name: str, gpus: int, ep: int, rates: Rates, a: Assumptions, model: Model | None = None
+) -> Estimate:
+    """One model on ``gpus`` GPUs, its experts spread over groups of ``ep``; a ``model`` that is not in MODELS too."""
+    model = model or MODELS[name]
     layer = model.layer
     rows = a.tokens * layer.top_k
     per_gpu = (model.expert_parameters + model.other_parameters) / gpus
@@ -136,10 +139,18 @@ def estimate(name: str, gpus: int, ep: int, rates: Rates, a: Assumptions) -> Est
     layer_weights = model.experts_per_layer / ep + model.block_parameters / model.layers
     one_layer = rows * (4 * layer.hidden + 6 * layer.intermediate) * BF16 + 16 * a.tokens * layer.hidden * BF16
     logits = 2 * a.tokens * model.vocab * 4
-    activations = model.layers * a.tokens * layer.hidden * BF16 + max(one_layer, logits)
+    activations: float = model.layers * a.tokens * layer.hidden * BF16 + max(one_layer, logits)
+    if not a.checkpointing:
+        # What every layer keeps: X and Z, three widths of a dense or shared feed-forward block, whose parameters are
+        # 3 H times its width, and 16 copies of the layer's input for the rest; and the logits.
+        routed = model.moe_layers * (2 * rows * layer.intermediate + a.tokens * layer.hidden)
+        dense = model.moe_layers * model.shared + (model.layers - model.moe_layers) * model.dense_ffn
+        rest = 16 * model.layers * a.tokens * layer.hidden
+        activations = (routed + a.tokens * dense / layer.hidden + rest) * BF16 + logits
 
     # All-to-all: rows out and back, in the forward pass, its recomputation and the backward pass.
-    exchanged = 6 * model.moe_layers * rows * layer.hidden * BF16
+    forwards = 2 if a.checkpointing else 1
+    exchanged = 2 * (forwards + 1) * model.moe_layers * rows * layer.hidden * BF16
     nodes_of_group = math.ceil(ep / a.gpus_per_node)
     to_network = exchanged * (nodes_of_group - 1) / nodes_of_group
     in_node = exchanged * (ep - 1) / ep - to_network
@@ -168,8 +179,8 @@ def estimate(name: str, gpus: int, ep: int, rates: Rates, a: Assumptions) -> Est
         gathered=3 * layer_weights * BF16,
         activations=activations,
         all_to_all=to_network + in_node,
-        experts_s=forward / rates.forward + 3 * forward / rates.forward_backward,
-        other_s=None if a.other_flops is None else 4 * (scores + linear) / a.other_flops,
+        experts_s=(forwards - 1) * forward / rates.forward + 3 * forward / rates.forward_backward,
+        other_s=None if a.other_flops is None else (forwards + 2) * (scores + linear) / a.other_flops,
         all_to_all_s=in_node / a.node_link + to_network / a.network_link,
         fsdp_s=expert_bytes / expert_link + other_bytes / other_link,
     )
