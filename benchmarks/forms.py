@@ -25,6 +25,7 @@ from torch import Tensor
 from moe_kernels import fused_experts
 from moe_kernels.activation import Activation
 from moe_kernels.backends.gluon import use_every_form
+from moe_kernels.fp8 import Fp8Weight, transposed
 from moe_kernels.packed import E2M1, MX_BLOCK, SIDE, BlockFp8, FourBit, Mxfp4, PackedWeight, Scales, whole
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LAYERS, LayerShape
@@ -49,6 +50,7 @@ class Form:
         frozen: the base gets no gradient.
         rank: of the LoRA factors of both weights; 0 without.
         packed: the base is kept in "4 bits", with nested scales, in block "fp8" or in "mxfp4"; empty: in 16 bits.
+            "fp8 activations" is block fp8 that is multiplied in fp8, which GPUs of compute capability 8.9 do.
         gpt_oss: weights stored by columns, gate and up interleaved, clamped activation.
     """
 
@@ -68,6 +70,7 @@ FORMS = {
     "lora-64": Form(frozen=True, rank=64),
     "qlora-16": Form(frozen=True, rank=16, packed="4 bits"),
     "fp8-lora-16": Form(frozen=True, rank=16, packed="fp8"),
+    "fp8-activations-lora-16": Form(frozen=True, rank=16, packed="fp8 activations"),
     "biases": Form(biases=True),
     "gpt-oss": Form(biases=True, gpt_oss=True, activation=GPT_OSS),
     "gpt-oss-lora-16": Form(frozen=True, rank=16, biases=True, gpt_oss=True, activation=GPT_OSS),
@@ -129,18 +132,26 @@ def _with_leaves(form: Form, arguments: dict[str, Any], dout: Tensor) -> Layer:
     return Layer(form, arguments, trained, dout)
 
 
-def in_fp8(weight: Tensor) -> BlockFp8:
-    """``weight`` (E, N, K) in e4m3 with a scale for each 128 x 128, as checkpoints have it."""
-    experts, rows, columns = weight.shape
+def in_fp8(weight: Tensor, stacked: int = 1) -> BlockFp8:
+    """``weight`` (E, N, K) in e4m3 with a scale for each 128 x 128 of its ``stacked`` parts, as in checkpoints."""
+    sizes: Any = tuple(weight.shape)
+    weight = weight.unflatten(1, (stacked, -1)).flatten(0, 1)
+    _, rows, columns = weight.shape
     values = torch.nn.functional.pad(weight.float(), (0, -columns % SIDE, 0, -rows % SIDE))
     values = values.unflatten(2, (-1, SIDE)).unflatten(1, (-1, SIDE))
     scales = values.abs().amax((2, 4)) / torch.finfo(torch.float8_e4m3fn).max
     codes = (values / scales[:, :, None, :, None]).to(torch.float8_e4m3fn).flatten(3).flatten(1, 2)
-    data = codes[:, :rows, :columns].contiguous()
-    return BlockFp8((experts, rows, columns), weight.dtype, data, scales)
+    data = codes[:, :rows, :columns].reshape(sizes).contiguous()
+    return BlockFp8(sizes, weight.dtype, data, scales.unflatten(0, (-1, stacked)).flatten(1, 2), stacked)
 
 
-def in_4_bits(weight: Tensor) -> FourBit:
+def multiplied_in_fp8(weight: Tensor, stacked: int = 1) -> Fp8Weight:
+    """The same, to be multiplied in fp8."""
+    found = in_fp8(weight, stacked)
+    return Fp8Weight.of(found, transposed(found.data))
+
+
+def in_4_bits(weight: Tensor, stacked: int = 1) -> FourBit:
     """``weight`` (E, N, K) in a format like nf4: another table, the same sizes and the same steps to read it."""
     values = weight.float().view(-1, 64)
     scales = values.abs().amax(1)
@@ -156,7 +167,7 @@ def in_4_bits(weight: Tensor) -> FourBit:
     return FourBit(sizes, weight.dtype, data.view(-1), table, nested, weight.dtype)
 
 
-def in_mxfp4(weight: Tensor) -> Mxfp4:
+def in_mxfp4(weight: Tensor, stacked: int = 1) -> Mxfp4:
     """``weight`` (E, N, K) in mxfp4, stored by rows as gpt-oss's checkpoints have it."""
     experts, rows, columns = weight.shape
     values = weight.float().contiguous().unflatten(2, (-1, MX_BLOCK))
@@ -168,7 +179,12 @@ def in_mxfp4(weight: Tensor) -> Mxfp4:
     return Mxfp4((experts, rows, columns), weight.dtype, data, scales)
 
 
-PACK: dict[str, Callable[[Tensor], PackedWeight]] = {"4 bits": in_4_bits, "fp8": in_fp8, "mxfp4": in_mxfp4}
+PACK: dict[str, Callable[[Tensor, int], PackedWeight]] = {
+    "4 bits": in_4_bits,
+    "fp8": in_fp8,
+    "fp8 activations": multiplied_in_fp8,
+    "mxfp4": in_mxfp4,
+}
 
 
 def make_layer(shape: LayerShape, form: Form, device: torch.device) -> Layer:
@@ -193,7 +209,8 @@ def make_layer(shape: LayerShape, form: Form, device: torch.device) -> Layer:
     }
     for name, (n, k) in sizes.items():
         weight = normal(experts, k, n, scale=k**-0.5).mT if form.gpt_oss else normal(experts, n, k, scale=k**-0.5)
-        arguments[name] = PACK[form.packed](weight) if form.packed else weight
+        stacked = 2 if name == "gate_up" and form.gated else 1
+        arguments[name] = PACK[form.packed](weight, stacked) if form.packed else weight
         if form.biases:
             arguments[f"{name}_bias"] = normal(experts, n, scale=0.1)
         if form.rank:

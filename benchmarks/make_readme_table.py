@@ -7,7 +7,8 @@ README.md shows the newest comparison of each pair that `moe-kernels compare` wr
 docs/knobs.md what `moe-kernels bench --json` wrote (files with several settings of the knobs in the latter),
 docs/versions.md the same layers under each release of triton, docs/lora.md what benchmarks/lora_cost.py,
 docs/router.md what benchmarks/router_cost.py and docs/distributed.md what benchmarks/scaling.py wrote. Only results
-from a GPU appear: those from a CPU say nothing about speed. Every number is from a file that the table names.
+from a GPU appear, as those from a CPU say nothing about speed, but for docs/numerics.md: what
+benchmarks/fp8_numerics.py wrote. Every number is from a file that the table names.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pages
+from moe_kernels.tools.compare.judge import smooth
 from several_gpus import communication
 
 RELEASES = "-triton-"  # in the name of a file: the same layers under one release of triton
@@ -37,6 +39,9 @@ WATCHED_COLUMNS = ("communication (exposed): stock, ours", "busiest rank")
 LORA_COLUMNS = ("base", "adapters", "implementation", "forward ms", "forward + backward ms", "of it GPU ms",
                 "saved MiB", "peak MiB", "weights MiB", "error")  # fmt: skip
 FORM_COLUMNS = ("layer", "form", "GPU ms (p20-p80)", "of dense", "peak MiB", "error")
+FP8_COLUMNS = ("data", "mode", "out", "dX", "dw", "LoRA's factors, the largest", "size of out and dX, off by")
+CURVE_COLUMNS = ("LoRA over", "first loss", "last 10", "curves apart: mean, largest", "first gradient norm off by",
+                 "verdict")  # fmt: skip
 ROUTER_COLUMNS = ("router", "E", "H", "autocast", "forward, GPU ms: stock, fused", "forward + backward: the same",
                   "faster", "host ms: the same", "launches: the same")  # fmt: skip
 LORA_PACKAGES = ("torch", "triton", "transformers", "peft", "axolotl", "bitsandbytes")
@@ -270,9 +275,60 @@ def _router_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def fp8_modes(results: Results) -> str:
+    """Tables of the errors and the losses of both modes of block-fp8 weights, from a CPU."""
+    parts = []
+    for name, data in results:
+        if data.get("kind") != "fp8-numerics":
+            continue
+        machine, shape, training = data["environment"], data["layer"], data["training"]
+        baseline, steps = training["runs"]["dequantised"], len(training["runs"]["dequantised"]["losses"])
+        parts += [
+            f"`benchmarks/results/{name}`: `{machine['command']}`, torch {machine['torch']}, {machine['date'][:10]}, "
+            f"on a CPU. A layer of T={shape['tokens']} K={shape['top_k']} E={shape['experts']} H={shape['hidden']} "
+            f"I={shape['intermediate']}, r={shape['rank']}, bfloat16: relative L2 errors, and the relative error of "
+            "the size of out and dX, which is where a narrow accumulator shows. One sign: nothing is negative. "
+            "Outlier channels: every 97th of X and dO is 30 times as large.",
+            _table(FP8_COLUMNS, [_fp8_row(row) for row in data["errors"]]),
+            f"A Qwen3-MoE of {training['sizes']['num_hidden_layers']} layers, hidden size "
+            f"{training['sizes']['hidden_size']} and {training['sizes']['num_experts']} experts, trained for "
+            f"{len(training['base_losses'])} steps, then in block-fp8, then LoRA (r=16) for {steps} steps of "
+            f"{training['tokens_per_step']} tokens of other text; judged as `moe-kernels compare` judges two curves "
+            "in bfloat16, against the dequantised model.",
+            _table(CURVE_COLUMNS, [_curve_row(run, training, baseline) for run in training["runs"]]),
+        ]
+    return "\n\n".join(parts) or "No result is committed yet."
+
+
+def _fp8_row(row: dict[str, Any]) -> list[str]:
+    error, slope = row["rel_error"], row["slope"]
+    factors = max(value for name, value in error.items() if "lora" in name)
+    sizes = (error["out"], error["dx"], error["dtopk_weights"], factors)
+    return [
+        row["data"], row["mode"], *(f"{value:.1e}" for value in sizes), f"{slope['out']:+.1e}, {slope['dx']:+.1e}",
+    ]  # fmt: skip
+
+
+def _curve_row(name: str, training: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
+    run = training["runs"][name]
+    pairs = zip(smooth(run["losses"]), smooth(baseline["losses"]), strict=True)
+    apart = [abs(ours - theirs) for ours, theirs in pairs]
+    norm = run["grad_norms"][0] / baseline["grad_norms"][0] - 1
+    compared = name != "dequantised"
+    return [
+        f"{name} weights" if name == "dequantised" else f"fp8 weights, {name}",
+        f"{run['losses'][0]:.4f}",
+        f"{statistics.mean(run['losses'][-10:]):.4f}",
+        f"{statistics.mean(apart):.4f}, {max(apart):.4f}" if compared else "",
+        f"{norm:+.2%}" if compared else "",
+        training["verdicts"][name]["verdict"] if compared else "",
+    ]
+
+
 DOCUMENTS: dict[str, Callable[[Results], str]] = {
     "README.md": trainings, "docs/performance.md": layers, "docs/knobs.md": knobs, "docs/lora.md": lora,
     "docs/distributed.md": scaling, "docs/versions.md": releases, "docs/router.md": routers,
+    "docs/numerics.md": fp8_modes,
 }  # fmt: skip
 
 

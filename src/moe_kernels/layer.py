@@ -59,7 +59,7 @@ class AddedGrads(NamedTuple):
     """From dY (R, N), with ``Y = rows W[e]^T + low factor[e]^T + bias[e]``: the gradients of what is added.
 
     Attributes:
-        rows: dY in expert order.
+        rows: dY in expert order; as it was given where no step needs it in order.
         low: dY factor[e], (R, r); None without a factor.
         factor: (w dY)^T low of each expert, (E, N, r), contiguous, of the rank and dtype of lora_b as the caller has
             it; None where it is not needed. w = 1 without routing weights.
@@ -68,7 +68,7 @@ class AddedGrads(NamedTuple):
             without a bias or without routing weights.
     """
 
-    rows: Tensor
+    rows: Rows
     low: Tensor | None = None
     factor: Tensor | None = None
     bias: Tensor | None = None

@@ -37,6 +37,7 @@ from moe_kernels.checks import (
     compute_dtype,
 )
 from moe_kernels.factors import LowRank
+from moe_kernels.fp8 import check_fp8
 from moe_kernels.layer import Spec, Tensors
 from moe_kernels.packed import PackedWeight, whole
 from moe_kernels.plain import plain_experts, traced, transformed
@@ -82,7 +83,8 @@ def fused_experts(
             contiguous, by rows as transformers stores it or by columns: pass weights stored (E, H, 2I) as
             ``weight.mT``. Any number of elements may lie between two experts. They are read in place, and the
             gradient has their memory order, without gaps. Or a frozen :class:`moe_kernels.packed.PackedWeight`, which
-            is dequantised a block of experts at a time, ahead of each GEMM that reads it.
+            is dequantised a block of experts at a time, ahead of each GEMM that reads it, or if it is a
+            :class:`moe_kernels.fp8.Fp8Weight` multiplied in fp8, with the rows rounded to e4m3.
         down: (E, H, I), stored by rows or by columns too; in the dtype of gate_up, or of any other than float64
             under autocast, which casts both. Gradients have the dtype of their tensor.
         gate_up_bias: (E, 2I) or (E, I).
@@ -150,6 +152,8 @@ def fused_experts(
         out = plain_experts(tensors, spec)
     else:
         check_layouts(*like)
+        check_fp8(gate_up, gate_up.shape[1] != down.shape[2], interleaved, x.device)
+        check_fp8(down, False, False, x.device)
         if torch.compiler.is_compiling() or traced(tensors.x):
             out = experts_op(tensors._replace(gate_up=whole(tensors.gate_up), down=whole(tensors.down)), spec)
         else:

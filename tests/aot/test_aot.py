@@ -40,7 +40,7 @@ def _dot_kernel(a, b, out, N: tl.constexpr):
 
 if AOT:
     from support.cases import CompileCase
-    from support.catalog import compile_cases
+    from support.catalog import compile_cases, fp8_cases
 
     def simple(size, warps):
         types = {"a": "*bf16", "b": "*bf16", "out": "*fp32"}
@@ -65,6 +65,7 @@ if AOT:
         for case in compile_cases(divmod(arch, 10))
         if "-fp16-" not in case.name or "-g128-fp16" in case.name
     ]
+    CASES += [param(89, case) for case in fp8_cases(tma=False)]
     # What sm_80 runs, compiled for another instruction set: a few stand for all.
     CASES += [
         param(120, case)
@@ -83,7 +84,7 @@ if AOT:
             problems = [p for p in problems if not p.startswith("spills")]
         assert not problems, f"{case.name} on sm_{arch}: {problems}"
         if case.uses_dot and "fp32" not in case.name:
-            matrix = aot.MATRIX_INSTRUCTION[arch]
+            matrix = (aot.FP8_INSTRUCTION if case.fp8 else aot.MATRIX_INSTRUCTION)[arch]
             assert resources.opcodes.get(matrix, 0) > 0, f"no {matrix}: {sorted(resources.opcodes)}"
         assert (resources.opcodes.get(aot.TMA_LOAD, 0) > 0) == case.uses_tma
 

@@ -12,6 +12,7 @@ from moe_kernels import registry
 from moe_kernels.activation import Activation
 from moe_kernels.backends import register_backend
 from moe_kernels.backends.triton import TritonBackend
+from moe_kernels.fp8 import Fp8Weight, transposed
 from moe_kernels.kernels.launch import launch as module
 from moe_kernels.kernels.launch import replay
 from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, call, make_inputs
@@ -32,6 +33,7 @@ CASES = {
     ),
     "qlora": Case(300, 4, 16, 256, 128, BF16, "zipf", lora_rank=8),
     "fp8-lora": Case(300, 4, 16, 256, 128, BF16, "zipf", lora_rank=8),
+    "fp8-activations": Case(300, 4, 16, 256, 128, BF16, "zipf", lora_rank=8),
     "mxfp4-lora": Case(300, 4, 16, 256, 128, BF16, activation=CLAMPED, interleaved=True, bias=True, lora_rank=8),
     "float32-adapters": Case(300, 4, 16, 256, 128, BF16, lora_rank=24),
     "apart": Case(512, 8, 64, 128, 128, BF16, "zipf", gated=False),
@@ -108,12 +110,14 @@ def test_a_replay_launches_what_the_steps_launch(cuda, launched, monkeypatch, ca
         leaves |= {name: together[:, n].requires_grad_() for n, name in enumerate(("gate_up", "down"))}
     if case == "float32-adapters":
         leaves |= {name: leaf.detach().float().requires_grad_() for name, leaf in leaves.items() if "_lora_" in name}
-    makers = {"qlora": packed, "fp8-lora": block_fp8, "mxfp4-lora": mxfp4}
+    makers = {"qlora": packed, "fp8-lora": block_fp8, "fp8-activations": block_fp8, "mxfp4-lora": mxfp4}
     if case in makers:
         make = makers[case]
         monkeypatch.setattr(moe_kernels.packed, "BLOCK_BYTES", 5 * 256 * 256 * 2)
         sizes = {"gate_up": (256, 256), "down": (256, 128)}
         frozen = {name: make(16, *size, inputs.x.device, dtype=BF16) for name, size in sizes.items()}
+        if case == "fp8-activations":
+            frozen = {name: Fp8Weight.of(w, transposed(w.data)) for name, w in frozen.items()}
         leaves = {name: leaf for name, leaf in leaves.items() if name not in frozen}
         inputs = dataclasses.replace(inputs, **frozen)
     known = {name: leaf for name, leaf in leaves.items() if name in DIFFERENTIABLE}

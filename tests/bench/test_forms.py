@@ -29,4 +29,4 @@ def test_every_form_is_right(measured):
         if names["FORMS"][form].rank:
             trained |= {f"{weight}_lora_{letter}" for weight in ("gate_up", "down") for letter in "ab"}
         assert row["rel_error"].keys() == trained, form
-        assert 1e-4 < max(row["rel_error"].values()) < 0.02, form
+        assert 1e-4 < max(row["rel_error"].values()) < (0.06 if "activations" in form else 0.02), form

@@ -46,6 +46,7 @@ TESTS = ["tests/core/test_kernels.py", "tests/core/test_sanitized.py"]
 ROUTER_TESTS = ["tests/router/test_router.py"]
 PACKED_TESTS = ["tests/core/test_packed.py"]
 FACTOR_TESTS = ["tests/core/test_factors.py"]
+FP8_TESTS = ["tests/core/test_fp8.py"]
 AT_A_BOUND = "tests/core/test_experts.py::test_a_clamp_at_its_bound_is_the_installed_torchs"
 QUICK = "not shipped_tiles and not scheduling and not sanitisers"
 GPU_TESTS = ["tests/device/test_gluon_gpu.py"]
@@ -115,6 +116,29 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("fp8: NaN becomes a number", "dequantize.py", "tl.where(size == 0x7F, 0x7FC00000, bits)", "tl.where(size == 0x80, 0x7FC00000, bits)"),
     ("fp8: the sign of zero is lost", "dequantize.py", "| ((code & 0x80) << 24)", "| tl.where(size == 0, 0, (code & 0x80) << 24)"),
     ("fp8: exponent off by one", "dequantize.py", "(size << 20) + (120 << 23)", "(size << 20) + (121 << 23)"),
+    ("fp8 rows: largest number of a block instead of the largest size", "fp8.py", "tl.max(tl.abs(values), axis=1)", "tl.max(values, axis=1)"),
+    ("fp8 rows: a block of zeros has the scale zero", "fp8.py", "tl.maximum(tl.max(tl.abs(values), axis=1), SMALLEST)", "tl.max(tl.abs(values), axis=1)"),
+    ("fp8 rows: numbers beyond e4m3 are cut", "fp8.py", "SMALLEST), LARGEST)", "SMALLEST), 2.0 * LARGEST)"),
+    ("fp8 rows: a piece reaches into the next", "fp8.py", "(column < K)[None, :]", "(column < PIECES * K - block // blocks * K)[None, :]"),
+    ("fp8 rows: the second piece begins where a whole block would end", "fp8.py", "(block // blocks * K + column)", "(block // blocks * blocks * SIDE + column)"),
+    ("fp8 rows: scale stored in the next block", "fp8.py", "scales_ptr + r * width + block, scale", "scales_ptr + r * width + (block + 1) % width, scale"),
+    ("fp8: a row's scale of its first block for all", "fp8.py", "tl.load(row_scales + block,", "tl.load(row_scales,"),
+    ("fp8: scales of the sorted row for a gathered one", "fp8.py", "row_scales_ptr + source * (PIECES * blocks)", "row_scales_ptr + rows % tl.max(source) * (PIECES * blocks)"),
+    ("fp8: weight's scale of the first k block for all", "fp8.py", "tl.load(w_scales + block * SCALE_K)", "tl.load(w_scales)"),
+    ("fp8: weight's scale of the first columns for all", "fp8.py", " + n0 // SIDE * SCALE_N", ""),
+    ("fp8: weight's scales of the first expert for all", "fp8.py", "expert.to(tl.int64) * W_SCALES", "expert.to(tl.int64) * 0"),
+    ("fp8: up with the scales of gate", "fp8.py", "w_scales + tl.cdiv(N, SIDE) * SCALE_N + block", "w_scales + block"),
+    ("fp8: scales of up where a whole block of gate would end", "fp8.py", "tl.cdiv(N, SIDE) * SCALE_N", "N // SIDE * SCALE_N"),
+    ("fp8: codes of up are those of gate", "fp8.py", "expert, N + n0, block, WIDTH", "expert, n0, block, WIDTH"),
+    ("fp8: codes of the first piece for both", "fp8.py", "w.load([expert, piece, n0, k0])", "w.load([expert, piece * 0, n0, k0])"),
+    ("fp8: by pointers, codes of the first piece for both", "fp8.py", "(row * PIECES + piece)[:, None]", "(row * PIECES)[:, None]"),
+    ("fp8: by pointers, codes of the first expert for all", "fp8.py", "expert.to(tl.int64) * N + n\n", "expert.to(tl.int64) * 0 + n\n"),
+    ("fp8: by pointers, codes behind the last row of a weight", "fp8.py", "(k < K)[None, :]", "(k < K + 200)[None, :]"),
+    ("fp8: last k block lost", "fp8.py", "tl.range(0, PIECES * blocks)", "tl.range(0, PIECES * blocks - 1)"),
+    ("fp8: low-rank up columns read from the gate half", "fp8.py", "row_mask, N + n0, WIDTH)", "row_mask, n0, WIDTH)"),
+    ("fp8: bias of up read from the gate half", "fp8.py", "bias_ptr, expert, N + n0,", "bias_ptr, expert, n0,"),
+    ("fp8: gate and up swapped in the epilogue", "fp8.py", "value(total, up, ACTIVATION", "value(up, total, ACTIVATION"),
+    ("fp8: Z of up over that of gate", "fp8.py", "row_mask, N + n0, WIDTH, up, BLOCK_N", "row_mask, n0, WIDTH, up, BLOCK_N"),
     ("mxfp4: halves of a byte the wrong way round", "dequantize.py", "tl.join(low, high)", "tl.join(high, low)"),
     ("mxfp4: scales of the first experts for a later block", "dequantize.py", "scales_ptr + first + place", "scales_ptr + place"),
     ("mxfp4: codes of the first experts for a later block", "dequantize.py", "(first + place)[:, None] * SIZE", "place[:, None] * SIZE"),
@@ -250,7 +274,7 @@ GPU_MUTANTS = [
     ("both groups take the upper half of the low-rank rows", "gemm.py", "a = a.slice(ROW0, acc.shape[0])", "a = a.slice(0, acc.shape[0])", LORA),
     ("the low-rank part alone counts", "gemm.py", "            acc = warpgroup_mma(a, b, acc, is_async=True)\n            acc = warpgroup_mma_wait(1, deps=(acc,))\n            ring", "            acc = warpgroup_mma(a, b, acc, use_acc=False, is_async=True)\n            acc = warpgroup_mma_wait(1, deps=(acc,))\n            ring", LORA),
     ("every low-rank block is the first", "gemm.py", "k0 = block * self.LOW_K", "k0 = 0 * self.LOW_K", LORA128),
-    ("rows in expert order taken for tokens", "../../backends/gluon.py", "return TokenRows(dout, plan.top_k)", "return TokenRows(self.gather(dout, plan), plan.top_k)", ROUTINGS),
+    ("rows in expert order taken for tokens", "../../backends/gluon.py", "return TokenRows(dout, plan.top_k)", "return TokenRows(super().gather(dout, plan), plan.top_k)", ROUTINGS),
 ]  # fmt: skip
 
 
@@ -302,7 +326,7 @@ def interpreted_suite() -> Suite:
     """The Triton kernels, in the interpreter."""
     mutants = []
     for title, file, text, replacement, *times in MUTANTS:
-        tests = {"router.py": ROUTER_TESTS, "dequantize.py": PACKED_TESTS, "plan.py": [*TESTS, *PACKED_TESTS], "factors.py": FACTOR_TESTS, "row_pass.py": [*FACTOR_TESTS, *TESTS], "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
+        tests = {"router.py": ROUTER_TESTS, "dequantize.py": PACKED_TESTS, "plan.py": [*TESTS, *PACKED_TESTS], "factors.py": FACTOR_TESTS, "fp8.py": FP8_TESTS, "row_pass.py": [*FACTOR_TESTS, *TESTS], "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
         mutants.append(Mutant(title, f"{TRITON}/{file}", text, replacement, ("-k", QUICK, *tests), *times))
     return Suite(mutants, True, 600)
 

@@ -34,6 +34,7 @@ keys = st.sampled_from(
         "moe_group_size",
         "moe_persistent_kernel",
         "moe_recompute",
+        "moe_fp8_activations",
         "moe_kernel_models",
         "moe_router_telemetry",
         "moe_fused_router",
@@ -50,6 +51,7 @@ def is_valid(data: dict[str, Any]) -> bool:
         "moe_group_size": lambda v: (type(v) is int and v in (64, 128, 256)) or v == "auto",
         "moe_persistent_kernel": lambda v: type(v) is bool,
         "moe_recompute": lambda v: type(v) is bool,
+        "moe_fp8_activations": lambda v: type(v) is bool,
         "moe_kernel_models": lambda v: type(v) is list and len(v) > 0 and all(type(name) is str for name in v),
     }
     right = {

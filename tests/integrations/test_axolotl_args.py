@@ -47,6 +47,7 @@ def validate(**data: Any) -> Any:
         ON | {"experts_implementation": "moe_kernels"},
         *(ON | {"moe_group_size": size} for size in (64, 128, 256, "auto")),
         ON | {"moe_recompute": True, "gradient_checkpointing": False},
+        ON | {"moe_fp8_activations": True, "torch_compile": False},
         ON | {"moe_persistent_kernel": False, "moe_kernel_models": ["mixtral", "qwen2_moe"]},
         # Off on purpose, the rest left in place for the next run.
         {"moe_kernels": False, "moe_group_size": 64, "experts_implementation": "grouped_mm"},
@@ -79,6 +80,8 @@ def test_accepted(data: dict[str, Any]) -> None:
         (ON | {"moe_group_size": 64.0}, ["moe_group_size", "64, 128, 256 or 'auto'"]),
         (ON | {"moe_persistent_kernel": "on"}, ["moe_persistent_kernel", "valid boolean"]),
         (ON | {"moe_recompute": True, "gradient_checkpointing": True}, ["moe_recompute", "remove one of them"]),
+        (ON | {"moe_fp8_activations": True, "torch_compile": True}, ["torch_compile", "remove one of them"]),
+        (ON | {"moe_fp8_activations": "fp8"}, ["moe_fp8_activations", "valid boolean"]),
         ({"moe_recompute": True}, ["moe_recompute without moe_kernels", "add moe_kernels: true"]),
         (ON | {"moe_fused_router": "yes"}, ["moe_fused_router", "valid boolean"]),
         (ON | {"moe_kernel_models": "mixtral"}, ["moe_kernel_models", "valid list"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from moe_kernels import backends
+from moe_kernels import backends, fp8
 from moe_kernels.kernels.triton.dequantize import dequantize
+from moe_kernels.problem import UnsupportedProblem
 from support.fp8 import dequantised, save_model, write_checkpoint
 from support.tiles import use_small_tiles
 
@@ -25,6 +27,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config  # noqa: E40
 from transformers.integrations import finegrained_fp8  # noqa: E402
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer  # noqa: E402
 
+from moe_kernels.integrations import fp8 as integration  # noqa: E402
 from moe_kernels.integrations.fp8 import ExactFP8Linear  # noqa: E402
 from moe_kernels.integrations.quantized import packed_weight  # noqa: E402
 
@@ -299,6 +302,101 @@ def test_trainer_takes_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None
     assert trainer.state.global_step == 2
     for name, value in before.items():
         assert not torch.equal(model.get_parameter(name), value), name
+
+
+# ----------------------------------------------------------------------------------------- activations in fp8 too
+def test_activations_in_fp8(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    """Near the exact mode and not equal; the checkpoint untouched, and what is not known said once."""
+    folder, _ = checkpoint
+    exact = with_lora(load(folder))
+    mk.check_model(exact)
+    expected = step(exact)
+    mk.register(backend="torch", fp8_activations=True)
+    fp8.warn_unmeasured.cache_clear()
+    model = with_lora(load(folder))
+    held = bytes_of(model)
+    assert mk.check_model(model) == 2
+    found = step(model)
+    assert [r.message for r in caplog.records if "have not been measured" in r.message] == [caplog.messages[-1]]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).float().norm() / value.float().norm()
+        assert error < 0.1, name
+        assert error > 0 or name == "loss", name
+    for name, value in bytes_of(model).items():
+        assert torch.equal(value, held[name]), name
+    mk.register(backend="triton", fp8_activations=True)
+    with use_small_tiles():
+        kernels = step(model)
+    assert backends.dispatch_counts() == {"torch": 4, "triton": 2}
+    for name, value in found.items():  # A rounded to bfloat16 or not may be another number of e4m3
+        assert (kernels[name] - value).norm() <= 0.05 * value.norm(), name
+
+
+def test_the_transposed_codes_are_made_once(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(integration, "transposed", lambda codes: made.append(codes.shape) or fp8.transposed(codes))
+    monkeypatch.setattr(integration, "interpreting", lambda: True)
+    mk.register(backend="torch", fp8_activations=True)
+    model = with_lora(load(checkpoint[0]))
+    mk.check_model(model)
+    assert made == []
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert made == []
+    step(model)
+    step(model)
+    sizes = 2 * [torch.Size((4, 512, 256)), torch.Size((4, 256, 256))]
+    assert made == sizes
+    [weight] = [p for name, p in model.named_parameters() if "layers.1" in name and name.endswith("down_proj")]
+    with torch.no_grad():
+        weight.view(torch.uint8)[0, 0, 1] = 3
+    step(model)
+    assert made == [*sizes, weight.shape]
+    [(_, copy)] = [value for key, value in integration._copies.items() if key is weight]
+    assert torch.equal(copy.float(), weight.detach().float().mT)
+    before = len(integration._copies)
+    del model, weight, _
+    gc.collect()
+    assert len(integration._copies) == before - 4
+
+
+def test_activations_in_fp8_need_experts_in_fp8(checkpoint: Checkpoint) -> None:
+    mk.register(backend="torch", fp8_activations=True)
+    model = load(checkpoint[0], quantization_config=FineGrainedFP8Config(dequantize=True))
+    said = r"gate_up_proj is in torch.bfloat16 \(.*8\.9 .*\): leave fp8_activations \(moe_fp8_activations in YAML\)"
+    with pytest.raises(mk.UnsupportedExperts, match=r"^model\.layers\.0\.mlp\.experts \(.*" + said):
+        mk.check_model(model)
+    with pytest.raises(mk.UnsupportedExperts, match=said):
+        model(input_ids=IDS)
+    with pytest.raises(ValueError, match="fp8_activations=1 must be true or false"):
+        mk.register(fp8_activations=1)
+
+
+def test_activations_in_fp8_need_a_gpu_that_multiplies_it(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mk.register(backend="torch", fp8_activations=True)
+    model = load(checkpoint[0]).eval()
+    monkeypatch.setattr(fp8, "device_capability", lambda device: (8, 0))
+    said = r"a GPU of compute capability \(8, 0\) does not multiply fp8, .*: leave fp8_activations"
+    with pytest.raises(mk.UnsupportedExperts, match=r"experts \(.*gate_up_proj: " + said):
+        mk.check_model(model)
+    ids = torch.tensor([[0, 1]] * 3)
+    with pytest.raises(UnsupportedProblem, match=said), torch.no_grad():
+        experts_of(model)(torch.randn(3, 256, dtype=BF16), ids, torch.ones(3, 2, dtype=BF16))
+
+
+@pytest.mark.plain_memory
+def test_activations_in_fp8_are_not_compiled(checkpoint: Checkpoint) -> None:
+    mk.register(backend="torch", fp8_activations=True)
+    model = load(checkpoint[0]).eval()
+    mk.check_model(model)
+    experts = experts_of(model)
+    x, ids, weights = torch.randn(3, 256, dtype=BF16), torch.tensor([[0, 1]] * 3), torch.ones(3, 2, dtype=BF16)
+    compiled = torch.compile(lambda: experts(x, ids, weights), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"torch\.compile would take the weights dequantised"), torch.no_grad():
+        compiled()
 
 
 def experts_of(model: Any) -> Any:

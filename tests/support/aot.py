@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 #: The instruction that feeds the tensor cores with 16-bit operands.
 MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+#: The same for fp8 operands.
+FP8_INSTRUCTION = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
 TMA_LOAD = "UTMALDG"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
@@ -136,7 +138,8 @@ def main() -> None:
     print(f"{'kernel':44}   sm  regs  stack spills   shared  matrix  tma     s")
     for arch in [int(a) for a in sys.argv[1:]] or [90]:
         for case, r in compile_all(arch):
-            matrix = sum(r.opcodes.get(op, 0) for op in set(MATRIX_INSTRUCTION.values()))
+            instructions = {*MATRIX_INSTRUCTION.values(), *FP8_INSTRUCTION.values()}
+            matrix = sum(r.opcodes.get(op, 0) for op in instructions)
             numbers = f"{arch:4} {r.registers:5} {r.stack:6} {r.spills:6} {r.shared:8} {matrix:7}"
             numbers += f" {r.opcodes.get(TMA_LOAD, 0):4} {r.seconds:5.1f}"
             print(f"{case.name:44} {numbers}  {'; '.join(r.problems(arch))}", flush=True)

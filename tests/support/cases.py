@@ -22,6 +22,7 @@ class CompileCase:
         constants: value of every compile-time argument.
         options: num_warps and num_stages.
         uses_dot: the kernel must contain matrix instructions.
+        fp8: the matrix instructions must be those of 8-bit operands, beside those of 16 bits.
         uses_tma: the kernel must contain TMA loads.
         divisible: integer arguments are multiples of 16, as the launcher tells the compiler.
         spills: accepted number of LDL and STL instructions. The epilogue has no register to spare for clamps, biases
@@ -34,6 +35,7 @@ class CompileCase:
     constants: dict[str, Any]
     options: dict[str, int]
     uses_dot: bool = True
+    fp8: bool = False
     uses_tma: bool = False
     divisible: bool = True
     spills: int = 0

@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.fp8 import LARGEST, SMALLEST
 from moe_kernels.kernels.device import loads_by_tma
 from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
 from moe_kernels.kernels.tiles.table import ROW_TILED, GemmConfig, table
@@ -19,6 +20,8 @@ from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
 from moe_kernels.kernels.triton.dequantize import block_fp8_kernel, four_bit_kernel, mxfp4_kernel
 from moe_kernels.kernels.triton.factors import BLOCKS, experts_last_kernel, pack_kernel
+from moe_kernels.kernels.triton.fp8 import fp8_gemm_kernel, quantize_kernel
+from moe_kernels.kernels.triton.fp8 import tile as fp8_tile
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
 from moe_kernels.kernels.triton.plan import count_kernel, part_kernel, place_kernel, plan_blocks
 from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, route_grad_kernel, route_kernel
@@ -166,6 +169,8 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
     yield from _row_pass_cases()
     yield from _packed_cases()
     yield from _factor_cases()
+    if capability >= (8, 9):
+        yield from fp8_cases(tma)
     if capability == (9, 0):
         yield from hopper_catalog.compile_cases()
 
@@ -300,6 +305,59 @@ def _packed_cases() -> Iterator[CompileCase]:
         {"num_warps": 4, "num_stages": 3},
         uses_dot=False,
     )
+
+
+def fp8_cases(tma: bool) -> Iterator[CompileCase]:
+    """GEMMs of block-fp8 weights in fp8; with TMA also those of sizes that it does not load."""
+    for dtype in ("bf16", "fp32"):
+        yield CompileCase(
+            f"quantize-{dtype}",
+            quantize_kernel,
+            {"rows_ptr": f"*{dtype}", "codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
+            | dict.fromkeys(("R", "K", "blocks"), "i32"),
+            {"PIECES": 2, "SIDE": 128, "LARGEST": LARGEST, "SMALLEST": SMALLEST, "BLOCK_R": 32},
+            {"num_warps": 4, "num_stages": 3},
+            uses_dot=False,
+        )
+    for variant in (PLAIN_EXPERTS, *(v for v in VARIANTS if v.name.startswith("lora") or not v.gated)):
+        for kernel, group in itertools.product(("up", "down", "dgrad"), (64, 128, 256)):
+            if group == 128 or variant.rank == 16:
+                yield fp8_case(kernel, group, tma, variant)
+    for kernel in ("up", "down"):
+        yield fp8_case(kernel, 128, tma, Variant("biases", _CLAMPED, bias=True, rank=16))
+    if tma:
+        for kernel in ("up", "dgrad"):
+            yield fp8_case(kernel, 128, False, Variant("lora", rank=16))
+
+
+def fp8_case(kernel: str, group: int, tma: bool, variant: Variant) -> CompileCase:
+    """up; down; or dgrad, of gathered rows if the experts have no gate."""
+    gated, gathered = kernel == "up" and variant.gated, kernel == "up" or not variant.gated
+    config = fit_rank(fp8_tile(gated, group, tma), variant.rank, torch.device("cpu"), 2)
+    codes, bf16 = "fp8e4nv", "*bf16"
+    types = {
+        "rows_in": f"*{codes}" if gathered or not tma else f"tensordesc<{codes}[{group}, 128]>",
+        "w": f"tensordesc<{codes}[1, 1, {config.block_n}, 128]>" if tma else f"*{codes}",
+        **dict.fromkeys(("row_scales_ptr", "w_scales_ptr"), "*fp32"),
+        **dict.fromkeys(("bias_ptr", "low_ptr", "factor_ptr", "z_ptr", "out_ptr"), bf16),
+        **dict.fromkeys(("blocks", "W_SCALES", "SCALE_N", "SCALE_K"), "i32"),
+    }
+    gate = variant.gate.constants() if kernel == "up" else {"ACTIVATION": "", "P0": 0.0, "P1": 0.0}
+    constants = {name: value for name, value in gate.items() if name != "INTERLEAVED"} | {
+        "GATED": gated,
+        "PIECES": 2 if kernel == "dgrad" and variant.gated else 1,
+        "SIDE": 128,
+        "TOP_K": 8 if gathered else 0,
+        "SAVE_Z": kernel == "up",
+        "HAS_BIAS": variant.bias and kernel != "dgrad",
+        "RANK": variant.rank,
+        "LOW_IS_KN": kernel == "dgrad",
+        "USE_TMA": tma,
+        "PRECISION": "ieee",
+        "FLATTEN": config.flatten,
+    }
+    name = f"fp8-{kernel}-g{group}-{variant.name or 'plain'}-{'tma' if tma else 'pointer'}"
+    return dataclasses.replace(_gemm_case(name, fp8_gemm_kernel, types, constants, config, tma), fp8=True)
 
 
 def _factor_cases() -> Iterator[CompileCase]:

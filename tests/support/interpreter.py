@@ -1,8 +1,9 @@
 """Triton's interpreter made strict enough to verify kernels on a CPU.
 
-Triton's own interpreter (3.6 to 3.9) multiplies the bit patterns of bfloat16, truncates where hardware rounds, gives
-zeros for masked lanes that Triton leaves undefined, and reads out of bounds without a word. :func:`install` makes
-numerics exact; :func:`sanitize`, :func:`shuffled` and :func:`overflow_asserts` look for what a friendly run hides.
+Triton's own interpreter (3.6 to 3.9) multiplies the bit patterns of bfloat16 and fp8, truncates where hardware
+rounds, gives zeros for masked lanes that Triton leaves undefined, and reads out of bounds without a word.
+:func:`install` makes numerics exact; :func:`sanitize`, :func:`shuffled` and :func:`overflow_asserts` look for what a
+friendly run hides.
 
 ``TRITON_INTERPRET=1`` must be in the environment before the first kernel is decorated (tests/conftest.py).
 """
@@ -32,6 +33,7 @@ class Finding(AssertionError):
 # --------------------------------------------------------------------------------------------- exact numerics
 # torch dtype and the numpy dtype in which the interpreter stores it
 _FLOATS = {
+    tl.float8e4nv: (torch.float8_e4m3fn, np.uint8),
     tl.bfloat16: (torch.bfloat16, np.uint16),
     tl.float16: (torch.float16, np.float16),
     tl.float32: (torch.float32, np.float32),
@@ -46,12 +48,13 @@ def _convert(data: np.ndarray, source: Any, target: Any, rounding_mode: Any = No
     torch_source, torch_target = _FLOATS[source][0], _FLOATS[target][0]
     values = torch.from_numpy(np.array(data, order="C", copy=True)).reshape(-1)
     values = (values if values.dtype == torch_source else values.view(torch_source)).to(torch_target)
-    values = values.view(torch.int16) if torch_target is torch.bfloat16 else values
+    bits = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}.get(torch_target)
+    values = values if bits is None else values.view(bits)
     return values.numpy().view(_FLOATS[target][1]).reshape(np.shape(data))
 
 
 def _widen(handle: TensorHandle) -> np.ndarray:
-    return _convert(handle.data, tl.bfloat16, tl.float32)
+    return _convert(handle.data, handle.dtype.scalar, tl.float32)
 
 
 def _is_bf16(handle: TensorHandle) -> bool:
@@ -59,7 +62,7 @@ def _is_bf16(handle: TensorHandle) -> bool:
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_imprecise: Any) -> TensorHandle:
-    left, right = (_widen(t) if _is_bf16(t) else t.data for t in (a, b))
+    left, right = (_widen(t) if t.dtype.scalar in (tl.bfloat16, tl.float8e4nv) else t.data for t in (a, b))
     # In float32 also for float16 operands: numpy would multiply and add those one by one, and slowly. And by einsum:
     # matmul's libraries round a row by where it stands in its block, on some processors, and no GPU does.
     dtype = d.data.dtype
@@ -274,8 +277,8 @@ def _race_on_store(builder: Any, span: _Span, at: np.ndarray, values: np.ndarray
 
 def _poison_like(like: np.ndarray, ty: Any) -> TensorHandle:
     dtype = interp._get_np_dtype(ty)
-    if ty == tl.bfloat16:
-        value: Any = 0x7FC0
+    if ty in (tl.bfloat16, tl.float8e4nv):
+        value: Any = 0x7FC0 if ty == tl.bfloat16 else 0x7F
     elif ty.is_floating() and ty in _FLOATS:
         value = np.nan
     elif dtype == np.bool_:

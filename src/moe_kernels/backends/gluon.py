@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_kernels import trial
 from moe_kernels.activation import Gate
 from moe_kernels.backends.triton import TritonBackend
+from moe_kernels.fp8 import Fp8Weight
 from moe_kernels.kernels.hopper import gluon_names
 from moe_kernels.kernels.operands import by_rows, stored
 from moe_kernels.kernels.tiles.config import Override
@@ -80,7 +81,7 @@ class GluonBackend(TritonBackend):
         gathered = down.shape[2] <= _GATHERED if _forced.choice is None else _forced.choice
         if gathered and _chosen(gate) and _fits(dout, down):
             return TokenRows(dout, plan.top_k)
-        return self.gather(dout, plan)
+        return super().dout_rows(dout, down, plan, gate)
 
     def down_grad(
         self,
@@ -115,7 +116,7 @@ def _fits(*tensors: Matrix) -> bool:
     Weights may be stored by rows or by columns.
     """
     for t in tensors:
-        if any(n % ALIGNMENT for n in t.shape[1:]):
+        if isinstance(t, Fp8Weight) or any(n % ALIGNMENT for n in t.shape[1:]):
             return False
         if isinstance(t, PackedWeight):  # its blocks are dequantised into memory of their own
             continue

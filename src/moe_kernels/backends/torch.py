@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_kernels.activation import Gate
 from moe_kernels.backends.protocol import Backend
+from moe_kernels.fp8 import Fp8Weight, rounded
 from moe_kernels.layer import AddedGrads, Rows, Weight, in_expert_order
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan
@@ -74,6 +75,9 @@ class TorchBackend(Backend):
 
     def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
         out = rows.new_zeros(plan.rows, weight.matrix.shape[2])
+        if isinstance(weight.matrix, Fp8Weight):
+            rows = rounded(rows, 1 if weight.matrix.by_columns else weight.matrix.stacked)
+            weight = Weight(*(None if part is None else part.to(rows.dtype) for part in weight))  # type: ignore[arg-type]
         for expert, block in _experts(plan):
             total = rows[block] @ weight.matrix[expert]  # in few bits: dequantised here, one expert at a time
             if weight.low is not None and weight.factor is not None:

@@ -6,23 +6,26 @@ multiples of 16 elements, use pointer loads. The math is the same.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from moe_kernels.activation import Gate
 from moe_kernels.backends.protocol import Backend
+from moe_kernels.fp8 import Fp8Weight
 from moe_kernels.kernels.device import driver_fault, interpreting
+from moe_kernels.kernels.triton import fp8, grouped_gemm
+from moe_kernels.kernels.triton import up as up_projection
 from moe_kernels.kernels.triton.combine import combine, combine_grad, gather
 from moe_kernels.kernels.triton.dact import dact
 from moe_kernels.kernels.triton.factors import experts_last, pack_factors
-from moe_kernels.kernels.triton.grouped_gemm import dgrad, down
 from moe_kernels.kernels.triton.plan import make_plan
 from moe_kernels.kernels.triton.row_pass import added_grads, lora_a_grad
-from moe_kernels.kernels.triton.up import gathered_low, up
 from moe_kernels.kernels.triton.wgrad import wgrad
-from moe_kernels.layer import Rows, Weight, in_expert_order
+from moe_kernels.layer import Matrix, Rows, Weight, in_expert_order
 from moe_kernels.problem import Problem
-from moe_kernels.routing import RoutingPlan
+from moe_kernels.routing import RoutingPlan, TokenRows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -45,11 +48,8 @@ class TritonBackend(Backend):
         return None
 
     make_plan = staticmethod(make_plan)
-    up = staticmethod(up)
-    down = staticmethod(down)
     combine = staticmethod(combine)
     gather = staticmethod(gather)
-    dgrad = staticmethod(dgrad)
     dact = staticmethod(dact)
     combine_grad = staticmethod(combine_grad)
     added_grads = staticmethod(added_grads)
@@ -59,8 +59,23 @@ class TritonBackend(Backend):
 
     def low(self, rows: Rows, lora_a: Tensor, plan: RoutingPlan) -> Tensor:
         if isinstance(rows, Tensor):
-            return down(rows, Weight(lora_a), plan)
-        return gathered_low(rows, lora_a, plan)
+            return grouped_gemm.down(rows, Weight(lora_a), plan)
+        return up_projection.gathered_low(rows, lora_a, plan)
+
+    def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
+        kernels = fp8 if isinstance(weight.matrix, Fp8Weight) else up_projection
+        return kernels.up(x, weight, plan, gate, save_z)
+
+    def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
+        return _gemms(weight).down(a, weight, plan)
+
+    def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
+        return _gemms(weight).dgrad(rows, weight, plan)
+
+    def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
+        if isinstance(down, Fp8Weight):  # rounded once a token, and gathered by the GEMM
+            return TokenRows(dout, plan.top_k)
+        return super().dout_rows(dout, down, plan, gate)
 
     def down_grad(
         self,
@@ -74,8 +89,16 @@ class TritonBackend(Backend):
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        da = dgrad(in_expert_order(dout_rows, plan, gather), weight, plan)
+        if isinstance(weight.matrix, Fp8Weight):
+            da = fp8.dgrad(dout_rows, weight, plan)
+        else:
+            da = grouped_gemm.dgrad(in_expert_order(dout_rows, plan, gather), weight, plan)
         return dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
         return wgrad(in_expert_order(left, plan, gather), right, plan)
+
+
+def _gemms(weight: Weight) -> ModuleType:
+    """The kernels of ``down`` and ``dgrad``."""
+    return fp8 if isinstance(weight.matrix, Fp8Weight) else grouped_gemm

@@ -1,4 +1,5 @@
-"""What else a block-fp8 model of transformers needs to train LoRA: its linear layers, and Trainer's consent.
+"""What else a block-fp8 model of transformers needs to train LoRA: its linear layers, Trainer's consent, and with
+fp8_activations a transposed copy of the experts' codes.
 
 The experts are read in place (:mod:`moe_kernels.integrations.quantized`). Attention and shared experts of such a
 model are ``FP8Linear``, which before transformers 5.23 has no backward, needs a kernel from the hub, and rounds its
@@ -12,14 +13,67 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from moe_kernels.factors import scaled
+from moe_kernels.fp8 import CURE, Fp8Weight, check_fp8, transposed
 from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
-from moe_kernels.integrations.support import LORA_ATTRIBUTE, UnsupportedExperts
+from moe_kernels.integrations.support import LORA_ATTRIBUTE, Recipe, UnsupportedExperts
+from moe_kernels.kernels.device import interpreting
 from moe_kernels.kernels.triton.dequantize import dequantize
-from moe_kernels.packed import PackedWeight
+from moe_kernels.layer import Matrix
+from moe_kernels.packed import BlockFp8, PackedWeight
+from moe_kernels.problem import UnsupportedProblem
+
+# Of each parameter in fp8: where its codes were, how often they had been written, and the transposed copy of them.
+_copies: Any = WeakTensorKeyDictionary()
+
+
+def multiplied_in_fp8(module: Any, name: str, weight: Matrix | None, where: str = "") -> Fp8Weight:
+    """The weight ``name`` of ``module``, called ``where`` in errors, for ``fp8_activations``.
+
+    Where a GPU's backward may follow it has the transposed codes, which are made at the first such call and kept:
+    with them the weight takes as many bytes as in 16 bits.
+
+    Raises:
+        UnsupportedExperts: it is not in block-fp8.
+    """
+    if not isinstance(weight, BlockFp8):
+        kind = "packed otherwise" if isinstance(weight, PackedWeight) else f"in {getattr(weight, 'dtype', 'pieces')}"
+        raise UnsupportedExperts.mended(
+            module,
+            f"fp8_activations multiplies block-fp8 weights, and {name} is {kind} (transformers dequantises a "
+            f"checkpoint where no GPU multiplies fp8: compute capability 8.9 and later): {CURE}",
+            where,
+        )
+    copied = torch.is_grad_enabled() and (weight.device.type == "cuda" or interpreting())
+    return Fp8Weight.of(weight, _transposed(module._parameters[name]) if copied else None)
+
+
+def _transposed(parameter: Tensor) -> Tensor:
+    codes = parameter.detach()
+    state = codes.data_ptr(), codes._version
+    known = _copies.get(parameter)
+    if known is None or known[0] != state:
+        known = _copies[parameter] = state, transposed(codes)
+    copy: Tensor = known[1]
+    return copy
+
+
+def check_fp8_activations(module: Any, recipe: Recipe, where: str, device: torch.device) -> None:
+    """Raise UnsupportedExperts where a forward of ``module`` with ``fp8_activations`` would; nothing is copied."""
+    for name in (recipe.up_name, "down_proj"):
+        weight = packed_weight(module, name, torch.bfloat16, where)
+        found = weight if weight is not None else module._parameters.get(name)
+        with torch.no_grad():
+            fp8 = multiplied_in_fp8(module, name, found, where)
+        gated = recipe.gate.gated and name == recipe.up_name
+        try:
+            check_fp8(fp8.mT if recipe.transposed else fp8, gated, recipe.gate.interleaved, device)
+        except UnsupportedProblem as error:
+            raise UnsupportedExperts.mended(module, f"{name}: {error}", where) from error
 
 
 class ExactFP8Linear(FP8Linear):

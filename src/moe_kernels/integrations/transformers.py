@@ -21,6 +21,7 @@ import torch
 
 from moe_kernels.checks import check_weights
 from moe_kernels.install import pip_install
+from moe_kernels.layer import Matrix
 from moe_kernels.moe import fused_experts
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, ExpertsSettings, GroupSize
 
@@ -31,8 +32,8 @@ try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     from moe_kernels.integrations.adapters import Adapted, adapted, doubts
-    from moe_kernels.integrations.dispatch import dispatches, experts_modules, is_served, registered
-    from moe_kernels.integrations.fp8 import train_fp8
+    from moe_kernels.integrations.dispatch import dispatches, experts_modules, is_served, registered, runs_on
+    from moe_kernels.integrations.fp8 import check_fp8_activations, multiplied_in_fp8, train_fp8
     from moe_kernels.integrations.mxfp4 import keep_mxfp4, keep_names
     from moe_kernels.integrations.probe import probe_device
     from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
@@ -56,6 +57,9 @@ except ImportError as error:
 
 logger = logging.getLogger("moe_kernels")
 
+# Whether an implementation was registered with fp8_activations, by its name.
+_in_fp8: dict[str, bool] = {}
+
 __all__ = ["UnsupportedExperts", "check_model", "experts_modules", "register", "why_not_module"]
 
 def register(
@@ -63,6 +67,7 @@ def register(
     group_size: GroupSize = DEFAULT_GROUP_SIZE,
     persistent: bool = True,
     recompute: bool = False,
+    fp8_activations: bool = False,
     backend: str = "auto",
     name: str = "moe_kernels",
 ) -> None:
@@ -72,16 +77,21 @@ def register(
     transformers' Trainer loads the expert layers of its checkpoints (integrations.resume), and a checkpoint in mxfp4
     that is loaded with ``experts_implementation=name`` keeps its experts in 4 bits (integrations.mxfp4).
 
+    ``fp8_activations``: multiply frozen block-fp8 experts in fp8, with rows rounded to e4m3 (:mod:`moe_kernels.fp8`),
+    instead of dequantising them ahead of each GEMM. For models with such experts alone.
+
     Raises:
         ValueError: a setting is invalid; the message lists the valid ones.
     """
     settings = dataclasses.asdict(ExpertsSettings(group_size, persistent, backend, recompute))
+    if not isinstance(fp8_activations, bool):
+        raise ValueError(f"fp8_activations={fp8_activations!r} must be true or false")
 
     # Models may call it by keyword, so the parameter names are transformers' own.
     def experts_forward(
         self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        return run_experts(self, hidden_states, top_k_index, top_k_weights, **settings)
+        return run_experts(self, hidden_states, top_k_index, top_k_weights, fp8_activations, **settings)
 
     for interface in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
         interface.register(name, experts_forward)
@@ -90,12 +100,18 @@ def register(
     for implementation in (name, None):
         getattr(FP8Experts, "_impl_tp_layer_overrides", {}).setdefault(implementation, {})
     registered[name] = experts_forward
+    _in_fp8[name] = fp8_activations
     keep_mxfp4(name)
     mend_trainer(lambda model: bool(experts_modules(model)))
 
 
 def run_experts(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, **settings: Any
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    fp8_activations: bool = False,
+    **settings: Any,
 ) -> torch.Tensor:
     """What the eager forward of ``module`` computes, by :func:`moe_kernels.fused_experts`.
 
@@ -104,6 +120,7 @@ def run_experts(
         hidden_states: (T, H).
         top_k_index: (T, K); ids outside [0, E) are dropped.
         top_k_weights: (T, K).
+        fp8_activations: see :func:`register`.
         settings: further arguments of ``fused_experts``, such as ``backend`` and ``gate_up_lora``.
 
     Raises:
@@ -118,11 +135,8 @@ def run_experts(
         others["gate_up_bias"] = plain_weight(module, getattr(module, f"{up_name}_bias"))
         others["down_bias"] = plain_weight(module, module.down_proj_bias)
 
-    # One read each: PEFT merges, quantised parametrisations dequantise, on every attribute access.
-    dtype = hidden_states.dtype
     gate_up, down = (
-        packed_weight(module, name, dtype) or plain_weight(module, getattr(module, name))
-        for name in (up_name, "down_proj")
+        _weight(module, name, hidden_states.dtype, fp8_activations) for name in (up_name, "down_proj")
     )
     _check_frozen(module, up_name)
     if recipe.transposed:
@@ -146,6 +160,12 @@ def run_experts(
     kept = (top_k_index >= 0) & (top_k_index < module.num_experts)
     weighted = module.post_expert_norm(out) * torch.where(kept, top_k_weights, 0.0).unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
+
+
+def _weight(module: Any, name: str, dtype: torch.dtype, fp8_activations: bool) -> Matrix:
+    """The weight ``name``, read once: PEFT merges, quantised parametrisations dequantise, on every access."""
+    weight = packed_weight(module, name, dtype) or plain_weight(module, getattr(module, name))
+    return multiplied_in_fp8(module, name, weight) if fp8_activations else weight
 
 
 class Served(int):
@@ -257,6 +277,8 @@ def _check_frozen(module: Any, up_name: str, name: str = "") -> None:
 def _check_weights(module: Any, recipe: Recipe, name: str) -> None:
     """Raise UnsupportedExperts where a forward would, whatever its tokens, or on wrong scales; no weight is read."""
     _check_frozen(module, recipe.up_name, name)
+    if _in_fp8.get(runs_on(module)):
+        check_fp8_activations(module, recipe, name, probe_device(module))
     biases = (f"{recipe.up_name}_bias", "down_proj_bias") if recipe.biased else ()
     weights = [_stand_in(module, weight, name) for weight in (recipe.up_name, "down_proj", *biases)]
     for weight_name in (recipe.up_name, "down_proj"):

@@ -16,12 +16,13 @@ OWN_KEYS = (
     "moe_group_size",
     "moe_persistent_kernel",
     "moe_recompute",
+    "moe_fp8_activations",
     "moe_kernel_models",
     "moe_router_telemetry",
     "moe_fused_router",
 )
 # Those that say how the kernels run: without the kernels they mean nothing.
-KNOBS = ("moe_group_size", "moe_persistent_kernel", "moe_recompute", "moe_kernel_models")
+KNOBS = ("moe_group_size", "moe_persistent_kernel", "moe_recompute", "moe_fp8_activations", "moe_kernel_models")
 # Keys of Axolotl's KernelsPlugin that share the prefix.
 FOREIGN_KEYS = ("moe_grouped_backend", "moe_dequant_chunk_size", "moe_bnb_fast")
 # Each of these makes something else run the experts, so these kernels would be bypassed.
@@ -91,6 +92,14 @@ class MoeKernelsArgs(BaseModel):
             "projection, which is computed again: less memory, more time. Default: false."
         ),
     )
+    moe_fp8_activations: StrictBool | None = Field(
+        default=None,
+        description=(
+            "Multiply the frozen experts of a block-fp8 checkpoint in fp8, with activations and their gradients "
+            "rounded to e4m3, instead of dequantising the weights exactly ahead of each GEMM. Not measured on a GPU "
+            "yet. Default: false."
+        ),
+    )
     moe_kernel_models: list[StrictStr] | None = Field(
         default=None,
         min_length=1,
@@ -123,6 +132,17 @@ class MoeKernelsArgs(BaseModel):
         if isinstance(value, float):
             raise ValueError("Input should be 64, 128, 256 or 'auto'")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_fp8_activations(cls, data: Any) -> Any:
+        """Refuse what would take the experts' weights dequantised."""
+        if isinstance(data, dict) and data.get("moe_fp8_activations") and data.get("torch_compile"):
+            raise ValueError(
+                "moe_fp8_activations: true cannot be combined with torch_compile, which would take the weights "
+                "dequantised: remove one of them."
+            )
+        return data
 
     @model_validator(mode="before")
     @classmethod

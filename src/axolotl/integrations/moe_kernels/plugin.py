@@ -95,7 +95,12 @@ class MoeOptimizedPlugin(BasePlugin):
                 "moe_kernels: the plain-torch backend proves that a config works, not speed. Without a GPU, "
                 "Trainer refuses bf16: set bf16: false and fp16: false."
             )
-        register(group_size=settings.group_size, persistent=settings.persistent, recompute=settings.recompute)
+        register(
+            group_size=settings.group_size,
+            persistent=settings.persistent,
+            recompute=settings.recompute,
+            fp8_activations=bool(cfg.moe_fp8_activations),
+        )
         # DeepSpeed's ZeRO-3 needs reentrance.
         if (
             cfg.gradient_checkpointing

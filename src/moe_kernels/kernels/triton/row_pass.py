@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_kernels.fp8 import Fp8Weight
 from moe_kernels.kernels.device import cdiv, dot_precision
 from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.triton.grouped_gemm import dgrad
@@ -256,6 +257,8 @@ def added_grads(
     """
     factor = weight.factor
     small = factor is not None and factor.shape[2] <= MAX_RANK
+    # A GEMM in fp8 gathers rows itself: those that it rounds are the tokens.
+    copy = isinstance(dy, TokenRows) and not (isinstance(weight.matrix, Fp8Weight) and (factor is None or small))
     done = _row_pass(
         dy,
         plan,
@@ -264,12 +267,13 @@ def added_grads(
         owner=lora_b,
         topk_weights=topk_weights,
         bias=None if topk_weights is None else weight.bias,
-        copy=isinstance(dy, TokenRows),
+        copy=copy,
         bias_grad=needs_bias,
     )
-    rows = done.rows if isinstance(dy, TokenRows) else dy
-    assert rows is not None
-    low = done.low if factor is None or small else dgrad(rows, Weight(factor), plan)
+    rows, low = dy if done.rows is None else done.rows, done.low
+    if factor is not None and not small:
+        assert isinstance(rows, torch.Tensor)
+        low = dgrad(rows, Weight(factor), plan)
     return AddedGrads(rows, low, done.grad, done.bias_grad, done.bias_dot)
 
 

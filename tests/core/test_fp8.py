@@ -1,0 +1,390 @@
+"""Expert layers whose frozen block-fp8 weights are multiplied in fp8, against the same arithmetic in float64."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_kernels import UnsupportedProblem, fp8, fused_experts
+from moe_kernels.activation import Activation, Gate
+from moe_kernels.backends.torch import TorchBackend
+from moe_kernels.backends.triton import TritonBackend
+from moe_kernels.fp8 import Fp8Weight
+from moe_kernels.kernels.device import interpreting
+from moe_kernels.kernels.triton.fp8 import quantize
+from moe_kernels.layer import Weight
+from moe_kernels.packed import BlockFp8
+from moe_kernels.routing import TokenRows
+from moe_kernels.tools.check.problems import Case, Inputs, make_inputs
+from moe_kernels.tools.check.routings import ROUTINGS, make_routing
+from support import interpreter
+from support.cases import EVERY_ACTIVATION
+from support.packed import block_fp8
+
+BF16 = torch.bfloat16
+SILU = Gate(Activation("silu"))
+BACKENDS = ["torch", "triton"]
+#: Relative error of sums of products of codes. Tensor cores sum 128 of them with some 14 bits (Hopper).
+CLOSE = 2e-6 if interpreting() else 2e-3
+
+
+@pytest.fixture(autouse=True)
+def a_gpu_that_multiplies_fp8(device):
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+
+
+def in_fp8(weight: BlockFp8) -> Fp8Weight:
+    return Fp8Weight.of(weight, fp8.transposed(weight.data))
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# ------------------------------------------------------------------------------------------------------ rounding
+def nearest_e4m3(values: Tensor) -> Tensor:
+    """The number of e4m3 nearest to each value, by the table of all of them."""
+    table = torch.tensor(sorted({sign * n * 2.0**e for sign in (-1, 1) for e in range(-9, 6) for n in range(16)}))
+    table = table[table.abs() <= 448].to(values)
+    place = torch.bucketize(values, (table[1:] + table[:-1]) / 2)
+    return table[place]
+
+
+def test_the_table_is_that_of_torch():
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    every = every[~every.isnan()]
+    assert torch.equal(nearest_e4m3(every), every)
+    assert every.max() == fp8.LARGEST
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("count", "width", "pieces"), [(1, 128, 1), (70, 300, 1), (33, 74, 2), (5, 260, 2), (0, 64, 1)]
+)
+def test_rows_are_rounded_block_by_block(device, count, width, pieces, dtype):
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, width, generator=g) * torch.logspace(-4, 3, count)[:, None]
+    rows = rows.to(dtype).to(device)
+    blocks = -(-width // pieces // 128)
+    for codes, scales in (quantize(rows, pieces), fp8.quantized(rows, pieces)):
+        assert (codes.dtype, codes.shape) == (torch.float8_e4m3fn, (count, pieces * blocks * 128))
+        assert (scales.dtype, scales.shape) == (torch.float32, (count, pieces * blocks))
+        for piece in range(pieces):
+            for block in range(blocks):
+                first, end = block * 128, min(width // pieces, block * 128 + 128)
+                own = rows[:, piece * (width // pieces) :][:, first:end].double()
+                place = piece * blocks + block
+                found = codes[:, place * 128 : place * 128 + 128].double()
+                scale = scales[:, place].double()
+                torch.testing.assert_close(scale, own.abs().amax(1) / 448, rtol=1e-6, atol=0)
+                assert not found[:, end - first :].any()
+                exact = own / scale[:, None]
+                least = (nearest_e4m3(exact) - exact).abs()  # of two as near, either
+                assert ((found[:, : end - first] - exact).abs() <= least + 1e-6 * exact.abs()).all()
+    assert torch.equal(quantize(rows, pieces)[0].view(torch.uint8), fp8.quantized(rows, pieces)[0].view(torch.uint8))
+    assert torch.equal(quantize(rows, pieces)[1], fp8.quantized(rows, pieces)[1])
+    assert count == 0 or error(fp8.rounded(rows, pieces), rows) < 0.04
+
+
+@pytest.mark.parametrize("steps", [quantize, fp8.quantized])
+def test_what_is_no_number_stays_none_and_zeros_stay_zeros(device, steps):
+    rows = torch.ones(6, 256, device=device)
+    rows[0, 3], rows[1, 130], rows[2, 0] = math.nan, math.inf, -math.inf
+    rows[3], rows[4], rows[5] = 0.0, 1e-44, 3e38
+    codes, scales = steps(rows)
+    values = codes.float().view(6, 2, 128) * scales[..., None]
+    assert values[0, 0].isnan().any()
+    assert values[1, 1].isnan().any()
+    assert values[2, 0].isnan().any()
+    for row, block in ((0, 1), (1, 0), (2, 1)):
+        assert torch.equal(values[row, block], torch.ones(128, device=device))
+    assert torch.equal(values[3:5], torch.zeros(2, 2, 128, device=device))
+    torch.testing.assert_close(values[5].flatten(), rows[5], rtol=1e-6, atol=0)
+    assert scales[1:].gt(0).all()
+
+
+# --------------------------------------------------------------------------------------------------- single GEMMs
+@pytest.mark.parametrize(
+    ("sizes", "routing"),
+    [*(((37, 21), routing) for routing in ROUTINGS), ((128, 32), "zipf"), ((144, 272), "zipf"), ((256, 129), "zipf")],
+)
+def test_each_product(device, sizes, routing, small_tiles):
+    """up, down and both dgrads of float32 rows, against float64 of what the operands stand for."""
+    (hidden, intermediate), (tokens, top_k, experts) = sizes, (11, 3, 4)
+    ids, _ = make_routing(routing, tokens, top_k, experts)
+    triton, torch_backend = TritonBackend(), TorchBackend()
+    plan = triton.make_plan(ids.to(device), experts, 16)
+    routed = int(plan.expert_start[-1])
+    own = list(itertools.pairwise(plan.expert_start.tolist()))
+    gate_up = in_fp8(block_fp8(experts, 2 * intermediate, hidden, device, stacked=2))
+    down = in_fp8(block_fp8(experts, hidden, intermediate, device, seed=1))
+    g = torch.Generator().manual_seed(0)
+    x, a, dz = (
+        torch.randn(*size, generator=g).to(device)
+        for size in ((tokens, hidden), (plan.rows, intermediate), (plan.rows, 2 * intermediate))
+    )
+
+    def product(rows: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat([rows[first:last].double() @ weight[e] for e, (first, last) in enumerate(own)])
+
+    sorted_x = torch_backend.gather(x, plan)
+    w1, w2 = gate_up.to(torch.float64).experts(0, experts), down.to(torch.float64).experts(0, experts)
+    z, made = triton.up(x, Weight(gate_up), plan, SILU, True)
+    expected = {
+        "z": (z, product(fp8.rounded(sorted_x), w1.mT)),
+        "a": (made, SILU.value(z.double())),
+        "y": (triton.down(a, Weight(down), plan), product(fp8.rounded(a), w2.mT)),
+        "da": (triton.dgrad(TokenRows(x, top_k), Weight(down), plan), product(fp8.rounded(sorted_x), w2)),
+        "dxr": (triton.dgrad(dz, Weight(gate_up), plan), product(fp8.rounded(dz, 2), w1)),
+    }
+    for name, (found, want) in expected.items():
+        if routed:
+            assert error(found[:routed], want[:routed]) < 3 * CLOSE, name
+    if routed:  # and the torch backend, which the layers are compared with
+        assert error(torch_backend.down(a, Weight(down), plan)[:routed], expected["y"][1]) < 2e-6
+        assert error(torch_backend.dgrad(dz, Weight(gate_up), plan)[:routed], expected["dxr"][1]) < 2e-6
+
+
+# ---------------------------------------------------------------------------------------------- the whole layer
+class Up(torch.autograd.Function):
+    """Rounded rows times the weight; the gradient of the rows from rounded rows too."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stacked):
+        ctx.weight, ctx.stacked = weight, stacked
+        return fp8.rounded(x).double() @ weight.T
+
+    @staticmethod
+    def backward(ctx, dz):
+        return fp8.rounded(dz, ctx.stacked).double() @ ctx.weight, None, None
+
+
+class Down(torch.autograd.Function):
+    """w times rounded rows times the weight. The gradient of w is <dA before w, A>."""
+
+    @staticmethod
+    def forward(ctx, a, weight, w):
+        ctx.save_for_backward(a, weight, w)
+        return w[:, None] * (fp8.rounded(a).double() @ weight.T)
+
+    @staticmethod
+    def backward(ctx, dy):
+        a, weight, w = ctx.saved_tensors
+        da = fp8.rounded(dy).double() @ weight
+        return da * w[:, None], None, (da * a).sum(1)
+
+
+def oracle(inputs: Inputs, gate_up: Fp8Weight, down: Fp8Weight) -> dict[str, Tensor]:
+    """Output and gradients in float64, with the roundings to e4m3 of the layer and no other."""
+    own = inputs.to(torch.float64).with_own_leaves()
+    extras, options = own.extras, dict(own.options)
+    gate = Gate(Activation.of(options.get("activation", "silu")), gate_up.shape[1] != down.shape[2])
+    out = torch.zeros_like(own.x)
+    for e in range(gate_up.shape[0]):
+        w1, w2 = gate_up.to(torch.float64)[e], down.to(torch.float64)[e]
+        tokens, slots = (own.topk_ids == e).nonzero(as_tuple=True)
+        x, w = own.x[tokens], own.topk_weights[tokens, slots]
+        z = Up.apply(x, w1, gate_up.stacked)
+        if "gate_up_lora_b" in extras:
+            z = z + x @ extras["gate_up_lora_a"][e].T @ extras["gate_up_lora_b"][e].T
+        if "gate_up_bias" in extras:
+            z = z + extras["gate_up_bias"][e]
+        a = gate.value(z)
+        y = Down.apply(a, w2, w)
+        if "down_lora_b" in extras:
+            y = y + w[:, None] * (a @ extras["down_lora_a"][e].T @ extras["down_lora_b"][e].T)
+        if "down_bias" in extras:
+            y = y + w[:, None] * extras["down_bias"][e]
+        out = out.index_add(0, tokens, y)
+    out.backward(own.grad)
+    return {"out": out.detach()} | {name: t.grad for name, t in own.leaves().items() if t.grad is not None}
+
+
+def layer(inputs: Inputs, gate_up: BlockFp8, down: BlockFp8, backend: str, **others) -> dict[str, Tensor]:
+    own = inputs.with_own_leaves()
+    extras, arguments = dict(own.extras), own.options | others | {"backend": backend}
+    for name in ("gate_up_lora", "down_lora"):
+        if f"{name}_b" in extras:
+            arguments[name] = extras.pop(f"{name}_b"), extras.pop(f"{name}_a")
+    out = fused_experts(own.x, own.topk_ids, own.topk_weights, gate_up, down, **arguments, **extras)
+    out.backward(inputs.grad)
+    return {"out": out.detach()} | {name: t.grad for name, t in own.leaves().items() if t.grad is not None}
+
+
+def make(case: Case, device: torch.device) -> tuple[Inputs, Fp8Weight, Fp8Weight]:
+    inputs = make_inputs(case, device)
+    rows = case.intermediate * (2 if case.gated else 1)
+    gate_up = block_fp8(case.experts, rows, case.hidden, device, 2 if case.gated else 1, case.dtype)
+    down = block_fp8(case.experts, case.hidden, case.intermediate, device, dtype=case.dtype, seed=1)
+    weights = torch.rand(inputs.topk_weights.shape, generator=torch.Generator().manual_seed(2)) + 0.25
+    return dataclasses.replace(inputs, topk_weights=weights.to(inputs.topk_weights)), in_fp8(gate_up), in_fp8(down)
+
+
+CLAMPED = Activation("clamped_glu", (1.702, 7.0))
+KINDS = {
+    "plain": Case(11, 2, 4, 128, 32, routing="zipf"),
+    "lora": Case(13, 2, 4, 144, 48, routing="sentinels", lora_rank=4),
+    "lora40": Case(9, 2, 4, 144, 32, routing="empty_first_middle_last", lora_rank=40),
+    "biases-lora": Case(11, 2, 3, 80, 144, routing="one_hot_expert", lora_rank=4, bias=True, activation=CLAMPED),
+    "odd": Case(7, 3, 4, 37, 21, routing="duplicated_ids", lora_rank=3, bias=True),
+    "gateless": Case(11, 3, 4, 144, 32, routing="zipf", gated=False, activation="relu2", bias=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_and_every_gradient(device, kind, backend, small_tiles):
+    inputs, gate_up, down = make(KINDS[kind], device)
+    expected = oracle(inputs, gate_up, down)
+    for others in ({}, {"recompute": True, "persistent": False})[: 2 if kind == "lora" else 1]:
+        found = layer(inputs, gate_up, down, backend, **others)
+        assert found.keys() == expected.keys() - {"gate_up", "down"}
+        for name, value in found.items():
+            # A float32 number on the middle between two of e4m3 may go to the other side.
+            assert error(value, expected[name]) < max(5e-5, 3 * CLOSE), name
+
+
+@pytest.mark.parametrize("group_size", [64, 128, 256])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(144, 80), (37, 21)])
+def test_shipped_tiles(device, hidden, intermediate, group_size):
+    inputs, gate_up, down = make(Case(90, 2, 3, hidden, intermediate, routing="zipf", lora_rank=4), device)
+    expected = oracle(inputs, gate_up, down)
+    for name, value in layer(inputs, gate_up, down, "triton", group_size=group_size).items():
+        assert error(value, expected[name]) < max(5e-5, 3 * CLOSE), name
+
+
+def test_the_hopper_kernels_leave_them_to_triton(device):
+    """Also where sizes and layout are theirs: gluon is what "auto" takes on Hopper."""
+    from moe_kernels.backends import gluon
+
+    weight = in_fp8(block_fp8(2, 128, 128, device, dtype=BF16))
+    dout, plan = torch.zeros(4, 128, dtype=BF16, device=device), TritonBackend().make_plan(
+        torch.zeros(4, 1, dtype=torch.int64, device=device), 2, 128
+    )
+    assert gluon._weight_fits(Weight(weight.experts(0, 2)))
+    assert gluon._weight_fits(Weight(BlockFp8(weight.sizes, BF16, weight.data, weight.scales)))
+    assert not gluon._weight_fits(Weight(weight))
+    rows = gluon.GluonBackend().dout_rows(dout, weight, plan, SILU)
+    assert isinstance(rows, TokenRows)
+    assert rows.tokens is dout
+
+
+@pytest.mark.parametrize("activation", EVERY_ACTIVATION, ids=lambda a: a.name)
+def test_activations(device, activation, small_tiles):
+    inputs, gate_up, down = make(Case(7, 2, 3, 48, 32, activation=activation), device)
+    expected = oracle(inputs, gate_up, down)
+    for name, value in layer(inputs, gate_up, down, "triton").items():
+        assert error(value, expected[name]) < max(5e-5, 3 * CLOSE), name
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter: TRITON_INTERPRET=1")
+@pytest.mark.parametrize("kind", ["odd", "lora"])
+def test_no_finding_in_any_order(device, kind, small_tiles):
+    """Bounds, races, undefined lanes, 32-bit offsets; and programs in another order give the same bits."""
+    inputs, gate_up, down = make(KINDS[kind], device)
+    with interpreter.sanitize(), interpreter.overflow_asserts(), interpreter.recorded_launches() as launches:
+        expected = layer(inputs, gate_up, down, "triton")
+    assert launches.count("fp8_gemm_kernel") == launches.count("quantize_kernel") == 4
+    assert "gather_kernel" not in launches
+    with interpreter.shuffled(0):
+        for name, value in layer(inputs, gate_up, down, "triton").items():
+            assert torch.equal(value, expected[name]), name
+
+
+# ----------------------------------------------------------------------------------- against what is not rounded
+@pytest.mark.parametrize("data", ["normal", "one sign", "outlier channels"])
+def test_errors_against_unrounded_rows(device, data):
+    """A few percent, without a bias: also of sums of one sign, which a narrow accumulator loses a part of."""
+    case = Case(32, 2, 3, 1024, 256, BF16, lora_rank=4)
+    inputs, gate_up, down = make(case, device)
+    if data == "one sign":
+        gate_up, down = (dataclasses.replace(w, data=w.data.float().abs().to(w.data.dtype)) for w in (gate_up, down))
+        inputs = dataclasses.replace(inputs, x=inputs.x.abs(), grad=inputs.grad.abs())
+    if data == "outlier channels":
+        inputs.x[:, ::97] *= 100
+    gate_up, down = in_fp8(gate_up), in_fp8(down)
+    found = layer(inputs, gate_up, down, "torch")
+    exact = layer(inputs.to(torch.float64), *(unrounded(w) for w in (gate_up, down)), "torch")
+    for name, value in found.items():
+        assert 1e-3 < error(value, exact[name]) < 0.08, name
+    for name in ("out", "x"):
+        want = exact[name].double()
+        slope = ((found[name].double() * want).sum() / want.square().sum()).item() - 1
+        assert abs(slope) < 0.004, name
+
+
+def unrounded(weight: Fp8Weight) -> BlockFp8:
+    return BlockFp8(weight.sizes, torch.float64, weight.data, weight.scales, weight.stacked)
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+def test_what_is_no_number_comes_out_in_its_row_alone(device, small_tiles):
+    inputs, gate_up, down = make(KINDS["lora"], device)
+    for backend in BACKENDS:
+        clean = layer(inputs, gate_up, down, backend)
+        for bad in (math.nan, math.inf):
+            spoilt = dataclasses.replace(inputs, x=inputs.x.clone())
+            spoilt.x[5, 3] = bad
+            found = layer(spoilt, gate_up, down, backend)
+            others = torch.arange(len(inputs.x)) != 5
+            routed = bool(((inputs.topk_ids[5] >= 0) & (inputs.topk_ids[5] < len(gate_up.data))).any())
+            assert routed
+            for name in ("out", "x"):
+                assert found[name][5].isnan().all(), (backend, name)
+                assert torch.equal(found[name][others], clean[name][others]), (backend, name)
+
+
+def test_a_code_that_is_no_number_comes_out(device, small_tiles):
+    inputs, gate_up, down = make(KINDS["plain"], device)
+    expert = int(inputs.topk_ids[0, 0])
+    gate_up.data.view(torch.uint8)[expert, 0, 0] = 0x7F
+    for backend in BACKENDS:
+        out = layer(inputs, gate_up, down, backend)["out"]
+        assert torch.equal(out.isnan().all(1), (inputs.topk_ids == expert).any(1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("interleaved", "whose gate and up rows alternate, are not multiplied in fp8: leave fp8_activations"),
+        ("by columns", "weights stored by columns, .* leave fp8_activations"),
+        ("one block", "a block of scales holds rows of gate and of up, .* leave fp8_activations"),
+    ],
+)
+def test_what_the_kernels_do_not_cover_is_refused(device, backend, kind, words):
+    inputs = make_inputs(Case(5, 2, 3, 64, 96), device)
+    gate_up = block_fp8(3, 192, 64, device, stacked=1 if kind == "one block" else 2)
+    if kind == "by columns":
+        gate_up = block_fp8(3, 64, 192, device).mT
+    down, options = in_fp8(block_fp8(3, 64, 96, device)), {"interleaved": kind == "interleaved"}
+    with pytest.raises(UnsupportedProblem, match=words):
+        fused_experts(
+            inputs.x, inputs.topk_ids, inputs.topk_weights, in_fp8(gate_up), down, backend=backend, **options
+        )
+
+
+def test_other_transposed_codes_are_refused(device):
+    weight = block_fp8(3, 64, 96, device)
+    with pytest.raises(ValueError, match=r"the transposed codes are .* \(3, 64, 96\), wanted .* \(3, 96, 64\)"):
+        Fp8Weight.of(weight, weight.data)
+
+
+def test_dgrad_without_transposed_codes_is_refused(device):
+    inputs, gate_up, down = make(KINDS["plain"], device)
+    bare = [dataclasses.replace(w, transposed=None) for w in (gate_up, down)]
+    with torch.no_grad():  # nobody asks for it
+        fused_experts(inputs.x, inputs.topk_ids, inputs.topk_weights, *bare, backend="triton")
+    with pytest.raises(ValueError, match=r"without transposed codes has no dgrad: give it those of fp8\.transposed"):
+        layer(inputs, *bare, "triton")
+
+
+def test_what_the_weight_takes(device):
+    """With the second layout 2 bytes a value, as in 16 bits, and the scales."""
+    gate_up = in_fp8(block_fp8(3, 1536, 2048, device, stacked=2))
+    held = sum(part.numel() * part.element_size() for part in gate_up.parts() if isinstance(part, Tensor))
+    assert held <= 1.001 * 3 * 1536 * 2048 * 2
