@@ -181,3 +181,9 @@ def test_the_map_of_the_tests_has_each_of_them():
     mapped = set(re.findall(r"`(tests/[\w./]+)`", " ".join(rows)))
     files = {path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
     assert mapped == {"/".join(path.parts[:2]) for path in files}
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their names alone, and refuses the second of one run."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
