@@ -158,8 +158,8 @@ def test_ranks_end_with_the_time_limit(tmp_path):
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     with (tmp_path / "log").open("wb") as sink:
-        problem = trainer_runs.torchrun(command, {**os.environ, "OMP_NUM_THREADS": "1"}, sink, 20.0)
-    assert "stopped after 20 s" in problem
+        problem = trainer_runs.torchrun(command, {**os.environ, "OMP_NUM_THREADS": "1"}, sink, 45.0)
+    assert "stopped after 45 s" in problem  # a busy machine takes half of it to start them
     pids = [int(path.read_text()) for path in tmp_path.glob("pid*")]
     assert len(pids) == 2, (tmp_path / "log").read_text()
     assert not [pid for pid in pids if Path("/proc", str(pid)).exists()]
