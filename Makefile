@@ -89,7 +89,8 @@ test-runs: $(READY)
 # fuzzing, reports, benchmarks and the like (of tests/core SAME), which are our own code on every stack, and of several
 # ranks only what transformers and PEFT start.
 test-stack: test-stack-runs test-stack-main test-hopper
-STACK_RUNS := $(filter-out tests/fuzz tests/distributed,$(RUNS)) tests/distributed/test_transformers_engines.py tests/distributed/test_lora.py
+STACK_RUNS := $(filter-out tests/fuzz tests/distributed,$(RUNS)) tests/distributed/test_transformers_engines.py tests/distributed/test_lora.py \
+	tests/distributed/test_scaling.py::test_axolotl_trains_a_large_models_adapter_on_two_ranks
 SAME := tests/core/test_mutations.py tests/core/test_add_a_backend.py tests/core/test_properties.py
 STACK := core router integrations conformance telemetry tuning cli test_configs.py test_stacks.py
 

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from transformers.distributed import DistributedConfig
 
@@ -310,6 +311,10 @@ def test_a_tiny_model_on_two_ranks(tmp_path):
 
 
 @with_axolotl
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="Axolotl asks CUDA which ranks are peers, which a CUDA build of torch refuses without a GPU",
+)
 @pytest.mark.axolotl
 @pytest.mark.slow
 def test_axolotl_trains_a_large_models_adapter_on_two_ranks(tmp_path):

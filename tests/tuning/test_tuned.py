@@ -242,13 +242,13 @@ def few_candidates(monkeypatch):
     monkeypatch.setattr(tiles, "VERIFY_TOKENS", 16)
     real = TritonBackend.down
 
-    def broken(rows, *args, **kwargs):
-        out, used = real(rows, *args, **kwargs), config._overrides["down"].choice
+    def broken(self, rows, *args, **kwargs):
+        out, used = real(self, rows, *args, **kwargs), config._overrides["down"].choice
         if used == WRONG or (used == LATE and rows.shape[0] == 42):
             out[0] *= 1.5
         return out
 
-    monkeypatch.setattr(TritonBackend, "down", staticmethod(broken))
+    monkeypatch.setattr(TritonBackend, "down", broken)
     times = {GOOD: 0.8, WRONG: 0.1, LATE: 0.5}
 
     def median_ms(call):
