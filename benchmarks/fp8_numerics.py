@@ -151,7 +151,7 @@ def curves(folder: Path, base_steps: int, steps: int) -> dict[str, Any]:
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
         # transformers dequantises by itself where there is no GPU that multiplies fp8; here none does.
         with mock.patch.object(FineGrainedFP8HfQuantizer, "validate_environment", return_value=None):
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options, local_files_only=True)
         weights = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         torch.manual_seed(0)
         config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], target_parameters=weights)
