@@ -22,7 +22,7 @@ from moe_kernels.tools.check.problems import Case, Inputs, make_inputs
 from moe_kernels.tools.check.routings import ROUTINGS, make_routing
 from support import interpreter
 from support.cases import EVERY_ACTIVATION
-from support.packed import block_fp8
+from support.packed import block_fp8, results
 
 BF16 = torch.bfloat16
 SILU = Gate(Activation("silu"))
@@ -204,17 +204,6 @@ def oracle(inputs: Inputs, gate_up: Fp8Weight, down: Fp8Weight) -> dict[str, Ten
     return {"out": out.detach()} | {name: t.grad for name, t in own.leaves().items() if t.grad is not None}
 
 
-def layer(inputs: Inputs, gate_up: BlockFp8, down: BlockFp8, backend: str, **others) -> dict[str, Tensor]:
-    own = inputs.with_own_leaves()
-    extras, arguments = dict(own.extras), own.options | others | {"backend": backend}
-    for name in ("gate_up_lora", "down_lora"):
-        if f"{name}_b" in extras:
-            arguments[name] = extras.pop(f"{name}_b"), extras.pop(f"{name}_a")
-    out = fused_experts(own.x, own.topk_ids, own.topk_weights, gate_up, down, **arguments, **extras)
-    out.backward(inputs.grad)
-    return {"out": out.detach()} | {name: t.grad for name, t in own.leaves().items() if t.grad is not None}
-
-
 def make(case: Case, device: torch.device) -> tuple[Inputs, Fp8Weight, Fp8Weight]:
     inputs = make_inputs(case, device)
     rows = case.intermediate * (2 if case.gated else 1)
@@ -241,7 +230,7 @@ def test_a_layer_and_every_gradient(device, kind, backend, small_tiles):
     inputs, gate_up, down = make(KINDS[kind], device)
     expected = oracle(inputs, gate_up, down)
     for others in ({}, {"recompute": True, "persistent": False})[: 2 if kind == "lora" else 1]:
-        found = layer(inputs, gate_up, down, backend, **others)
+        found = results(inputs, gate_up, down, backend, **others)
         assert found.keys() == expected.keys() - {"gate_up", "down"}
         for name, value in found.items():
             # A float32 number on the middle between two of e4m3 may go to the other side.
@@ -253,7 +242,7 @@ def test_a_layer_and_every_gradient(device, kind, backend, small_tiles):
 def test_shipped_tiles(device, hidden, intermediate, group_size):
     inputs, gate_up, down = make(Case(90, 2, 3, hidden, intermediate, routing="zipf", lora_rank=4), device)
     expected = oracle(inputs, gate_up, down)
-    for name, value in layer(inputs, gate_up, down, "triton", group_size=group_size).items():
+    for name, value in results(inputs, gate_up, down, "triton", group_size=group_size).items():
         assert error(value, expected[name]) < max(5e-5, 3 * CLOSE), name
 
 
@@ -277,7 +266,7 @@ def test_the_hopper_kernels_leave_them_to_triton(device):
 def test_activations(device, activation, small_tiles):
     inputs, gate_up, down = make(Case(7, 2, 3, 48, 32, activation=activation), device)
     expected = oracle(inputs, gate_up, down)
-    for name, value in layer(inputs, gate_up, down, "triton").items():
+    for name, value in results(inputs, gate_up, down, "triton").items():
         assert error(value, expected[name]) < max(5e-5, 3 * CLOSE), name
 
 
@@ -287,11 +276,11 @@ def test_no_finding_in_any_order(device, kind, small_tiles):
     """Bounds, races, undefined lanes, 32-bit offsets; and programs in another order give the same bits."""
     inputs, gate_up, down = make(KINDS[kind], device)
     with interpreter.sanitize(), interpreter.overflow_asserts(), interpreter.recorded_launches() as launches:
-        expected = layer(inputs, gate_up, down, "triton")
+        expected = results(inputs, gate_up, down, "triton")
     assert launches.count("fp8_gemm_kernel") == launches.count("quantize_kernel") == 4
     assert "gather_kernel" not in launches
     with interpreter.shuffled(0):
-        for name, value in layer(inputs, gate_up, down, "triton").items():
+        for name, value in results(inputs, gate_up, down, "triton").items():
             assert torch.equal(value, expected[name]), name
 
 
@@ -307,8 +296,8 @@ def test_errors_against_unrounded_rows(device, data):
     if data == "outlier channels":
         inputs.x[:, ::97] *= 100
     gate_up, down = in_fp8(gate_up), in_fp8(down)
-    found = layer(inputs, gate_up, down, "torch")
-    exact = layer(inputs.to(torch.float64), *(unrounded(w) for w in (gate_up, down)), "torch")
+    found = results(inputs, gate_up, down, "torch")
+    exact = results(inputs.to(torch.float64), *(unrounded(w) for w in (gate_up, down)), "torch")
     for name, value in found.items():
         assert 1e-3 < error(value, exact[name]) < 0.08, name
     for name in ("out", "x"):
@@ -325,11 +314,11 @@ def unrounded(weight: Fp8Weight) -> BlockFp8:
 def test_what_is_no_number_comes_out_in_its_row_alone(device, small_tiles):
     inputs, gate_up, down = make(KINDS["lora"], device)
     for backend in BACKENDS:
-        clean = layer(inputs, gate_up, down, backend)
+        clean = results(inputs, gate_up, down, backend)
         for bad in (math.nan, math.inf):
             spoilt = dataclasses.replace(inputs, x=inputs.x.clone())
             spoilt.x[5, 3] = bad
-            found = layer(spoilt, gate_up, down, backend)
+            found = results(spoilt, gate_up, down, backend)
             others = torch.arange(len(inputs.x)) != 5
             routed = bool(((inputs.topk_ids[5] >= 0) & (inputs.topk_ids[5] < len(gate_up.data))).any())
             assert routed
@@ -343,7 +332,7 @@ def test_a_code_that_is_no_number_comes_out(device, small_tiles):
     expert = int(inputs.topk_ids[0, 0])
     gate_up.data.view(torch.uint8)[expert, 0, 0] = 0x7F
     for backend in BACKENDS:
-        out = layer(inputs, gate_up, down, backend)["out"]
+        out = results(inputs, gate_up, down, backend)["out"]
         assert torch.equal(out.isnan().all(1), (inputs.topk_ids == expert).any(1))
 
 
@@ -380,7 +369,7 @@ def test_dgrad_without_transposed_codes_is_refused(device):
     with torch.no_grad():  # nobody asks for it
         fused_experts(inputs.x, inputs.topk_ids, inputs.topk_weights, *bare, backend="triton")
     with pytest.raises(ValueError, match=r"without transposed codes has no dgrad: give it those of fp8\.transposed"):
-        layer(inputs, *bare, "triton")
+        results(inputs, *bare, "triton")
 
 
 def test_what_the_weight_takes(device):

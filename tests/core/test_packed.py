@@ -13,7 +13,7 @@ from moe_kernels.kernels.triton.plan import make_plan, part_of
 from moe_kernels.tools.check.problems import Case, eager, make_inputs, truth
 from moe_kernels.tools.check.routings import ROUTINGS, make_routing
 from moe_kernels.tools.check.tolerances import assert_close_to_truth
-from support.packed import block_fp8, mxfp4, packed
+from support.packed import block_fp8, mxfp4, packed, results
 from support.tiles import use_small_tiles
 
 BACKENDS = ["torch", "triton"]
@@ -223,18 +223,6 @@ KINDS = {
     "lora": Case(23, 2, 5, 64, 32, torch.float32, "empty_first_middle_last", bias=True, lora_rank=4),
     "gateless": Case(19, 3, 5, 64, 32, torch.float32, "zipf", gated=False, activation="relu2"),
 }
-
-
-def results(inputs, gate_up, down, backend, **others):
-    own = inputs.with_own_leaves()
-    extras = dict(own.extras)
-    arguments = own.options | others | {"backend": backend}
-    for name in ("gate_up_lora", "down_lora"):
-        if f"{name}_b" in extras:
-            arguments[name] = extras.pop(f"{name}_b"), extras.pop(f"{name}_a")
-    out = fused_experts(own.x, own.topk_ids, own.topk_weights, gate_up, down, **arguments, **extras)
-    out.backward(inputs.grad)
-    return {"out": out.detach()} | {name: t.grad for name, t in own.leaves().items() if t.grad is not None}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -17,6 +17,7 @@ from moe_kernels import backends, fp8
 from moe_kernels.kernels.triton.dequantize import dequantize
 from moe_kernels.problem import UnsupportedProblem
 from support.fp8 import dequantised, save_model, write_checkpoint
+from support.lora_step import IDS, assert_equal, step, with_lora
 from support.tiles import use_small_tiles
 
 transformers = pytest.importorskip("transformers")
@@ -33,13 +34,8 @@ from moe_kernels.integrations.quantized import packed_weight  # noqa: E402
 
 BF16 = torch.bfloat16
 EXPERTS = "model.layers.1.mlp.experts"
-TARGETS = {
-    "target_modules": ["q_proj", "v_proj"],
-    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-}
 NEWER = Version(transformers.__version__) >= Version("5.23")
 Checkpoint = tuple[Path, dict[str, Tensor]]
-IDS = torch.arange(24).view(2, 12) * 5 % 128
 
 
 @pytest.fixture(autouse=True)
@@ -60,33 +56,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def load(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=BF16, experts_implementation="moe_kernels", **options)
-
-
-def with_lora(model: nn.Module, targets: dict[str, list[str]] = TARGETS, **changes: Any) -> Any:
-    """B is not zero, so that both factors have gradients."""
-    torch.manual_seed(0)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, **targets), **changes)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = (torch.randn(parameter.shape) * 0.05).to(parameter.dtype)
-    return model
-
-
-def step(model: nn.Module) -> dict[str, Tensor]:
-    """Loss, logits and every gradient of one training step."""
-    model.train()
-    model.zero_grad(set_to_none=True)
-    out = model(input_ids=IDS, labels=IDS)
-    out.loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return {"loss": out.loss.detach(), "logits": out.logits.detach()} | grads
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert value.abs().max() > 0, name
-        assert torch.equal(found[name], value), name
 
 
 def bytes_of(model: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_kernels import backends
 from moe_kernels.kernels.triton.dequantize import dequantize
+from support.lora_step import IDS, TARGETS, assert_equal, step, with_lora
 from support.mxfp4 import dequantised, save_model, write_checkpoint
 from support.tiles import use_small_tiles
 
@@ -30,12 +31,7 @@ from moe_kernels.integrations.quantized import packed_weight  # noqa: E402
 BF16 = torch.bfloat16
 EXPERTS = "model.layers.1.mlp.experts"
 WEIGHTS = ["gate_up_proj", "down_proj"]
-TARGETS = {
-    "target_modules": ["q_proj", "v_proj"],
-    "target_parameters": [f"mlp.experts.{name}" for name in WEIGHTS],
-}
 Checkpoint = tuple[Path, dict[str, Tensor]]
-IDS = torch.arange(24).view(2, 12) * 5 % 128
 
 
 @pytest.fixture(autouse=True)
@@ -59,33 +55,6 @@ def load(folder: Path, **options: Any) -> Any:
 
 def load_whole(folder: Path, **options: Any) -> Any:
     return load(folder, quantization_config=Mxfp4Config(dequantize=True), **options)
-
-
-def with_lora(model: nn.Module, targets: dict[str, list[str]] = TARGETS) -> Any:
-    """B is not zero, so that both factors have gradients."""
-    torch.manual_seed(0)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, **targets))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = (torch.randn(parameter.shape) * 0.05).to(parameter.dtype)
-    return model
-
-
-def step(model: nn.Module) -> dict[str, Tensor]:
-    """Loss, logits and every gradient of one training step."""
-    model.train()
-    model.zero_grad(set_to_none=True)
-    out = model(input_ids=IDS, labels=IDS)
-    out.loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return {"loss": out.loss.detach(), "logits": out.logits.detach()} | grads
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert value.abs().max() > 0, name
-        assert torch.equal(found[name], value), name
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

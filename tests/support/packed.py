@@ -1,8 +1,26 @@
 """Experts in few bits without the libraries that quantise them."""
 
-import torch
+from dataclasses import replace
+from typing import Any
 
-from moe_kernels.packed import BlockFp8, FourBit, Mxfp4, Scales, scale_grid
+import torch
+from torch import Tensor
+
+from moe_kernels import fused_experts
+from moe_kernels.packed import BlockFp8, FourBit, Mxfp4, PackedWeight, Scales, scale_grid
+from moe_kernels.tools.check.problems import Inputs, call
+
+
+def results(
+    inputs: Inputs, gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight, backend: str, **options: Any
+) -> dict[str, Tensor]:
+    """Output and gradients of ``inputs``, with these frozen weights in the place of its own."""
+    own = inputs.with_own_leaves()
+    settings = own.options | options | {"backend": backend}
+    weights: dict[str, Any] = {"gate_up": gate_up, "down": down}
+    out = call(fused_experts, replace(own, **weights, options=settings))
+    out.backward(inputs.grad)
+    return {"out": out.detach()} | {name: t.grad for name, t in own.leaves().items() if t.grad is not None}
 
 
 def packed(

@@ -126,7 +126,7 @@ def _unknown(model: torch.nn.Module, targets: Collection[str] | None) -> list[st
     configs = getattr(model, "peft_config", {}).values()
     lists = (config.target_modules for config in configs if not isinstance(config.target_modules, str))
     written = {name for names in lists for name in names or ()}
-    ends = {place[n:] for name, _ in model.named_modules() for place in [_place(name)] for n in range(len(place))}
+    ends = _ends({_place(name) for name, _ in model.named_modules()})
     known = {name for name in written if _place(name) in ends or name.rpartition(".")[2] in PROJECTIONS}
     return sorted(name for name in written - known if targets is None or name in targets)
 
@@ -140,7 +140,7 @@ def _nowhere(model: torch.nn.Module, targets: Collection[str] | None) -> list[st
         for name, module in model.named_modules()
         if hasattr(module, "parameter_name")
     }
-    ends = {place[n:] for place in wrapped for n in range(len(place))}
+    ends = _ends(wrapped)
     return sorted(name for name in written if _place(name) not in ends and (targets is None or name in targets))
 
 
@@ -150,6 +150,11 @@ def _configured(configs: Collection[Any]) -> set[str]:
         for targets in (config.target_modules, getattr(config, "target_parameters", None)):
             names |= {targets} if isinstance(targets, str) else set(targets or ())
     return names
+
+
+def _ends(places: Collection[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """The places, and what is left of each from any of its parts on."""
+    return {place[n:] for place in places for n in range(len(place))}
 
 
 def _place(name: str) -> tuple[str, ...]:

@@ -19,10 +19,9 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 
 from moe_kernels.factors import scaled
 from moe_kernels.fp8 import CURE, Fp8Weight, check_fp8, transposed
-from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
+from moe_kernels.integrations.quantized import check_frozen, check_scales, dequantised, packed_weight
 from moe_kernels.integrations.support import LORA_ATTRIBUTE, Recipe, UnsupportedExperts
 from moe_kernels.kernels.device import interpreting
-from moe_kernels.kernels.triton.dequantize import dequantize
 from moe_kernels.layer import Matrix
 from moe_kernels.packed import BlockFp8, PackedWeight
 from moe_kernels.problem import UnsupportedProblem
@@ -115,7 +114,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def _matrix(weight: PackedWeight) -> Tensor:
-    return (dequantize(weight, 0, 1) if weight.device.type == "cuda" else weight.experts(0, 1))[0]
+    return dequantised(weight)[0]
 
 
 class TrainableFP8Quantizer(FineGrainedFP8HfQuantizer):

@@ -20,9 +20,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from moe_kernels.integrations.quantized import BLOCKS, MX_SCALES, is_loaded, packed_weight
+from moe_kernels.integrations.quantized import BLOCKS, MX_SCALES, dequantised, is_loaded, packed_weight
 from moe_kernels.integrations.support import UnsupportedExperts
-from moe_kernels.kernels.triton.dequantize import dequantize
 from moe_kernels.packed import MX_BLOCK
 
 _WEIGHTS = ("gate_up_proj", "down_proj")
@@ -63,8 +62,7 @@ class Mxfp4Experts(GptOssExperts):
 
 def _whole(module: Any, name: str) -> Tensor:
     weight: Any = packed_weight(module, name, torch.bfloat16)
-    every = weight.shape[0]
-    return dequantize(weight, 0, every) if weight.device.type == "cuda" else weight.experts(0, every)
+    return dequantised(weight)
 
 
 class KeptMxfp4Quantizer(Mxfp4HfQuantizer):

@@ -100,7 +100,7 @@ def _together(weight: str, *pairs: LowRank) -> LowRank:
     given: list[Any] = list(pairs)
     lora_bs, lora_as = zip(*((b, scaled(a, scaling)) for b, a, scaling in given), strict=True)
     rank = sum(lora_a.shape[1] for lora_a in lora_as)
-    _check_rank(rank, weight, "all adapters together")
+    _check_limit(rank, weight, "all adapters together")
     return LowRank(torch.cat(lora_bs, dim=2), torch.cat(lora_as, dim=1))
 
 
@@ -123,7 +123,7 @@ def check_lora(model: torch.nn.Module) -> int:
         for adapter in {**wrapper.lora_A, **wrapper.lora_B}:
             _check_pair(wrapper, adapter, name)
         for adapters in (*([one] for one in wrapper.r), wrapper.active_adapters):
-            _check_rank(_rank(wrapper, adapters), wrapper.parameter_name, " + ".join(adapters), f"{name}: ")
+            _check_rank(wrapper, adapters, f"{name}: ")
             _check_dtypes(wrapper, adapters, name)
         # 0.21.0 to 0.21.2 do so in a forward of 4-bit weights.
         chain = dict(getattr(wrapper.get_base_layer(), "parametrizations", {})).get(wrapper.parameter_name, ())
@@ -171,11 +171,12 @@ def _check_pair(wrapper: Any, adapter: str, where: str) -> None:
         )
 
 
-def _rank(wrapper: Any, adapters: list[str]) -> int:
-    return sum(wrapper.r.get(adapter, 0) for adapter in adapters)
+def _check_rank(wrapper: Any, adapters: list[str], where: str = "") -> None:
+    rank = sum(wrapper.r.get(adapter, 0) for adapter in adapters)
+    _check_limit(rank, wrapper.parameter_name, " + ".join(adapters), where)
 
 
-def _check_rank(rank: int, weight: str, adapters: str, where: str = "") -> None:
+def _check_limit(rank: int, weight: str, adapters: str, where: str = "") -> None:
     if rank > MAX_RANK:
         raise ValueError(
             f"{where}LoRA of rank {rank} ({adapters}) on {weight}, the kernels take at most {MAX_RANK}: lower "
@@ -219,7 +220,7 @@ def low_rank_pair(wrapper: Any, adapters: list[str]) -> LowRank | None:
     adapters = [name for name in adapters if name in wrapper.lora_A]
     if not adapters:
         return None
-    _check_rank(_rank(wrapper, adapters), wrapper.parameter_name, " + ".join(adapters))
+    _check_rank(wrapper, adapters)
     experts, pairs = wrapper.num_experts, []
     for name in adapters:
         a, b = (_factor(wrapper, factors[name].weight) for factors in (wrapper.lora_A, wrapper.lora_B))

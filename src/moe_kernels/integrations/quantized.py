@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from moe_kernels.integrations.support import UnsupportedExperts, is_sharded
-from moe_kernels.packed import MX_BLOCK, SIDE, BlockFp8, FourBit, Mxfp4, PackedWeight, Scales, scale_grid
+from moe_kernels.kernels.triton.dequantize import dequantize
+from moe_kernels.packed import MX_BLOCK, SIDE, BlockFp8, FourBit, Mxfp4, PackedWeight, Scales, scale_grid, whole
 
 #: Added to the name of a weight: the name of its scales.
 SCALES = "_scale_inv"
@@ -45,6 +46,11 @@ def packed_weight(module: Any, name: str, dtype: torch.dtype, where: str = "") -
         if isinstance(error, UnsupportedExperts):
             raise
         raise UnsupportedExperts.of(module, f"{name} is not what its library makes: {error}.", where) from error
+
+
+def dequantised(weight: PackedWeight) -> torch.Tensor:
+    """All of ``weight`` (E, N, K), a new tensor: by its kernel on a GPU, elsewhere by torch."""
+    return dequantize(weight, 0, weight.shape[0]) if weight.device.type == "cuda" else whole(weight)
 
 
 def _four_bit(module: Any, name: str) -> PackedWeight | None:
