@@ -90,6 +90,21 @@ def compare(
             "bitsandbytes.",
         ),
     ] = False,
+    fp8: Annotated[
+        bool,
+        typer.Option(
+            "--fp8",
+            help="With qwen3-moe: LoRA over its checkpoint in block-fp8, which our side trains as it is and the "
+            "baseline dequantised by transformers.",
+        ),
+    ] = False,
+    fp8_activations: Annotated[
+        bool,
+        typer.Option("--fp8-activations", help="--fp8, and our side multiplies in fp8 (moe_fp8_activations)."),
+    ] = False,
+    mxfp4: Annotated[
+        bool, typer.Option("--mxfp4", help="With gpt-oss: the same over its checkpoint in mxfp4.")
+    ] = False,
     liger: Annotated[
         bool,
         typer.Option("--liger", help="Liger's RMSNorm, RoPE and fused loss in every run. Needs a GPU, liger-kernel."),
@@ -159,6 +174,8 @@ def compare(
         router=router,
         lora=lora,
         qlora=qlora,
+        packed=_packed(fp8 or fp8_activations, mxfp4, qlora),
+        fp8_activations=fp8_activations,
         liger=liger,
         settings=tuple(settings or ()),
     )
@@ -188,6 +205,13 @@ def compare(
             comparisons.append(comparison)
             show_comparison(Analysis(comparison), console)
     raise typer.Exit(_finish(comparisons, folder, strict, console))
+
+
+def _packed(fp8: bool, mxfp4: bool, qlora: bool) -> str:
+    """The format of the base that the options ask for; "" for 16 bits, or 4 of QLoRA."""
+    if fp8 + mxfp4 + qlora > 1:
+        raise UsageError("--fp8, --mxfp4 and --qlora are three ways to keep the frozen weights. Cure: name one.")
+    return "fp8" if fp8 else "mxfp4" if mxfp4 else ""
 
 
 def _check_installed(options: Options, device: str | None) -> None:
@@ -281,7 +305,7 @@ def prepare_missing(pair: Pair, console: Console) -> None:
     data = [Path(dataset["path"]) for dataset in config["datasets"]]
     if not ((Path(config["base_model"]) / "config.json").is_file() and all(path.exists() for path in data)):
         console.print(f"Making {config['base_model']} and its data")
-        _make([sys.executable, "-m", "moe_kernels", "prepare", ALL_FAMILIES[pair.family].sizes[pair.size].name])
+        _make([sys.executable, "-m", "moe_kernels", "prepare", Path(config["base_model"]).name])
     if config.get("lora_model_dir") and not adapter_made(config):
         console.print(f"Making {config['lora_model_dir']}")
         request = pair.folder / "adapter.json"
