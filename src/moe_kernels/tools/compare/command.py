@@ -28,7 +28,7 @@ from moe_kernels.tools.compare.adapter import adapter_made
 from moe_kernels.tools.compare.comparison import Analysis, Comparison, load, number_names, save
 from moe_kernels.tools.compare.environment import versions, with_commit
 from moe_kernels.tools.compare.experts_bench import measure_experts
-from moe_kernels.tools.compare.gpu import describe, visible_gpu
+from moe_kernels.tools.compare.gpu import compute_capability, describe, visible_gpu
 from moe_kernels.tools.compare.pair import (
     FOLDERS,
     LONGEST_NAME,
@@ -51,6 +51,8 @@ from moe_kernels.tools.compare.runner import (
 )
 
 REPORT_FOLDER = Path("artifacts") / "compare"
+# Compute capability that transformers keeps block-fp8 for.
+LEAST = (8, 9)
 
 
 def compare(
@@ -220,6 +222,12 @@ def _check_installed(options: Options, device: str | None) -> None:
         raise MissingDependency(
             "--qlora needs an NVIDIA GPU and none is visible: Axolotl loads a 4-bit model onto one, and puts expert "
             "weights into 4 bits there alone. Cure: leave --qlora out here."
+        )
+    if options.packed == "fp8" and device is not None and (found := compute_capability(device) or LEAST) < LEAST:
+        raise MissingDependency(
+            f"--fp8 needs a GPU of compute capability {LEAST[0]}.{LEAST[1]} or later, and this one has "
+            f"{found[0]}.{found[1]}: there transformers dequantises such a checkpoint for our side too. Cure: leave "
+            "--fp8 out here."
         )
     if options.qlora and importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependency("--qlora needs the package bitsandbytes: pip install bitsandbytes.")

@@ -130,8 +130,8 @@ def rank_overrides(options: Options) -> Config:
 
 
 def packed_overrides(options: Options, ours: bool) -> Config:
-    """What the base in few bits of ``options`` takes: of our side nothing, of the baseline that transformers dequantises
-    it to 16 bits, which alone it trains without our kernels."""
+    """The keys for a base in few bits: our side names the checkpoint and no more, the baseline has transformers
+    dequantise it, in which form alone stock kernels train over it."""
     if ours or not options.packed:
         return {"moe_fp8_activations": True} if options.fp8_activations else {}
     return {
@@ -189,8 +189,8 @@ def family_pair(name: str, options: Options, tiny_overrides: Mapping[str, Any] |
     if options.packed not in ("", family.packed):
         published = ", ".join(each.name for each in ALL_FAMILIES.values() if each.packed == options.packed)
         raise UsageError(
-            f"--{options.packed} trains LoRA over a model that is published in {options.packed}, which {name} is not. "
-            f"Cure: leave --{options.packed} out, or compare {published}."
+            f"--{options.packed} trains LoRA over a checkpoint as it is published, and {name} has none in "
+            f"{options.packed}. Cure: leave --{options.packed} out, or compare {published}."
         )
     if options.qlora and not (options.lora or family.drawn):
         raise UsageError(

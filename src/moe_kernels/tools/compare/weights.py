@@ -60,6 +60,11 @@ class DrawnWeights(TrainerCallback):
                     # Where no GPU runs transformers' own fp8 layers it would dequantise; ours run on a CPU too.
                     _replace(patches, FineGrainedFP8HfQuantizer, "validate_environment")
                 model = load(cls, None, *arguments, state_dict=weights, **settings)
+            if not torch.cuda.is_available():
+                # To bfloat16 alone does transformers dequantise mxfp4, and a CPU trains in 32 bits.
+                for parameter in model.parameters():
+                    if parameter.dtype == torch.bfloat16:
+                        parameter.data = parameter.data.to(self.dtype)
             model.config.name_or_path = model.name_or_path = str(name)
             return model
 
@@ -164,8 +169,8 @@ def draw_adapter(model: torch.nn.Module, seed: int) -> None:
 def checksum(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
     """A short hash of the bytes of all parameters and of their names, of the whole ones where FSDP2 has sharded them.
 
-    Then every rank must call it. Block-fp8 and mxfp4 count as what they are dequantised to in ``dtype``, one weight at
-    a time, so that a model that keeps them has the checksum of one that was dequantised as it was loaded.
+    Then every rank must call it. Block-fp8 and mxfp4 count as what they are dequantised to in ``dtype``, one weight
+    at a time: a model that keeps them has the checksum of one that was dequantised as it was loaded.
     """
     sums: dict[str, int] = {}
     for where, module in model.named_modules():
