@@ -127,3 +127,25 @@ def test_lora_at_real_size_made_small(environment: dict[str, str], folder: Path)
         assert not [*(folder / "artifacts/models" / f"{family}-tiny").glob("*.safetensors")]
         assert "LoRA of 4 expert weights runs inside the kernels" in (folder / data["runs"][1]["log"]).read_text()
         assert f"{family}-tiny" in page
+
+
+@pytest.mark.parametrize(("family", "option"), [("qwen3-moe", "--fp8"), ("gpt-oss", "--mxfp4")])
+def test_a_base_in_few_bits(environment: dict[str, str], folder: Path, family: str, option: str) -> None:
+    """Both runs start from the values of one checkpoint, which ours keeps and the baseline had dequantised."""
+    name = f"{family}{option.removeprefix('-')}"
+    steps = ("--size", "tiny", "--steps", "4", "--warmup-steps", "1")
+    data, page = compare(environment, folder, name, family, option, *steps)
+    judged = data["judged"]
+    assert judged["sides"]["optimized"]["expert_calls"] == 16
+    assert judged["implementation"] == {"baseline": "grouped_mm", "optimized": "moe_kernels"}
+    assert judged["loss"]["verdict"] == "confirmed"
+    assert judged["loss"]["first_gradient"] < 1e-4
+    one, two = (run["weights"] for run in data["runs"])
+    assert one == two != ""
+    whole, kept = (run["frozen"] for run in data["runs"])
+    assert list(whole) == ["float32"]
+    assert list(kept) == {"--fp8": ["float8_e4m3fn", "float32"], "--mxfp4": ["uint8", "float32"]}[option]
+    assert whole["float32"] > 3 * sum(kept.values())
+    assert "dequantised as it was loaded" in page
+    assert "dequantised ahead of each GEMM" in page
+    assert name in page

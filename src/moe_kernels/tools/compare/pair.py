@@ -132,7 +132,9 @@ def rank_overrides(options: Options) -> Config:
 def packed_overrides(options: Options, ours: bool) -> Config:
     """The keys for a base in few bits: our side names the checkpoint and no more, the baseline has transformers
     dequantise it, in which form alone stock kernels train over it."""
-    if ours or not options.packed:
+    if not options.packed:
+        return {}
+    if ours:
         return {"moe_fp8_activations": True} if options.fp8_activations else {}
     return {
         "model_quantization_config": QUANTIZERS[options.packed],
