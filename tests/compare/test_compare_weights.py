@@ -158,11 +158,30 @@ def test_a_base_in_few_bits_is_the_same_on_both_sides(
             assert (0.01 < apart < 0.04) if family == "qwen3-moe" else (0.05 < apart < 0.2), name
 
 
+@each_family
+def test_adapters_over_a_base_in_few_bits_start_alike(root: Path, family: str, drawn: DrawnWeights) -> None:
+    """PEFT makes a factor in the dtype of its weight, which is fp8 on one side and bfloat16 on the other."""
+    peft = pytest.importorskip("peft")
+    sums = set()
+    for model in (
+        load(root, family, True, dtype=BF16, experts_implementation="moe_kernels"),
+        load_whole(root, family, dtype=BF16),
+    ):
+        targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, **targets))
+        draw_adapter(adapted, 0)
+        factors = [factor for factor in adapted.parameters() if factor.requires_grad]
+        assert {factor.dtype for factor in factors} == {torch.float32}
+        sums.add(checksum(adapted, BF16))
+    assert len(sums) == 1
+
+
 def test_codes_and_scales_are_those_of_a_checkpoint(root: Path, drawn: DrawnWeights) -> None:
     """Quantised here and by the tests' own code."""
     plain, ours = load(root, "qwen3-moe"), load(root, "qwen3-moe", True, experts_implementation="moe_kernels")
     for layer, held in zip(plain.model.layers, ours.model.layers, strict=True):
-        pairs = [(layer.self_attn.q_proj.weight, held.self_attn.q_proj.weight, held.self_attn.q_proj.weight_scale_inv)]
+        q_proj = held.self_attn.q_proj
+        pairs = [(layer.self_attn.q_proj.weight, q_proj.weight, q_proj.weight_scale_inv)]
         for expert in range(16):
             gate, up = layer.mlp.experts.gate_up_proj[expert].chunk(2)
             codes, scales = held.mlp.experts.gate_up_proj[expert], held.mlp.experts.gate_up_proj_scale_inv[expert]

@@ -225,9 +225,8 @@ def _check_installed(options: Options, device: str | None) -> None:
         )
     if options.packed == "fp8" and device is not None and (found := compute_capability(device) or LEAST) < LEAST:
         raise MissingDependency(
-            f"--fp8 needs a GPU of compute capability {LEAST[0]}.{LEAST[1]} or later, and this one has "
-            f"{found[0]}.{found[1]}: there transformers dequantises such a checkpoint for our side too. Cure: leave "
-            "--fp8 out here."
+            f"--fp8 needs a GPU of compute capability 8.9 or later, and this one has {'.'.join(map(str, found))}: "
+            "there transformers dequantises such a checkpoint for our side too. Cure: leave --fp8 out here."
         )
     if options.qlora and importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependency("--qlora needs the package bitsandbytes: pip install bitsandbytes.")
