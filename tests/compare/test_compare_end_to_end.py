@@ -10,11 +10,13 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.version import Version
 
 from moe_kernels.shapes import FAMILIES, REAL_FAMILIES
 from moe_kernels.tools.prepare import tiny_overrides
@@ -132,6 +134,8 @@ def test_lora_at_real_size_made_small(environment: dict[str, str], folder: Path)
 @pytest.mark.parametrize(("family", "option"), [("qwen3-moe", "--fp8"), ("gpt-oss", "--mxfp4")])
 def test_a_base_in_few_bits(environment: dict[str, str], folder: Path, family: str, option: str) -> None:
     """Both runs start from the values of one checkpoint, which ours keeps and the baseline had dequantised."""
+    if option == "--fp8" and Version(version("transformers")) < Version("5.20"):
+        pytest.skip("compare refuses: stock transformers loads no such checkpoint")
     name = f"{family}{option.removeprefix('-')}"
     steps = ("--size", "tiny", "--steps", "4", "--warmup-steps", "1")
     data, page = compare(environment, folder, name, family, option, *steps)

@@ -153,6 +153,7 @@ def test_what_is_refused(
     pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "visible_gpu", lambda: gpu)
+    monkeypatch.setattr(command, "installed_version", lambda package: "5.20.1")
     monkeypatch.setattr(command, "compute_capability", lambda gpu: (8, 0) if gpu == "8.0" else None)
     result = CliRunner().invoke(app, ["compare", *arguments])
     said = " ".join(result.output.split())
@@ -166,3 +167,14 @@ def test_qlora_needs_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, ["compare", "qwen3-moe", "--qlora", "--dry-run"])
     assert result.exit_code == 3, result.output
     assert "pip install bitsandbytes" in result.output
+
+
+def test_fp8_needs_a_transformers_that_loads_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "installed_version", lambda package: "5.16.1")
+    for option in ("--fp8", "--fp8-activations"):
+        result = CliRunner().invoke(app, ["compare", "qwen3-moe", option, "--size", "tiny", "--dry-run"])
+        assert result.exit_code == 3, result.output
+        assert "Cure: Python 3.12 with axolotl 0.21" in " ".join(result.output.split())
+    result = CliRunner().invoke(app, ["compare", "gpt-oss", "--mxfp4", "--size", "tiny", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "Mxfp4Config" in result.output

@@ -15,6 +15,7 @@ from textwrap import indent
 from typing import Annotated
 
 import typer
+from packaging.version import Version
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Display
@@ -22,6 +23,7 @@ from rich.progress import Progress as Display
 from moe_kernels.shapes import ALL_FAMILIES, FAMILIES
 from moe_kernels.tools.common.errors import CHECK_FAILED, CommandError, MissingDependency, UsageError
 from moe_kernels.tools.common.files import write_json
+from moe_kernels.tools.common.machine import installed_version
 from moe_kernels.tools.common.options import one_of
 from moe_kernels.tools.common.runfile import dump_yaml
 from moe_kernels.tools.compare.adapter import adapter_made
@@ -218,6 +220,11 @@ def _packed(fp8: bool, mxfp4: bool, qlora: bool) -> str:
 
 def _check_installed(options: Options, device: str | None) -> None:
     """Raise MissingDependency where an option asks for what this machine does not have."""
+    if options.packed == "fp8" and Version(installed_version("transformers") or "0") < Version("5.20"):
+        raise MissingDependency(
+            "--fp8 needs transformers 5.20 or later: 5.16, which axolotl 0.19 pins, cannot load such a checkpoint "
+            "without moe-kernels, so that there is no baseline. Cure: Python 3.12 with axolotl 0.21."
+        )
     if options.qlora and device is None:
         raise MissingDependency(
             "--qlora needs an NVIDIA GPU and none is visible: Axolotl loads a 4-bit model onto one, and puts expert "
