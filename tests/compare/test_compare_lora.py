@@ -138,7 +138,8 @@ def test_without_it_nothing_changes() -> None:
         ("0", ("gpt-oss", "--mxfp4", "--fp8-activations"), 2, "three ways to keep the frozen weights"),
         ("0", ("qwen3-moe", "--mxfp4"), 2, "none in mxfp4. Cure: leave --mxfp4 out, or compare gpt-oss"),
         (None, ("mixtral", "--fp8"), 2, "mixtral has none in fp8. Cure: leave --fp8 out, or compare qwen3-moe"),
-        (None, ("--fp8-activations",), 2, "mixtral has none in fp8"),
+        ("0", ("--fp8-activations",), 2, "mixtral has none in fp8"),
+        (None, ("qwen3-moe", "--fp8-activations"), 3, "--fp8-activations needs an NVIDIA GPU and none is visible"),
         ("8.0", ("qwen3-moe", "--fp8"), 3, "compute capability 8.9 or later, and this one has 8.0"),
     ],
 )

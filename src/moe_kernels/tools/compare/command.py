@@ -230,6 +230,11 @@ def _check_installed(options: Options, device: str | None) -> None:
             "--qlora needs an NVIDIA GPU and none is visible: Axolotl loads a 4-bit model onto one, and puts expert "
             "weights into 4 bits there alone. Cure: leave --qlora out here."
         )
+    if options.fp8_activations and device is None:
+        raise MissingDependency(
+            "--fp8-activations needs an NVIDIA GPU and none is visible: a CPU trains in 32 bits, and judged by their "
+            "tolerances rounding to fp8 is a fault. Cure: --fp8, which rounds no activation."
+        )
     if options.packed == "fp8" and device is not None and (found := compute_capability(device) or LEAST) < LEAST:
         raise MissingDependency(
             f"--fp8 needs a GPU of compute capability 8.9 or later, and this one has {'.'.join(map(str, found))}: "
