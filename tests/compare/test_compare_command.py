@@ -261,7 +261,7 @@ def test_liger_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         (("mixtral", "--set", "seed=[1"), 2, "is not valid YAML"),
         (("mixtral", "--set", "a=2026-13-45"), 2, "'2026-13-45' is not valid YAML: month must be in 1..12"),
         (("mixtral", "--set", f"a={'[' * 3000}"), 2, "is not valid YAML"),
-        (("mixtral", "--set", "a=2026-11-30"), 2, "--set: a is datetime.date(2026, 11, 30), and a run file holds text"),
+        (("mixtral", "--set", "a=2026-11-30"), 2, "--set: a is datetime.date(2026, 11, 30), and a run file"),
         (("mixtral", "--set", "a={1: 2, b: 3}"), 2, "--set: a is {1: 2, 'b': 3}, and a run file holds text"),
         (("mixtral", "--set", "sequence_len=4k"), 2, "--set: sequence_len should be a number from 1 on and is '4k'"),
         (("mixtral", "--set", "use_scattermoe=true"), 2, "--set cannot change use_scattermoe, which compare sets"),

@@ -35,7 +35,7 @@ def load_yaml(path: Path) -> Config:
 
 
 def check_values(config: Config, where: str) -> None:
-    """UsageError where a value is none that a run file can hold, or one of COUNTS is no number; ``where`` it is from."""
+    """UsageError where a value is none that a run file can hold, or one of COUNTS no number; ``where``: its source."""
     for key, value in config.items():
         try:
             json.dumps(value, sort_keys=True)
