@@ -311,6 +311,16 @@ def unrounded(weight: Fp8Weight) -> BlockFp8:
 
 
 # -------------------------------------------------------------------------------------------------- bad input
+def test_autocast_changes_nothing(device):
+    """Rows that were rounded to e4m3 are float32, which autocast would round once more; so are sums of gradients."""
+    inputs, gate_up, down = make(dataclasses.replace(KINDS["biases-lora"], dtype=BF16), device)
+    expected = results(inputs, gate_up, down, "torch")
+    with torch.autocast(device.type, BF16):
+        found = results(inputs, gate_up, down, "torch")
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 def test_what_is_no_number_comes_out_in_its_row_alone(device, small_tiles):
     inputs, gate_up, down = make(KINDS["lora"], device)
     for backend in BACKENDS:
