@@ -61,8 +61,8 @@ def poisoned_memory(request):
     from moe_kernels.tools.check.allocations import poisoned_allocations
 
     if request.node.get_closest_marker("plain_memory"):
-        # Dynamo keeps the functions that it may trace, and builds them again after destroy_process_group: where a test
-        # with poisoned memory did so, torch's own are not among them.
+        # Dynamo's table of torch's functions is built again after destroy_process_group: where a test with poisoned
+        # memory did so, torch's own are not in it.
         torch._dynamo.trace_rules.clear_lru_cache()
         yield
         return
