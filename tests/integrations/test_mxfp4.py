@@ -325,7 +325,7 @@ def test_a_16_bit_checkpoint_that_says_mxfp4_is_refused_with_its_cure(tmp_path: 
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(mk.UnsupportedExperts, match=r"has no gate_up_proj_blocks, .* take quantization_config out of"):
+    with pytest.raises(mk.UnsupportedExperts, match=r"has no gate_up_proj_blocks.*take quantization_config"):
         load(tmp_path)
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))

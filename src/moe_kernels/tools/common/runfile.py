@@ -35,7 +35,10 @@ def load_yaml(path: Path) -> Config:
 
 
 def check_values(config: Config, where: str) -> None:
-    """UsageError where a value is none that a run file can hold, or one of COUNTS no number; ``where``: its source."""
+    """UsageError where a value is none that a run file can hold, or one of COUNTS is no number.
+
+    ``where``: the file or the option that they are from.
+    """
     for key, value in config.items():
         try:
             json.dumps(value, sort_keys=True)
