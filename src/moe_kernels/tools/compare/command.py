@@ -232,8 +232,8 @@ def _check_installed(options: Options, device: str | None) -> None:
         )
     if options.fp8_activations and device is None:
         raise MissingDependency(
-            "--fp8-activations needs an NVIDIA GPU and none is visible: a CPU trains in 32 bits, and judged by their "
-            "tolerances rounding to fp8 is a fault. Cure: --fp8, which rounds no activation."
+            "--fp8-activations needs an NVIDIA GPU and none is visible: a CPU trains in 32 bits, whose "
+            "tolerances are no wider than what rounding to fp8 costs. Cure: --fp8, which rounds no activation."
         )
     if options.packed == "fp8" and device is not None and (found := compute_capability(device) or LEAST) < LEAST:
         raise MissingDependency(
