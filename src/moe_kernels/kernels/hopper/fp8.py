@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from moe_kernels.activation import Gate
 from moe_kernels.fp8 import Fp8Weight
 from moe_kernels.kernels.device import cdiv, multiprocessors
-from moe_kernels.kernels.hopper.gemm import RANKS, Epilogue, Operands, write_tile
+from moe_kernels.kernels.hopper.gemm import RANKS, Epilogue, Operands, low_rank_blocks, write_tile
 from moe_kernels.kernels.hopper.gluon_names import aggregate, tma_load
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_M,
@@ -25,12 +25,10 @@ from moe_kernels.kernels.hopper.ring import (
     Matrix,
     RowTiles,
     accumulator_layout,
-    block_layout,
     matrix,
     new_ring,
 )
 from moe_kernels.kernels.launch.launch import launch
-from moe_kernels.kernels.operands import low_rank_arguments
 from moe_kernels.kernels.triton.combine import gather
 from moe_kernels.kernels.triton.fp8 import quantize
 from moe_kernels.layer import Rows, Weight
@@ -210,12 +208,14 @@ def hopper_fp8_gemm_kernel(
     HAS_BIAS: gl.constexpr,
     LOW_IS_KN: gl.constexpr,
     RANK: gl.constexpr,
+    COOPERATIVE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    LOW_K: gl.constexpr,
+    BLOCK_K: gl.constexpr,  # of low-rank blocks
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    gl.static_assert(COOPERATIVE, "both consumers share a tile")
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     ROWS: gl.constexpr = BLOCK_M // 2
     COLUMNS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -230,7 +230,7 @@ def hopper_fp8_gemm_kernel(
     operands = Operands(
         rows=Matrix(descriptor=codes, pointer=row_scales_ptr, width=K), weight=w, low=low, factor=factor,
         row_slot=row_slot_ptr, N=N, TOP_K=1, GATED=GATED, GATHER=False, W_IS_KN=False, LOW_IS_KN=LOW_IS_KN, RANK=RANK,
-        LOW_K=LOW_K, LOW_BLOCKS=(RANK + LOW_K - 1) // LOW_K,
+        LOW_K=min(RANK, BLOCK_K), LOW_BLOCKS=(RANK + BLOCK_K - 1) // BLOCK_K,
     )  # fmt: skip
     scales = _Scales(
         rows=row_scales_ptr, weight=w_scales_ptr, blocks=PIECES * blocks, expert_stride=W_SCALES,
@@ -295,6 +295,9 @@ def _codes_in_order(rows: Rows, pieces: int, plan: RoutingPlan) -> tuple[torch.T
     return copied.view(codes.dtype), gather(scales, plan)
 
 
+_PLAIN = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0}
+
+
 def _gemm(
     rows: Rows,
     weight: Weight,
@@ -313,24 +316,15 @@ def _gemm(
         raise ValueError("an Fp8Weight without transposed codes has no dgrad: give it those of fp8.transposed()")
     gated = gate is not None and gate.gated
     width, inner = out.shape[1], data.shape[2] // pieces
-    block_n = COOPERATIVE.block_n
-    columns = block_n // 2 if gated else block_n
+    columns = COOPERATIVE.block_n // 2 if gated else COOPERATIVE.block_n
     number = plan.max_tiles * cdiv(width, columns)
     if number == 0:
         return
     codes, row_scales = _codes_in_order(rows, pieces, plan)
-    low, factor, rank = low_rank_arguments(weight, out)
-    low_k = max(min(rank, 64), 1)
-    low_arguments: list[object] = [low, factor]
-    if rank:
-        narrow = block_layout(low_k)
-        outer = matrix(factor, low_k, block_n) if transposed else matrix(factor, columns, low_k, layout=narrow)
-        low_arguments = [matrix(low, BLOCK_M, low_k, layout=narrow), outer]
+    low, factor, rank = low_rank_blocks(weight, columns, transposed, out)
     save_z = z is not None and z.numel() > 0
     saved = z if z is not None and save_z else out
     _, scale_rows, scale_columns = packed.scales.shape
-    constants = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0} if gate is None else gate.constants()
-    constants.pop("INTERLEAVED", None)
     launch(
         hopper_fp8_gemm_kernel,
         (min(number, multiprocessors(out.device)),),
@@ -338,9 +332,7 @@ def _gemm(
             matrix(codes, BLOCK_M, SIDE, layout=_CODES.value),
             row_scales,
             matrix(data, columns, SIDE, layout=_CODES.value),
-            packed.scales,
-            *low_arguments,
-            out if weight.bias is None else weight.bias,
+            *(packed.scales, low, factor, out if weight.bias is None else weight.bias),
             *(matrix(saved, COOPERATIVE.rows, CHUNK.value), saved),
             *(matrix(out, COOPERATIVE.rows, CHUNK.value), out),
             *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
@@ -350,17 +342,13 @@ def _gemm(
         {
             "PIECES": pieces,
             "SIDE": SIDE,
-            **constants,
+            **(_PLAIN if gate is None else {name: gate.constants()[name] for name in _PLAIN}),
             "GATED": gated,
             "SAVE_Z": save_z,
             "HAS_BIAS": weight.bias is not None,
             "LOW_IS_KN": transposed,
             "RANK": rank,
-            "BLOCK_M": BLOCK_M,
-            "BLOCK_N": block_n,
-            "LOW_K": low_k,
-            "GROUP_M": COOPERATIVE.group_m,
-            "STAGES": COOPERATIVE.stages,
+            **COOPERATIVE.constants(),
             "num_warps": 4,
         },
     )

@@ -546,17 +546,24 @@ def weight_arguments(
     untransposed: rows are multiplied with the weight itself, as in dgrad, not with its transpose.
     """
     assert isinstance(weight.matrix, torch.Tensor)  # blocks() has dequantised it
-    low, factor, rank = low_rank_arguments(weight, unused)
     stored_by_rows, by_columns = stored(weight.matrix)
     w_is_kn = untransposed != by_columns
     w = matrix(stored_by_rows, *((BLOCK_K, columns) if w_is_kn else (columns, BLOCK_K)))
-    constants: dict[str, object] = {"W_IS_KN": w_is_kn, "LOW_IS_KN": untransposed, "RANK": rank}
+    low, factor, rank = low_rank_blocks(weight, columns, untransposed, unused)
+    return [w, low, factor], {"W_IS_KN": w_is_kn, "LOW_IS_KN": untransposed, "RANK": rank}
+
+
+def low_rank_blocks(
+    weight: Weight, columns: int, untransposed: bool, unused: torch.Tensor
+) -> tuple[Descriptor | torch.Tensor, Descriptor | torch.Tensor, int]:
+    """(low, factor, RANK) of the same kernels: ``unused`` and 0 without a low-rank part."""
+    low, factor, rank = low_rank_arguments(weight, unused)
     if rank == 0:
-        return [w, low, factor], constants
+        return low, factor, 0
     low_k = min(rank, BLOCK_K)
     narrow = block_layout(low_k)
     outer = matrix(factor, low_k, columns) if untransposed else matrix(factor, columns, low_k, layout=narrow)
-    return [w, matrix(low, BLOCK_M, low_k, layout=narrow), outer], constants
+    return matrix(low, BLOCK_M, low_k, layout=narrow), outer, rank
 
 
 _IDENTITY = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "INTERLEAVED": False, "GATHER": False}
