@@ -146,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{option} {unknown[0]}: choose from {', '.join(known)}")
     if not cuda() and not args.tiny:
         parser.error("these models need NVIDIA GPUs and none is visible: --tiny runs tiny ones here")
+    if args.gpus < 1 or (cuda() and args.gpus > torch.cuda.device_count()):
+        parser.error(f"--gpus {args.gpus}: name at least one, and no more than are visible")
     if args.steps < args.warmup + 3 + PROFILED:
         parser.error(f"--steps {args.steps}: {PROFILED} are profiled and three are to time after {args.warmup}")
     can = runnable(setting)

@@ -170,6 +170,17 @@ def test_keys_of_both_runs() -> None:
     )
 
 
+def test_keys_of_the_kernels_go_to_the_runs_with_the_kernels() -> None:
+    """In the others our plugin, which Axolotl 0.21 loads for every run, refuses them."""
+    baseline, optimized, again = family_pair(
+        "mixtral", Options(settings=("moe_group_size=64", "moe_fused_router=true", "seed=7"))
+    ).runs
+    for run in (baseline, again):
+        assert run.config["seed"] == 7
+        assert not [key for key in run.config if key.startswith("moe_")]
+    assert [optimized.config[key] for key in ("moe_group_size", "moe_fused_router", "seed")] == [64, True, 7]
+
+
 def test_a_mapping_keeps_its_other_keys() -> None:
     one, both = (
         family_pair("qwen3-moe", Options(settings=("gradient_checkpointing_kwargs.x=1", *more))).runs[0].config
@@ -248,6 +259,12 @@ def test_liger_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         (("mixtral", "--set", "seed"), 2, "--set 'seed' is no KEY=VALUE"),
         (("mixtral", "--set", "a..b=1"), 2, "is no KEY=VALUE"),
         (("mixtral", "--set", "seed=[1"), 2, "is not valid YAML"),
+        (("mixtral", "--set", "a=2026-13-45"), 2, "'2026-13-45' is not valid YAML: month must be in 1..12"),
+        (("mixtral", "--set", f"a={'[' * 3000}"), 2, "is not valid YAML"),
+        (("mixtral", "--set", "a=2026-11-30"), 2, "--set: a is datetime.date(2026, 11, 30), and a run file"),
+        (("mixtral", "--set", "a={1: 2, b: 3}"), 2, "--set: a is {1: 2, 'b': 3}, and a run file holds text"),
+        (("mixtral", "--set", "sequence_len=4k"), 2, "--set: sequence_len should be a number from 1 on and is '4k'"),
+        (("mixtral", "--set", "use_scattermoe=true"), 2, "--set cannot change use_scattermoe, which compare sets"),
         (("mixtral", "--set", "max_steps=9"), 2, "--set cannot change max_steps, which compare sets itself"),
         (("mixtral", "--set", "seed.x=9"), 2, "--set seed.x: seed is no mapping of that depth"),
         (("mixtral", "--wandb", "on"), 2, "--wandb on: choose from offline, online"),

@@ -78,6 +78,18 @@ def test_the_size_for_a_gpu_is_the_default(family: str) -> None:
     assert family_pair(family, Options()).size == ALL_FAMILIES[family].large != "tiny"
 
 
+def test_an_adapter_that_settings_change_is_one_of_its_own() -> None:
+    """In the folder of the plain one it would be taken for that, or that for it."""
+    plain, *others = (
+        pair("mixtral", lora=16, settings=settings).runs[0].config["lora_model_dir"]
+        for settings in ((), ("seed=1",), ("lora_alpha=8",), ("lora_target_modules=[q_proj]",), ("lora_model_dir=x",))
+    )
+    assert others[0] == plain
+    assert others[1] != others[2]
+    assert all(each.startswith(f"{plain}-") for each in others[1:3])
+    assert others[3] == "x"
+
+
 def test_an_adapter_that_another_comparison_made_is_left_alone(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     (tmp_path / "adapter_config.json").write_text("{}")

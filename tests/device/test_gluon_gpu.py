@@ -14,8 +14,9 @@ from moe_kernels.activation import Activation
 from moe_kernels.tools.check.problems import Case, make_inputs, run
 from moe_kernels.tools.check.routings import ROUTINGS
 from moe_kernels.tools.check.verification import variants
+from support.fp8_layers import CLOSE, error, make, oracle
 from support.judge import check
-from support.packed import block_fp8, mxfp4, packed
+from support.packed import block_fp8, mxfp4, packed, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
 if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
@@ -243,6 +244,32 @@ def test_experts_in_few_bits(kind, make, every_form, monkeypatch):
     for name, value in expected.items():
         if value is not None:
             assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("routing", ["zipf", "sentinels", "one_hot_expert", "empty_first_middle_last"])
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [
+        ((333, 4, 9, 512, 256), {"lora_rank": 16}),
+        ((333, 4, 9, 576, 192), {"lora_rank": 128, "bias": True}),  # no multiples of a block of scales
+        ((1000, 2, 5, 1024, 704), {}),
+        ((700, 3, 7, 256, 320), {"gated": False, "activation": "relu2", "lora_rank": 32, "dtype": torch.float16}),
+    ],
+    ids=str,
+)
+def test_gemms_in_fp8(sizes, kind, routing):
+    """As good as Triton's, against the same arithmetic in float64; twice, and bitwise."""
+    from moe_kernels.backends.gluon import use_fp8
+
+    case = dataclasses.replace(Case(*sizes, BF16, routing), **kind)
+    inputs, gate_up, down = make(case, torch.device("cuda"))
+    expected = oracle(inputs, gate_up, down)
+    by_triton = results(inputs, gate_up, down, "triton")
+    with use_fp8(True):
+        found, again = (results(inputs, gate_up, down, "gluon") for _ in range(2))
+    for name, value in found.items():
+        assert error(value, expected[name]) < 1.25 * error(by_triton[name], expected[name]) + CLOSE, name
+        assert torch.equal(value, again[name]), name
 
 
 def test_it_is_this_backend_that_runs():

@@ -344,3 +344,11 @@ def test_without_a_gpu_the_large_models_are_refused(capsys):
     with pytest.raises(SystemExit):
         scaling.main(["--json", "never.json"])
     assert "--tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpus", ["0", "-2"])
+def test_no_gpus_are_refused(capsys, gpus):
+    """Trainer was started on no ranks, until the time limit."""
+    with pytest.raises(SystemExit):
+        scaling.main(["--tiny", "--gpus", gpus, "--json", "never.json"])
+    assert f"--gpus {gpus}: name at least one" in capsys.readouterr().err

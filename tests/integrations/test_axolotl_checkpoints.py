@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from test_axolotl_train import OFFLINE, folder, small_adapter, tiny, train  # no
 
 from axolotl.integrations.moe_kernels.merge import check_merge, refuse_lossy_merge
 from moe_kernels.shapes import FAMILIES
+from support.axolotl_cli import axolotl
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -111,16 +111,7 @@ def merge(folder: Path, name: str, config: dict[str, Any]) -> subprocess.Complet
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     environment = os.environ | OFFLINE
     environment.pop("TRITON_INTERPRET", None)  # as in train()
-    command = [sys.executable, "-m", "axolotl.cli.main", "merge-lora", str(file), "--lora-model-dir"]
-    return subprocess.run(
-        [*command, config["output_dir"]],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
+    return axolotl(["merge-lora", str(file), "--lora-model-dir", config["output_dir"]], folder, environment)
 
 
 def test_a_merged_model_has_the_experts_adapter(folder: Path) -> None:  # noqa: F811

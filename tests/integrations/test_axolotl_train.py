@@ -22,6 +22,7 @@ import pytest
 from moe_kernels.shapes import FAMILIES, ModelShape
 from moe_kernels.telemetry.load import FILE_NAME, RouterHistory, read_history
 from moe_kernels.tools.compare import runner
+from support.axolotl_cli import axolotl
 
 if importlib.util.find_spec("axolotl") is None or importlib.util.find_spec("axolotl.utils") is None:
     pytest.skip("axolotl is not installed: needs the extra [axolotl]", allow_module_level=True)
@@ -67,7 +68,10 @@ def load_config(name: str) -> dict[str, Any]:
     return yaml.safe_load((REPOSITORY / "configs" / "moe" / name).read_text())
 
 
-def train(folder: Path, name: str, config: dict[str, Any], **variables: str) -> Training:
+def train(
+    folder: Path, name: str, config: dict[str, Any], *, command: bool = False, variables: dict[str, str] | None = None
+) -> Training:
+    """``axolotl train``: with ``command`` or ``variables`` of the environment as a user starts it, else forked."""
     import yaml
 
     from moe_kernels.tools.compare.wandb_reader import find_run, read_run
@@ -79,19 +83,22 @@ def train(folder: Path, name: str, config: dict[str, Any], **variables: str) -> 
         "dataset_prepared_path": str(folder / "prepared"),
     }
     (run_folder / "config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
-    environment = os.environ | OFFLINE | {"WANDB_DIR": str(run_folder), "HF_HOME": str(run_folder / "hf")} | variables
+    environment = os.environ | OFFLINE | {"WANDB_DIR": str(run_folder), "HF_HOME": str(run_folder / "hf")}
     # Set by the tests for kernels under the interpreter; a user has it unset.
     environment.pop("TRITON_INTERPRET", None)
-    axolotl = [sys.executable, "-m", "axolotl.cli.main"]
-    done = subprocess.run(
-        [*axolotl, "train", str(run_folder / "config.yml"), "--launcher", "python"],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
+    arguments = ["train", str(run_folder / "config.yml"), "--launcher", "python"]
+    if command or variables:
+        done = subprocess.run(
+            [sys.executable, "-m", "axolotl.cli.main", *arguments],
+            cwd=folder,
+            env=environment | (variables or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+    else:
+        done = axolotl(arguments, folder, environment)
     path = find_run(run_folder)
     run = read_run(path) if path else None
     rows = [row for row in run.history if "train/loss" in row] if run else []
@@ -114,7 +121,8 @@ def test_pair(family: str, folder: Path) -> None:
         | {"moe_group_size": 64, "moe_router_telemetry": "layers", "moe_fused_router": True},
     }
     with ThreadPoolExecutor() as pool:
-        baseline, optimized = pool.map(partial(train, folder), configs.keys(), configs.values())
+        run = partial(train, folder, command=family == "mixtral")
+        baseline, optimized = pool.map(run, configs.keys(), configs.values())
     for training in (baseline, optimized):
         assert training.returncode == 0, training.log[-4000:]
 
@@ -480,7 +488,7 @@ def test_installed_it_needs_no_line_in_plugins(folder: Path, installed: Path) ->
     configs = {}
     for kind, name in (("baseline", FAMILIES["mixtral"].baseline), ("optimized", FAMILIES["mixtral"].optimized)):
         configs[f"entry-{kind}"] = {k: v for k, v in tiny(name, "mixtral").items() if k != "plugins"}
-    run = partial(train, folder, PYTHONPATH=str(installed))
+    run = partial(train, folder, variables={"PYTHONPATH": str(installed)})
     with ThreadPoolExecutor() as pool:
         baseline, optimized = pool.map(run, configs.keys(), configs.values())
     for training in (baseline, optimized):

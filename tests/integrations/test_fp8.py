@@ -324,6 +324,11 @@ def test_the_transposed_codes_are_made_once(checkpoint: Checkpoint, monkeypatch:
     assert made == [*sizes, weight.shape]
     [(_, copy)] = [value for key, value in integration._copies.items() if key is weight]
     assert torch.equal(copy.float(), weight.detach().float().mT)
+    weight.data.view(torch.uint8)[0, 0, 2] = 3  # torch counts no write through .data
+    mk.check_model(model)
+    step(model)
+    [(_, copy)] = [value for key, value in integration._copies.items() if key is weight]
+    assert torch.equal(copy.float(), weight.detach().float().mT)
     before = len(integration._copies)
     del model, weight, _
     gc.collect()

@@ -173,6 +173,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[CompileCase]:
         yield from fp8_cases(tma)
     if capability == (9, 0):
         yield from hopper_catalog.compile_cases()
+        yield from hopper_catalog.fp8_cases()
 
 
 def _variant_cases(configs: dict[tuple[str, int | None], GemmConfig], tma: bool) -> Iterator[CompileCase]:

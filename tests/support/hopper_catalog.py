@@ -16,14 +16,23 @@ from unittest import mock
 import torch
 
 from moe_kernels.activation import Activation, Gate
-from moe_kernels.kernels.hopper import down_grad, gemm, wgrad
+from moe_kernels.fp8 import Fp8Weight, quantized
+from moe_kernels.fp8 import transposed as fp8_transposed
+from moe_kernels.kernels.hopper import down_grad, fp8, gemm, wgrad
 from moe_kernels.kernels.hopper.ring import PING_PONG, use_schedule
 from moe_kernels.kernels.operands import Descriptor
 from moe_kernels.layer import Weight
+from moe_kernels.packed import BlockFp8
 from moe_kernels.routing import RoutingPlan, TokenRows
 from support.cases import EVERY_ACTIVATION, CompileCase
 
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int32: "i32",
+}
 _TOKENS, _TOP_K, _EXPERTS, _HIDDEN, _INTERMEDIATE = 16, 2, 4, 128, 64
 
 
@@ -51,6 +60,24 @@ def _recorded(name: str, module: Any, call: Callable[[], object]) -> CompileCase
 
 def compile_cases() -> Iterator[CompileCase]:
     """All kernels for sm_90: both 16-bit types, every activation, every schedule in use."""
+    return (case for case in _every_case() if not _covered(case.name.removeprefix("hopper-")))
+
+
+def _covered(name: str) -> bool:
+    """Whether others have the code of a case: both types differ in the name of one instruction, rank 64 is one k
+    block as 16 is, and what writes no Z or wA, or gathers, has the loop and the epilogue of what does not."""
+    if "fp16" in name:
+        return not name.startswith(("up-silu", "dgrad", "down_grad-silu", "wgrad-dW1"))
+    if "no-gate" in name and "silu" in name:
+        return True
+    if "lora64" in name:
+        return "transposed" not in name
+    others = name.startswith(("up-no-grad", "down_grad-gather", "down_grad-no-wa"))
+    plain = ("-silu-bf16", "-silu-bf16-lora16", "-relu2-bf16-lora16-no-gate", "-silu-bf16-ping-pong-large-weights")
+    return others and not name.endswith(plain)
+
+
+def _every_case() -> Iterator[CompileCase]:
     for dtype in (torch.bfloat16, torch.float16):
         yield from _cases(dtype, Activation("silu"))
     for rank in (16, 64, 128):
@@ -144,3 +171,35 @@ def _cases(
         if activation.name == "silu" and not rank:  # frozen, without an adapter
             frozen = functools.partial(backward, needs_wa=False)
             yield _recorded(f"hopper-down_grad{name}-no-wa-{suffix}", down_grad, frozen)
+
+
+def fp8_cases() -> Iterator[CompileCase]:
+    """The GEMMs in fp8, whose epilogues are those of the others: their loops without and with a low-rank part."""
+    silu, relu2 = Gate(Activation("silu")), Gate(Activation("relu2"), False)
+    rows = _TOKENS * _TOP_K
+    x, z = torch.zeros(_TOKENS, _HIDDEN, dtype=torch.bfloat16), torch.zeros(rows, 2 * _INTERMEDIATE).bfloat16()
+    plan = RoutingPlan.empty(torch.empty(_TOKENS, _TOP_K, dtype=torch.int32), _EXPERTS, 128)
+
+    def weight(height: int, width: int, stacked: int, rank: int = 0, *factor: int) -> Weight:
+        codes = torch.zeros(_EXPERTS, height, width).to(torch.float8_e4m3fn)
+        scales = torch.ones(_EXPERTS, stacked * -(-height // stacked // 128), -(-width // 128))
+        blocks = BlockFp8((_EXPERTS, height, width), torch.bfloat16, codes, scales, stacked)
+        packed = Fp8Weight.of(blocks, fp8_transposed(codes))
+        if not rank:
+            return Weight(packed)
+        low, outer = torch.zeros(rows, rank), torch.zeros(_EXPERTS, *factor)
+        return Weight(packed, None, low.bfloat16(), outer.bfloat16())
+
+    i, h = _INTERMEDIATE, _HIDDEN
+    calls = {
+        "down-silu-bf16": lambda: fp8.down(z[:, :i].contiguous(), weight(h, i, 1), plan),
+        "up-silu-bf16-lora16": lambda: fp8.up(x, weight(2 * i, h, 2, 16, 2 * i, 16), plan, silu, True),
+        "up-relu2-bf16-lora16-no-gate": lambda: fp8.up(x, weight(i, h, 1, 16, i, 16), plan, relu2, True),
+        "dgrad-silu-bf16-lora128": lambda: fp8.dgrad(z, weight(2 * i, h, 2, 128, 128, h), plan),
+    }
+    with (
+        mock.patch.object(fp8, "quantize", quantized),
+        mock.patch.object(fp8, "gather", lambda tokens, plan: tokens.new_zeros(plan.rows, tokens.shape[1])),
+    ):
+        for name, call in calls.items():
+            yield dataclasses.replace(_recorded(f"hopper-fp8-{name}", fp8, call), fp8=True, spills=100)

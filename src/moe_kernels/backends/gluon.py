@@ -8,6 +8,8 @@ gate and up) run on the Triton backend's kernels, as do the narrow products with
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import triton
 from torch import Tensor
@@ -26,7 +28,7 @@ from moe_kernels.routing import RoutingPlan, TokenRows
 
 _LACKS = gluon_names.lacks()
 if _LACKS is None:  # else `why_not` says so, and nothing below is called
-    from moe_kernels.kernels.hopper import down_grad, gemm, wgrad
+    from moe_kernels.kernels.hopper import down_grad, fp8, gemm, wgrad
 
 GROUP_SIZE = 128  # rows per tile
 ALIGNMENT = 64  # of hidden and intermediate sizes: the length of a k block, and the columns per store
@@ -76,6 +78,11 @@ class GluonBackend(TritonBackend):
         if _fits(rows) and _weight_fits(weight):
             return gemm.dgrad(rows, weight, plan)
         return super().dgrad(rows, weight, plan)
+
+    def fp8_gemms(self, weight: Weight) -> ModuleType | None:
+        if isinstance(weight.matrix, Fp8Weight) and _fp8.choice is True and fp8.fits(weight):
+            return fp8
+        return super().fp8_gemms(weight)
 
     def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
         gathered = down.shape[2] <= _GATHERED if _forced.choice is None else _forced.choice
@@ -149,3 +156,8 @@ _GATHERED = 512
 _forced: Override[bool] = Override()
 #: Within ``use_gathered(gathered)`` the kernels gather rows of dO themselves, or never do: for checks and tests.
 use_gathered = _forced.use
+
+_fp8: Override[bool] = Override()
+#: Within ``use_fp8(True)`` weights that are multiplied in fp8 run on these kernels too, which no GPU has run yet: for
+#: measuring and for tests.
+use_fp8 = _fp8.use

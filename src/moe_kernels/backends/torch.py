@@ -16,6 +16,7 @@ from moe_kernels.activation import Gate
 from moe_kernels.backends.protocol import Backend
 from moe_kernels.fp8 import Fp8Weight, rounded
 from moe_kernels.layer import AddedGrads, Rows, Weight, in_expert_order
+from moe_kernels.plain import without_autocast
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan
 
@@ -79,9 +80,9 @@ class TorchBackend(Backend):
             rows = rounded(rows, 1 if weight.matrix.by_columns else weight.matrix.stacked)
             weight = Weight(*(None if part is None else part.to(rows.dtype) for part in weight))  # type: ignore[arg-type]
         for expert, block in _experts(plan):
-            total = rows[block] @ weight.matrix[expert]  # in few bits: dequantised here, one expert at a time
+            total = _product(rows[block], weight.matrix[expert])  # in few bits: dequantised here, one at a time
             if weight.low is not None and weight.factor is not None:
-                total = total + weight.low[block] @ weight.factor[expert]
+                total = total + _product(weight.low[block], weight.factor[expert])
             out[block] = total if weight.bias is None else total + weight.bias[expert]
         return out
 
@@ -164,7 +165,7 @@ class TorchBackend(Backend):
         if weight.bias is not None and topk_weights is not None:
             bias_dot = torch.zeros(plan.rows, dtype=acc, device=rows.device)
             for expert, block in _experts(plan):
-                bias_dot[block] = rows[block].to(acc) @ weight.bias[expert].to(acc)
+                bias_dot[block] = _product(rows[block].to(acc), weight.bias[expert].to(acc))
         return AddedGrads(rows, low, factor, bias, bias_dot)
 
 
@@ -172,11 +173,17 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in their own dtype: autocast would round float32 to 16 bits, here and in a backward inside it."""
+    with without_autocast(left.device.type):
+        return left @ right
+
+
 def _wgrad(left: Tensor, right: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:
     """left[rows of e]^T right[rows of e] (E, M, N), multiplied in ``dtype``."""
     dw = left.new_zeros(plan.experts, left.shape[1], right.shape[1], dtype=dtype)
     for expert, rows in _experts(plan):
-        dw[expert] = left[rows].to(dtype).T @ right[rows].to(dtype)
+        dw[expert] = _product(left[rows].to(dtype).T, right[rows].to(dtype))
     return dw
 
 

@@ -63,14 +63,18 @@ class TritonBackend(Backend):
         return up_projection.gathered_low(rows, lora_a, plan)
 
     def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
-        kernels = fp8 if isinstance(weight.matrix, Fp8Weight) else up_projection
+        kernels = self.fp8_gemms(weight) or up_projection
         return kernels.up(x, weight, plan, gate, save_z)
 
     def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
-        return _gemms(weight).down(a, weight, plan)
+        return (self.fp8_gemms(weight) or grouped_gemm).down(a, weight, plan)
 
     def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
-        return _gemms(weight).dgrad(rows, weight, plan)
+        return (self.fp8_gemms(weight) or grouped_gemm).dgrad(rows, weight, plan)
+
+    def fp8_gemms(self, weight: Weight) -> ModuleType | None:
+        """The kernels ``up``, ``down`` and ``dgrad`` of a weight that is multiplied in fp8; None for others."""
+        return fp8 if isinstance(weight.matrix, Fp8Weight) else None
 
     def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
         if isinstance(down, Fp8Weight):  # rounded once a token, and gathered by the GEMM
@@ -89,16 +93,12 @@ class TritonBackend(Backend):
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if isinstance(weight.matrix, Fp8Weight):
-            da = fp8.dgrad(dout_rows, weight, plan)
+        fp8_gemms = self.fp8_gemms(weight)
+        if fp8_gemms is not None:
+            da = fp8_gemms.dgrad(dout_rows, weight, plan)
         else:
             da = grouped_gemm.dgrad(in_expert_order(dout_rows, plan, gather), weight, plan)
         return dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
         return wgrad(in_expert_order(left, plan, gather), right, plan)
-
-
-def _gemms(weight: Weight) -> ModuleType:
-    """The kernels of ``down`` and ``dgrad``."""
-    return fp8 if isinstance(weight.matrix, Fp8Weight) else grouped_gemm

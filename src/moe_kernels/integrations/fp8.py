@@ -62,8 +62,13 @@ def _transposed(parameter: Tensor) -> Tensor:
 
 
 def check_fp8_activations(module: Any, recipe: Recipe, where: str, device: torch.device) -> None:
-    """Raise UnsupportedExperts where a forward of ``module`` with ``fp8_activations`` would; nothing is copied."""
+    """Raise UnsupportedExperts where a forward of ``module`` with ``fp8_activations`` would; nothing is copied.
+
+    Copies from before are made again: a write through ``.data`` changes neither address nor version of a parameter.
+    """
     for name in (recipe.up_name, "down_proj"):
+        if name in module._parameters:
+            _copies.pop(module._parameters[name], None)
         weight = packed_weight(module, name, torch.bfloat16, where)
         found = weight if weight is not None else module._parameters.get(name)
         with torch.no_grad():

@@ -131,10 +131,21 @@ def _pack(experts: Any) -> None:
 
 def _check_loaded(experts: Any, where: str) -> None:
     """transformers warns of what the checkpoint lacks, and leaves it as memory was found."""
-    missing = [name for name, parameter in experts.named_parameters(recurse=False) if not is_loaded(parameter)]
+    parts = dict(experts.named_parameters(recurse=False))
+    if any(part.is_meta for part in parts.values()):
+        raise UnsupportedExperts.mended(
+            experts,
+            "device_map leaves them on the disk, from where mxfp4 is not read: give them a device, or load 16-bit "
+            "weights, with Mxfp4Config(dequantize=True).",
+            where,
+        )
+    missing = [name for name, part in parts.items() if not is_loaded(part)]
     if missing:
         raise UnsupportedExperts.mended(
-            experts, f"the checkpoint has mxfp4 experts without {', '.join(missing)}: download it again.", where
+            experts,
+            f"the checkpoint has no {', '.join(missing)}, which experts in mxfp4 have: download it again, or if its "
+            "experts are in 16 bits take quantization_config out of its config.json.",
+            where,
         )
 
 

@@ -26,6 +26,8 @@ DEQUANTIZE = "Load the model with FineGrainedFP8Config(dequantize=True), which g
 _OTHERS = (torch.int8, torch.uint8, torch.float8_e5m2, torch.float4_e2m1fn_x2)
 #: In an mxfp4 checkpoint, added to the name of a weight.
 BLOCKS, MX_SCALES = "_blocks", "_scales"
+#: What no mxfp4 weight's largest scale is below: 2^-63.
+SMALLEST_CODE = 64
 
 
 def packed_weight(module: Any, name: str, dtype: torch.dtype, where: str = "") -> PackedWeight | None:
@@ -180,8 +182,9 @@ def _check_mx_scales(module: Any, name: str, where: str) -> None:
     if scales is None or scales.is_meta or is_sharded(scales):
         return
     most = int(scales.detach().max())
-    if most in (0, 255):
-        what = "one is 255, which is NaN" if most else "all are 0, as a cast to uint8 makes them of other dtypes"
+    if most == 255 or most < SMALLEST_CODE:
+        small = f"none is above {most}, which is 2^{most - 127}, as a cast to uint8 makes them of other dtypes"
+        what = "one is 255, which is NaN" if most == 255 else small
         raise UnsupportedExperts.mended(
             module,
             f"{name}{MX_SCALES} are no scales of mxfp4: {what}. Download the checkpoint, or quantise it, again; its "

@@ -118,13 +118,15 @@ class Operands:
         a, b, ready = ring.stage(step)
         LOW_K: gl.constexpr = self.LOW_K
         BLOCK_N: gl.constexpr = b.shape[1] if self.W_IS_KN else b.shape[0]
+        dtype: gl.constexpr = self.low.dtype
+        LOW_ROW: gl.constexpr = dtype.primitive_bitwidth // a.dtype.primitive_bitwidth * LOW_K
         layout: gl.constexpr = block_layout(LOW_K)
         # A view has the size of the whole stage: triton 3.8 takes no smaller one.
-        low = reinterpret(a, a.dtype, [a.numel // LOW_K, LOW_K], layout).slice(0, a.shape[0])
+        low = reinterpret(a, dtype, [a.numel // LOW_ROW, LOW_K], layout).slice(0, a.shape[0])
         if self.LOW_IS_KN:
-            factor = reinterpret(b, b.dtype, [LOW_K, b.numel // LOW_K], SWIZZLED).slice(0, BLOCK_N, dim=1)
+            factor = reinterpret(b, dtype, [LOW_K, b.numel // LOW_ROW], SWIZZLED).slice(0, BLOCK_N, dim=1)
         else:
-            factor = reinterpret(b, b.dtype, [b.numel // LOW_K, LOW_K], layout).slice(0, BLOCK_N)
+            factor = reinterpret(b, dtype, [b.numel // LOW_ROW, LOW_K], layout).slice(0, BLOCK_N)
         return low, factor, ready
 
     @gluon.jit
@@ -148,6 +150,15 @@ class Operands:
         else:
             tma_load(self.factor, [tile.expert * self.N + tile.n * b.shape[0], k0], ready, b)
         tma_load(self.low, [tile.row0, k0], ready, a)
+
+    @gluon.jit
+    def load_all_low(self, ring, step, tile):
+        """The producer's low-rank blocks of ``tile``, from k block ``step`` on. Returns the next."""
+        for block in gl.static_range(self.LOW_BLOCKS):
+            ring.await_empty(step)
+            self.load_low(self.low_stage(ring, step), tile, block)
+            step += 1
+        return step
 
     @gluon.jit
     def add_low(self, acc, ring, step, ROW0: gl.constexpr):
@@ -192,10 +203,7 @@ def producer(operands, tiles, ring, K_BLOCKS_PER_WAIT: gl.constexpr):
                 second = ring.stage(step)
                 operands.load(second, sources, tile, k1)
                 step += 1
-        for block in gl.static_range(operands.LOW_BLOCKS):
-            ring.await_empty(step)
-            operands.load_low(operands.low_stage(ring, step), tile, block)
-            step += 1
+        step = operands.load_all_low(ring, step, tile)
 
 
 @aggregate
@@ -267,17 +275,8 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring,
                 row0 += WARPGROUP * ROWS
             else:
                 pass_turn(turns, WARPGROUP)
-            if epilogue.INTERLEAVED:
-                _write_interleaved(acc, buffers, epilogue, tile.expert, row0, tile.row_end, tile.n * (BLOCK_N // 2))
-            elif operands.GATED:
-                _write_gated(acc, buffers, epilogue, tile.expert, row0, tile.row_end, tile.n * (BLOCK_N // 2))
-            elif epilogue.ACTIVATION == "identity":
-                _write(acc, buffers, epilogue, tile.expert, row0, tile.row_end, tile.n * BLOCK_N)
-            else:
-                left, right = halves(acc)
-                col0 = tile.n * BLOCK_N
-                _write_ungated(left, buffers, epilogue, tile.expert, row0, tile.row_end, col0)
-                _write_ungated(right, buffers, epilogue, tile.expert, row0, tile.row_end, col0 + BLOCK_N // 2)
+            left, right = halves(acc)
+            write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
         else:
             step += (K + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS
         turn += 1  # noqa: SIM113 (Gluon has no enumerate)
@@ -285,11 +284,30 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring,
 
 
 @gluon.jit
-def _write(acc, buffers, epilogue, expert, row0, row_end, col0):
-    """Store acc [rows, columns] to (row0, col0); only rows < row_end and columns inside."""
+def write_tile(left, right, buffers, epilogue, tile, row0, GATED: gl.constexpr):
+    """The epilogue of a consumer's half tile from row0 on, whose sums are ``left`` and ``right`` [rows, columns].
+
+    GATED: these are the sums of gate and of up; else those of neighbouring columns.
+    """
+    HALF: gl.constexpr = left.shape[1]
+    expert, row_end = tile.expert, tile.row_end
+    if epilogue.INTERLEAVED:
+        _write_interleaved(left, right, buffers, epilogue, expert, row0, row_end, tile.n * HALF)
+    elif GATED:
+        _write_gated(left, right, buffers, epilogue, expert, row0, row_end, tile.n * HALF)
+    elif epilogue.ACTIVATION == "identity":
+        _write(left, right, buffers, epilogue, expert, row0, row_end, tile.n * (2 * HALF))
+    else:
+        col0 = tile.n * (2 * HALF)
+        _write_ungated(left, buffers, epilogue, expert, row0, row_end, col0)
+        _write_ungated(right, buffers, epilogue, expert, row0, row_end, col0 + HALF)
+
+
+@gluon.jit
+def _write(left, right, buffers, epilogue, expert, row0, row_end, col0):
+    """Store two blocks of columns to (row0, col0); only rows < row_end and columns inside."""
     out = epilogue.out
-    HALF: gl.constexpr = acc.shape[1] // 2
-    left, right = halves(acc)
+    HALF: gl.constexpr = left.shape[1]
     tma.store_wait(0)  # the stores of the tile before are done: both buffers are free
     if HALF == CHUNK:
         left = epilogue.biased(left, expert, col0, out.width)
@@ -324,14 +342,13 @@ def _write_chunk(values, buffer, out, row0, row_end, col0):
 
 
 @gluon.jit
-def _write_gated(acc, buffers, epilogue, expert, row0, row_end, col0):
-    """Store acc [rows, gate and up columns], with SAVE_Z, and its activation.
+def _write_gated(gate, up, buffers, epilogue, expert, row0, row_end, col0):
+    """Store gate and up [rows, two chunks], with SAVE_Z, and their activation.
 
     Two chunks share a fence, and the activation is computed while the stores before are in flight.
     """
     z, out = epilogue.z, epilogue.out
     N = out.width
-    gate, up = halves(acc)
     gate0, gate1 = halves(gate)
     up0, up1 = halves(up)
     gate0 = epilogue.biased(gate0, expert, col0, 2 * N)
@@ -361,10 +378,9 @@ def _write_ungated(sums, buffers, epilogue, expert, row0, row_end, col0):
 
 
 @gluon.jit
-def _write_interleaved(acc, buffers, epilogue, expert, row0, row_end, col0):
-    """Store acc [rows, pairs of gate and up columns], with SAVE_Z, and its activation."""
+def _write_interleaved(left, right, buffers, epilogue, expert, row0, row_end, col0):
+    """Store neighbouring blocks of pairs of gate and up columns, with SAVE_Z, and their activation."""
     z, N = epilogue.z, epilogue.out.width
-    left, right = halves(acc)
     left = epilogue.biased(left, expert, 2 * col0, 2 * N)
     if epilogue.SAVE_Z:
         z0, z1 = halves(left)

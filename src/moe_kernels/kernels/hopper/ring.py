@@ -81,13 +81,21 @@ class Ring:
 
 
 @gluon.jit
-def new_ring(dtype: gl.constexpr, STAGES: gl.constexpr, a, b, READY_COUNT: gl.constexpr, EMPTY_COUNT: gl.constexpr):
+def new_ring(
+    dtype: gl.constexpr,
+    STAGES: gl.constexpr,
+    a,
+    b,
+    READY_COUNT: gl.constexpr,
+    EMPTY_COUNT: gl.constexpr,
+    LAYOUT: gl.constexpr = SWIZZLED,
+):
     """Ring of STAGES blocks of shapes a and b.
 
     A phase of its mbarriers completes after READY_COUNT or EMPTY_COUNT arrivals.
     """
-    a_blocks = gl.allocate_shared_memory(dtype, [STAGES, a[0], a[1]], SWIZZLED)
-    b_blocks = gl.allocate_shared_memory(dtype, [STAGES, b[0], b[1]], SWIZZLED)
+    a_blocks = gl.allocate_shared_memory(dtype, [STAGES, a[0], a[1]], LAYOUT)
+    b_blocks = gl.allocate_shared_memory(dtype, [STAGES, b[0], b[1]], LAYOUT)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

@@ -30,18 +30,26 @@ def load_yaml(path: Path) -> Config:
         raise UsageError(f"{path} has a key that is no text: an Axolotl run file is a mapping of names to values.")
     if not isinstance(config.get("plugins"), (list, type(None))):
         raise UsageError(f"{path}: plugins should be a list and is {config['plugins']!r:.60}.")
+    check_values(config, str(path))
+    return config
+
+
+def check_values(config: Config, where: str) -> None:
+    """UsageError where a value is none that a run file can hold, or one of COUNTS is no number.
+
+    ``where``: the file or the option that they are from.
+    """
     for key, value in config.items():
         try:
             json.dumps(value, sort_keys=True)
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(
-                f"{path}: {key} is {value!r:.60}, and a run file holds text, numbers, lists, and mappings with keys "
+                f"{where}: {key} is {value!r:.60}, and a run file holds text, numbers, lists, and mappings with keys "
                 "of one kind. Cure: put what is text, such as a date, in quotes."
             ) from error
     for key in COUNTS:
         if not (config.get(key) is None or (type(config[key]) is int and 0 < config[key] < 2**40)):
-            raise UsageError(f"{path}: {key} should be a number from 1 on and is {config[key]!r:.60}.")
-    return config
+            raise UsageError(f"{where}: {key} should be a number from 1 on and is {config[key]!r:.60}.")
 
 
 def dump_yaml(config: Config) -> str:

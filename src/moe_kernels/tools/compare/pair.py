@@ -15,7 +15,7 @@ from typing import Any
 from moe_kernels.shapes import ALL_FAMILIES, FAMILIES
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.options import shipped
-from moe_kernels.tools.common.runfile import Config, base_model, dump_yaml, load_yaml
+from moe_kernels.tools.common.runfile import Config, base_model, check_values, dump_yaml, load_yaml
 
 # Keys of the fused kernels around the experts that most people switch on; its experts class is not among them.
 LIGER = dict.fromkeys(("liger_rms_norm", "liger_rope", "liger_fused_linear_cross_entropy"), True)
@@ -34,7 +34,12 @@ OWN_KEYS = {
     **dict.fromkeys(FOLDERS, "name two run files"),
     **{"max_steps": "--steps", "wandb_mode": "--wandb", "moe_router_telemetry": "--no-router"},
     **{"adapter": "--lora or --qlora", "lora_r": "--lora", "load_in_4bit": "--qlora"},
+    # What runs the experts is what is compared.
+    **dict.fromkeys(("use_scattermoe", "use_sonicmoe", "expert_backend"), "name two run files"),
+    **dict.fromkeys(("liger_glu_activation", "liger_swiglu"), "name two run files"),
 }
+# Those of an adapter that is made once and then loaded by every comparison that names its folder.
+ADAPTER_KEYS = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
 ROLES = BASELINE, OPTIMIZED, EAGER = "baseline", "optimized", "eager"
 
 
@@ -142,7 +147,7 @@ def read_settings(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
             raise UsageError(f"--set cannot change {path[0]}, which compare sets itself. Cure: {OWN_KEYS[path[0]]}.")
         try:
             found.append((path, yaml.safe_load(value)))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UsageError(f"--set {key}: {value!r:.60} is not valid YAML: {error}") from error
     return found
 
@@ -160,6 +165,7 @@ def _set(config: Config, settings: Sequence[str]) -> Config:
             place[inner[-1]] = value
         else:
             changed[first] = value
+    check_values(changed, "--set")
     return changed
 
 
@@ -268,7 +274,12 @@ def _pair(
             overrides["moe_router_telemetry"] = own.get("moe_router_telemetry") or True
         if options.liger:
             overrides |= {"plugins": [*(own.get("plugins") or []), LIGER_PLUGIN], **LIGER}
-        overrides |= _set({**own, **overrides}, options.settings)
+        changed = _set({**own, **overrides}, options.settings)
+        if not _uses_kernels(own):  # keys of the kernels mean nothing there, and our plugin refuses them
+            changed = {key: value for key, value in changed.items() if not key.startswith("moe_")}
+        overrides |= changed
+        if "lora_model_dir" in base_overrides.keys() - changed.keys() and set(ADAPTER_KEYS) & changed.keys():
+            overrides["lora_model_dir"] += f"-{digest([overrides[key] for key in ADAPTER_KEYS])}"
         if role == EAGER:
             overrides["experts_implementation"] = "eager"
         overrides = {key: value for key, value in overrides.items() if own.get(key) != value}
