@@ -353,16 +353,20 @@ def test_a_data_set_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_names() -> None:
-    assert wanted(["mixtral-1b"], None) == [("mixtral", "1b")]
+    assert wanted(["mixtral-1b"], None) == [("mixtral", "1b", False)]
     assert wanted(["mixtral-1b", "qwen2-moe-tiny", "mixtral"], None) == [
-        ("mixtral", "1b"),
-        ("qwen2-moe", "tiny"),
+        ("mixtral", "1b", False),
+        ("qwen2-moe", "tiny", False),
     ]
-    assert wanted(["all"], "tiny") == [(family, "tiny") for family in FAMILIES]
+    assert wanted(["all"], "tiny") == [(family, "tiny", False) for family in FAMILIES]
     assert wanted(["qwen3-30b-a3b", "gpt-oss", "gpt-oss-20b", "qwen3-moe-tiny"], None) == [
-        ("qwen3-moe", "30b"), ("gpt-oss", "20b"), ("qwen3-moe", "tiny"),
+        ("qwen3-moe", "30b", False), ("gpt-oss", "20b", False), ("qwen3-moe", "tiny", False),
     ]  # fmt: skip
-    assert wanted(["deepseek-v3-1b"], "tiny") == [("deepseek-v3", "tiny")]
+    assert wanted(["qwen3-30b-a3b-fp8", "gpt-oss-tiny-mxfp4"], None) == [
+        ("qwen3-moe", "30b", True),
+        ("gpt-oss", "tiny", True),
+    ]
+    assert wanted(["deepseek-v3-1b"], "tiny") == [("deepseek-v3", "tiny", False)]
 
 
 def test_command(copied: Path) -> None:

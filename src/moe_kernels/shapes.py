@@ -69,11 +69,16 @@ class Family:
     optimized: str  # the same run with our kernels
     test: str = ""  # a quick run with our kernels; empty: there is none
     drawn: bool = False  # its weights are drawn when a training starts, and never on the disk
+    packed: str = ""  # "fp8" or "mxfp4": a drawn family that is published in it too, and trains LoRA over it
 
     @property
     def large(self) -> str:
         """The name of the size for a GPU."""
         return next(iter(self.sizes))
+
+    def model(self, size: str, packed: bool = False) -> str:
+        """The name of a model: its folder in ``artifacts/models``."""
+        return self.sizes[size].name + (f"-{self.packed}" if packed else "")
 
 
 FAMILIES: dict[str, Family] = {
@@ -128,17 +133,18 @@ REAL_FAMILIES: dict[str, Family] = {
                 "tiny": ModelShape("qwen3-moe-tiny", 64, 40, 16, 4, 2, 2, 4, 2, 2048, "float32",
                                    {"head_dim": 24, "intermediate_size": 96, "initializer_range": 0.1}),
             },
-            "qwen3-30b-a3b-lora-baseline.yml", "qwen3-30b-a3b-lora.yml", drawn=True,
+            "qwen3-30b-a3b-lora-baseline.yml", "qwen3-30b-a3b-lora.yml", drawn=True, packed="fp8",
         ),
         Family(
             "gpt-oss", "gpt_oss",
             {
                 "20b": ModelShape("gpt-oss-20b", 2880, 2880, 32, 4, 24, 24, 64, 8, 201088, "bfloat16",
                                   {"head_dim": 64, "max_position_embeddings": 131072}),
-                "tiny": ModelShape("gpt-oss-tiny", 72, 40, 8, 4, 2, 2, 4, 2, 2048, "float32",
+                # Blocks of mxfp4 are 32 values of a row.
+                "tiny": ModelShape("gpt-oss-tiny", 96, 32, 8, 4, 2, 2, 4, 2, 2048, "float32",
                                    {"head_dim": 24, "max_position_embeddings": 131072, "initializer_range": 0.1}),
             },
-            "gpt-oss-20b-lora-baseline.yml", "gpt-oss-20b-lora.yml", drawn=True,
+            "gpt-oss-20b-lora-baseline.yml", "gpt-oss-20b-lora.yml", drawn=True, packed="mxfp4",
         ),
     )
 }  # fmt: skip

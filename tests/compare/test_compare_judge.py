@@ -8,6 +8,7 @@ import pytest
 from builders import comparison, experts, losses, run
 
 from moe_kernels.tools.compare.comparison import Analysis
+from moe_kernels.tools.compare.gpu import GIB
 from moe_kernels.tools.compare.judge import CONFIRMED, NOT_CONFIRMED, NOT_JUDGED, smooth
 from moe_kernels.tools.compare.report import layer_table, problems
 
@@ -248,3 +249,26 @@ def test_a_layer_that_the_benchmark_cannot_run_is_no_fault_and_is_said() -> None
 
 def test_smoothing_is_a_running_mean() -> None:
     assert smooth([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
+
+
+def test_a_base_that_our_side_did_not_keep_is_no_comparison() -> None:
+    def analysis(quantizer: str, ours: dict[str, int], **config: bool) -> Analysis:
+        baseline = {"bf16": True, "model_quantization_config": quantizer}
+        changes = {"baseline": {"frozen": {"bfloat16": 4 * GIB}, "config": baseline if quantizer else {"bf16": True}}}
+        changes["optimized"] = {"frozen": ours, "config": {"bf16": True, **config}, "calls": 10}
+        runs = [run(f"{role}-1", 100.0, **values) for role, values in changes.items()]
+        return Analysis(comparison(runs=runs))
+
+    kept = {"float8_e4m3fn": 2 * GIB, "float32": 1000}
+    found = analysis("FineGrainedFP8Config", kept)
+    assert found.faults == []
+    assert found.frozen == {
+        "baseline": "bfloat16, dequantised as it was loaded (FineGrainedFP8Config)",
+        "optimized": "float8_e4m3fn + float32, dequantised ahead of each GEMM",
+    }
+    assert [round(side.frozen_gib or 0, 3) for side in found.sides.values()] == [4.0, 2.0]
+    rounded = analysis("FineGrainedFP8Config", kept, moe_fp8_activations=True).frozen["optimized"]
+    assert rounded == "float8_e4m3fn + float32, multiplied in fp8 with rows rounded to it"
+    assert analysis("", {"bfloat16": 4 * GIB}).faults == [], "an ordinary pair"
+    [fault] = analysis("FineGrainedFP8Config", {"bfloat16": 4 * GIB}).faults
+    assert fault == "moe-kernels' frozen experts are in 16 bits, as the baseline's"

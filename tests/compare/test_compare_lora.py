@@ -73,6 +73,41 @@ def test_families_at_real_size(family: str, options: dict[str, Any], suffix: str
             assert "liger_glu_activation" not in run.config, "it replaces the experts class"
 
 
+@pytest.mark.parametrize("size", ["large", "tiny"])
+@pytest.mark.parametrize(
+    ("family", "options", "suffix", "ours"),
+    [
+        ("qwen3-moe", {"packed": "fp8"}, "-fp8", {}),
+        (
+            "qwen3-moe",
+            {"packed": "fp8", "fp8_activations": True, "liger": True},
+            "-fp8-activations-liger",
+            {"moe_fp8_activations": True},
+        ),
+        ("gpt-oss", {"packed": "mxfp4", "lora": 8}, "-lora8-mxfp4", {}),
+    ],
+)
+def test_a_base_in_few_bits(
+    family: str, options: dict[str, Any], suffix: str, ours: dict[str, Any], size: str
+) -> None:
+    """One checkpoint; the baseline alone has transformers dequantise it, and our keys are in our file alone."""
+    size = REAL_FAMILIES[family].large if size == "large" else size
+    tiny = tiny_overrides(family) if size == "tiny" else None
+    made = family_pair(family, Options(size=size, with_eager=True, **options), tiny)
+    others = {key: value for key, value in options.items() if key in ("lora", "liger")}
+    plain = family_pair(family, Options(size=size, with_eager=True, **others), tiny)
+    assert made.name == family + suffix
+    quantizer = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}[options["packed"]]
+    dequantised = {"model_quantization_config": quantizer, "model_quantization_config_kwargs": {"dequantize": True}}
+    base = REAL_FAMILIES[family].sizes[size].name + f"-{options['packed']}"
+    for run, other in zip(made.runs, plain.runs, strict=True):
+        added = ours if run.role == "optimized" else dequantised
+        changed = {key for key in run.config if run.config[key] != other.config.get(key)}
+        assert changed == {"output_dir", "base_model", *added}
+        assert added.items() <= run.config.items()
+        assert run.config["base_model"] == f"artifacts/models/{base}"
+
+
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_size_for_a_gpu_is_the_default(family: str) -> None:
     assert family_pair(family, Options()).size == ALL_FAMILIES[family].large != "tiny"
@@ -110,6 +145,14 @@ def test_without_it_nothing_changes() -> None:
         ("0", ("qwen3-moe", "mixtral", "--qlora"), 2, "the run files of mixtral train all weights: add --lora 16"),
         (None, ("a.yml", "b.yml", "--lora", "8"), 2, "--lora changes the run files of a family (mixtral, "),
         ("0", ("a.yml", "b.yml", "--qlora"), 2, "Write the adapter into your two run files"),
+        ("0", ("a.yml", "b.yml", "--fp8"), 2, "Write the base model into your two run files"),
+        ("0", ("qwen3-moe", "--fp8", "--qlora"), 2, "three ways to keep the frozen weights. Cure: name one"),
+        ("0", ("gpt-oss", "--mxfp4", "--fp8-activations"), 2, "three ways to keep the frozen weights"),
+        ("0", ("qwen3-moe", "--mxfp4"), 2, "none in mxfp4. Cure: leave --mxfp4 out, or compare gpt-oss"),
+        (None, ("mixtral", "--fp8"), 2, "mixtral has none in fp8. Cure: leave --fp8 out, or compare qwen3-moe"),
+        ("0", ("--fp8-activations",), 2, "mixtral has none in fp8"),
+        (None, ("qwen3-moe", "--fp8-activations"), 3, "--fp8-activations needs an NVIDIA GPU and none is visible"),
+        ("8.0", ("qwen3-moe", "--fp8"), 3, "compute capability 8.9 or later, and this one has 8.0"),
     ],
 )
 def test_what_is_refused(
@@ -123,6 +166,8 @@ def test_what_is_refused(
     pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "visible_gpu", lambda: gpu)
+    monkeypatch.setattr(command, "installed_version", lambda package: "5.20.1")
+    monkeypatch.setattr(command, "compute_capability", lambda gpu: (8, 0) if gpu == "8.0" else None)
     result = CliRunner().invoke(app, ["compare", *arguments])
     said = " ".join(result.output.split())
     assert (result.exit_code, message in said) == (code, True), said
@@ -135,3 +180,14 @@ def test_qlora_needs_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, ["compare", "qwen3-moe", "--qlora", "--dry-run"])
     assert result.exit_code == 3, result.output
     assert "pip install bitsandbytes" in result.output
+
+
+def test_fp8_needs_a_transformers_that_loads_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "installed_version", lambda package: "5.16.1")
+    for option in ("--fp8", "--fp8-activations"):
+        result = CliRunner().invoke(app, ["compare", "qwen3-moe", option, "--size", "tiny", "--dry-run"])
+        assert result.exit_code == 3, result.output
+        assert "Cure: Python 3.12 with axolotl 0.21" in " ".join(result.output.split())
+    result = CliRunner().invoke(app, ["compare", "gpt-oss", "--mxfp4", "--size", "tiny", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "Mxfp4Config" in result.output

@@ -416,6 +416,9 @@ def test_the_log_is_followed_in_pieces() -> None:
     assert reader.experts == ""
     reader.feed(f"{lines.EXPERTS_LINE}grouped_mm\n{lines.WEIGHTS_LINE}0123abcd\n")
     assert (reader.experts, reader.weights) == ("grouped_mm", "0123abcd")
+    assert reader.frozen == {}
+    reader.feed(f'[INFO] {lines.FROZEN_LINE}{{"float8_e4m3fn": 800, "float32": 4}}\n')
+    assert reader.frozen == {"float8_e4m3fn": 800, "float32": 4}
 
 
 def test_what_the_trainer_prints_is_written_in_one_place_which_both_sides_read() -> None:

@@ -61,6 +61,12 @@ def _transposed(parameter: Tensor) -> Tensor:
     return copy
 
 
+def copied_bytes(module: nn.Module) -> int:
+    """Bytes of the transposed codes that are kept of the weights of ``module`` itself."""
+    copies = [_copies.get(parameter) for parameter in module.parameters(recurse=False)]
+    return sum(copy[1].nbytes for copy in copies if copy is not None)
+
+
 def check_fp8_activations(module: Any, recipe: Recipe, where: str, device: torch.device) -> None:
     """Raise UnsupportedExperts where a forward of ``module`` with ``fp8_activations`` would; nothing is copied.
 

@@ -36,6 +36,7 @@ COMMANDS: dict[str, Entry] = {
             "compare mixtral",
             "compare all --fresh",
             "compare qwen3-moe --lora 64",
+            "compare qwen3-moe --fp8",
             "compare gpt-oss --liger --set gradient_checkpointing_kwargs.use_reentrant=true",
             "compare qwen3-moe gpt-oss --size tiny",
             "compare baseline.yml optimized.yml",

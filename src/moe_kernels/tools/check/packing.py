@@ -64,7 +64,8 @@ def _in_4_bits(weight: Tensor, stacked: int) -> FourBit:
     return FourBit(sizes, weight.dtype, data.view(-1), table, nested, weight.dtype)
 
 
-def _in_mxfp4(weight: Tensor, stacked: int) -> Mxfp4:
+def in_mxfp4(weight: Tensor, stacked: int = 1) -> Mxfp4:
+    """``weight`` (E, N, K) in mxfp4, stored by rows as gpt-oss's checkpoints have it."""
     experts, rows, columns = weight.shape
     values = weight.float().contiguous().unflatten(2, (-1, MX_BLOCK))
     exponents = values.abs().amax(3, keepdim=True).log2().floor() - 2
@@ -79,5 +80,5 @@ FORMATS: dict[str, Callable[[Tensor, int], PackedWeight]] = {
     "4 bits": _in_4_bits,
     "fp8": in_fp8,
     "fp8 activations": _multiplied_in_fp8,
-    "mxfp4": _in_mxfp4,
+    "mxfp4": in_mxfp4,
 }

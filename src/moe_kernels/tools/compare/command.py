@@ -15,6 +15,7 @@ from textwrap import indent
 from typing import Annotated
 
 import typer
+from packaging.version import Version
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Display
@@ -22,13 +23,14 @@ from rich.progress import Progress as Display
 from moe_kernels.shapes import ALL_FAMILIES, FAMILIES
 from moe_kernels.tools.common.errors import CHECK_FAILED, CommandError, MissingDependency, UsageError
 from moe_kernels.tools.common.files import write_json
+from moe_kernels.tools.common.machine import installed_version
 from moe_kernels.tools.common.options import one_of
 from moe_kernels.tools.common.runfile import dump_yaml
 from moe_kernels.tools.compare.adapter import adapter_made
 from moe_kernels.tools.compare.comparison import Analysis, Comparison, load, number_names, save
 from moe_kernels.tools.compare.environment import versions, with_commit
 from moe_kernels.tools.compare.experts_bench import measure_experts
-from moe_kernels.tools.compare.gpu import describe, visible_gpu
+from moe_kernels.tools.compare.gpu import compute_capability, describe, visible_gpu
 from moe_kernels.tools.compare.pair import (
     FOLDERS,
     LONGEST_NAME,
@@ -51,6 +53,8 @@ from moe_kernels.tools.compare.runner import (
 )
 
 REPORT_FOLDER = Path("artifacts") / "compare"
+# Compute capability that transformers keeps block-fp8 for.
+LEAST = (8, 9)
 
 
 def compare(
@@ -89,6 +93,21 @@ def compare(
             help="With an adapter (--lora, qwen3-moe, gpt-oss): keep the frozen weights in 4 bits. Needs a GPU, "
             "bitsandbytes.",
         ),
+    ] = False,
+    fp8: Annotated[
+        bool,
+        typer.Option(
+            "--fp8",
+            help="With qwen3-moe: LoRA over its checkpoint in block-fp8, which our side trains as it is and the "
+            "baseline dequantised by transformers.",
+        ),
+    ] = False,
+    fp8_activations: Annotated[
+        bool,
+        typer.Option("--fp8-activations", help="--fp8, and our side multiplies in fp8 (moe_fp8_activations)."),
+    ] = False,
+    mxfp4: Annotated[
+        bool, typer.Option("--mxfp4", help="With gpt-oss: the same over its checkpoint in mxfp4.")
     ] = False,
     liger: Annotated[
         bool,
@@ -159,6 +178,8 @@ def compare(
         router=router,
         lora=lora,
         qlora=qlora,
+        packed=_packed(fp8 or fp8_activations, mxfp4, qlora),
+        fp8_activations=fp8_activations,
         liger=liger,
         settings=tuple(settings or ()),
     )
@@ -190,12 +211,34 @@ def compare(
     raise typer.Exit(_finish(comparisons, folder, strict, console))
 
 
+def _packed(fp8: bool, mxfp4: bool, qlora: bool) -> str:
+    """The format of the base that the options ask for; "" for 16 bits, or 4 of QLoRA."""
+    if fp8 + mxfp4 + qlora > 1:
+        raise UsageError("--fp8, --mxfp4 and --qlora are three ways to keep the frozen weights. Cure: name one.")
+    return "fp8" if fp8 else "mxfp4" if mxfp4 else ""
+
+
 def _check_installed(options: Options, device: str | None) -> None:
     """Raise MissingDependency where an option asks for what this machine does not have."""
+    if options.packed == "fp8" and Version(installed_version("transformers") or "0") < Version("5.20"):
+        raise MissingDependency(
+            "--fp8 needs transformers 5.20 or later: 5.16, which axolotl 0.19 pins, cannot load such a checkpoint "
+            "without moe-kernels, so that there is no baseline. Cure: Python 3.12 with axolotl 0.21."
+        )
     if options.qlora and device is None:
         raise MissingDependency(
             "--qlora needs an NVIDIA GPU and none is visible: Axolotl loads a 4-bit model onto one, and puts expert "
             "weights into 4 bits there alone. Cure: leave --qlora out here."
+        )
+    if options.fp8_activations and device is None:
+        raise MissingDependency(
+            "--fp8-activations needs an NVIDIA GPU and none is visible: a CPU trains in 32 bits, whose "
+            "tolerances are no wider than what rounding to fp8 costs. Cure: --fp8, which rounds no activation."
+        )
+    if options.packed == "fp8" and device is not None and (found := compute_capability(device) or LEAST) < LEAST:
+        raise MissingDependency(
+            f"--fp8 needs a GPU of compute capability 8.9 or later, and this one has {'.'.join(map(str, found))}: "
+            "there transformers dequantises such a checkpoint for our side too. Cure: leave --fp8 out here."
         )
     if options.qlora and importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependency("--qlora needs the package bitsandbytes: pip install bitsandbytes.")
@@ -281,7 +324,7 @@ def prepare_missing(pair: Pair, console: Console) -> None:
     data = [Path(dataset["path"]) for dataset in config["datasets"]]
     if not ((Path(config["base_model"]) / "config.json").is_file() and all(path.exists() for path in data)):
         console.print(f"Making {config['base_model']} and its data")
-        _make([sys.executable, "-m", "moe_kernels", "prepare", ALL_FAMILIES[pair.family].sizes[pair.size].name])
+        _make([sys.executable, "-m", "moe_kernels", "prepare", Path(config["base_model"]).name])
     if config.get("lora_model_dir") and not adapter_made(config):
         console.print(f"Making {config['lora_model_dir']}")
         request = pair.folder / "adapter.json"

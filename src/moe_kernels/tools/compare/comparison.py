@@ -131,6 +131,7 @@ class Analysis:
         self.sides = {role: side_metrics(self.runs, role) for role in roles}
         self.layer = experts_by_name(comparison.experts)
         self.implementation = {role: self._implementation(role) for role in roles}
+        self.frozen = {role: self._frozen(role) for role in roles}
         layers = comparison.experts.get("moe_layers")
         shares = {
             role: share(side, self.layer.get(self.implementation[role]), layers, self._config(role))
@@ -172,6 +173,7 @@ class Analysis:
         return [
             *([self.fault] if self.fault else []),
             *(["the runs did not start from the same weights"] if len(drawn) > 1 else []),
+            *(["moe-kernels' frozen experts are in 16 bits, as the baseline's"] if self._unpacked() else []),
             *([f"the expert layer was not measured: {error}"] if error else []),
             *([] if ours["ok"] else [f"moe-kernels' expert layer is wrong here: {ours['note']}"]),
         ]
@@ -210,6 +212,7 @@ class Analysis:
             "runs": [asdict(run) for run in self.runs],
             "sides": {role: asdict(side) for role, side in self.sides.items()},
             "implementation": self.implementation,
+            "frozen": self.frozen,
             "shares": {role: asdict(found) for role, found in self.shares.items()},
             "loss": asdict(self.loss),
             "claims": [asdict(claim) for claim in self.claims],
@@ -229,3 +232,22 @@ class Analysis:
             return OURS  # the plugin selects them, whether or not the run file names them
         pinned = "eager" if lists_kernels_plugin(config) else None
         return str(chosen_experts(config) or pinned or self.comparison.experts.get("default") or "unknown")
+
+    def _frozen(self, role: str) -> str:
+        """What the frozen experts of a side are kept in, and how they are read; empty where none are frozen."""
+        run = next((run for run in self.comparison.runs if run.role == role and run.frozen), None)
+        if run is None:
+            return ""
+        kept, quantizer = " + ".join(run.frozen), run.config.get("model_quantization_config")
+        if quantizer and not run.uses_kernels:
+            return f"{kept}, dequantised as it was loaded ({quantizer})"
+        if run.config.get("moe_fp8_activations"):
+            return f"{kept}, multiplied in fp8 with rows rounded to it"
+        packed = next(iter(run.frozen)) in ("float8_e4m3fn", "uint8")
+        return f"{kept}, dequantised ahead of each GEMM" if packed and run.uses_kernels else kept
+
+    def _unpacked(self) -> bool:
+        """Whether our side trained what the baseline had dequantised, and should have kept it."""
+        frozen = {run.role: run.frozen for run in self.comparison.runs if run.frozen}
+        dequantised = self._config(BASELINE).get("model_quantization_config")
+        return bool(dequantised and OPTIMIZED in frozen and frozen[OPTIMIZED] == frozen.get(BASELINE))

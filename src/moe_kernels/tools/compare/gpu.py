@@ -75,6 +75,18 @@ def describe(device: str | None) -> Gpu | None:
         return Gpu(f"GPU {device} (NVML: {error})", "unknown", 0.0)
 
 
+def compute_capability(device: str) -> tuple[int, int] | None:
+    """Of a GPU, without a context on it; None where NVML does not say."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(_handle(pynvml, device))
+    except pynvml.NVMLError:
+        return None
+    return int(major), int(minor)
+
+
 def _handle(pynvml: Any, device: str) -> Any:
     if device.startswith(("GPU-", "MIG-")):
         return pynvml.nvmlDeviceGetHandleByUUID(device)

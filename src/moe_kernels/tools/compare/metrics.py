@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from moe_kernels.tools.bench.timing import Spread
 from moe_kernels.tools.compare.decode import NOT_FINITE
+from moe_kernels.tools.compare.gpu import GIB
 from moe_kernels.tools.compare.pair import calls_per_step
 from moe_kernels.tools.compare.runner import FINISHED, RunResult
 from moe_kernels.tools.compare.wandb_reader import Row
@@ -40,6 +41,7 @@ class Numbers:
     tokens_per_step: float | None  # trainable tokens of a timed step, median
     peak_allocated_gib: float | None  # highest of the whole run, to 0.01 GiB, as the next
     peak_active_gib: float | None
+    frozen_gib: float | None  # experts that get no gradient, at rest
     gpu_busy: float | None  # percent, mean over the timed steps, as the next three
     sm_active: float | None
     tensor_active: float | None
@@ -115,6 +117,7 @@ def run_metrics(result: RunResult, warmup: int) -> RunMetrics:
         # Axolotl logs zeros where there is no GPU.
         peak_allocated_gib=_of(max, _column(rows, "train/memory/max_allocated (GiB)")) or None,
         peak_active_gib=_of(max, _column(rows, "train/memory/max_active (GiB)")) or None,
+        frozen_gib=sum(result.frozen.values()) / GIB or None,
         peak_reserved_gib=_of(max, _column(rows, "train/memory/device_reserved (GiB)")) or None,
         gpu_busy=mean_inside(samples.t, samples.busy),
         sm_active=mean_inside(samples.counters_t, samples.sm_active),
@@ -209,7 +212,7 @@ def _of(how: Callable[[list[Any]], T], values: list[Any]) -> T | None:
 #: How the numbers of the runs of one side become one.
 OF_RUNS: dict[str, Callable[[list[Any]], Any]] = {
     "tokens_per_step": statistics.median,
-    **dict.fromkeys(("peak_allocated_gib", "peak_active_gib"), max),
+    **dict.fromkeys(("peak_allocated_gib", "peak_active_gib", "frozen_gib"), max),
     **dict.fromkeys((*COUNTERS, "power_w"), _mean),
     **dict.fromkeys(("startup_s", "first_step_s"), statistics.median),
     "expert_calls": min,

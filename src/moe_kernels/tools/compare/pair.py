@@ -34,12 +34,15 @@ OWN_KEYS = {
     **dict.fromkeys(FOLDERS, "name two run files"),
     **{"max_steps": "--steps", "wandb_mode": "--wandb", "moe_router_telemetry": "--no-router"},
     **{"adapter": "--lora or --qlora", "lora_r": "--lora", "load_in_4bit": "--qlora"},
+    **{"model_quantization_config": "--fp8, --mxfp4 or your run files", "moe_fp8_activations": "--fp8-activations"},
     # What runs the experts is what is compared.
     **dict.fromkeys(("use_scattermoe", "use_sonicmoe", "expert_backend"), "name two run files"),
     **dict.fromkeys(("liger_glu_activation", "liger_swiglu"), "name two run files"),
 }
 # Those of an adapter that is made once and then loaded by every comparison that names its folder.
 ADAPTER_KEYS = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
+# What transformers loads with where our side keeps a checkpoint as it is.
+QUANTIZERS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 ROLES = BASELINE, OPTIMIZED, EAGER = "baseline", "optimized", "eager"
 
 
@@ -97,6 +100,8 @@ class Options:
     router: bool = True  # record the load of every expert in the runs with our plugin
     lora: int = 0  # rank of an adapter on attention and expert weights, the base frozen; 0 leaves it to the run files
     qlora: bool = False  # keep that base in 4 bits
+    packed: str = ""  # a base in the format of a published checkpoint, "fp8" or "mxfp4"
+    fp8_activations: bool = False  # multiply a base in fp8 as it is, on our side
     liger: bool = False  # Liger's norms, rotary embedding and loss in every run
     settings: tuple[str, ...] = ()  # KEY=VALUE of every run, beside what the run files say
 
@@ -126,6 +131,19 @@ def rank_overrides(options: Options) -> Config:
         # Whether Axolotl fuses LoRA of the attention depends on its version, and is not what is compared.
         **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),
         **({"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": True} if options.qlora else {}),
+    }
+
+
+def packed_overrides(options: Options, ours: bool) -> Config:
+    """The keys for a base in few bits: our side names the checkpoint and no more, the baseline has transformers
+    dequantise it, in which form alone stock kernels train over it."""
+    if not options.packed:
+        return {}
+    if ours:
+        return {"moe_fp8_activations": True} if options.fp8_activations else {}
+    return {
+        "model_quantization_config": QUANTIZERS[options.packed],
+        "model_quantization_config_kwargs": {"dequantize": True},
     }
 
 
@@ -173,9 +191,15 @@ def family_pair(name: str, options: Options, tiny_overrides: Mapping[str, Any] |
     """The comparison of one family; ``tiny_overrides`` turns its files into runs for a CPU.
 
     Raises:
-        UsageError: the family has no such size, or 4 bits are asked for without an adapter.
+        UsageError: the family has no such size or format, or 4 bits are asked for without an adapter.
     """
     family = ALL_FAMILIES[name]
+    if options.packed not in ("", family.packed):
+        published = ", ".join(each.name for each in ALL_FAMILIES.values() if each.packed == options.packed)
+        raise UsageError(
+            f"--{options.packed} trains LoRA over a checkpoint as it is published, and {name} has none in "
+            f"{options.packed}. Cure: leave --{options.packed} out, or compare {published}."
+        )
     if options.qlora and not (options.lora or family.drawn):
         raise UsageError(
             f"--qlora keeps frozen weights in 4 bits, and the run files of {name} train all weights: add --lora 16."
@@ -186,7 +210,8 @@ def family_pair(name: str, options: Options, tiny_overrides: Mapping[str, Any] |
     files = shipped(CONFIG_FOLDER / family.baseline), shipped(CONFIG_FOLDER / family.optimized)
     overrides = dict(tiny_overrides or {})
     if family.drawn:  # its run files train an adapter, of the checkpoint on the Hub
-        overrides |= {"base_model": f"artifacts/models/{family.sizes[size].name}", **rank_overrides(options)}
+        base = f"artifacts/models/{family.model(size, bool(options.packed))}"
+        overrides |= {"base_model": base, **rank_overrides(options)}
     else:
         overrides |= lora_overrides(options, overrides.get("base_model") or load_yaml(files[0])["base_model"])
     return _pair(name + _suffix(options), files, options, overrides, name, size)
@@ -198,11 +223,11 @@ def files_pair(baseline: Path, optimized: Path, options: Options) -> Pair:
     Raises:
         UsageError: the first uses our kernels already, or the second does not, or they are to get an adapter.
     """
-    if options.lora or options.qlora:
-        option = "--lora" if options.lora else "--qlora"
+    if options.lora or options.qlora or options.packed:
+        option = "lora" if options.lora else options.packed or "qlora"
         raise UsageError(
-            f"{option} changes the run files of a family ({', '.join(ALL_FAMILIES)}). "
-            "Write the adapter into your two run files."
+            f"--{option} changes the run files of a family ({', '.join(ALL_FAMILIES)}). "
+            f"Write the {'base model' if option == options.packed else 'adapter'} into your two run files."
         )
     before, after = load_yaml(baseline), load_yaml(optimized)
     for config, path in ((before, baseline), (after, optimized)):
@@ -231,10 +256,11 @@ def report_name(pairs: list[Pair], options: Options) -> str:
 def _suffix(options: Options) -> str:
     """What the options change of a family's run files, for the name of the comparison."""
     adapter = f"-{'qlora' if options.qlora else 'lora'}{options.lora or ''}" if options.lora or options.qlora else ""
+    packed = f"-{options.packed}{'-activations' if options.fp8_activations else ''}" if options.packed else ""
     settings = "".join("-" + re.sub(r"[^\w.]+", "-", text) for text in options.settings)
     if len(settings.encode()) > 60:
         settings = f"-set-{digest(options.settings)}"
-    return adapter + ("-liger" if options.liger else "") + settings
+    return adapter + packed + ("-liger" if options.liger else "") + settings
 
 
 def label(name: str, size: str) -> str:
@@ -267,7 +293,8 @@ def _pair(
     for role, number in order:
         own, run_id = configs[role], f"{role}-{number}"
         folder = RUN_FOLDER / f"{name}-{size}" / run_id
-        overrides = {**base_overrides, "output_dir": str(folder / "output"), "wandb_mode": options.wandb}
+        overrides = {**base_overrides, **packed_overrides(options, _uses_kernels(own))}
+        overrides |= {"output_dir": str(folder / "output"), "wandb_mode": options.wandb}
         if options.steps is not None:
             overrides["max_steps"] = options.steps
         if options.router and (PLUGIN in (own.get("plugins") or []) or _uses_kernels(own)):

@@ -198,6 +198,7 @@ def _summary(analysis: Analysis) -> dict[str, str]:
             for stock in ("grouped_mm", "eager")
         },
         "peak memory, GiB": _arrow("{:.2f}".format, before.peak_allocated_gib, after.peak_allocated_gib),
+        "frozen experts at rest, GiB": _arrow(plain, before.frozen_gib, after.frozen_gib),
         "launches a layer, grouped_mm → ours": _arrow("{:.0f}".format, *launches),
         "tensor cores (else GPU) busy": _arrow(_percent, *busy),
         "loss curves": LOSS_WORDS[analysis.loss.verdict],
@@ -221,6 +222,8 @@ def training_table(analysis: Analysis) -> Table:
     """The trainings side by side."""
     roles, sides = list(analysis.sides), [vars(side) for side in analysis.sides.values()]
     rows = [("experts run on", *(analysis.implementation[role] for role in roles), "")]
+    if any(analysis.frozen.values()):
+        rows.append(("frozen experts are in", *(analysis.frozen[role] or NONE for role in roles), ""))
     for key, row in _rows(TRAINING, sides).items():
         rows.append((*row, _change(sides[0][key], sides[1][key]) if key in AGAINST_BASELINE else ""))
     notes = {run.role: run.samples.note for run in analysis.comparison.runs if run.samples.note}
@@ -417,6 +420,7 @@ TRAINING: tuple[Form, ...] = (
     ("tokens/s", "tokens_per_s", _spread_rate),
     ("peak memory allocated, GiB", "peak_allocated_gib", "{:.2f}".format),
     ("peak memory active, GiB", "peak_active_gib", "{:.2f}".format),
+    ("frozen experts at rest, GiB", "frozen_gib", plain),
     *((words, key, _percent) for key, words in COUNTERS.items()),
     ("power, W", "power_w", "{:.0f}".format),
     ("energy a step, J", "energy_j_per_step", "{:.1f}".format),
@@ -426,7 +430,7 @@ TRAINING: tuple[Form, ...] = (
     ("runs", "runs", str),
 )
 AGAINST_BASELINE = (
-    "step_ms", "tokens_per_s", "peak_allocated_gib", "peak_active_gib", "power_w", "energy_j_per_step"
+    "step_ms", "tokens_per_s", "peak_allocated_gib", "peak_active_gib", "frozen_gib", "power_w", "energy_j_per_step"
 )  # fmt: skip
 LAYER: tuple[Form, ...] = (
     ("forward, ms", "forward_ms", plain),

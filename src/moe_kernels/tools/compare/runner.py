@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import os
 import re
@@ -25,7 +26,7 @@ from moe_kernels.tools.common.runfile import COUNTS, dump_yaml
 from moe_kernels.tools.compare.decode import Misfit, Number, decode
 from moe_kernels.tools.compare.environment import NOT_FOR_OURS, NOT_FOR_STOCK, cpu_name, inputs, token_inputs
 from moe_kernels.tools.compare.gpu import Gpu, Samples, sampled
-from moe_kernels.tools.compare.lines import EXPERTS_LINE, WEIGHTS_LINE
+from moe_kernels.tools.compare.lines import EXPERTS_LINE, FROZEN_LINE, WEIGHTS_LINE
 from moe_kernels.tools.compare.pair import ROLES, Pair, RunSpec, digest
 from moe_kernels.tools.compare.wandb_reader import NotAWandbRun, Row, find_run, read_run
 
@@ -70,6 +71,7 @@ _PHASES = {
 }
 _EXPERTS = re.compile(f"{EXPERTS_LINE}(.+)")
 _WEIGHTS = re.compile(rf"{WEIGHTS_LINE}(\w+)")
+_FROZEN = re.compile(rf"{re.escape(FROZEN_LINE)}(\{{.*\}})")
 _PLUGIN_LINE = re.compile(r"moe_kernels: backend=.*")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _ERROR = re.compile(
@@ -100,6 +102,7 @@ class RunResult:
     plugin_line: str = ""  # what the plugin said about the first step; empty for stock kernels
     experts: str = ""  # what ran the experts in the first step, if the trainer recorded it
     weights: str = ""  # a checksum of what the training started from, where the trainer drew it
+    frozen: dict[str, int] = field(default_factory=dict)  # bytes of the frozen experts by dtype, the most first
     error: str = ""  # of a failed run the last meaningful line, and ``tail`` the end of its log
     tail: list[str] = field(default_factory=list)
     fingerprint: str = ""  # hash of all that the run depended on
@@ -144,6 +147,7 @@ class LogReader:
         self.plugin_line = ""
         self.experts = ""
         self.weights = ""
+        self.frozen: dict[str, int] = {}
         self._rest = ""
 
     def feed(self, text: str) -> None:
@@ -164,6 +168,8 @@ class LogReader:
             self.experts = match.group(1).strip()
         if match := _WEIGHTS.search(line):
             self.weights = match.group(1)
+        if match := _FROZEN.search(line):
+            self.frozen = json.loads(match.group(1))
         if match := _PLUGIN_LINE.search(line):
             self.plugin_line = self.plugin_line or match.group(0).strip()
 
@@ -259,7 +265,7 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
         result.exit_code = run_command(command, environment(run, machine), log, machine.timeout_s, feed)
     result.ended_at = time.time()
     result.trainer_started_at, result.plugin_line = reader.trainer_started_at, reader.plugin_line
-    result.experts, result.weights = reader.experts, reader.weights
+    result.experts, result.weights, result.frozen = reader.experts, reader.weights, reader.frozen
     _collect(run, result, machine)
     if not machine.keep_weights:
         for weights in (run.folder / "output").rglob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""``axolotl``, which also logs one line that says what the experts of the model ran on, and draws weights.
+"""``axolotl``, which also logs what the experts of the model ran on and what they are kept in, and draws weights.
 
 Run as ``python -m moe_kernels.tools.compare.trainer train CONFIG.yml --launcher python``. The run file cannot tell:
 plugins choose an implementation, or replace the class, while the model's config still names another one. The weights
@@ -7,18 +7,19 @@ of a model that has none on the disk are drawn here (:mod:`moe_kernels.tools.com
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from axolotl.cli.main import main  # first: it sets what later imports read
 from transformers import TrainerCallback, trainer
 
-from moe_kernels.integrations.dispatch import dispatches, runs_on
-from moe_kernels.tools.compare.lines import EXPERTS_LINE
+from moe_kernels.tools.compare.held import frozen, implementation
+from moe_kernels.tools.compare.lines import EXPERTS_LINE, FROZEN_LINE
 from moe_kernels.tools.compare.weights import DrawnWeights
 
 
 class ExpertsRecorder(TrainerCallback):
-    """Prints, after the first step, what ran the experts that were called in it."""
+    """Prints, after the first step, what ran the experts that were called in it, and what the frozen ones take."""
 
     def __init__(self) -> None:
         self.called: set[str] = set()
@@ -33,19 +34,13 @@ class ExpertsRecorder(TrainerCallback):
             else:
                 self.hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.called.add(name)))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step == 1 and state.is_world_process_zero:
             print(EXPERTS_LINE + (", ".join(sorted(self.called)) or "no experts module"), flush=True)
+            if held := frozen(model):
+                print(FROZEN_LINE + json.dumps(held), flush=True)
         while self.hooks:
             self.hooks.pop().remove()
-
-
-def implementation(module: Any) -> str | None:
-    """What runs ``module`` if it holds the weights of all experts of a layer, else None."""
-    if dispatches(type(module)) is not None:
-        return runs_on(module)
-    weights = [module._parameters.get(name) for name in ("gate_up_proj", "up_proj")]
-    return type(module).__name__ if any(weight is not None and weight.dim() == 3 for weight in weights) else None
 
 
 def train(*more: Any) -> None:

@@ -19,8 +19,8 @@ from moe_kernels.tools.prepare.models import prepare_model
 from moe_kernels.tools.prepare.text import BUILDERS, prepare_data
 
 
-def wanted(models: list[str], size: str | None) -> list[tuple[str, str]]:
-    """Families and sizes of the models that a user names, each once.
+def wanted(models: list[str], size: str | None) -> list[tuple[str, str, bool]]:
+    """Family, size and whether it is packed, of the models that a user names, each once.
 
     Args:
         models: ``mixtral-1b``, ``mixtral-tiny``, ``mixtral`` (its size for a GPU) or ``all`` (the three 1b).
@@ -29,17 +29,21 @@ def wanted(models: list[str], size: str | None) -> list[tuple[str, str]]:
     Raises:
         UsageError: a name or a size is unknown, or this family has no such size.
     """
-    known = {shape.name: [(name, each)] for name, family in ALL_FAMILIES.items()
-             for each, shape in family.sizes.items()}  # fmt: skip
-    known |= {name: [(name, family.large)] for name, family in ALL_FAMILIES.items()}
-    known["all"] = [(name, family.large) for name, family in FAMILIES.items()]
+    known = {
+        family.model(each, packed): [(name, each, packed)]
+        for name, family in ALL_FAMILIES.items()
+        for each in family.sizes
+        for packed in ((False, True) if family.packed else (False,))
+    }
+    known |= {name: [(name, family.large, False)] for name, family in ALL_FAMILIES.items()}
+    known["all"] = [(name, family.large, False) for name, family in FAMILIES.items()]
     if unknown := [model for model in models if model not in known]:
         raise UsageError(f"There is no model {unknown[0]!r}. Name one of {', '.join(known)}.")
-    pairs = [(family, size or each) for model in models for family, each in known[model]]
-    for family, each in pairs:
+    found = [(family, size or each, packed) for model in models for family, each, packed in known[model]]
+    for family, each, _ in found:
         if each not in ALL_FAMILIES[family].sizes:
             raise UsageError(f"There is no size {each!r}. Name one of {', '.join(ALL_FAMILIES[family].sizes)}.")
-    return [*dict.fromkeys(pairs)]
+    return [*dict.fromkeys(found)]
 
 
 def prepare(
@@ -74,7 +78,8 @@ def prepare(
     """Make the models, the tokenizer and the data that the run files of configs/moe name.
 
     MODELS are mixtral-1b, qwen2-moe-1b, deepseek-v3-1b, or all; qwen3-30b-a3b and gpt-oss-20b, whose weights are
-    drawn when `moe-kernels compare` trains them; -tiny for a CPU.
+    drawn when `moe-kernels compare` trains them, and qwen3-30b-a3b-fp8 and gpt-oss-20b-mxfp4, the same in the formats
+    that they are published in; -tiny for a CPU.
 
     Nothing is downloaded unless --dataset names a Hugging Face data set.
 
@@ -97,8 +102,8 @@ def prepare(
         with in_turn(root / "artifacts", report):
             data = prepare_data(root, dataset, text_field=text_field, force=force, report=report)
             progress.advance(task)
-            for family, model_size in todo:
-                prepare_model(family, model_size, root, seed, force=force, report=report)
+            for family, model_size, packed in todo:
+                prepare_model(family, model_size, root, seed, packed=packed, force=force, report=report)
                 progress.advance(task)
     if dataset is not None:
         console.print(f"To train on it, set in the run file, under datasets: path: {data}", soft_wrap=True)

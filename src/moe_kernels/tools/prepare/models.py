@@ -22,6 +22,23 @@ SPECIAL = (PAD, BOS, EOS)
 CONTEXT = 4096
 # Entries of the largest tokenizer: the text has no use for more. The embedding may have more rows.
 TOKENIZER = 32000
+# What the published checkpoints in these formats say of them, by which transformers loads them. All of Qwen3's linear
+# layers but router and head are in fp8, of gpt-oss the experts alone in mxfp4.
+QUANTIZATION: dict[str, dict[str, Any]] = {
+    "fp8": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", "mlp.gate"],
+    },
+    "mxfp4": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"
+        ],
+    },
+}  # fmt: skip
 
 
 def model_config(family: str, size: str = "1b") -> PreTrainedConfig:
@@ -123,31 +140,34 @@ def prepare_model(
     root: Path = Path(),
     seed: int | None = None,
     *,
+    packed: bool = False,
     force: bool = False,
     report: Report = lambda message: None,
 ) -> Path:
     """Make a model with random weights and its tokenizer, on the GPU if there is one, unless they are there.
 
     Of a family at real size only the configuration and the tokenizer are written:
-    :mod:`moe_kernels.tools.compare.weights` draws its weights, from this seed, where a training starts.
+    :mod:`moe_kernels.tools.compare.weights` draws its weights, from this seed, where a training starts: ``packed``,
+    those of a checkpoint in the family's other format.
 
     ``seed`` is of the weights; None takes a finished model of any seed, and makes one from seed 0 otherwise.
 
     Returns:
-        ``root/artifacts/models/<name of the shape>``, which transformers and Axolotl load by its path.
+        ``root/artifacts/models/<name of the model>``, which transformers and Axolotl load by its path.
 
     Raises:
         UsageError: the folder holds something else.
         MissingDependency: this Python came without its library's sources, or the disk is too full.
     """
-    shape = ALL_FAMILIES[family].sizes[size]
-    folder = root / "artifacts" / "models" / shape.name
+    kind = ALL_FAMILIES[family]
+    folder = root / "artifacts" / "models" / kind.model(size, packed)
     sources = stdlib_sources()
     recipe: dict[str, Any] = {
-        "shape": asdict(shape),
+        "shape": asdict(kind.sizes[size]),
         "seed": seed or 0,
         "context": CONTEXT,
         "text": digest(EOS.join(sources)),
+        **({"quantization": QUANTIZATION[kind.packed]} if packed else {}),
     }
     if not force:
         cache.check_ours(folder)
@@ -166,9 +186,11 @@ def _make(family: str, size: str, folder: Path, recipe: dict[str, Any], sources:
     import torch
     from transformers import AutoModelForCausalLM
 
-    shape, drawn = ALL_FAMILIES[family].sizes[size], ALL_FAMILIES[family].drawn
+    shape, drawn, name = ALL_FAMILIES[family].sizes[size], ALL_FAMILIES[family].drawn, folder.name
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config(family, size), dtype=getattr(torch, shape.dtype))
+    if "quantization" in recipe:
+        model.config.quantization_config = recipe["quantization"]
     parameters = model.num_parameters()
     facts: dict[str, Any] = {"parameters": parameters}
     written = 0 if drawn else int(1.1 * parameters * getattr(torch, shape.dtype).itemsize)
@@ -177,12 +199,12 @@ def _make(family: str, size: str, folder: Path, recipe: dict[str, Any], sources:
     tokenizer = prepare_tokenizer(folder.parents[2], min(shape.vocab, TOKENIZER), sources, report)
     if not drawn:
         facts["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-        report(f"{shape.name}: drawing {parameters:,} weights on the {facts['device']}")
+        report(f"{name}: drawing {parameters:,} weights on the {facts['device']}")
         model = build_model(family, size, recipe["seed"], facts["device"])
-    report(f"{shape.name}: writing {folder}")
+    report(f"{name}: writing {folder}")
     _save(model, tokenizer, folder, recipe, facts)
     ending = ", which `moe-kernels compare` draws when a training starts" if drawn else ""
-    report(f"{shape.name}: {parameters:,} parameters in {folder}{ending}")
+    report(f"{name}: {parameters:,} parameters in {folder}{ending}")
 
 
 def _save(
