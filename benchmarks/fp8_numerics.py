@@ -25,8 +25,8 @@ from torch import Tensor
 from moe_kernels import fused_experts
 from moe_kernels.fp8 import Fp8Weight
 from moe_kernels.packed import BlockFp8
+from moe_kernels.tools.check.packing import in_fp8
 from moe_kernels.tools.common.machine import environment
-from moe_kernels.tools.common.packing import in_fp8
 from moe_kernels.tools.compare.judge import judge_loss
 
 BF16 = torch.bfloat16

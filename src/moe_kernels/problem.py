@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_kernels.packed import PackedWeight
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, GroupSize
 
 
@@ -41,7 +42,7 @@ class Problem:
     @classmethod
     def of(
         cls,
-        down: torch.Tensor,
+        down: torch.Tensor | PackedWeight,
         top_k: int,
         activation: str = "silu",
         group_size: GroupSize = DEFAULT_GROUP_SIZE,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.factors import LowRank, scaled
 
 LowRankPair = tuple[torch.Tensor, torch.Tensor]
 
@@ -25,17 +26,17 @@ def reference_experts(
     down_bias: torch.Tensor | None = None,
     interleaved: bool = False,
     reduce: bool = True,
-    gate_up_lora: LowRankPair | None = None,
-    down_lora: LowRankPair | None = None,
+    gate_up_lora: LowRank | LowRankPair | None = None,
+    down_lora: LowRank | LowRankPair | None = None,
 ) -> torch.Tensor:
     """``out[t] = sum_k w[t,k] * (W2[e] f(W1[e] x[t] + b1[e]) + b2[e])`` with ``e = topk_ids[t,k]``.
 
     Arguments and result are those of :func:`moe_kernels.moe.fused_experts`; differentiable in every tensor.
     """
     if gate_up_lora is not None:
-        gate_up = gate_up + gate_up_lora[0] @ gate_up_lora[1]
+        gate_up = gate_up + low_rank_product(*gate_up_lora)
     if down_lora is not None:
-        down = down + down_lora[0] @ down_lora[1]
+        down = down + low_rank_product(*down_lora)
     gate = Gate(Activation.of(activation), gated=gate_up.shape[1] != down.shape[2], interleaved=interleaved)
     (tokens, hidden), top_k = x.shape, topk_ids.shape[1]
     out = x.new_zeros(tokens, hidden) if reduce else x.new_zeros(tokens * top_k, hidden)
@@ -51,3 +52,8 @@ def reference_experts(
             y = (y * topk_weights[token, slot, None]).to(out.dtype)
         out = out.index_add(0, token if reduce else token * top_k + slot, y)
     return out if reduce else out.view(tokens, top_k, hidden)
+
+
+def low_rank_product(lora_b: torch.Tensor, lora_a: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
+    """What LoRA adds to a weight, (E, N, K): ``scaling * lora_b[e] @ lora_a[e]``."""
+    return lora_b @ scaled(lora_a, scaling)

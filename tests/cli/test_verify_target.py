@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from moe_kernels.backends.torch import TorchBackend
 from moe_kernels.tools.app import app
-from moe_kernels.tools.common.errors import UsageError
-from moe_kernels.tools.common.layers import Target, expert_layers, read_target
+from moe_kernels.tools.check.forms import called
+from moe_kernels.tools.common.layers import expert_layers, read_target
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "moe"
 MIXTRAL = {
@@ -35,20 +35,126 @@ def model(folder: Path, kind: str = "mixtral", **changes: Any) -> Path:
     return folder
 
 
+def run_file(tmp_path: Path, folder: Path, **keys: Any) -> Path:
+    config = {"base_model": str(folder), "bf16": True, "sequence_len": 32, **keys}
+    (tmp_path / "x.yml").write_text(yaml.safe_dump(config))
+    return tmp_path / "x.yml"
+
+
 def test_a_run_file_gives_model_tokens_and_dtype() -> None:
     found = read_target(CONFIGS / "mixtral-8x7b-moe-optimized.yml")
-    assert found == Target("artifacts/models/mixtral-1b", 16384, "bf16", 0)
+    assert (found.model, found.tokens, found.dtype) == ("artifacts/models/mixtral-1b", 16384, "bf16")
+    assert not found.config.get("adapter")
 
 
-def test_lora_on_the_experts_is_verified_too(tmp_path: Path) -> None:
-    config = {"base_model": "m", "lora_r": 16, "lora_target_parameters": ["mlp.experts.gate_up_proj"]}
-    (tmp_path / "x.yml").write_text(yaml.safe_dump(config))
-    assert read_target(tmp_path / "x.yml").lora_rank == 16
-    (tmp_path / "x.yml").write_text(yaml.safe_dump(config | {"lora_r": "many"}))
-    with pytest.raises(UsageError, match="lora_r should be a number"):
-        read_target(tmp_path / "x.yml")
-    (tmp_path / "x.yml").write_text(yaml.safe_dump(config | {"lora_target_parameters": ["q_proj"]}))
-    assert read_target(tmp_path / "x.yml").lora_rank == 0
+LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 32, "lora_target_modules": ["q_proj"]}
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+QWEN3 = {"moe_intermediate_size": 48, "num_experts": 4}
+QLORA = {"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": True, "lora_target_parameters": BOTH}
+EXPERTS = {"lora_target_parameters": BOTH}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "keys", "form"),
+    [
+        ("mixtral", {}, {}, "plain"),
+        ("mixtral", {}, {"lora_r": 8, "lora_target_parameters": BOTH}, "plain"),
+        ("mixtral", {}, LORA, "frozen"),
+        ("mixtral", {}, LORA | EXPERTS, "lora-8"),
+        ("mixtral", {}, LORA | {"lora_target_parameters": BOTH[1:]}, "lora-8-down"),
+        ("mixtral", {}, LORA | EXPERTS | {"lora_rank_pattern": {"down_proj": 2}}, "lora-8-gate_up-2-down"),
+        ("mixtral", {}, LORA | QLORA, "qlora-8"),
+        ("mixtral", {}, LORA | EXPERTS | {"load_in_4bit": True}, "lora-8"),
+        ("mixtral", {"quantization_config": FP8}, LORA | EXPERTS, "fp8-lora-8"),
+        (
+            "mixtral",
+            {"quantization_config": FP8},
+            LORA | EXPERTS | {"moe_fp8_activations": True},
+            "fp8-activations-lora-8",
+        ),
+        (
+            "mixtral",
+            {"quantization_config": FP8},
+            LORA | EXPERTS | {"model_quantization_config_kwargs": {"dequantize": True}},
+            "lora-8",
+        ),
+        (
+            "mixtral",
+            {"quantization_config": FP8 | {"modules_to_not_convert": ["mlp.experts"]}},
+            LORA | EXPERTS,
+            "lora-8",
+        ),
+        ("gpt_oss", {"head_dim": 32, "quantization_config": {"quant_method": "mxfp4"}}, LORA, "mxfp4-frozen"),
+        # PEFT takes these names for the routed experts of the one and not of the other; gate and up have a rank each.
+        (
+            "qwen3_moe",
+            QWEN3,
+            LORA | {"lora_target_modules": ["gate_proj", "up_proj", "down_proj"]},
+            "lora-16-gate_up-8-down",
+        ),
+        ("gpt_oss", {"head_dim": 32}, LORA | {"lora_target_linear": True}, "frozen"),
+    ],
+)
+def test_the_form_is_that_of_the_run_file(
+    tmp_path: Path, kind: str, changes: dict[str, Any], keys: dict[str, Any], form: str
+) -> None:
+    pytest.importorskip("peft")
+    changes = {"intermediate_size": 64, "hidden_size": 64} | changes
+    path = run_file(tmp_path, model(tmp_path / "m", kind, **changes), **keys)
+    [(_, case)] = expert_layers(read_target(path))
+    assert called(case) == form
+    assert case.frozen == (form != "plain")
+    assert case.scalings[0] == (32 / case.lora_rank if case.lora_rank and kind == "mixtral" else case.scalings[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys", "words"),
+    [
+        ({}, LORA | {"lora_r": "many"}, "lora_r should be a number"),
+        ({}, LORA | {"lora_r": 256} | EXPERTS, "LoRA of rank 256 on experts; the kernels take 128 at most"),
+        ({}, LORA | {"adapter": "prompt"}, "adapter should be lora or qlora and is 'prompt'"),
+        ({}, LORA | {"lora_target_modules": ["nonesuch"]}, "PEFT makes no adapter of the run file's keys"),
+        ({}, LORA | EXPERTS | {"moe_fp8_activations": True}, "multiplies experts in block-fp8"),
+        ({"quantization_config": FP8}, {}, "Experts in fp8 are frozen: write adapter: lora"),
+        ({"quantization_config": FP8 | {"weight_block_size": [64, 64]}}, LORA, "which is not known here"),
+        ({"quantization_config": {"quant_method": "gptq"}}, LORA, "are in gptq"),
+        ({"quantization_config": FP8 | {"modules_to_not_convert": 5}}, LORA, "The quantization_config of"),
+        ({"quantization_config": FP8 | {"modules_to_not_convert": ["("]}}, LORA, "The quantization_config of"),
+        ({}, LORA | {"lora_target_modules": "("}, "PEFT makes no adapter"),
+        ({}, LORA | {"lora_target_modules": 5, "lora_target_linear": True}, "PEFT makes no adapter"),
+        ({"intermediate_size": 44}, LORA | QLORA, "intermediate size 44 do not divide into the blocks of 4 bits"),
+    ],
+)
+def test_forms_that_cannot_be_trained_are_said(
+    tmp_path: Path, changes: dict[str, Any], keys: dict[str, Any], words: str
+) -> None:
+    pytest.importorskip("peft")
+    path = run_file(tmp_path, model(tmp_path / "m", **changes), **keys)
+    result = CliRunner().invoke(app, ["verify", str(path), "--device", "cpu"])
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.output.split())
+
+
+def test_the_adapters_of_a_run_file_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    command = ["verify", str(run_file(tmp_path, model(tmp_path / "m"), **LORA, **EXPERTS)), "--device", "cpu"]
+    ranks = set()
+    right = TorchBackend.lora_a_grad
+
+    def seen(self: Any, low: Any, rows: Any, plan: Any, lora_a: Any, scaling: float = 1.0) -> Any:
+        ranks.add(lora_a.shape[1])
+        return right(self, low, rows, plan, lora_a, scaling)
+
+    monkeypatch.setattr(TorchBackend, "lora_a_grad", seen)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "lora-8" in result.output
+    assert ranks == {8}
+    monkeypatch.setattr(TorchBackend, "lora_a_grad", lambda *args: right(*args) * 1.02)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "ddown_lora_a" in result.output
 
 
 def test_layers_are_those_of_the_model_each_kind_once(tmp_path: Path) -> None:
@@ -85,7 +191,8 @@ def test_what_cannot_be_verified_is_said(tmp_path: Path, change: dict[str, Any],
 
 
 def test_neither_run_file_nor_model(tmp_path: Path) -> None:
-    for arguments in ([str(tmp_path)], [str(tmp_path / "no.yml")], [str(tmp_path), "--shapes", "small"]):
+    both = [str(tmp_path), "--shapes", "small"], [str(tmp_path), "--form", "lora-16"]
+    for arguments in ([str(tmp_path)], [str(tmp_path / "no.yml")], *both):
         result = CliRunner().invoke(app, ["verify", *arguments])
         assert result.exit_code == 2, result.output
     (tmp_path / "x.yml").write_text("base_model: nobody/nothing\n")

@@ -54,6 +54,7 @@ COMMANDS: dict[str, Entry] = {
             "bench",
             "bench --shapes all --peers all --routing all --json bench.json --plots plots",
             "bench --shapes mixtral-1b --group-sizes 64,128,256,auto --persistent both",
+            "bench --shapes qwen3-30b-a3b --form frozen,lora-16,fp8-lora-16",
         ),
     ),
     "tune": Entry(
@@ -74,7 +75,12 @@ COMMANDS: dict[str, Entry] = {
     "verify": Entry(
         "moe_kernels.tools.verify:verify",
         "Check output and every gradient of every kernel configuration, of a model's layers or of hostile ones.",
-        ("verify", "verify configs/moe/mixtral-8x7b-moe-optimized.yml", "verify --shapes mixtral-1b --dtype fp16"),
+        (
+            "verify",
+            "verify configs/moe/qwen3-30b-a3b-lora.yml",
+            "verify --shapes mixtral-1b --dtype fp16",
+            "verify --form lora-16,qlora-16",
+        ),
     ),
 }
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -16,11 +16,14 @@ from rich.table import Table
 
 from moe_kernels.registry import names
 from moe_kernels.shapes import DEFAULT_SHAPES, LAYERS, LayerShape
+from moe_kernels.tools.check.forms import FORMS, PLAIN, called, why_not
 from moe_kernels.tools.common.console import wide_console
 from moe_kernels.tools.common.errors import CHECK_FAILED, UsageError
-from moe_kernels.tools.common.options import DTYPES, ensure_writable, one_of, pick_device, several
+from moe_kernels.tools.common.options import DTYPES, chosen_forms, ensure_writable, one_of, pick_device, several
 
 if TYPE_CHECKING:
+    import torch
+
     from moe_kernels.tools.check.problems import Case
     from moe_kernels.tools.check.verification import Verdict
 
@@ -41,6 +44,15 @@ ONE_TOKEN_ROUTINGS = ("random", "sentinels", "all_sentinels")
 LAYER_ROUTINGS = ("random", "zipf", "one_hot_expert", "sentinels")
 
 
+class Check(NamedTuple):
+    """A problem, what it is called, and the routings to try."""
+
+    case: Case
+    name: str
+    form: str
+    routings: Sequence[str]
+
+
 def verify(
     target: Annotated[
         Path | None,
@@ -51,6 +63,13 @@ def verify(
         typer.Option(
             help=f"Comma-separated, or all: small (the hostile sizes), and of {', '.join(LAYERS)}.",
             show_default=DEFAULT,
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How the layers of --shapes are trained, comma-separated, or all: {', '.join(FORMS)}.",
+            show_default=PLAIN,
         ),
     ] = None,
     dtype: Annotated[
@@ -65,12 +84,14 @@ def verify(
 ) -> None:
     """Check output and every gradient of every kernel configuration on this machine.
 
-    TARGET is a run file (.yml), or a model's folder or config.json: verify its expert layers, in its dtype.
+    TARGET is a run file (.yml), or a model's folder or config.json: verify its expert layers, in its dtype and as
+    they are trained: with LoRA of its rank, over weights in 4 bits, fp8 or mxfp4.
 
-    Errors are against the plain reference in float64. They may be 1.25 times (root mean square) and twice (maximum)
-    those of plain PyTorch in the same dtype, without bias. Routings are hostile (empty experts, one expert for all,
-    dropped ids, duplicates), unwritten memory is NaN, and two runs must agree bit by bit. Exit code 1 if anything
-    fails.
+    Errors are against the plain reference in float64, on the dequantised weights. They may be 1.25 times (root mean
+    square) and twice (maximum) those of plain PyTorch in the same dtype, without bias. Where activations are rounded
+    to fp8, reference and plain PyTorch round them too, at the same places. Routings are hostile (empty experts, one
+    expert for all, dropped ids, duplicates), unwritten memory is NaN, and two runs must agree bit by bit. Exit code 1
+    if anything fails.
     """
     import torch
 
@@ -82,9 +103,17 @@ def verify(
         one_of("dtype", dtype, tuple(DTYPES))
     one_of("backend", backend, names())
     where = pick_device(device)
-    if target is not None and shapes is not None:
-        raise UsageError("Name a run file or a model, or --shapes, not both.")
-    wanted = _problems(target, DEFAULT if shapes is None else shapes, where.type == "cuda", tokens, dtype)
+    if target is None:
+        kind = getattr(torch, DTYPES[dtype or "bf16"])
+        chosen = PLAIN if form is None else form
+        forms = chosen_forms(chosen, kind, where, lambda reason: console.print(reason, style="yellow"))
+        which = DEFAULT if shapes is None else shapes
+        wanted = [check for name in forms for check in _checks_of_shapes(which, name, kind)]
+    elif shapes is not None or form is not None:
+        raise UsageError("Name a run file or a model, or --shapes and --form, not both.")
+    else:
+        wanted = _checks_of_target(target, dtype, where)
+    wanted = [_sized(check, where.type == "cuda", tokens) for check in wanted]
     ensure_writable(json_file)
     if where.type == "cpu":
         console.print("No NVIDIA GPU: this checks the plain-torch backend on the CPU.", style="yellow")
@@ -92,12 +121,13 @@ def verify(
     plain_torch = backend == "torch" or (backend == "auto" and where.type == "cpu")
     began, verdicts = time.perf_counter(), []
     with console.status("verifying") as status:
-        for case, name, routings in wanted:
+        for check in wanted:
             verdicts += verify_case(
-                case,
-                name,
+                check.case,
+                check.name,
                 device=where,
-                routings=routings,
+                form=check.form,
+                routings=check.routings,
                 configurations=TORCH_CONFIGURATIONS if plain_torch else TRITON_CONFIGURATIONS,
                 backend=backend,
                 progress=lambda message: status.update(escape(message)),
@@ -108,7 +138,7 @@ def verify(
     for verdict in verdicts:
         for failure in verdict.failures:
             where_it_failed = f"group_size={verdict.group_size}, persistent={verdict.persistent}"
-            output.print(f"{verdict.shape}, {where_it_failed}: {failure}", style="red", markup=False)
+            output.print(f"{verdict.shape}, {verdict.form}, {where_it_failed}: {failure}", style="red", markup=False)
     if json_file is not None:
         report = {
             "schema": 1,
@@ -129,38 +159,53 @@ def verify(
         raise typer.Exit(CHECK_FAILED)
 
 
-def _problems(
-    target: Path | None, shapes: str, gpu: bool, tokens: int | None, dtype: str | None
-) -> list[tuple[Case, str, Sequence[str]]]:
-    """(problem, name, routings) of each kind of expert layer of ``target``, or of the named shapes."""
-    import torch
-
+def _checks_of_shapes(shapes: str, form: str, dtype: torch.dtype) -> list[Check]:
+    """Each of the named shapes in a form."""
     from moe_kernels.tools.check.problems import Case
     from moe_kernels.tools.check.routings import ROUTINGS
+
+    chosen = several("shapes", shapes, (SMALL, *LAYERS))
+    small = SMALL_SHAPES if SMALL in chosen else ()
+    layers = [LAYERS[name] for name in chosen if name != SMALL]
+    return [
+        Check(FORMS[form].of(Case.of(shape, dtype)), shape.name, form, ROUTINGS if shape in small else LAYER_ROUTINGS)
+        for shape in (*small, *layers)
+    ]
+
+
+def _checks_of_target(target: Path, dtype: str | None, device: torch.device) -> list[Check]:
+    """Each kind of expert layer of a run file or a model, in its dtype unless another is asked for.
+
+    Raises:
+        UsageError: the run file trains what cannot be checked here.
+    """
+    import torch
+
     from moe_kernels.tools.common.layers import expert_layers, read_target
 
-    found = None if target is None else read_target(target)
-    kind = getattr(torch, DTYPES[dtype or (found.dtype if found else "bf16")])
-    cases: list[tuple[Case, str, Sequence[str]]] = []
-    if found is not None:
-        layers = expert_layers(found)
-    else:
-        chosen = several("shapes", shapes, (SMALL, *LAYERS))
-        layers = [(name, Case.of(LAYERS[name], kind)) for name in chosen if name != SMALL]
-        for shape in SMALL_SHAPES if SMALL in chosen else ():
-            cases.append((Case.of(shape, kind), shape.name, ROUTINGS if shape.tokens > 1 else ONE_TOKEN_ROUTINGS))
-    most, shrink = (GPU_TOKENS, 1) if gpu else (CPU_TOKENS, CPU_SHRINK)
-    for name, case in layers:
+    found = read_target(target)
+    kind = getattr(torch, DTYPES[dtype or found.dtype])
+    checks = []
+    for name, case in expert_layers(found):
+        if reason := why_not(case.packed, kind, device):
+            raise UsageError(f"{target}: {name} is {called(case)}, and {reason}")
+        checks.append(Check(replace(case, dtype=kind), name, called(case), LAYER_ROUTINGS))
+    return checks
+
+
+def _sized(check: Check, gpu: bool, tokens: int | None) -> Check:
+    """The check as this device can do it in time."""
+    case, routings = check.case, check.routings
+    if routings is LAYER_ROUTINGS:
+        most, shrink = (GPU_TOKENS, 1) if gpu else (CPU_TOKENS, CPU_SHRINK)
         case = replace(
             case,
-            dtype=kind,
             # Float64 is slow: as many rows as it takes to fill tiles, not as many as a training has.
             tokens=tokens or min(case.tokens, most),
             hidden=max(1, case.hidden // shrink),
             intermediate=max(1, case.intermediate // shrink),
         )
-        cases.append((case, name, LAYER_ROUTINGS if case.tokens > 1 else ONE_TOKEN_ROUTINGS))
-    return cases
+    return check._replace(case=case.fitting(), routings=routings if case.tokens > 1 else ONE_TOKEN_ROUTINGS)
 
 
 def _table(verdicts: list[Verdict]) -> Table:
@@ -169,7 +214,7 @@ def _table(verdicts: list[Verdict]) -> Table:
         "routings and tensors.",
         caption_justify="left",
     )
-    for column in ("shape", "dtype", "backend", "group_size", "persistent"):
+    for column in ("shape", "form", "dtype", "backend", "group_size", "persistent"):
         table.add_column(column, no_wrap=True)
     for column in ("routings", "rms", "max", "scale error", "bitwise twice", "verdict"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -177,5 +222,5 @@ def _table(verdicts: list[Verdict]) -> Table:
         errors = (f"{v.rms_ratio:.2f}", f"{v.max_ratio:.2f}", f"{v.slope_error:.1e}")
         said = ("yes" if v.repeatable else "[red]no", "[green]right" if v.ok else "[red]WRONG")
         knobs = (str(v.group_size), str(v.persistent).lower(), str(v.routings))
-        table.add_row(v.shape, v.dtype, v.backend, *knobs, *errors, *said)
+        table.add_row(v.shape, v.form, v.dtype, v.backend, *knobs, *errors, *said)
     return table

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from moe_kernels.reference import reference_experts
+from moe_kernels.fp8 import Fp8Weight
+from moe_kernels.layer import Matrix
 from moe_kernels.tools.bench.layer import Experts, Layer
+from moe_kernels.tools.check.problems import eager
 
 #: An implementation is called wrong when an error exceeds this many times that of the yardstick.
 WRONG_FACTOR = 3.0
@@ -47,7 +50,7 @@ class Error:
 
 
 def relative_errors(layer: Layer, experts: Experts) -> dict[str, float]:
-    """Relative L2 error of the output and of every gradient: keys out, dx, dgate_up, ddown, dw.
+    """Relative L2 error of the output and of every gradient: out, and what :meth:`Layer.leaves` names.
 
     The reference is evaluated expert by expert, so that wide copies of all weights and gradients never exist at once.
     It is in float32, and in float64 for float32 layers: an implementation that sums in the reference's order would
@@ -63,28 +66,40 @@ def relative_errors(layer: Layer, experts: Experts) -> dict[str, float]:
         ours[name] = leaf.grad
     errors = {name: Error() for name in ours}
     truth = {name: torch.zeros_like(ours[name], dtype=wide) for name in ("out", "dx", "dw")}
+    whole = layer.inputs()
     with exact_float32():
         for expert in range(layer.shape.experts):
             token, slot = torch.where(layer.topk_ids == expert)
             own = slice(expert, expert + 1)
-            inputs = (
-                layer.x.detach()[token].to(wide).requires_grad_(),
-                layer.topk_weights.detach()[token, slot, None].to(wide).requires_grad_(),
-                layer.gate_up.detach()[own].to(wide).requires_grad_(),
-                layer.down.detach()[own].to(wide).requires_grad_(),
+            part = replace(
+                whole,
+                x=whole.x.detach()[token],
+                topk_ids=torch.zeros_like(slot)[:, None],
+                topk_weights=layer.topk_weights.detach()[token, slot, None],
+                gate_up=_expert(whole.gate_up, expert),
+                down=_expert(whole.down, expert),
+                grad=whole.grad[token],
+                extras={name: extra.detach()[own] for name, extra in whole.extras.items()},
             )
-            x, weights, gate_up, down = inputs
-            y = reference_experts(x, torch.zeros_like(slot)[:, None], weights, gate_up, down)
-            dx, dw, dgate_up, ddown = torch.autograd.grad(y, inputs, layer.grad_out[token].to(wide))
-            truth["out"].index_add_(0, token, y.detach())
-            truth["dx"].index_add_(0, token, dx)
-            truth["dw"][token, slot] = dw[:, 0]
-            errors["dgate_up"].add(ours["dgate_up"][own], dgate_up)
-            errors["ddown"].add(ours["ddown"][own], ddown)
+            found = eager(part.to(wide))
+            truth["out"].index_add_(0, token, found["out"])
+            truth["dx"].index_add_(0, token, found["dx"])
+            truth["dw"][token, slot] = found["dtopk_weights"][:, 0]
+            for name in errors.keys() - truth.keys():
+                errors[name].add(ours[name][own], found[name])
     for name, right in truth.items():
         errors[name].add(ours[name], right)
     layer.clear_gradients()
     return {name: error.value() for name, error in errors.items()}
+
+
+def _expert(weight: Matrix, expert: int) -> Matrix:
+    """The weight of one expert, (1, N, K)."""
+    own = slice(expert, expert + 1)
+    if isinstance(weight, Fp8Weight):
+        sizes = (1, *weight.sizes[1:])
+        return replace(weight, sizes=sizes, data=weight.data[own], scales=weight.scales[own], transposed=None)
+    return weight.detach()[own] if isinstance(weight, torch.Tensor) else weight.experts(expert, expert + 1)
 
 
 def what_is_wrong(errors: dict[str, float], yardstick: dict[str, float], floor: float) -> str | None:

@@ -18,14 +18,15 @@ from rich.table import Table
 from moe_kernels.install import pip_install
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, GROUP_SIZES
 from moe_kernels.shapes import DEFAULT_SHAPES, LAYERS, LayerShape
+from moe_kernels.tools.check.forms import FORMS, PLAIN
 from moe_kernels.tools.common.console import wide_console
-from moe_kernels.tools.common.errors import CHECK_FAILED, MissingDependency
-from moe_kernels.tools.common.options import DTYPES, MAX_SEED, one_of, pick_device, several
+from moe_kernels.tools.common.errors import CHECK_FAILED, MissingDependency, UsageError
+from moe_kernels.tools.common.options import DTYPES, MAX_SEED, chosen_forms, one_of, pick_device, several
 
 Row = dict[str, Any]
 DEFAULT_PEERS = "eager,grouped_mm"
 ROUTINGS = ("balanced", "mild", "heavy")
-CPU_SHAPE = LayerShape("cpu-demo", 64, 64, 48, 8, 2)
+CPU_SHAPE = LayerShape("cpu-demo", 64, 64, 64, 8, 2)
 CPU_WARNING = "On the CPU this shows that the benchmark works, nothing about speed."
 
 
@@ -49,6 +50,9 @@ def bench(
     routing: Annotated[
         str, typer.Option(help="How uneven the router is, comma-separated or all: balanced, mild, heavy.")
     ] = "mild",
+    form: Annotated[
+        str, typer.Option(help=f"How the layer is trained, comma-separated, or all: {', '.join(FORMS)}.")
+    ] = PLAIN,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,
     group_sizes: Annotated[
         str, typer.Option(help=f"Values of moe_group_size to measure: {', '.join(map(str, GROUP_SIZES))}.")
@@ -72,7 +76,8 @@ def bench(
 ) -> None:
     """Time one expert layer against other implementations, correctness first.
 
-    Every implementation runs in this process on the same tensors, round-robin, and computes every gradient. The
+    Every implementation runs in this process on the same tensors, round-robin, and computes every gradient: with
+    --form those of the form, LoRA's factors among them, and none of a frozen base, which dense leaves out too. The
     L2 cache is flushed before each call; times are medians. An implementation whose error is more
     than three times that of grouped_mm is called wrong and is not timed; one that cannot run here says why. The
     time of the same GEMMs through dense torch.mm is the ceiling. The file of --json is written after every layer,
@@ -90,6 +95,8 @@ def bench(
 
     if plots is not None and importlib.util.find_spec("matplotlib") is None:
         raise MissingDependency(f"--plots needs matplotlib. Cure: {pip_install('report')}")
+    if plots is not None and form != PLAIN:
+        raise UsageError("--plots draws layers in the plain form: leave --form out, or --plots.")
     console = Console(stderr=True)
     with console.status("loading torch and transformers"):
         import torch
@@ -106,11 +113,12 @@ def bench(
         if shapes is None:
             layers = [replace(CPU_SHAPE, tokens=tokens or CPU_SHAPE.tokens)]
     torch_dtype = getattr(torch, DTYPES[dtype])
+    forms = chosen_forms(form, torch_dtype, where, lambda reason: console.print(reason, style="yellow"))
     arguments = {"peers": list(names), "dtype": dtype, "repeats": repeats, "device": where.type, "seed": seed}
     arguments |= {name: list(values) for name, values in knobs.items()}
     store = Store(json_file, environment(), arguments, fresh)
-    cells = [(shape, routing) for shape in layers for routing in routings]
-    missing = [cell for cell in cells if not store.find(cell[0].name, cell[0].tokens, cell[1])]
+    cells = [(shape, routing, name) for shape in layers for routing in routings for name in forms]
+    missing = [cell for cell in cells if not store.find(cell[0].name, cell[0].tokens, *cell[1:])]
     if len(missing) < len(cells):
         console.print(
             f"{json_file} holds {len(cells) - len(missing)} of {len(cells)} layers already.", highlight=False
@@ -121,7 +129,7 @@ def bench(
         if store.report["ceilings"] is None:
             bar.update(task, description="measuring the ceilings of this machine")
             store.report["ceilings"] = asdict(measure_ceilings(where, torch_dtype))
-        for shape, kind in missing:
+        for shape, kind, name in missing:
             found = measure(
                 shape,
                 implementations=(*names, OURS),
@@ -130,12 +138,13 @@ def bench(
                 repeats=repeats,
                 routing=kind,
                 seed=seed,
+                form=name,
                 **knobs,
                 progress=lambda message: bar.update(task, description=escape(message)),
             )
             store.add([result.to_json() for result in found])
             bar.advance(task)
-    found_cells = [(shape, store.find(shape.name, shape.tokens, kind)) for shape, kind in cells]
+    found_cells = [(shape, store.find(shape.name, shape.tokens, *others)) for shape, *others in cells]
     results = [row for _, rows in found_cells for row in rows]
     tables = wide_console()
     for shape, rows in found_cells:
@@ -184,7 +193,7 @@ def _table(title: str, caption: str, columns: Iterable[str]) -> Table:
 def _show(tables: Console, shape: LayerShape, rows: list[Row]) -> None:
     sizes = f"T={shape.tokens} H={shape.hidden} I={shape.intermediate} E={shape.experts} K={shape.top_k}"
     routing = f"{rows[0]['routing']} routing (busiest expert {rows[0]['imbalance']:.1f}x)"
-    table = _table(f"{shape.name}: {sizes}, {rows[0]['dtype']}, {routing}", CAPTION, COLUMNS)
+    table = _table(f"{_called(rows[0])}: {sizes}, {rows[0]['dtype']}, {routing}", CAPTION, COLUMNS)
     for row in rows:
         name = escape(row["implementation"])
         if row["ok"]:
@@ -199,6 +208,12 @@ def _show(tables: Console, shape: LayerShape, rows: list[Row]) -> None:
             tables.print(f"{row['implementation']} was not measured: {row['note']}", style="yellow", markup=False)
         elif not row["ok"]:
             tables.print(f"{row['implementation']}: {row['note']}", style="red", markup=False)
+
+
+def _called(row: Row) -> str:
+    """The layer, and the form in which it is trained. Files of older versions have none but the plain one."""
+    form = row.get("form", PLAIN)
+    return row["shape"] if form == PLAIN else f"{row['shape']}, {form}"
 
 
 def _cells(row: Row) -> list[str]:
@@ -226,7 +241,7 @@ def fractions_of_dense(results: list[Row]) -> dict[str, dict[str, dict[str, floa
     for row in results:
         if row["implementation"] != "dense" and row["dense_fraction"] is not None:
             of_routing = found.setdefault(row["routing"], {})
-            of_routing.setdefault(row["implementation"], {})[row["shape"]] = row["dense_fraction"]
+            of_routing.setdefault(row["implementation"], {})[_called(row)] = row["dense_fraction"]
     return found
 
 

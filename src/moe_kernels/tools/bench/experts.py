@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,19 @@ import torch
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, GroupSize
 from moe_kernels.shapes import LayerShape
 from moe_kernels.tools.bench.accuracy import relative_errors, what_is_wrong
-from moe_kernels.tools.bench.layer import OURS, Experts, Layer, make_layer, our_variants, transformers_experts
-from moe_kernels.tools.bench.peers import PEER_FAILURES, PEERS, failure
+from moe_kernels.tools.bench.layer import (
+    OURS,
+    Experts,
+    Layer,
+    make_layer,
+    op_experts,
+    our_settings,
+    our_variants,
+    transformers_experts,
+)
+from moe_kernels.tools.bench.peers import PEER_FAILURES, PEERS, failure, why_not_form
 from moe_kernels.tools.bench.timing import MIB, Call, Clock, Spread, Times, count_launches, peak_bytes, saved_bytes
+from moe_kernels.tools.check.forms import FORMS, PLAIN
 
 DENSE = "dense"
 Progress = Callable[[str], object]
@@ -58,8 +69,10 @@ class Measurement:
     saved_mb: float | None = None  # distinct storages kept for the backward, x included, weights not
     # Highest in forward and backward above inputs, weights and their gradients, the output freed before the backward.
     peak_mb: float | None = None
-    # Relative L2 error of out, dx, dgate_up, ddown and dw, against float32 (of float32: float64).
+    # Relative L2 error of out, dx, dw, and of the gradient of all that is trained, against float32 (of float32:
+    # float64).
     rel_error: dict[str, float] = field(default_factory=dict)
+    form: str = PLAIN  # how the layer is trained; a frozen one has no gradients of weights, here and in dense
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON values; a spread becomes {median, p20, p80}."""
@@ -78,6 +91,7 @@ def measure(
     persistent: tuple[bool, ...] = (True,),
     recompute: tuple[bool, ...] = (False,),
     seed: int = 0,
+    form: str = PLAIN,
     progress: Progress = lambda message: None,
 ) -> list[Measurement]:
     """Measure ``implementations`` and the dense ceiling on ``shape``.
@@ -90,6 +104,7 @@ def measure(
         routing: balanced, mild or heavy.
         group_sizes, persistent, recompute: knobs of moe_kernels; each combination becomes a row.
         seed: of the random tensors.
+        form: a name of :data:`moe_kernels.tools.check.forms.FORMS`.
         progress: called with what is being done.
 
     Returns:
@@ -103,8 +118,8 @@ def measure(
     if unknown:
         raise ValueError(f"unknown implementation {', '.join(unknown)}: choose from {', '.join((*PEERS, OURS))}")
     progress(f"{shape.name}: making tensors")
-    layer = make_layer(shape, routing, torch.device(device), dtype, seed)
-    ours = our_variants(group_sizes, persistent, recompute=recompute) if OURS in implementations else {}
+    layer = make_layer(shape, routing, torch.device(device), dtype, seed, FORMS[form])
+    ours = _ours(layer, form, group_sizes, persistent, recompute) if OURS in implementations else {}
     rows = [row for name in implementations for row in (ours if name == OURS else (name,))]
     runners, absent = _set_up(layer, rows, ours)
     errors, faults = _check(layer, runners, progress)
@@ -113,27 +128,45 @@ def measure(
     dense = timed[DENSE]
     results = []
     for row in rows:
+        values: dict[str, Any] = {"form": form}
         if row in absent:
-            results.append(_measurement(layer, row, ok=False, available=False, note=absent[row]))
+            values |= {"ok": False, "available": False, "note": absent[row]}
         elif row in faults:
-            results.append(_measurement(layer, row, ok=False, note=faults[row], rel_error=errors.get(row, {})))
+            values |= {"ok": False, "note": faults[row], "rel_error": errors.get(row, {})}
         else:
             progress(f"{shape.name}: launches and memory of {row}")
-            counts, rates = _counts(layer, runners[row]), _rates(shape, timed[row], dense)
-            results.append(_measurement(layer, row, rel_error=errors[row], **counts, **rates))
-    note = "six GEMMs of R rows, torch.mm"
-    return [*results, _measurement(layer, DENSE, note=note, **_rates(shape, dense, dense))]
+            values |= _counts(layer, runners[row]) | _rates(layer, timed[row], dense) | {"rel_error": errors[row]}
+        results.append(_measurement(layer, row, **values))
+    note = f"{'four' if layer.case.frozen else 'six'} GEMMs of R rows, torch.mm"
+    return [*results, _measurement(layer, DENSE, form=form, note=note, **_rates(layer, dense, dense))]
 
 
-def _set_up(layer: Layer, rows: list[str], ours: dict[str, str]) -> tuple[dict[str, Experts], dict[str, str]]:
+def _ours(
+    layer: Layer,
+    form: str,
+    group_sizes: tuple[GroupSize, ...],
+    persistent: tuple[bool, ...],
+    recompute: tuple[bool, ...],
+) -> dict[str, Callable[[], Experts]]:
+    """{row: what makes that which runs it}. In transformers' module where that holds the form's weights."""
+    if form == PLAIN:
+        names = our_variants(group_sizes, persistent, recompute=recompute)
+        return {row: partial(transformers_experts, layer, name) for row, name in names.items()}
+    settings = our_settings(group_sizes, persistent, recompute)
+    return {row: partial(op_experts, layer, **knobs) for row, knobs in settings.items()}
+
+
+def _set_up(
+    layer: Layer, rows: list[str], ours: dict[str, Callable[[], Experts]]
+) -> tuple[dict[str, Experts], dict[str, str]]:
     """({row: what runs it}, {row: why it cannot run here})."""
     runners: dict[str, Experts] = {}
     absent: dict[str, str] = {}
     for row in rows:
         if row in ours:
-            runners[row] = transformers_experts(layer, ours[row])
+            runners[row] = ours[row]()
             continue
-        reason = PEERS[row].why_not(layer.shape, layer.x.device, layer.x.dtype)
+        reason = why_not_form(row, layer.case) or PEERS[row].why_not(layer.shape, layer.x.device, layer.x.dtype)
         if reason is not None:
             absent[row] = reason
             continue
@@ -164,8 +197,11 @@ def _check(
             layer.clear_gradients()
             torch.cuda.empty_cache()
     yardstick = errors.get("grouped_mm") or errors.get("eager") or {}
+    floor = torch.finfo(layer.x.dtype).eps
+    if layer.case.packed == "fp8 activations":  # one in 16 numbers that differ by eps is rounded 1/16 apart
+        floor = (floor / 16) ** 0.5
     for row, found in errors.items():
-        if fault := what_is_wrong(found, yardstick, torch.finfo(layer.x.dtype).eps):
+        if fault := what_is_wrong(found, yardstick, floor):
             faults[row] = fault
     return errors, faults
 
@@ -191,14 +227,14 @@ class _Loss(torch.autograd.Function):
         return ctx.grad_out, None
 
 
-def _dense_calls(layer: Layer) -> tuple[Call, Call]:
-    """The GEMMs of the layer with R rows and one expert's weights: 2 forward, 6 forward and backward."""
+def dense_calls(layer: Layer) -> tuple[Call, Call]:
+    """The GEMMs of the layer with R rows and one expert's weights: 2 forward, 6 forward and backward; 4 if frozen."""
     shape = layer.shape
     like: dict[str, Any] = {"device": layer.x.device, "dtype": layer.x.dtype}
     rows = torch.randn(shape.rows, shape.hidden, **like)
-    wide = torch.randn(shape.rows, 2 * shape.intermediate, **like)
+    wide = torch.randn(shape.rows, layer.gate_up.shape[1], **like)
     narrow = torch.randn(shape.rows, shape.intermediate, **like)
-    first, second = layer.gate_up.detach()[0], layer.down.detach()[0]
+    first, second = (weight[0].detach().contiguous() for weight in (layer.gate_up, layer.down))
 
     def forward() -> None:
         torch.mm(rows, first.T)
@@ -207,9 +243,10 @@ def _dense_calls(layer: Layer) -> tuple[Call, Call]:
     def forward_backward() -> None:
         forward()
         torch.mm(rows, second)
-        torch.mm(rows.T, narrow)
         torch.mm(wide, first)
-        torch.mm(wide.T, rows)
+        if not layer.case.frozen:
+            torch.mm(rows.T, narrow)
+            torch.mm(wide.T, rows)
 
     return forward, forward_backward
 
@@ -218,7 +255,7 @@ def _time(
     layer: Layer, runners: dict[str, Experts], repeats: int, progress: Progress
 ) -> dict[str, tuple[Times, Times]]:
     """(forward, forward + backward) of every runner and of the dense GEMMs."""
-    dense_forward, dense_both = _dense_calls(layer)
+    dense_forward, dense_both = dense_calls(layer)
     forward = {row: _forward(layer, runner) for row, runner in runners.items()} | {DENSE: dense_forward}
     both = {row: _forward_backward(layer, runner) for row, runner in runners.items()} | {DENSE: dense_both}
     clock = Clock(layer.x.device)
@@ -240,7 +277,7 @@ def _time(
     return {row: (forward_times[row], both_times[row]) for row in forward}
 
 
-def _rates(shape: LayerShape, times: tuple[Times, Times], dense: tuple[Times, Times]) -> dict[str, Any]:
+def _rates(layer: Layer, times: tuple[Times, Times], dense: tuple[Times, Times]) -> dict[str, Any]:
     forward, both = times
     return {
         "forward_ms": forward.total,
@@ -249,8 +286,8 @@ def _rates(shape: LayerShape, times: tuple[Times, Times], dense: tuple[Times, Ti
         "forward_backward_queued_ms": both.queued,
         "forward_host_ms": forward.host,
         "forward_backward_host_ms": both.host,
-        "forward_tflops": shape.forward_flops / forward.total.median * 1e-9,
-        "forward_backward_tflops": shape.forward_backward_flops / both.total.median * 1e-9,
+        "forward_tflops": layer.forward_flops / forward.total.median * 1e-9,
+        "forward_backward_tflops": layer.forward_backward_flops / both.total.median * 1e-9,
         "dense_fraction_forward": dense[0].total.median / forward.total.median,
         "dense_fraction": dense[1].total.median / both.total.median,
     }
@@ -258,7 +295,9 @@ def _rates(shape: LayerShape, times: tuple[Times, Times], dense: tuple[Times, Ti
 
 def _counts(layer: Layer, experts: Experts) -> dict[str, Any]:
     calls = {"forward": _forward(layer, experts), "forward_backward": _forward_backward(layer, experts)}
-    found: dict[str, Any] = {"saved_mb": saved_bytes(calls["forward"], (layer.gate_up, layer.down)) / MIB}
+    weights = [t for w in (layer.gate_up, layer.down) for t in ([w] if isinstance(w, torch.Tensor) else w.parts())]
+    tensors = [tensor for tensor in weights if isinstance(tensor, torch.Tensor)]
+    found: dict[str, Any] = {"saved_mb": saved_bytes(calls["forward"], tensors) / MIB}
     if layer.x.device.type != "cuda":
         return found
 
@@ -266,7 +305,8 @@ def _counts(layer: Layer, experts: Experts) -> dict[str, Any]:
         _Loss.apply(calls["forward"](), layer.grad_out).backward()
 
     layer.clear_gradients()
-    found["peak_mb"] = (peak_bytes(loss_backward) - layer.gate_up.nbytes - layer.down.nbytes) / MIB
+    gradients = sum(w.nbytes for w in (layer.gate_up, layer.down) if w.requires_grad)
+    found["peak_mb"] = (peak_bytes(loss_backward) - gradients) / MIB
     layer.clear_gradients()
     for what, call in calls.items():
         if launches := count_launches(call):

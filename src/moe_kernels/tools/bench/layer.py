@@ -5,11 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
+from moe_kernels.moe import fused_experts
 from moe_kernels.settings import GroupSize
 from moe_kernels.shapes import LayerShape
+from moe_kernels.tools.check.forms import FORMS, PLAIN, Form
+from moe_kernels.tools.check.problems import Case, Inputs, bound, make_extras, make_weights, options_of
 
 #: How uneven the router is: scale of the per-expert bias added to unit-variance logits.
 ROUTINGS: dict[str, float] = {"balanced": 0.0, "mild": 0.3, "heavy": 0.3}
@@ -28,13 +33,31 @@ class Layer:
     x: torch.Tensor  # (T, H), unit variance, a leaf that requires grad
     topk_ids: torch.Tensor  # (T, K) int64
     topk_weights: torch.Tensor  # (T, K), softmax weights, a leaf that requires grad
-    gate_up: torch.nn.Parameter  # (E, 2I, H), scaled by 1/sqrt(H)
-    down: torch.nn.Parameter  # (E, H, I), scaled by 1/sqrt(I)
+    gate_up: Any  # (E, 2I, H), scaled by 1/sqrt(H): a torch.nn.Parameter, or a PackedWeight
+    down: Any  # (E, H, I), scaled by 1/sqrt(I), the same
     grad_out: torch.Tensor  # (T, H), unit variance: the gradient of the loss with respect to the output
+    case: Case  # the form in which it is trained
+    extras: dict[str, torch.Tensor]  # biases and low-rank factors, as in Inputs
+
+    def inputs(self) -> Inputs:
+        """The same tensors as a problem."""
+        tensors = self.x, self.topk_ids, self.topk_weights, self.gate_up, self.down, self.grad_out, self.extras
+        return Inputs(*tensors, options_of(self.case), self.case.frozen)
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        """The four tensors that get a gradient, by the name under which their error is reported."""
-        return {"dx": self.x, "dgate_up": self.gate_up, "ddown": self.down, "dw": self.topk_weights}
+        """The tensors that get a gradient, by the name under which their error is reported."""
+        leaves = self.inputs().leaves()
+        return {"dw" if name == "topk_weights" else f"d{name}": leaf for name, leaf in leaves.items()}
+
+    @property
+    def forward_flops(self) -> int:
+        """Floating-point operations of the GEMMs of a forward pass, without low-rank factors."""
+        return self.shape.forward_flops if self.case.gated else self.shape.forward_flops * 2 // 3
+
+    @property
+    def forward_backward_flops(self) -> int:
+        """Forward and backward together: frozen weights have no gradient."""
+        return (2 if self.case.frozen else 3) * self.forward_flops
 
     def clear_gradients(self) -> None:
         """Drop every gradient, as ``zero_grad(set_to_none=True)`` does."""
@@ -47,8 +70,16 @@ class Layer:
         return float(counts.max() / counts.float().mean())
 
 
-def make_layer(shape: LayerShape, routing: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Layer:
+def make_layer(
+    shape: LayerShape,
+    routing: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    form: Form = FORMS[PLAIN],
+) -> Layer:
     """Random tensors for ``shape``, equal for equal arguments on one device."""
+    case = form.of(Case.of(shape, dtype))
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
@@ -66,17 +97,29 @@ def make_layer(shape: LayerShape, routing: str, device: torch.device, dtype: tor
     # Mixtral's router returns float32 weights, the others the activations' dtype.
     weights_dtype = torch.float32 if shape.name.startswith("mixtral") else dtype
     weights = logits.gather(1, topk_ids).softmax(-1).to(weights_dtype)
-    hidden, intermediate, experts = shape.hidden, shape.intermediate, shape.experts
-    return Layer(
-        shape,
-        routing,
-        normal(shape.tokens, hidden).requires_grad_(),
-        topk_ids,
-        weights.requires_grad_(),
-        torch.nn.Parameter(normal(experts, 2 * intermediate, hidden, scale=hidden**-0.5)),
-        torch.nn.Parameter(normal(experts, hidden, intermediate, scale=intermediate**-0.5)),
-        normal(shape.tokens, hidden),
+    x = normal(shape.tokens, shape.hidden).requires_grad_()
+    gate_up, down = (
+        torch.nn.Parameter(weight, requires_grad=not case.frozen) if isinstance(weight, torch.Tensor) else weight
+        for weight in make_weights(case, normal)
     )
+    grad_out, extras = normal(shape.tokens, shape.hidden), make_extras(case, normal)
+    layer = Layer(shape, routing, x, topk_ids, weights, gate_up, down, grad_out, case, extras)
+    for leaf in layer.leaves().values():
+        leaf.requires_grad_()
+    return layer
+
+
+def our_settings(
+    group_sizes: Sequence[GroupSize], persistent: Sequence[bool], recompute: Sequence[bool] = (False,)
+) -> dict[str, dict[str, Any]]:
+    """The settings of the op for each combination of knobs: {name of the row: settings}."""
+    single = len(group_sizes) == len(persistent) == len(recompute) == 1
+    rows = {}
+    for size, persists, recomputes in itertools.product(group_sizes, persistent, recompute):
+        knobs = f"[g={size},p={int(persists)}{',recompute' if recomputes else ''}]"
+        settings = {"group_size": size, "persistent": persists, "recompute": recomputes}
+        rows[OURS if single else OURS + knobs] = settings
+    return rows
 
 
 def our_variants(
@@ -88,18 +131,24 @@ def our_variants(
     """Register one transformers implementation per knob setting: {name of the row: registered name}."""
     from moe_kernels.integrations.transformers import register
 
-    single = len(group_sizes) == len(persistent) == len(recompute) == 1
-    rows = {}
-    for size, persists, recomputes in itertools.product(group_sizes, persistent, recompute):
-        knobs = f"[g={size},p={int(persists)}{',recompute' if recomputes else ''}]"
-        name = f"{OURS}_bench_{size}_{int(persists)}_{int(recomputes)}_{backend}"
-        register(group_size=size, persistent=persists, recompute=recomputes, backend=backend, name=name)
-        rows[OURS if single else OURS + knobs] = name
-    return rows
+    rows = our_settings(group_sizes, persistent, recompute)
+    names = {}
+    for row, settings in rows.items():
+        names[row] = "_".join([OURS, "bench", *(str(value) for value in settings.values()), backend])
+        register(**settings, backend=backend, name=names[row])
+    return names
+
+
+def op_experts(layer: Layer, **settings: Any) -> Experts:
+    """The op on the layer's own weights: what no module of transformers would hold without its checkpoint."""
+    return bound(partial(fused_experts, **settings), layer.inputs())
 
 
 def transformers_experts(layer: Layer, implementation: str) -> Experts:
-    """transformers' real ``MixtralExperts`` on the layer's own weights, running ``implementation``."""
+    """transformers' real ``MixtralExperts`` on the layer's own weights, running ``implementation``.
+
+    With low-rank factors as PEFT does it: each call adds their product to the weights, which are thus formed.
+    """
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -114,4 +163,15 @@ def transformers_experts(layer: Layer, implementation: str) -> Experts:
     with torch.device("meta"):
         module = MixtralExperts(config)
     module.gate_up_proj, module.down_proj = layer.gate_up, layer.down
-    return module
+    if not layer.case.ranks:
+        return module
+
+    def adapted(*arguments: torch.Tensor) -> torch.Tensor:
+        weights = {
+            f"{name}_proj": torch.baddbmm(weight, layer.extras[f"{name}_lora_b"], layer.extras[f"{name}_lora_a"])
+            for name, weight in (("gate_up", layer.gate_up), ("down", layer.down))
+        }
+        out: torch.Tensor = torch.func.functional_call(module, weights, arguments)
+        return out
+
+    return adapted

@@ -15,6 +15,8 @@ import torch
 from moe_kernels.install import pip_install
 from moe_kernels.shapes import LayerShape
 from moe_kernels.tools.bench.layer import Experts, Layer, transformers_experts
+from moe_kernels.tools.check.forms import Form
+from moe_kernels.tools.check.problems import Case
 
 #: What a peer may raise. Not caught from our own op, whose bugs must not pass for a failed peer.
 PEER_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, OSError, AssertionError)
@@ -22,6 +24,9 @@ PEER_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportErro
 COPIES_SHARE = 0.4
 CPU_COPIES = 2 * 2**30
 _SCATTERMOE = "axolotl.integrations.kernels.libs.scattermoe_lora"
+
+#: transformers' own, in whose place a form's merged weights can be put.
+STOCK = ("eager", "grouped_mm", "batched_mm")
 
 WhyNot = Callable[[LayerShape, torch.device, torch.dtype], str | None]
 
@@ -37,6 +42,17 @@ class Peer:
 
     why_not: WhyNot
     experts: Callable[[Layer], Experts]
+
+
+def why_not_form(name: str, case: Case) -> str | None:
+    """None if a peer runs layers in the form of ``case``, else why it is not asked."""
+    if case == Form().of(case):
+        return None
+    if name not in STOCK:
+        return f"{name} is measured in the plain form alone, and this one is another."
+    if case.packed or case.bias or case.transposed or not case.gated:
+        return f"{name} is measured on gated experts with 16-bit weights by rows and no biases; this form has others."
+    return None
 
 
 def failure(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from moe_kernels.tools.bench.experts import Measurement
+from moe_kernels.tools.check.forms import PLAIN
 from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import locked, read_json, write_text
 from moe_kernels.tools.common.machine import PACKAGES
@@ -35,7 +36,7 @@ class Report(BaseModel):
 
 
 class Store:
-    """Results by cell: one (shape, tokens, routing), with the arguments that were used.
+    """Results by cell: one (shape, tokens, routing, form), with the arguments that were used.
 
     Attributes:
         report: what the file holds.
@@ -58,9 +59,9 @@ class Store:
         with self._locked():  # before anything is measured
             self._read()
 
-    def find(self, shape: str, tokens: int, routing: str) -> list[dict[str, Any]]:
+    def find(self, shape: str, tokens: int, routing: str, form: str = PLAIN) -> list[dict[str, Any]]:
         """The rows of a cell; empty if it is still to be measured."""
-        return [row for row in self.report["results"] if _cell(row) == (shape, tokens, routing)]
+        return [row for row in self.report["results"] if _cell(row) == (shape, tokens, routing, form)]
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Add a measured cell and write the file, so that a killed run loses one cell at most.
@@ -103,5 +104,5 @@ class Store:
         self.report = {**found, "ceilings": found["ceilings"] or self.report["ceilings"]}
 
 
-def _cell(row: dict[str, Any]) -> tuple[str, int, str]:
-    return row["shape"], row["tokens"], row["routing"]
+def _cell(row: dict[str, Any]) -> tuple[str, int, str, str]:
+    return row["shape"], row["tokens"], row["routing"], row["form"]

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_kernels.activation import Activation
+from moe_kernels.factors import LowRank
+from moe_kernels.fp8 import Fp8Weight
+from moe_kernels.layer import Matrix
+from moe_kernels.packed import whole
 from moe_kernels.reference import reference_experts
 from moe_kernels.shapes import LayerShape
+from moe_kernels.tools.check.fp8 import fp8_experts
+from moe_kernels.tools.check.packing import STEPS, in_few_bits
 from moe_kernels.tools.check.routings import make_routing
 
 #: (x, topk_ids, topk_weights, gate_up, down, **extras and options) -> out
 Experts = Callable[..., Tensor]
 DIFFERENTIABLE = ("x", "topk_weights", "gate_up", "down")
+#: What a frozen base is.
+BASE = ("gate_up", "down", "gate_up_bias", "down_bias")
+#: (*size, scale=1.0) -> a normal tensor of that size.
+Normal = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and data of one problem. T tokens, K experts per token, E experts, H hidden, I intermediate."""
+    """Sizes and data of one problem. T tokens, K experts per token, E experts, H hidden, I intermediate.
+
+    Attributes:
+        lora_rank: of the low-rank factors of both weights; 0 without.
+        down_rank: of those of down, where it has another.
+        scalings: what LoRA multiplies the products of both weights' factors by.
+        frozen: weights and biases get no gradient.
+        packed: the weights are frozen and in few bits, a key of :data:`moe_kernels.tools.check.packing.FORMATS`.
+    """
 
     tokens: int
     top_k: int
@@ -39,6 +58,10 @@ class Case:
     bias: bool = False
     lora_rank: int = 0
     reduce: bool = True
+    down_rank: int | None = None
+    scalings: tuple[float, float] = (1.0, 1.0)
+    frozen: bool = False
+    packed: str = ""
 
     @classmethod
     def of(cls, shape: LayerShape, dtype: torch.dtype) -> Case:
@@ -50,10 +73,23 @@ class Case:
         sizes = f"T{self.tokens}-K{self.top_k}-E{self.experts}-H{self.hidden}-I{self.intermediate}"
         flags = [name for name in ("interleaved", "transposed", "bias") if getattr(self, name)]
         flags += [] if self.gated else ["gateless"]
-        flags += [f"lora{self.lora_rank}"] if self.lora_rank else []
+        flags += ["lora" + "+".join(map(str, dict.fromkeys(self.ranks.values())))] if self.ranks else []
+        flags += [self.packed.replace(" ", "-")] if self.packed else ["frozen"] if self.frozen else []
         flags += [] if self.reduce else ["unreduced"]
         flags += [] if self.activation == "silu" else [Activation.of(self.activation).name]
         return "-".join([sizes, kind, self.routing, *flags])
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of the low-rank factors of each weight that has them."""
+        down = self.lora_rank if self.down_rank is None else self.down_rank
+        return {name: rank for name, rank in (("gate_up", self.lora_rank), ("down", down)) if rank}
+
+    def fitting(self) -> Case:
+        """With hidden and intermediate size rounded up to what the format of the weights holds."""
+        step = STEPS.get(self.packed, 1)
+        hidden, intermediate = (-(-size // step) * step for size in (self.hidden, self.intermediate))
+        return replace(self, hidden=hidden, intermediate=intermediate)
 
 
 @dataclass(frozen=True)
@@ -61,27 +97,40 @@ class Inputs:
     """The tensors of a case. ``grad`` (T, H), or (T, K, H) unreduced, is the gradient of the loss to the output.
 
     ``extras`` holds the optional tensors under the names of :func:`moe_kernels.fused_experts`, low-rank pairs as
-    ``..._lora_b`` and ``..._lora_a``; ``options`` its arguments that are no tensors.
+    ``..._lora_b`` and ``..._lora_a``; ``options`` its arguments that are no tensors; ``scalings`` what the products
+    of gate_up's and down's pairs are multiplied by. Weights in few bits get no gradient; ``frozen`` ones and their
+    biases get none either.
     """
 
     x: Tensor
     topk_ids: Tensor
     topk_weights: Tensor | None
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
     grad: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    frozen: bool = False
+    scalings: tuple[float, float] = (1.0, 1.0)
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        """Every floating tensor in another dtype (the routing weights included)."""
-        leaves = {name: leaf.to(dtype) for name, leaf in self.leaves().items()}
-        return replace(self._with(leaves), grad=self.grad.to(dtype))
+        """Every floating tensor in another dtype (the routing weights included), no weight in few bits but fp8's."""
+        own = self.dequantised()
+        named: dict[str, Any] = {name: getattr(own, name) for name in DIFFERENTIABLE} | own.extras
+        tensors = {name: tensor.to(dtype) for name, tensor in named.items() if tensor is not None}
+        return replace(own._with(tensors), grad=own.grad.to(dtype))
+
+    def dequantised(self) -> Inputs:
+        """With 16-bit weights in the place of those in few bits, unless they are multiplied as they are (fp8)."""
+        if isinstance(self.gate_up, Fp8Weight):
+            return self
+        return replace(self, gate_up=whole(self.gate_up), down=whole(self.down))
 
     def leaves(self) -> dict[str, Tensor]:
-        """Every differentiable tensor by name."""
-        named = {name: getattr(self, name) for name in DIFFERENTIABLE}
-        return {name: tensor for name, tensor in named.items() if tensor is not None} | self.extras
+        """Every tensor that gets a gradient, by name."""
+        named = {name: getattr(self, name) for name in DIFFERENTIABLE} | self.extras
+        fixed = BASE if self.frozen else ()
+        return {name: leaf for name, leaf in named.items() if isinstance(leaf, Tensor) and name not in fixed}
 
     def with_own_leaves(self, wanted: tuple[str, ...] | None = None) -> Inputs:
         """With copies of the differentiable tensors; those ``wanted``, or all, require gradients."""
@@ -92,7 +141,7 @@ class Inputs:
 
     def _with(self, leaves: dict[str, Tensor]) -> Inputs:
         changed: dict[str, Any] = {name: leaf for name, leaf in leaves.items() if name in DIFFERENTIABLE}
-        return replace(self, **changed, extras={name: leaves[name] for name in self.extras})
+        return replace(self, **changed, extras={name: leaves.get(name, own) for name, own in self.extras.items()})
 
 
 def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
@@ -102,29 +151,50 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=g) * scale).to(case.dtype).to(device)
 
-    def matrix(*shape: int, scale: float) -> Tensor:
-        weight = normal(*shape, scale=scale)
-        return weight.mT.contiguous().mT if case.transposed else weight
+    x = normal(case.tokens, case.hidden)
+    weights = make_weights(case, normal)
+    grad = normal(case.tokens, *([] if case.reduce else [case.top_k]), case.hidden)
+    extras = make_extras(case, normal)
+    return Inputs(x, *_routing(case, device), *weights, grad, extras, options_of(case), case.frozen, case.scalings)
 
-    experts, hidden, intermediate = case.experts, case.hidden, case.intermediate
-    width = intermediate * (2 if case.gated else 1)
-    x = normal(case.tokens, hidden)
-    gate_up = matrix(experts, width, hidden, scale=hidden**-0.5)
-    down = matrix(experts, hidden, intermediate, scale=intermediate**-0.5)
-    grad = normal(case.tokens, hidden) if case.reduce else normal(case.tokens, case.top_k, hidden)
-    extras: dict[str, Tensor] = {}
+
+def _sizes(case: Case) -> dict[str, tuple[int, int]]:
+    """(N, K) of both weights."""
+    width = case.intermediate * (2 if case.gated else 1)
+    return {"gate_up": (width, case.hidden), "down": (case.hidden, case.intermediate)}
+
+
+def make_weights(case: Case, normal: Normal) -> tuple[Matrix, Matrix]:
+    """gate_up and down, in the memory order and the format of the case."""
+
+    def matrix(name: str, rows: int, cols: int) -> Matrix:
+        weight = normal(case.experts, rows, cols, scale=cols**-0.5)
+        weight = weight.mT.contiguous().mT if case.transposed else weight
+        stacked = 2 if name == "gate_up" and case.gated else 1
+        return in_few_bits(weight, case.packed, stacked) if case.packed else weight
+
+    gate_up, down = (matrix(name, *size) for name, size in _sizes(case).items())
+    return gate_up, down
+
+
+def make_extras(case: Case, normal: Normal) -> dict[str, Tensor]:
+    """``extras`` of :class:`Inputs`: biases, and low-rank factors whose product is as large as the weight."""
+    extras, sizes = {}, _sizes(case)
     if case.bias:
-        extras |= {"gate_up_bias": normal(experts, width), "down_bias": normal(experts, hidden)}
-    if case.lora_rank:
-        rank = case.lora_rank
-        for name, (rows, cols) in (("gate_up", (width, hidden)), ("down", (hidden, intermediate))):
-            lora_b = normal(experts, rows, rank, scale=rank**-0.5)
-            extras[f"{name}_lora_b"] = lora_b.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as PEFT stores it
-            extras[f"{name}_lora_a"] = normal(experts, rank, cols, scale=cols**-0.5)
+        extras = {f"{name}_bias": normal(case.experts, rows) for name, (rows, _) in sizes.items()}
+    for name, rank in case.ranks.items():
+        rows, cols = sizes[name]
+        lora_b = normal(case.experts, rows, rank, scale=rank**-0.5)
+        extras[f"{name}_lora_b"] = lora_b.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as PEFT stores it
+        extras[f"{name}_lora_a"] = normal(case.experts, rank, cols, scale=cols**-0.5)
+    return extras
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    """``options`` of :class:`Inputs`: what differs from the op's defaults."""
     settings: dict[str, Any] = {"activation": case.activation, "interleaved": case.interleaved, "reduce": case.reduce}
     defaults = {"activation": "silu", "interleaved": False, "reduce": True}
-    options = {name: value for name, value in settings.items() if value != defaults[name]}
-    return Inputs(x, *_routing(case, device), gate_up, down, grad, extras, options)
+    return {name: value for name, value in settings.items() if value != defaults[name]}
 
 
 def _routing(case: Case, device: str | torch.device) -> tuple[Tensor, Tensor | None]:
@@ -138,16 +208,19 @@ def rerouted(inputs: Inputs, case: Case) -> Inputs:
     return replace(inputs, topk_ids=ids, topk_weights=weights)
 
 
-def call(implementation: Experts, inputs: Inputs) -> Tensor:
-    """The implementation's output for the tensors and options of ``inputs``."""
+def bound(implementation: Experts, inputs: Inputs) -> Experts:
+    """The implementation as a function of (x, topk_ids, topk_weights), with all else of ``inputs``."""
     extras = inputs.extras
     arguments: dict[str, Any] = {name: bias for name, bias in extras.items() if name.endswith("_bias")}
-    for name in ("gate_up", "down"):
+    for name, scaling in zip(("gate_up", "down"), inputs.scalings, strict=True):
         if f"{name}_lora_b" in extras:
-            arguments[f"{name}_lora"] = (extras[f"{name}_lora_b"], extras[f"{name}_lora_a"])
-    return implementation(
-        inputs.x, inputs.topk_ids, inputs.topk_weights, inputs.gate_up, inputs.down, **arguments, **inputs.options
-    )
+            arguments[f"{name}_lora"] = LowRank(extras[f"{name}_lora_b"], extras[f"{name}_lora_a"], scaling)
+    return partial(implementation, gate_up=inputs.gate_up, down=inputs.down, **arguments, **inputs.options)
+
+
+def call(implementation: Experts, inputs: Inputs) -> Tensor:
+    """The implementation's output for the tensors and options of ``inputs``."""
+    return bound(implementation, inputs)(inputs.x, inputs.topk_ids, inputs.topk_weights)
 
 
 def run(implementation: Experts, inputs: Inputs, wanted: tuple[str, ...] | None = None) -> dict[str, Tensor | None]:
@@ -160,10 +233,12 @@ def run(implementation: Experts, inputs: Inputs, wanted: tuple[str, ...] | None 
 
 
 def truth(inputs: Inputs) -> dict[str, Tensor]:
-    """Output and every gradient in float64, from the rounded inputs."""
+    """Output and every gradient in float64, from the rounded inputs and from what weights in few bits stand for."""
     return eager(inputs.to(torch.float64))
 
 
 def eager(inputs: Inputs) -> dict[str, Tensor]:
     """Output and every gradient by plain PyTorch in the inputs' own dtype: the yardstick of accuracy."""
-    return {name: value for name, value in run(reference_experts, inputs).items() if value is not None}
+    reference = fp8_experts if isinstance(inputs.gate_up, Fp8Weight) else reference_experts
+    found = run(reference, inputs.dequantised())
+    return {name: value for name, value in found.items() if value is not None}

@@ -54,18 +54,29 @@ class _Errors(NamedTuple):
         slope = (values * truth).sum().item() / square - 1.0 if square else 0.0
         return cls(_rms(values - truth), _peak(values - truth), slope)
 
+    def beside(self, eager: _Errors) -> Closeness:
+        """These errors as multiples of ``eager``'s."""
+        return Closeness(
+            rms_ratio=self.rms / eager.rms if eager.rms else float(self.rms > 0),
+            max_ratio=self.largest / eager.largest if eager.largest else float(self.largest > 0),
+            slope_error=self.slope,
+        )
 
-def _limits(eager: _Errors, truth: Tensor, dtype: torch.dtype) -> _Errors:
+
+def _limits(eager: _Errors, truth: Tensor, dtype: torch.dtype, step: float, independent: int | None) -> _Errors:
     """What the errors of a result in ``dtype`` may be where those of plain PyTorch are ``eager``."""
     epsilon, scale = torch.finfo(dtype).eps, _rms(truth)
     # Statistics of few elements are noisy (plain PyTorch may be exact by luck): widen by the standard error.
-    luck = 4 / max(truth.numel(), 1) ** 0.5
+    count = max(1, min(truth.numel(), independent or truth.numel()))
+    luck = 4 / count**0.5
     # The slope is a mean over the elements that are not small: a gradient is zero but for the experts in use.
+    astray = luck * step
     carrying = (truth.square().sum() ** 2 / truth.pow(4).sum()).item() if scale else 1.0
-    noise = 4 * max(eager.rms / scale if scale else 0.0, 0.3 * epsilon) / carrying**0.5
+    noise = 4 * max(eager.rms / scale if scale else 0.0, 0.3 * epsilon, astray) / min(carrying, count) ** 0.5
     return _Errors(
-        RMS_FACTOR * eager.rms * (1 + luck) + (_RMS_GRAIN[dtype] + luck) * epsilon * scale,
-        MAX_FACTOR * max(eager.largest, 2 * eager.rms) + (_MAX_GRAIN[dtype] + luck) * epsilon * _peak(truth),
+        RMS_FACTOR * eager.rms * (1 + luck) + ((_RMS_GRAIN[dtype] + luck) * epsilon + astray) * scale,
+        MAX_FACTOR * max(eager.largest, 2 * eager.rms)
+        + ((_MAX_GRAIN[dtype] + luck) * epsilon + astray) * _peak(truth),
         SLOPE_LIMIT + 2 * abs(eager.slope) + noise,
     )
 
@@ -80,6 +91,13 @@ def _same_pattern(actual: Tensor, expected: Tensor, name: str) -> None:
                                  f"places where it has; first at {first}")  # fmt: skip
 
 
+def _worst(errors: Tensor, finite: Tensor, actual: Tensor, truth: Tensor) -> str:
+    at = torch.zeros_like(truth)
+    at[finite] = errors
+    index = tuple(int(i) for i in torch.unravel_index(at.argmax(), at.shape))
+    return f"; worst at {index}: {actual[index].item():.6g}, truth {truth[index].item():.6g}"
+
+
 def assert_close_to_truth(
     actual: Tensor,
     truth_fp64: Tensor,
@@ -88,6 +106,8 @@ def assert_close_to_truth(
     *,
     compute_dtype: torch.dtype | None = None,
     min_exact_share: float = 0.0,
+    step: float = 0.0,
+    independent: int | None = None,
 ) -> Closeness:
     """Fail unless ``actual`` is as close to the truth as plain PyTorch in the same dtype, and unbiased.
 
@@ -99,6 +119,9 @@ def assert_close_to_truth(
         compute_dtype: dtype of the arithmetic when it is narrower than the result's (the float32 gradient of routing
             weights in a bfloat16 layer); default the result's own.
         min_exact_share: of elements that must equal the rounded truth. For one GEMM (0.9), not across roundings.
+        step: of a coarse rounding on the way, relative: a number near the middle between two of them may go to
+            either. In many elements as many of the yardstick's go astray; where there are few, luck decides.
+        independent: how many rounded numbers decide all elements, if fewer: a matrix of low rank has few.
 
     Returns:
         The measured ratios, so that drift can be recorded before it fails.
@@ -119,7 +142,7 @@ def assert_close_to_truth(
         for values in (truth_fp64, actual.detach().double(), eager_same_dtype.detach().double())
     )
     errors, eager_errors = _Errors.of(ours, truth), _Errors.of(eager, truth)
-    limits = _limits(eager_errors, truth, compute_dtype or dtype)
+    limits = _limits(eager_errors, truth, compute_dtype or dtype, step, independent)
     complaints = [
         f"{what} error {abs(value):.3e} > {limit:.3e}"
         for what, value, limit in zip(("rms", "max", "slope"), errors, limits, strict=True)
@@ -130,13 +153,6 @@ def assert_close_to_truth(
         complaints.append(f"only {exact:.1%} of elements equal the rounded truth (at least {min_exact_share:.0%})")
     if complaints:
         if truth.numel():
-            at = torch.zeros_like(truth_fp64)
-            at[finite] = (ours - truth).abs()
-            index = tuple(int(i) for i in torch.unravel_index(at.argmax(), at.shape))
-            complaints[-1] += f"; worst at {index}: {actual[index].item():.6g}, truth {truth_fp64[index].item():.6g}"
+            complaints[-1] += _worst((ours - truth).abs(), finite, actual, truth_fp64)
         raise AssertionError(f"{name} ({dtype}): " + ", ".join(complaints))
-    return Closeness(
-        rms_ratio=errors.rms / eager_errors.rms if eager_errors.rms else float(errors.rms > 0),
-        max_ratio=errors.largest / eager_errors.largest if eager_errors.largest else float(errors.largest > 0),
-        slope_error=errors.slope,
-    )
+    return errors.beside(eager_errors)

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from moe_kernels import backends
+from moe_kernels.fp8 import Fp8Weight, check_fp8
 from moe_kernels.kernels.launch.compile import compiling_only
 from moe_kernels.moe import fused_experts
 from moe_kernels.settings import DEFAULT_GROUP_SIZE, TILE_ROWS, GroupSize
 from moe_kernels.tools.check.allocations import poisoned_allocations
+from moe_kernels.tools.check.forms import PLAIN
 from moe_kernels.tools.check.problems import Case, Experts, Inputs, call, eager, make_inputs, rerouted, run, truth
 from moe_kernels.tools.check.tolerances import assert_close_to_truth
 
@@ -37,6 +39,7 @@ class Verdict:
     backend: str  # what ran
     group_size: GroupSize
     persistent: bool
+    form: str = PLAIN  # how the layer is trained
     routings: int = 0
     rms_ratio: float = 0.0  # error over that of plain PyTorch in the same dtype, both against float64
     max_ratio: float = 0.0
@@ -58,15 +61,17 @@ def verify_case(
     routings: Sequence[str],
     configurations: Sequence[tuple[GroupSize, bool]] = TRITON_CONFIGURATIONS,
     backend: str = "auto",
+    form: str = PLAIN,
     progress: Callable[[str], object] = lambda message: None,
 ) -> list[Verdict]:
     """Judge the output and every gradient of every (group_size, persistent) on every routing.
 
     The truth is the reference in float64, the yardstick the reference in the dtype of ``case``, the rule that of
-    :mod:`moe_kernels.tools.check.tolerances`. What the package allocates without filling is NaN meanwhile.
+    :mod:`moe_kernels.tools.check.tolerances`. What the package allocates without filling is NaN meanwhile. The
+    verdicts call what ``case`` trains ``form``.
     """
     dtype = str(case.dtype).removeprefix("torch.")
-    verdicts = [Verdict(name, dtype, backend, *configuration) for configuration in configurations]
+    verdicts = [Verdict(name, dtype, backend, *configuration, form) for configuration in configurations]
     inputs = make_inputs(case, device)
     supported = [verdict for verdict in verdicts if _select(verdict, inputs, backend)]
     progress(f"{name}, compiling")
@@ -92,6 +97,9 @@ def _select(verdict: Verdict, inputs: Inputs, backend: str) -> bool:
     problem = backends.Problem.of(inputs.down, top_k, group_size=group_size, persistent=persistent)
     try:
         verdict.backend, _ = backends.select(problem, backend)
+        gated = inputs.gate_up.shape[1] != inputs.down.shape[2]
+        check_fp8(inputs.gate_up, gated, bool(inputs.options.get("interleaved")), inputs.x.device)
+        check_fp8(inputs.down, False, False, inputs.x.device)
     except backends.UnsupportedProblem as error:
         verdict.failures = [str(error)]
     return verdict.ok
@@ -144,6 +152,7 @@ def _judge(
     plain: dict[str, torch.Tensor],
 ) -> None:
     ours = _ours(verdict)
+    step = torch.finfo(torch.float8_e4m3fn).eps if isinstance(inputs.gate_up, Fp8Weight) else 0.0
     before = backends.dispatch_counts().get(verdict.backend, 0)
     with poisoned_allocations():
         first, second = run(ours, inputs), run(ours, inputs)
@@ -157,8 +166,18 @@ def _judge(
         if not torch.equal(value, again):
             verdict.repeatable = False
             verdict.failures.append(f"{routing}: {name} differs between two runs on the same input")
+        # The gradient of a factor: products of the rows of a narrow matrix, one for each slot.
+        narrow = value.shape[2 if name.endswith("b") else 1] if "_lora_" in name else None
         try:
-            close = assert_close_to_truth(value, right, plain[name], f"{routing}: {name}")
+            close = assert_close_to_truth(
+                value,
+                right,
+                plain[name],
+                f"{routing}: {name}",
+                compute_dtype=inputs.x.dtype,
+                step=step,
+                independent=narrow and narrow * inputs.topk_ids.numel(),
+            )
         except AssertionError as error:
             verdict.failures.append(str(error))
             continue

@@ -14,6 +14,7 @@ MISSING = 3
 EXTRAS: dict[str, str] = {
     "transformers": "transformers",
     "axolotl": "axolotl",
+    "peft": "axolotl",
     "jinja2": "report",
     "matplotlib": "report",
     "pynvml": "report",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import moe_kernels
+from moe_kernels.tools.check.forms import FORMS, Form, why_not
 from moe_kernels.tools.common.errors import MissingDependency, UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +42,26 @@ def several(option: str, values: str, valid: Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise UsageError(f"--{option} {values!r} names nothing: choose from {', '.join(valid)}")
     return tuple(one_of(option, name, valid) for name in dict.fromkeys(names))
+
+
+def chosen_forms(
+    values: str, dtype: torch.dtype, device: torch.device, say: Callable[[str], object]
+) -> dict[str, Form]:
+    """The forms of ``--form``, by name. Of all of them, ``say`` is told which cannot be checked here, and why.
+
+    Raises:
+        UsageError: there is no such form, or it is named and cannot be checked in this dtype or on this device.
+    """
+    chosen = {}
+    for name in several("form", values, tuple(FORMS)):
+        reason = why_not(FORMS[name].packed, dtype, device)
+        if reason is None:
+            chosen[name] = FORMS[name]
+        elif values == "all":
+            say(f"{name} is left out: {reason}")
+        else:
+            raise UsageError(f"--form {name}: {reason}")
+    return chosen
 
 
 def shipped(name: Path, otherwise: str = "") -> Path:

@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, mod
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from moe_kernels.integrations.quantized import BLOCKS, MX_SCALES, SCALES, dequantised, packed_weight
-from moe_kernels.tools.common.packing import in_fp8, in_mxfp4
+from moe_kernels.tools.check.packing import in_fp8, in_mxfp4
 from moe_kernels.tools.compare.lines import WEIGHTS_LINE
 from moe_kernels.tools.compare.pair import digest
 from moe_kernels.tools.prepare.cache import made_with
