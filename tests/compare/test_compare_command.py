@@ -165,6 +165,8 @@ def test_keys_of_both_runs() -> None:
             assert run.config["sequence_len"] == 64
             assert run.config["gradient_checkpointing_kwargs"] == {"use_reentrant": True}
             assert run.config["special"] == {"a": {"b": [1, "two"]}}
+    names = {family_pair("mixtral", Options(settings=(f"seed={n}",))).name for n in ("1", "-1", "1.0", "[1]", "(1)")}
+    assert len(names) == 5, "one folder each"
     assert family_pair("mixtral", Options(settings=("attn_implementation=eager",))).name.endswith(
         "-attn_implementation-eager"
     )

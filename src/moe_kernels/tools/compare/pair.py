@@ -257,8 +257,8 @@ def _suffix(options: Options) -> str:
     """What the options change of a family's run files, for the name of the comparison."""
     adapter = f"-{'qlora' if options.qlora else 'lora'}{options.lora or ''}" if options.lora or options.qlora else ""
     packed = f"-{options.packed}{'-activations' if options.fp8_activations else ''}" if options.packed else ""
-    settings = "".join("-" + re.sub(r"[^\w.]+", "-", text) for text in options.settings)
-    if len(settings.encode()) > 60:
+    settings = "".join("-" + text.replace("=", "-") for text in options.settings)
+    if not re.fullmatch(r"[\w.-]{,60}", settings) or any("-" in text for text in options.settings):
         settings = f"-set-{digest(options.settings)}"
     return adapter + packed + ("-liger" if options.liger else "") + settings
 
