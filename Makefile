@@ -27,7 +27,7 @@ ARGS ?=
 # The newest transformers the integration is tested with, and the two packages it pins.
 NEWEST_TRANSFORMERS := transformers==5.24.0 tokenizers==0.23.3 huggingface_hub==1.33.0
 
-.PHONY: help compare check test test-quick test-main test-runs test-compiled test-hopper test-newest test-stack test-stack-main test-stack-runs fuzz mutants sanitize wheel lint docs clean
+.PHONY: help ready compare check test test-quick test-main test-runs test-compiled test-hopper test-newest test-stack test-stack-main test-stack-runs fuzz mutants sanitize wheel lint docs clean
 help:
 	@sed -n '1,5p' Makefile
 	@echo "# make lint | docs | fuzz | mutants | sanitize | wheel"
@@ -52,6 +52,8 @@ $(NEWEST_READY): $(READY)
 	@echo "== the newest transformers, beside the one axolotl pins"
 	$(BIN)/python -m pip install --upgrade --no-deps --target $(NEWEST) $(NEWEST_TRANSFORMERS)
 	touch $@
+
+ready: $(READY)
 
 compare: $(READY)
 	$(BIN)/python -m moe_kernels compare $(FAMILY) $(ARGS)
@@ -81,9 +83,10 @@ test-main: $(READY)
 	@echo "== the suite"
 	$(BIN)/python -m pytest tests --ignore=tests/aot $(RUNS:%=--ignore=%)
 
+# transformers' own engines run under its newest release alone (test-newest).
 test-runs: $(READY)
 	@echo "== trainings, several ranks, fuzzing"
-	$(BIN)/python -m pytest $(RUNS)
+	$(BIN)/python -m pytest $(RUNS) --ignore=tests/distributed/test_transformers_engines.py
 
 # What depends most on the versions of torch, triton, transformers, PEFT and Axolotl, for a second stack (.ci/run):
 # without fuzzing, reports, benchmarks, whole comparisons and the like (of tests/core SAME), which are our own code on
@@ -91,7 +94,8 @@ test-runs: $(READY)
 test-stack: test-stack-runs test-stack-main test-hopper
 STACK_RUNS := $(filter-out tests/fuzz tests/distributed tests/compare/%,$(RUNS)) tests/distributed/test_lora.py \
 	tests/distributed/test_scaling.py::test_axolotl_trains_a_large_models_adapter_on_two_ranks
-SAME := $(addprefix tests/core/test_,$(addsuffix .py,mutations add_a_backend properties derivatives sanitized nonfinite ambient))
+SAME := $(addprefix tests/core/test_,$(addsuffix .py,mutations add_a_backend properties derivatives sanitized nonfinite ambient \
+	factors packed fp8_activations without_data))
 STACK := core router integrations conformance telemetry tuning cli test_configs.py test_stacks.py
 
 test-stack-main: $(READY)
