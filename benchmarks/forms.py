@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import fused_experts
-from moe_kernels.backends.gluon import use_every_form
+from moe_kernels.backends.gluon import use_every_form, use_fp8
 from moe_kernels.packed import whole
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.bench.experts import dense_calls
@@ -94,11 +94,15 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="also time every kernel of the first backend")
     parser.add_argument(
         "--every-form", action="store_true",
-        help="interleaved experts and weights stored by columns on the Hopper kernels too, which are not chosen",
+        help="on the Hopper kernels also what they are not chosen for: interleaved experts, weights stored by "
+        "columns, GEMMs in fp8",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("forms.json"))
     args = parser.parse_args()
-    with use_every_form(True) if args.every_form else nullcontext():
+    with ExitStack() as everything:
+        if args.every_form:
+            everything.enter_context(use_every_form(True))
+            everything.enter_context(use_fp8(True))
         measure(args)
 
 
