@@ -45,6 +45,14 @@ class Fp8Weight(BlockFp8):
             by_columns=weight.by_columns,
         )  # fmt: skip
 
+    def operand(self, transposed: bool) -> tuple[Tensor, int]:
+        """(codes (E, N, K), pieces of K that begin a block each) of a GEMM over K; dgrad's are ``transposed``."""
+        if not transposed:
+            return self.data, 1
+        if self.transposed is None:
+            raise ValueError("an Fp8Weight without transposed codes has no dgrad: give it those of fp8.transposed()")
+        return self.transposed, self.stacked
+
     def _why_not(self) -> str:
         experts, rows, columns = self.sizes
         copy = self.transposed

@@ -21,6 +21,7 @@ from moe_kernels.fp8 import transposed as fp8_transposed
 from moe_kernels.kernels.hopper import down_grad, fp8, gemm, wgrad
 from moe_kernels.kernels.hopper.ring import PING_PONG, use_schedule
 from moe_kernels.kernels.operands import Descriptor
+from moe_kernels.kernels.triton import fp8 as steps
 from moe_kernels.layer import Weight
 from moe_kernels.packed import BlockFp8
 from moe_kernels.routing import RoutingPlan, TokenRows
@@ -192,10 +193,10 @@ def fp8_cases() -> Iterator[CompileCase]:
 
     i, h = _INTERMEDIATE, _HIDDEN
     calls = {
-        "down-silu-bf16": lambda: fp8.down(z[:, :i].contiguous(), weight(h, i, 1), plan),
-        "up-silu-bf16-lora16": lambda: fp8.up(x, weight(2 * i, h, 2, 16, 2 * i, 16), plan, silu, True),
-        "up-relu2-bf16-lora16-no-gate": lambda: fp8.up(x, weight(i, h, 1, 16, i, 16), plan, relu2, True),
-        "dgrad-silu-bf16-lora128": lambda: fp8.dgrad(z, weight(2 * i, h, 2, 128, 128, h), plan),
+        "down-silu-bf16": lambda: steps.down(fp8.gemm, z[:, :i].contiguous(), weight(h, i, 1), plan),
+        "up-silu-bf16-lora16": lambda: steps.up(fp8.gemm, x, weight(2 * i, h, 2, 16, 2 * i, 16), plan, silu, True),
+        "up-relu2-bf16-lora16-no-gate": lambda: steps.up(fp8.gemm, x, weight(i, h, 1, 16, i, 16), plan, relu2, True),
+        "dgrad-silu-bf16-lora128": lambda: steps.dgrad(fp8.gemm, z, weight(2 * i, h, 2, 128, 128, h), plan),
     }
     with (
         mock.patch.object(fp8, "quantize", quantized),

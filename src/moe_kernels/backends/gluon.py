@@ -8,8 +8,6 @@ gate and up) run on the Triton backend's kernels, as do the narrow products with
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 import triton
 from torch import Tensor
@@ -21,6 +19,7 @@ from moe_kernels.fp8 import Fp8Weight
 from moe_kernels.kernels.hopper import gluon_names
 from moe_kernels.kernels.operands import by_rows, stored
 from moe_kernels.kernels.tiles.config import Override
+from moe_kernels.kernels.triton.fp8 import Gemm
 from moe_kernels.layer import Matrix, Rows, Weight
 from moe_kernels.packed import PackedWeight
 from moe_kernels.problem import Problem
@@ -79,10 +78,8 @@ class GluonBackend(TritonBackend):
             return gemm.dgrad(rows, weight, plan)
         return super().dgrad(rows, weight, plan)
 
-    def fp8_gemms(self, weight: Weight) -> ModuleType | None:
-        if isinstance(weight.matrix, Fp8Weight) and _fp8.choice is True and fp8.fits(weight):
-            return fp8
-        return super().fp8_gemms(weight)
+    def fp8_gemm(self, weight: Weight) -> Gemm:
+        return fp8.gemm if _fp8.choice is True and fp8.fits(weight) else super().fp8_gemm(weight)
 
     def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
         gathered = down.shape[2] <= _GATHERED if _forced.choice is None else _forced.choice

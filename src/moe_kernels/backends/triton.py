@@ -6,8 +6,6 @@ multiples of 16 elements, use pointer loads. The math is the same.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -63,18 +61,23 @@ class TritonBackend(Backend):
         return up_projection.gathered_low(rows, lora_a, plan)
 
     def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
-        kernels = self.fp8_gemms(weight) or up_projection
-        return kernels.up(x, weight, plan, gate, save_z)
+        if isinstance(weight.matrix, Fp8Weight):
+            return fp8.up(self.fp8_gemm(weight), x, weight, plan, gate, save_z)
+        return up_projection.up(x, weight, plan, gate, save_z)
 
     def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
-        return (self.fp8_gemms(weight) or grouped_gemm).down(a, weight, plan)
+        if isinstance(weight.matrix, Fp8Weight):
+            return fp8.down(self.fp8_gemm(weight), a, weight, plan)
+        return grouped_gemm.down(a, weight, plan)
 
     def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
-        return (self.fp8_gemms(weight) or grouped_gemm).dgrad(rows, weight, plan)
+        if isinstance(weight.matrix, Fp8Weight):
+            return fp8.dgrad(self.fp8_gemm(weight), rows, weight, plan)
+        return grouped_gemm.dgrad(rows, weight, plan)
 
-    def fp8_gemms(self, weight: Weight) -> ModuleType | None:
-        """The kernels ``up``, ``down`` and ``dgrad`` of a weight that is multiplied in fp8; None for others."""
-        return fp8 if isinstance(weight.matrix, Fp8Weight) else None
+    def fp8_gemm(self, weight: Weight) -> fp8.Gemm:
+        """What multiplies rows with an ``Fp8Weight``."""
+        return fp8.gemm
 
     def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
         if isinstance(down, Fp8Weight):  # rounded once a token, and gathered by the GEMM
@@ -93,9 +96,8 @@ class TritonBackend(Backend):
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        fp8_gemms = self.fp8_gemms(weight)
-        if fp8_gemms is not None:
-            da = fp8_gemms.dgrad(dout_rows, weight, plan)
+        if isinstance(weight.matrix, Fp8Weight):
+            da = fp8.dgrad(self.fp8_gemm(weight), dout_rows, weight, plan)
         else:
             da = grouped_gemm.dgrad(in_expert_order(dout_rows, plan, gather), weight, plan)
         return dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)

@@ -33,7 +33,7 @@ from moe_kernels.kernels.triton.combine import gather
 from moe_kernels.kernels.triton.fp8 import quantize
 from moe_kernels.layer import Rows, Weight
 from moe_kernels.packed import SIDE
-from moe_kernels.routing import RoutingPlan, TokenRows
+from moe_kernels.routing import RoutingPlan
 
 #: Layout of a block of codes in shared memory, 128 bytes a row.
 _CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
@@ -260,32 +260,6 @@ def fits(weight: Weight) -> bool:
     return aligned and (weight.low is None or weight.low.shape[1] in RANKS)
 
 
-def up(
-    x: torch.Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (T, H), weight (E, Z, H) -> Z (R, Z), empty unless save_z, and A (R, I)."""
-    width = weight.matrix.shape[1]
-    z = x.new_empty(plan.rows, width) if save_z else x.new_empty(0)
-    a = x.new_empty(plan.rows, width // 2 if gate.gated else width)
-    _gemm(TokenRows(x, plan.top_k), weight, plan, a, False, z, gate)
-    return z, a
-
-
-def down(a: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
-    """Y = A W2[e]^T + b2[e]: a (R, I), weight (E, H, I) -> (R, H)."""
-    out = a.new_empty(plan.rows, weight.matrix.shape[1])
-    _gemm(a, weight, plan, out, False)
-    return out
-
-
-def dgrad(rows: Rows, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
-    """rows W[e]: dA0 from dO (T, H), gathered here, and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H)."""
-    tokens = rows if isinstance(rows, torch.Tensor) else rows.tokens
-    out = tokens.new_empty(plan.rows, weight.matrix.shape[2])
-    _gemm(rows, weight, plan, out, True)
-    return out
-
-
 def _codes_in_order(rows: Rows, pieces: int, plan: RoutingPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """``quantize`` of rows in expert order, or of tokens, whose codes and scales are then copied into it."""
     if isinstance(rows, torch.Tensor):
@@ -298,7 +272,7 @@ def _codes_in_order(rows: Rows, pieces: int, plan: RoutingPlan) -> tuple[torch.T
 _PLAIN = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0}
 
 
-def _gemm(
+def gemm(
     rows: Rows,
     weight: Weight,
     plan: RoutingPlan,
@@ -307,13 +281,10 @@ def _gemm(
     z: torch.Tensor | None = None,
     gate: Gate | None = None,
 ) -> None:
-    """``out`` = rows W[e]^T, or rows W[e] if ``transposed``; through ``gate`` with the sums in ``z``."""
+    """A :class:`moe_kernels.kernels.triton.fp8.Gemm`."""
     packed = weight.matrix
     assert isinstance(packed, Fp8Weight)
-    pieces = packed.stacked if transposed else 1
-    data = packed.transposed if transposed else packed.data
-    if data is None:
-        raise ValueError("an Fp8Weight without transposed codes has no dgrad: give it those of fp8.transposed()")
+    data, pieces = packed.operand(transposed)
     gated = gate is not None and gate.gated
     width, inner = out.shape[1], data.shape[2] // pieces
     columns = COOPERATIVE.block_n // 2 if gated else COOPERATIVE.block_n

@@ -11,6 +11,7 @@ for 4 matrix instructions.
 """
 
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 import triton
@@ -245,33 +246,48 @@ def quantize(rows: torch.Tensor, pieces: int = 1) -> tuple[torch.Tensor, torch.T
     return codes, scales
 
 
+class Gemm(Protocol):
+    """``out`` = rows W[e]^T, or rows W[e] if ``transposed``; through ``gate`` with the sums in ``z``."""
+
+    def __call__(
+        self,
+        rows: Rows,
+        weight: Weight,
+        plan: RoutingPlan,
+        out: torch.Tensor,
+        transposed: bool,
+        z: torch.Tensor | None = None,
+        gate: Gate | None = None,
+    ) -> None: ...
+
+
 def up(
-    x: torch.Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool
+    gemm: Gemm, x: torch.Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (T, H), weight (E, Z, H) -> Z (R, Z), empty unless save_z, and A (R, I)."""
     width = weight.matrix.shape[1]
     z = x.new_empty(plan.rows, width) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, width // 2 if gate.gated else width)
-    _gemm(TokenRows(x, plan.top_k), weight, plan, a, False, z, gate)
+    gemm(TokenRows(x, plan.top_k), weight, plan, a, False, z, gate)
     return z, a
 
 
-def down(a: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
+def down(gemm: Gemm, a: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
     """Y = A W2[e]^T + b2[e]: a (R, I), weight (E, H, I) -> (R, H)."""
     out = a.new_empty(plan.rows, weight.matrix.shape[1])
-    _gemm(a, weight, plan, out, False)
+    gemm(a, weight, plan, out, False)
     return out
 
 
-def dgrad(rows: Rows, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
+def dgrad(gemm: Gemm, rows: Rows, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
     """rows W[e]: dA0 from dO (T, H), gathered here, and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H)."""
     tokens = rows if isinstance(rows, torch.Tensor) else rows.tokens
     out = tokens.new_empty(plan.rows, weight.matrix.shape[2])
-    _gemm(rows, weight, plan, out, True)
+    gemm(rows, weight, plan, out, True)
     return out
 
 
-def _gemm(
+def gemm(
     rows: Rows,
     weight: Weight,
     plan: RoutingPlan,
@@ -280,13 +296,10 @@ def _gemm(
     z: torch.Tensor | None = None,
     gate: Gate | None = None,
 ) -> None:
-    """``out`` = rows W[e]^T, or rows W[e] if ``transposed``; through ``gate`` with the sums in ``z``."""
+    """A :class:`Gemm`."""
     matrix = weight.matrix
     assert isinstance(matrix, Fp8Weight)
-    pieces = matrix.stacked if transposed else 1
-    data = matrix.transposed if transposed else matrix.data
-    if data is None:
-        raise ValueError("an Fp8Weight without transposed codes has no dgrad: give it those of fp8.transposed()")
+    data, pieces = matrix.operand(transposed)
     given, top_k = rows if isinstance(rows, TokenRows) else (rows, 0)
     codes, row_scales = quantize(given, pieces)
     gated = gate is not None and gate.gated
