@@ -76,7 +76,7 @@ def twice_in_a_row(experts):
 def in_4_bits(backend, device):
     """Experts of the size SMALL with weights of their own, whichever they are called with."""
     weights = [packed(SMALL.experts, 32, columns, device, dtype=SMALL.dtype) for columns in (32, 16)]
-    return lambda x, ids, topk_weights, *_: moe_kernels.fused_experts(x, ids, topk_weights, *weights, backend=backend)
+    return lambda x, ids, topk, **_: moe_kernels.fused_experts(x, ids, topk, *weights, backend=backend)
 
 
 def results(experts, inputs, wanted=None, after=lambda out: out):

@@ -235,8 +235,8 @@ def test_experts_in_few_bits(kind, make, every_form, monkeypatch):
     frozen = tuple(name for name in inputs.leaves() if name not in ("gate_up", "down"))
 
     def by(gate_up, down):
-        def experts_of(x, ids, topk_weights, _gate_up, _down, **others):
-            return gluon(x, ids, topk_weights, gate_up, down, **others)
+        def experts_of(x, ids, topk_weights, **others):
+            return gluon(x, ids, topk_weights, **others | {"gate_up": gate_up, "down": down})
 
         return run(experts_of, inputs, frozen)
 
