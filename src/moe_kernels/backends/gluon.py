@@ -79,7 +79,9 @@ class GluonBackend(TritonBackend):
         return super().dgrad(rows, weight, plan)
 
     def fp8_gemm(self, weight: Weight) -> Gemm:
-        return fp8.gemm if _fp8.choice is True and fp8.fits(weight) else super().fp8_gemm(weight)
+        assert isinstance(weight.matrix, Fp8Weight)
+        here = _fp8.choice is True and fp8.fits(weight.matrix) and _low_rank_fits(weight)
+        return fp8.gemm if here else super().fp8_gemm(weight)
 
     def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
         gathered = down.shape[2] <= _GATHERED if _forced.choice is None else _forced.choice
@@ -132,9 +134,14 @@ def _fits(*tensors: Matrix) -> bool:
 
 
 def _weight_fits(weight: Weight) -> bool:
-    """The matrix, and a low-rank part of a rank that the kernels know (the op pads ranks), if any."""
+    """The matrix, and the low-rank part."""
     if not _fits(weight.matrix) or (not by_rows(weight.matrix) and _every_form.choice is not True):
         return False
+    return _low_rank_fits(weight)
+
+
+def _low_rank_fits(weight: Weight) -> bool:
+    """A low-rank part, if any, is aligned and of a rank that the kernels know: the op pads ranks."""
     if weight.low is None or weight.factor is None:
         return True
     parts = weight.low, weight.factor

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from moe_kernels.activation import Gate
 from moe_kernels.fp8 import Fp8Weight
 from moe_kernels.kernels.device import cdiv, multiprocessors
-from moe_kernels.kernels.hopper.gemm import RANKS, Epilogue, Operands, low_rank_blocks, write_tile
+from moe_kernels.kernels.hopper.gemm import Epilogue, Operands, load_columns, low_rank_blocks, write_tile
 from moe_kernels.kernels.hopper.gluon_names import aggregate, tma_load
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_M,
@@ -86,7 +86,6 @@ class _Scales:
 @gluon.jit
 def _producer(operands, tiles, ring, blocks, PIECES: gl.constexpr):
     """The producer warp: load the codes of every k block, and the low-rank blocks, of every tile into the ring."""
-    HALF: gl.constexpr = ring.b.shape[1] // 2
     SIDE: gl.constexpr = ring.a.shape[2]
     inner = operands.rows.width  # elements of a piece
     step = 0
@@ -98,12 +97,7 @@ def _producer(operands, tiles, ring, blocks, PIECES: gl.constexpr):
             mbarrier.expect(ready, a.numel + b.numel)
             # Behind a piece's last element the rows have zeros, and the weights the next piece or TMA's zeros.
             k0 = block // blocks * inner + block % blocks * SIDE
-            if operands.GATED:
-                gate_row = tile.expert * operands.N * 2 + tile.n * HALF
-                tma_load(operands.weight, [gate_row, k0], ready, b.slice(0, HALF))
-                tma_load(operands.weight, [gate_row + operands.N, k0], ready, b.slice(HALF, HALF))
-            else:
-                tma_load(operands.weight, [tile.expert * operands.N + tile.n * (2 * HALF), k0], ready, b)
+            load_columns(operands.weight, b, ready, tile, k0, inner, operands.N, operands.GATED, False)
             tma_load(operands.rows.descriptor, [tile.row0, block * SIDE], ready, a)
             step += 1
         step = operands.load_all_low(ring, step, tile)
@@ -252,12 +246,9 @@ def hopper_fp8_gemm_kernel(
     )
 
 
-def fits(weight: Weight) -> bool:
-    """Whether the GEMMs of a block-fp8 weight, whose low-rank part has a rank in RANKS, run here: by TMA."""
-    matrix = weight.matrix
-    assert isinstance(matrix, Fp8Weight)
-    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (matrix.data, matrix.transposed))
-    return aligned and (weight.low is None or weight.low.shape[1] in RANKS)
+def fits(packed: Fp8Weight) -> bool:
+    """Whether its codes can be loaded by TMA."""
+    return all(t is None or t.data_ptr() % 16 == 0 for t in (packed.data, packed.transposed))
 
 
 def _codes_in_order(rows: Rows, pieces: int, plan: RoutingPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -278,10 +269,10 @@ def gemm(
     plan: RoutingPlan,
     out: torch.Tensor,
     transposed: bool,
-    z: torch.Tensor | None = None,
-    gate: Gate | None = None,
+    z: torch.Tensor | None,
+    gate: Gate | None,
 ) -> None:
-    """A :class:`moe_kernels.kernels.triton.fp8.Gemm`."""
+    """As :data:`moe_kernels.kernels.triton.fp8.Gemm` says."""
     packed = weight.matrix
     assert isinstance(packed, Fp8Weight)
     data, pieces = packed.operand(transposed)

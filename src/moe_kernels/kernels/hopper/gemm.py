@@ -52,6 +52,23 @@ from moe_kernels.layer import Weight
 from moe_kernels.routing import RoutingPlan
 
 
+@gluon.jit
+def load_columns(matrices, b, ready, tile, k0, K, N, GATED: gl.constexpr, IS_KN: gl.constexpr):
+    """Issue the load of the k block at k0 of a tile's columns of its expert's matrix, (N, K), or (K, N) if IS_KN.
+
+    GATED: of N gate and N up columns, half of ``b`` each.
+    """
+    if GATED:
+        HALF: gl.constexpr = b.shape[0] // 2
+        gate_row = tile.expert * N * 2 + tile.n * HALF
+        tma_load(matrices, [gate_row, k0], ready, b.slice(0, HALF))
+        tma_load(matrices, [gate_row + N, k0], ready, b.slice(HALF, HALF))
+    elif IS_KN:
+        tma_load(matrices, [tile.expert * K + k0, tile.n * b.shape[1]], ready, b)
+    else:
+        tma_load(matrices, [tile.expert * N + tile.n * b.shape[0], k0], ready, b)
+
+
 @aggregate
 class Operands:
     """The rows and the weights that a GEMM multiplies, (R, K) times (K, N) of each expert.
@@ -97,15 +114,7 @@ class Operands:
         """Issue the loads of the k block at k0 of ``tile`` into a stage of the ring."""
         a, b, ready = stage
         mbarrier.expect(ready, b.numel * 2 if self.GATHER else (a.numel + b.numel) * 2)
-        if self.GATED:
-            HALF: gl.constexpr = b.shape[0] // 2
-            gate_row = tile.expert * self.N * 2 + tile.n * HALF
-            tma_load(self.weight, [gate_row, k0], ready, b.slice(0, HALF))
-            tma_load(self.weight, [gate_row + self.N, k0], ready, b.slice(HALF, HALF))
-        elif self.W_IS_KN:
-            tma_load(self.weight, [tile.expert * self.rows.width + k0, tile.n * b.shape[1]], ready, b)
-        else:
-            tma_load(self.weight, [tile.expert * self.N + tile.n * b.shape[0], k0], ready, b)
+        load_columns(self.weight, b, ready, tile, k0, self.rows.width, self.N, self.GATED, self.W_IS_KN)
         if self.GATHER:
             cp_async(a, sources + k0)
             async_copy.mbarrier_arrive(ready, increment_count=False)
@@ -140,15 +149,7 @@ class Operands:
         if self.GATHER:
             mbarrier.arrive(ready, count=128)  # in place of the cp.async of all threads
         k0 = block * self.LOW_K
-        if self.GATED:
-            HALF: gl.constexpr = b.shape[0] // 2
-            gate_row = tile.expert * self.N * 2 + tile.n * HALF
-            tma_load(self.factor, [gate_row, k0], ready, b.slice(0, HALF))
-            tma_load(self.factor, [gate_row + self.N, k0], ready, b.slice(HALF, HALF))
-        elif self.LOW_IS_KN:
-            tma_load(self.factor, [tile.expert * self.RANK + k0, tile.n * b.shape[1]], ready, b)
-        else:
-            tma_load(self.factor, [tile.expert * self.N + tile.n * b.shape[0], k0], ready, b)
+        load_columns(self.factor, b, ready, tile, k0, self.RANK, self.N, self.GATED, self.LOW_IS_KN)
         tma_load(self.low, [tile.row0, k0], ready, a)
 
     @gluon.jit

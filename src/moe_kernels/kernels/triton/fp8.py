@@ -10,8 +10,8 @@ makes that copy in every k block, byte by byte through registers: 64 stores to s
 for 4 matrix instructions.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
 import triton
@@ -246,19 +246,9 @@ def quantize(rows: torch.Tensor, pieces: int = 1) -> tuple[torch.Tensor, torch.T
     return codes, scales
 
 
-class Gemm(Protocol):
-    """``out`` = rows W[e]^T, or rows W[e] if ``transposed``; through ``gate`` with the sums in ``z``."""
-
-    def __call__(
-        self,
-        rows: Rows,
-        weight: Weight,
-        plan: RoutingPlan,
-        out: torch.Tensor,
-        transposed: bool,
-        z: torch.Tensor | None = None,
-        gate: Gate | None = None,
-    ) -> None: ...
+#: (rows, weight, plan, out, transposed, z, gate): ``out`` = rows W[e]^T, or rows W[e] if ``transposed``; with a gate
+#: through it, and the sums in ``z`` unless that is empty.
+Gemm = Callable[[Rows, Weight, RoutingPlan, torch.Tensor, bool, torch.Tensor | None, Gate | None], None]
 
 
 def up(
@@ -275,7 +265,7 @@ def up(
 def down(gemm: Gemm, a: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
     """Y = A W2[e]^T + b2[e]: a (R, I), weight (E, H, I) -> (R, H)."""
     out = a.new_empty(plan.rows, weight.matrix.shape[1])
-    gemm(a, weight, plan, out, False)
+    gemm(a, weight, plan, out, False, None, None)
     return out
 
 
@@ -283,7 +273,7 @@ def dgrad(gemm: Gemm, rows: Rows, weight: Weight, plan: RoutingPlan) -> torch.Te
     """rows W[e]: dA0 from dO (T, H), gathered here, and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H)."""
     tokens = rows if isinstance(rows, torch.Tensor) else rows.tokens
     out = tokens.new_empty(plan.rows, weight.matrix.shape[2])
-    gemm(rows, weight, plan, out, True)
+    gemm(rows, weight, plan, out, True, None, None)
     return out
 
 
@@ -293,10 +283,10 @@ def gemm(
     plan: RoutingPlan,
     out: torch.Tensor,
     transposed: bool,
-    z: torch.Tensor | None = None,
-    gate: Gate | None = None,
+    z: torch.Tensor | None,
+    gate: Gate | None,
 ) -> None:
-    """A :class:`Gemm`."""
+    """As :data:`Gemm` says."""
     matrix = weight.matrix
     assert isinstance(matrix, Fp8Weight)
     data, pieces = matrix.operand(transposed)
