@@ -62,8 +62,7 @@ class AddedGrads(NamedTuple):
     """From dY (R, N), with ``Y = rows W[e]^T + low factor[e]^T + bias[e]``: the gradients of what is added.
 
     Attributes:
-        rows: dY in expert order, rounded where the matrix is multiplied in fp8; as it was given where no step needs
-            it in order.
+        rows: dY in expert order; as it was given where no step needs it in order.
         low: dY factor[e], (R, r); None without a factor.
         factor: (w dY)^T low of each expert, (E, N, r), contiguous, of the rank and dtype of lora_b as the caller has
             it; None where it is not needed. w = 1 without routing weights.
@@ -72,11 +71,27 @@ class AddedGrads(NamedTuple):
             without a bias or without routing weights.
     """
 
-    rows: GemmRows
+    rows: Rows
     low: Tensor | None = None
     factor: Tensor | None = None
     bias: Tensor | None = None
     bias_dot: Tensor | None = None
+
+
+class DownGrads(NamedTuple):
+    """From dO, W2 and Z, the gradients on the way to the first half.
+
+    Attributes:
+        dz: (R, Z).
+        wa: w A (R, I); without elements where it is not needed.
+        dw: (T, K), of the routing weights.
+        rounded_dz: dZ for a ``dgrad`` in fp8; None where that rounds dZ itself.
+    """
+
+    dz: Tensor
+    wa: Tensor
+    dw: Tensor
+    rounded_dz: Fp8Rows | None = None
 
 
 class Tensors(NamedTuple):

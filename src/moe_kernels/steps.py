@@ -21,7 +21,6 @@ from moe_kernels.layer import (
     AnyTensors,
     BackwardSpec,
     BackwardTensors,
-    GemmRows,
     Grads,
     Matrix,
     Needs,
@@ -140,8 +139,8 @@ def backward(t: BackwardTensors, spec: BackwardSpec) -> Grads:
     if settings.recompute:
         gate_up = Weight(t.gate_up, t.gate_up_bias, t.x_low, t.gate_up_lora_b)
         (z, _), overwrite_z = backend.up(t.x, gate_up, plan, gate, True), True
-    dz, grads = _down_grads(t, given, spec, z, overwrite_z, plan, gate, backend)
-    grads |= _gate_up_grads(t, given, spec, dz, plan, backend)
+    dz, rounded_dz, grads = _down_grads(t, given, spec, z, overwrite_z, plan, gate, backend)
+    grads |= _gate_up_grads(t, given, spec, dz, rounded_dz, plan, backend)
     transposed = {
         name: grad
         for name in ("gate_up_lora_b", "down_lora_b")
@@ -161,8 +160,9 @@ def _down_grads(
     plan: RoutingPlan,
     gate: Gate,
     backend: Backend,
-) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Steps 4 and 5: dZ (R, Z), and the gradients that dO in expert order and wA serve. Both die here.
+) -> tuple[Tensor, Fp8Rows | None, dict[str, Tensor | None]]:
+    """Steps 4 and 5: dZ (R, Z), rounded too where it is multiplied in fp8, and the gradients that dO in expert order
+    and wA serve. Both die here.
 
     ``given`` has LoRA's factors as the caller has them, ``t`` packed.
     """
@@ -170,7 +170,7 @@ def _down_grads(
     plan_of_dout = plan if spec.forward.reduce else _by_slot(plan)
     added: AddedGrads | None = None
     if t.down_bias is None and t.down_lora_b is None:
-        dout_rows: GemmRows = backend.dout_rows(dout, t.down, plan_of_dout, gate)
+        dout_rows = backend.dout_rows(dout, t.down, plan_of_dout, gate)
     else:
         tokens = TokenRows(dout, plan_of_dout.top_k)
         down = Weight(t.down, t.down_bias, t.a_low, t.down_lora_b)
@@ -180,34 +180,37 @@ def _down_grads(
     low, bias_dot = (None, None) if added is None else (added.low, added.bias_dot)
     down = Weight(t.down, None, low, t.down_lora_a)
     needs_wa = needs.down or needs.down_lora_a
-    dz, wa, dw = backend.down_grad(dout_rows, down, z, t.topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
-    grads: dict[str, Tensor | None] = {"topk_weights": dw if needs.topk_weights else None}
+    done = backend.down_grad(dout_rows, down, z, t.topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
+    grads: dict[str, Tensor | None] = {"topk_weights": done.dw if needs.topk_weights else None}
     if needs.down:
-        assert not isinstance(dout_rows, Fp8Rows), "weights in fp8 are frozen"
-        grads["down"] = _weight_grad(backend, t.down, dout_rows, wa, plan)
+        grads["down"] = _weight_grad(backend, t.down, dout_rows, done.wa, plan)
     if added is not None:
         grads |= {"down_bias": added.bias, "down_lora_b": added.factor}
     if needs.down_lora_a and low is not None and given.down_lora_a is not None:
-        grads["down_lora_a"] = backend.lora_a_grad(low, wa, plan, given.down_lora_a, spec.forward.down_scaling)
-    return dz, grads
+        grads["down_lora_a"] = backend.lora_a_grad(low, done.wa, plan, given.down_lora_a, spec.forward.down_scaling)
+    return done.dz, done.rounded_dz, grads
 
 
 def _gate_up_grads(
-    t: BackwardTensors, given: BackwardTensors, spec: BackwardSpec, dz: Tensor, plan: RoutingPlan, backend: Backend
+    t: BackwardTensors,
+    given: BackwardTensors,
+    spec: BackwardSpec,
+    dz: Tensor,
+    rounded_dz: Fp8Rows | None,
+    plan: RoutingPlan,
+    backend: Backend,
 ) -> dict[str, Tensor | None]:
     """Steps 6 to 8, from dZ (R, Z)."""
     needs = spec.needs
     grads: dict[str, Tensor | None] = {}
-    rows: GemmRows = dz
     low = None
     if t.gate_up_lora_b is not None or needs.gate_up_bias:
         gate_up = Weight(t.gate_up, t.gate_up_bias, t.x_low, t.gate_up_lora_b)
         lora_b = given.gate_up_lora_b if needs.gate_up_lora_b else None
         added = backend.added_grads(dz, gate_up, plan, lora_b, needs.gate_up_bias)
-        rows, low = added.rows, added.low
-        grads |= {"gate_up_lora_b": added.factor, "gate_up_bias": added.bias}
+        low, grads["gate_up_lora_b"], grads["gate_up_bias"] = added.low, added.factor, added.bias
     if needs.x:
-        dxr = backend.dgrad(rows, Weight(t.gate_up, None, low, t.gate_up_lora_a), plan)
+        dxr = backend.dgrad(rounded_dz or dz, Weight(t.gate_up, None, low, t.gate_up_lora_a), plan)
         grads["x"] = backend.combine_grad(dxr, plan)
         del dxr
     x_rows: Rows = TokenRows(t.x, plan.top_k)

@@ -116,16 +116,18 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("fp8: NaN becomes a number", "dequantize.py", "tl.where(size == 0x7F, 0x7FC00000, bits)", "tl.where(size == 0x80, 0x7FC00000, bits)"),
     ("fp8: the sign of zero is lost", "dequantize.py", "| ((code & 0x80) << 24)", "| tl.where(size == 0, 0, (code & 0x80) << 24)"),
     ("fp8: exponent off by one", "dequantize.py", "(size << 20) + (120 << 23)", "(size << 20) + (121 << 23)"),
-    ("fp8 rows: largest number of a block instead of the largest size", "fp8.py", "tl.max(tl.abs(values), axis=2)", "tl.max(values, axis=2)"),
-    ("fp8 rows: a block of zeros has the scale zero", "fp8.py", "tl.maximum(tl.max(tl.abs(values), axis=2), SMALLEST)", "tl.max(tl.abs(values), axis=2)"),
-    ("fp8 rows: numbers beyond e4m3 are cut", "fp8.py", "tl.div_rn(LARGEST, most)", "tl.div_rn(2.0 * LARGEST, most)"),
-    ("fp8 rows: a piece reaches into the next", "fp8.py", "& (column < K)\n", "& (column < PIECES * K - (block // blocks * K)[:, None])\n"),
-    ("fp8 rows: the second piece begins where a whole block would end", "fp8.py", "(block // blocks * K)[:, None] + column", "(block // blocks * blocks * SIDE)[:, None] + column"),
-    ("fp8 rows: scale stored in the next block", "fp8.py", "(r * width)[:, None] + block[None, :], scales", "(r * width)[:, None] + ((block + 1) % width)[None, :], scales"),
-    ("fp8 rows: tokens written to the row of their first expert", "fp8.py", "r * TOP_K + k, mask=r < count", "r * TOP_K, mask=r < count"),
-    ("fp8 rows: scales of a token in its own place", "fp8.py", "(row * width)[:, None] + block[None, :], scales", "(r * width)[:, None] + block[None, :], scales"),
-    ("fp8 rows: a pass rounds its first block for all", "row_pass.py", "sides = block * SIDES +", "sides = block * 0 +"),
-    ("fp8 rows: a pass writes rows of the next expert", "row_pass.py", "kept = own[:, None] & (sides <", "kept = (sides > -1)[None, :] & (sides <"),
+    ("fp8 rows: largest number of a block instead of the largest size", "round.py", "tl.max(tl.abs(values), axis=2)", "tl.max(values, axis=2)"),
+    ("fp8 rows: a block of zeros has the scale zero", "round.py", "tl.maximum(tl.max(tl.abs(values), axis=2), SMALLEST)", "tl.max(tl.abs(values), axis=2)"),
+    ("fp8 rows: numbers beyond e4m3 are cut", "round.py", "tl.div_rn(LARGEST, most)", "tl.div_rn(2.0 * LARGEST, most)"),
+    ("fp8 rows: a piece reaches into the next", "round.py", "& (column < K)\n", "& (column < PIECES * K - (block // blocks * K)[:, None])\n"),
+    ("fp8 rows: the second piece begins where a whole block would end", "round.py", "(block // blocks * K)[:, None] + column", "(block // blocks * blocks * SIDE)[:, None] + column"),
+    ("fp8 rows: scale stored in the next block", "round.py", "(r * width)[:, None] + block[None, :], scales", "(r * width)[:, None] + ((block + 1) % width)[None, :], scales"),
+    ("fp8 rows: tokens written to the row of their first expert", "round.py", "r * TOP_K + k, mask=r < count", "r * TOP_K, mask=r < count"),
+    ("fp8 rows: scales of a token in its own place", "round.py", "(row * width)[:, None] + block[None, :], scales", "(r * width)[:, None] + block[None, :], scales"),
+    ("fp8 rows: dZ of up over that of gate", "dact.py", "d_up, first + blocks, rows", "d_up, first, rows"),
+    ("fp8 rows: dZ rounded before it is rounded to 16 bits", "dact.py", "scales_ptr, d_gate, first", "scales_ptr, da, first"),
+    ("fp8 rows: blocks of dZ behind the first chunk over it", "dact.py", "first + blocks, rows < R, i0 // SIDE", "first + blocks, rows < R, i0 * 0"),
+    ("fp8 rows: dZ of a later block over that of the first", "round.py", "block = block0 + tl.arange(0, SIDES)", "block = block0 + tl.arange(0, SIDES) * 0"),
     ("fp8: a row's scale of its first block for all", "fp8.py", "tl.load(row_scales + block,", "tl.load(row_scales,"),
     ("fp8: scales of the sorted row for a gathered one", "fp8.py", "row_scales_ptr + source * (PIECES * blocks)", "row_scales_ptr + rows % tl.max(source) * (PIECES * blocks)"),
     ("fp8: weight's scale of the first k block for all", "fp8.py", "tl.load(w_scales + block * SCALE_K)", "tl.load(w_scales)"),
@@ -330,7 +332,7 @@ def interpreted_suite() -> Suite:
     """The Triton kernels, in the interpreter."""
     mutants = []
     for title, file, text, replacement, *times in MUTANTS:
-        tests = {"router.py": ROUTER_TESTS, "dequantize.py": PACKED_TESTS, "plan.py": [*TESTS, *PACKED_TESTS], "factors.py": FACTOR_TESTS, "fp8.py": FP8_TESTS, "row_pass.py": [*FACTOR_TESTS, *FP8_TESTS, *TESTS], "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
+        tests = {"router.py": ROUTER_TESTS, "dequantize.py": PACKED_TESTS, "plan.py": [*TESTS, *PACKED_TESTS], "factors.py": FACTOR_TESTS, "fp8.py": FP8_TESTS, "round.py": FP8_TESTS, "dact.py": [*FP8_TESTS, *TESTS], "row_pass.py": [*FACTOR_TESTS, *TESTS], "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
         mutants.append(Mutant(title, f"{TRITON}/{file}", text, replacement, ("-k", QUICK, *tests), *times))
     return Suite(mutants, True, 600)
 

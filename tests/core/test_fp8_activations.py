@@ -14,7 +14,8 @@ from moe_kernels.backends.torch import TorchBackend
 from moe_kernels.backends.triton import TritonBackend
 from moe_kernels.fp8 import Fp8Rows, Fp8Weight
 from moe_kernels.kernels.device import interpreting
-from moe_kernels.kernels.triton.fp8 import in_order, quantize
+from moe_kernels.kernels.triton.dact import dact
+from moe_kernels.kernels.triton.round import in_order, quantize
 from moe_kernels.layer import Weight
 from moe_kernels.packed import BlockFp8
 from moe_kernels.routing import TokenRows
@@ -117,37 +118,24 @@ def test_tokens_are_rounded_as_their_rows(device, routing, width):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-@pytest.mark.parametrize("tokens", [False, True], ids=["rows", "tokens"])
-@pytest.mark.parametrize(
-    ("width", "stacked", "rank"), [(128, 1, 16), (300, 1, 16), (640, 1, 64), (512, 2, 16), (74, 1, 0), (144, 2, 16)]
-)
-def test_a_pass_rounds_what_it_reads(device, width, stacked, rank, tokens, dtype, small_tiles):
-    """The codes of ``quantize``, beside the same gradients as without them; blocks of both parts must be whole."""
-    backend, (count, top_k, experts) = TritonBackend(), (11, 3, 4)
-    ids, _ = make_routing("sentinels", count, top_k, experts)
+@pytest.mark.parametrize("gate", [SILU, Gate(Activation("relu2"), gated=False)], ids=["gate", "no gate"])
+@pytest.mark.parametrize("intermediate", [32, 128, 300, 1100])
+def test_dz_is_rounded_as_it_is_written(device, intermediate, gate, dtype):
+    """The codes of ``quantize``, and all else bit by bit as without them."""
+    backend, (tokens, top_k, experts) = TritonBackend(), (11, 3, 4)
+    ids, weights = make_routing("sentinels", tokens, top_k, experts)
     plan = backend.make_plan(ids.to(device), experts, 16)
     g = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g).to(device, dtype)
-
-    dy = TokenRows(draw(count, width), top_k) if tokens else draw(plan.rows, width)
-    fp8_matrix = in_fp8(block_fp8(experts, width, 64, device, stacked, dtype))
-    factor = draw(experts, width, rank) if rank else None
-    weight = Weight(fp8_matrix, draw(experts, width), draw(plan.rows, rank) if rank else None, factor)
-    found = backend.added_grads(dy, weight, plan, factor, True)
-    plain = backend.added_grads(dy, weight._replace(matrix=draw(experts, width, 64)), plan, factor, True)
+    pieces = 2 if gate.gated else 1
+    da, z = (torch.randn(plan.rows, n * intermediate, generator=g).to(device, dtype) for n in (1, pieces))
+    weights = torch.rand(tokens, top_k, generator=g).to(device)
+    found, plain = (dact(da.clone(), z, weights, plan, gate, rounds=rounds) for rounds in (True, False))
     routed = slice(int(plan.expert_start[-1]))
-    for name in ("low", "factor", "bias"):
-        mine, theirs = getattr(found, name), getattr(plain, name)
-        if theirs is not None:
-            rows = routed if name == "low" else slice(None)  # float32 is summed over other blocks of columns
-            torch.testing.assert_close(mine[rows], theirs[rows], rtol=0, atol=1e-4 if dtype == torch.float32 else 0)
-    if (width // stacked) % 128 and stacked > 1:
-        assert not isinstance(found.rows, Fp8Rows)
-        return
-    in_expert_order = backend.gather(dy.tokens, plan) if isinstance(dy, TokenRows) else dy
-    same_bits(found.rows, quantize(in_expert_order, stacked), routed)
+    for mine, theirs in zip(found[:2], plain[:2], strict=True):
+        assert torch.equal(mine[routed], theirs[routed])
+    assert torch.equal(found.dw, plain.dw)
+    assert plain.rounded_dz is None
+    same_bits(found.rounded_dz, quantize(plain.dz, pieces), routed)
 
 
 # --------------------------------------------------------------------------------------------------- single GEMMs
@@ -262,7 +250,7 @@ def test_no_finding_in_any_order(device, kind, small_tiles):
     with interpreter.sanitize(), interpreter.overflow_asserts(), interpreter.recorded_launches() as launches:
         expected = results(inputs, gate_up, down, "triton")
     assert launches.count("fp8_gemm_kernel") == 4
-    assert launches.count("quantize_kernel") == 3  # dO is rounded in the pass for its factor
+    assert launches.count("quantize_kernel") == 3  # dZ is rounded where it is made
     assert "gather_kernel" not in launches
     with interpreter.shuffled(0):
         for name, value in results(inputs, gate_up, down, "triton").items():

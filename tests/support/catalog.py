@@ -19,10 +19,11 @@ from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
 from moe_kernels.kernels.triton.dequantize import block_fp8_kernel, four_bit_kernel, mxfp4_kernel
 from moe_kernels.kernels.triton.factors import BLOCKS, experts_last_kernel, pack_kernel
-from moe_kernels.kernels.triton.fp8 import ROUNDING, fp8_gemm_kernel, quantize_kernel
+from moe_kernels.kernels.triton.fp8 import fp8_gemm_kernel
 from moe_kernels.kernels.triton.fp8 import tile as fp8_tile
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
 from moe_kernels.kernels.triton.plan import count_kernel, part_kernel, place_kernel, plan_blocks
+from moe_kernels.kernels.triton.round import ROUNDING, quantize_kernel
 from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, route_grad_kernel, route_kernel
 from moe_kernels.kernels.triton.row_pass import MAX_RANK, pass_tile, row_pass_kernel, sum_blocks_kernel
 from moe_kernels.kernels.triton.up import up_kernel
@@ -230,25 +231,9 @@ def _small_cases() -> Iterator[CompileCase]:
         small,
         uses_dot=False,
     )
-    pointers = {
-        "da_ptr": "*bf16",
-        "z_ptr": "*bf16",
-        "topk_weights_ptr": "*fp32",
-        "dz_ptr": "*bf16",
-        "dw_ptr": "*fp32",
-    }
-    ints = {"row_slot_ptr": "*i32", "expert_start_ptr": "*i32", "R": "i32", "I": "i32", "E": "i32"}
     variants = [Variant(a.name, a) for a in EVERY_ACTIVATION] + [v for v in VARIANTS if not v.rank]
-    for variant, (block_r, block_i) in itertools.product(variants, ((1, 1024), (4, 256))):
-        yield CompileCase(
-            f"dact-i{block_i}-{variant.name}",
-            dact_kernel,
-            pointers | ints | {"bias_dot_ptr": "*fp32"},
-            variant.gate.constants()
-            | {"HAS_BIAS": variant.bias, "WRITE_WA": True, "BLOCK_R": block_r, "BLOCK_I": block_i},
-            small,
-            uses_dot=False,
-        )
+    for variant, blocks in itertools.product(variants, ((1, 1024), (4, 256))):
+        yield _dact_case(variant, *blocks)
     sizes = dict.fromkeys(("R", "width", "blocks"), "i32")
     yield CompileCase(
         "sum_blocks",
@@ -256,6 +241,23 @@ def _small_cases() -> Iterator[CompileCase]:
         {"parts_ptr": "*fp32", "routed_ptr": "*i32", "out_ptr": "*bf16"} | sizes,
         {"BLOCK": 1024},
         small,
+        uses_dot=False,
+    )
+
+
+def _dact_case(variant: Variant, block_r: int, block_i: int, rounds: bool = False) -> CompileCase:
+    types = dict.fromkeys(("da_ptr", "z_ptr", "dz_ptr"), "*bf16")
+    types |= dict.fromkeys(("topk_weights_ptr", "dw_ptr", "bias_dot_ptr"), "*fp32")
+    types |= {"row_slot_ptr": "*i32", "expert_start_ptr": "*i32", "R": "i32", "I": "i32", "E": "i32"}
+    types |= {"codes_ptr": "*fp8e4nv" if rounds else "*bf16", "scales_ptr": "*fp32" if rounds else "*bf16"}
+    constants = {**variant.gate.constants(), "HAS_BIAS": variant.bias, "WRITE_WA": True}
+    constants |= {"QUANTIZE": rounds, **ROUNDING}
+    return CompileCase(
+        f"dact-i{block_i}-{variant.name}" + ("-fp8" if rounds else ""),
+        dact_kernel,
+        {name: types[name] for name in dact_kernel.arg_names if name in types},
+        constants | {"BLOCK_R": block_r, "BLOCK_I": block_i},
+        {"num_warps": 4, "num_stages": 3},
         uses_dot=False,
     )
 
@@ -320,6 +322,7 @@ def fp8_cases(tma: bool) -> Iterator[CompileCase]:
             {"num_warps": 4, "num_stages": 3},
             uses_dot=False,
         )
+    yield from (_dact_case(v, 1, 1024, True) for v in (PLAIN_EXPERTS, *(v for v in VARIANTS if not v.gated)))
     for variant in (PLAIN_EXPERTS, *(v for v in VARIANTS if v.name.startswith("lora") or not v.gated)):
         for kernel, group in itertools.product(("up", "down", "dgrad"), (64, 128, 256)):
             if group == 128 or variant.rank == 16:
@@ -385,15 +388,13 @@ def _factor_cases() -> Iterator[CompileCase]:
 
 def _row_pass_cases() -> Iterator[CompileCase]:
     everything: dict[str, Any] = {"LOW": True, "GRAD": True, "BIAS_GRAD": True, "BIAS_DOT": True}
-    nothing = dict.fromkeys(("COPY", "QUANTIZE", "TRANSPOSED", *everything), False) | {"TOP_K": 0, "WEIGHTED": False}
+    nothing = dict.fromkeys(everything, False) | {"TOP_K": 0, "WEIGHTED": False, "COPY": False, "TRANSPOSED": False}
     dout: dict[str, Any] = {"TOP_K": 8, "WEIGHTED": True, "COPY": True}
     kinds: dict[str, dict[str, Any]] = {
         "dout": dout | everything,
         "dout-lora": dout | {"LOW": True, "GRAD": True},
         "dout-bias": dout | {"BIAS_GRAD": True, "BIAS_DOT": True},
         "dz": {"LOW": True, "GRAD": True, "BIAS_GRAD": True},
-        "dout-fp8": dout | {"LOW": True, "GRAD": True, "COPY": False, "QUANTIZE": True},
-        "dz-fp8": {"LOW": True, "GRAD": True, "QUANTIZE": True},
         "dz-bias": {"BIAS_GRAD": True},
         "lora_a-x": {"TOP_K": 8, "GRAD": True, "TRANSPOSED": True},
         "lora_a-wa": {"GRAD": True, "TRANSPOSED": True},
@@ -402,13 +403,12 @@ def _row_pass_cases() -> Iterator[CompileCase]:
         low = kind.get("LOW", False)
         if (rank > MAX_RANK and low) or (rank > 16 and not low and "GRAD" not in kind):
             continue
-        if dtype != torch.bfloat16 and (rank > 16 or "QUANTIZE" in kind):
+        if dtype != torch.bfloat16 and rank > 16:
             continue
         t, tile = _TYPES[dtype], pass_tile(dtype, 2048, rank if low or "GRAD" in kind else 0)
         tensors = ("rows_ptr", "factor_ptr", "inner_ptr", "bias_ptr", "sorted_ptr", "grad_ptr", "bias_grad_ptr")
         types = dict.fromkeys(tensors, f"*{t}") | dict.fromkeys(_PLAN[:1] + _PLAN[2:4], "*i32")
         types |= {"topk_weights_ptr": "*fp32", "low_ptr": "*fp32", "bias_dot_ptr": "*fp32"}
-        types |= {"codes_ptr": "*fp8e4nv", "row_scales_ptr": "*fp32"}
         types |= {"R": "i32", "N": "i32", "blocks": "i32", "rank": "i32", "scaling": "fp32"}
         blocks = {"RANK": rank, "EVEN_N": True, "BLOCK_R": tile.block_r, "BLOCK_N": tile.block_n}
         for grad in ("", "-fp32-grad") if "GRAD" in kind and t != "fp32" else ("",):
@@ -417,7 +417,7 @@ def _row_pass_cases() -> Iterator[CompileCase]:
                 f"row_pass-{name}-r{rank}-{t}{grad}",
                 row_pass_kernel,
                 {arg: (types | wide)[arg] for arg in row_pass_kernel.arg_names if arg in types},
-                nothing | kind | blocks | ROUNDING | {"PRECISION": "ieee"},
+                nothing | kind | blocks | {"PRECISION": "ieee"},
                 {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
                 uses_dot=dtype != torch.float32 and "GRAD" in kind,
                 # Where triton keeps too much in registers: with biases on sm_100 a few; on sm_80 at rank 32 up to 34

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moe_kernels.activation import Gate
 from moe_kernels.backends.protocol import Backend
-from moe_kernels.fp8 import Fp8Rows, Fp8Weight, rounded
-from moe_kernels.layer import AddedGrads, GemmRows, Rows, Weight, in_expert_order
+from moe_kernels.fp8 import Fp8Weight, rounded
+from moe_kernels.layer import AddedGrads, DownGrads, GemmRows, Rows, Weight, in_expert_order
 from moe_kernels.plain import without_autocast
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan
@@ -89,7 +89,7 @@ class TorchBackend(Backend):
 
     def down_grad(
         self,
-        dout_rows: GemmRows,
+        dout_rows: Rows,
         weight: Weight,
         z: Tensor,
         topk_weights: Tensor,
@@ -98,8 +98,7 @@ class TorchBackend(Backend):
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        assert not isinstance(dout_rows, Fp8Rows)
+    ) -> DownGrads:
         da = self.dgrad(in_expert_order(dout_rows, plan, self.gather), weight, plan)
         return self.dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
 
@@ -113,7 +112,7 @@ class TorchBackend(Backend):
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> DownGrads:
         """From dA0 (R, I), Z (R, Z): dZ (R, Z), wA = w * A (R, I), empty unless needs_wa, and dw = <dO, Y> (T, K)."""
         acc = _accumulator(da.dtype)
         slots = plan.row_slot.long()
@@ -128,7 +127,7 @@ class TorchBackend(Backend):
         dw = torch.empty_like(topk_weights)
         dw.view(-1)[slots] = torch.where(kept, dots, 0.0).to(dw.dtype)
         wa = (w * a).to(da.dtype) if needs_wa else da.new_empty(0)
-        return (z.copy_(dz) if overwrite_z else dz), wa, dw
+        return DownGrads(z.copy_(dz) if overwrite_z else dz, wa, dw)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
         return _wgrad(in_expert_order(left, plan, self.gather), right, plan, right.dtype)

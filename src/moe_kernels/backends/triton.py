@@ -21,7 +21,7 @@ from moe_kernels.kernels.triton.factors import experts_last, pack_factors
 from moe_kernels.kernels.triton.plan import make_plan
 from moe_kernels.kernels.triton.row_pass import added_grads, lora_a_grad
 from moe_kernels.kernels.triton.wgrad import wgrad
-from moe_kernels.layer import GemmRows, Matrix, Rows, Weight, in_expert_order
+from moe_kernels.layer import DownGrads, GemmRows, Matrix, Rows, Weight, in_expert_order
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan, TokenRows
 
@@ -87,7 +87,7 @@ class TritonBackend(Backend):
 
     def down_grad(
         self,
-        dout_rows: GemmRows,
+        dout_rows: Rows,
         weight: Weight,
         z: Tensor,
         topk_weights: Tensor,
@@ -96,9 +96,10 @@ class TritonBackend(Backend):
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> DownGrads:
         da = TritonBackend.dgrad(self, dout_rows, weight, plan)
-        return dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
+        rounds = isinstance(weight.matrix, Fp8Weight)
+        return dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa, rounds)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
         return wgrad(in_expert_order(left, plan, gather), right, plan)

@@ -29,7 +29,7 @@ from moe_kernels.kernels.hopper.ring import (
     new_ring,
 )
 from moe_kernels.kernels.launch.launch import launch
-from moe_kernels.kernels.triton.fp8 import in_order
+from moe_kernels.kernels.triton.round import in_order
 from moe_kernels.layer import GemmRows, Weight
 from moe_kernels.packed import SIDE
 from moe_kernels.routing import RoutingPlan
@@ -135,35 +135,40 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, scales, tile
     # of both halves are alive at the same time.
     low_blocks = gl.minimum(operands.rows.width, operands.LOW_BLOCKS)
     step = 0
-    for pid in range(gl.program_id(0), tiles.count(), gl.num_programs(0)):
-        tile = tiles.at(pid)
-        row0 = tile.row0 + ROW0
-        pointers = scales.of_tile(tile, row0, ROWS, layout)
-        left = gl.zeros((ROWS, HALF), gl.float32, layout)
-        right = gl.zeros((ROWS, HALF), gl.float32, layout)
-        next_left, next_right = scales.at(pointers, 0)
-        for block in range(0, scales.blocks):
-            left_scale, right_scale = next_left, next_right
-            next_left, next_right = scales.at(pointers, block + 1)
-            ring.await_ready(step)
-            a, b, _ready = ring.stage(step)
-            a = a.slice(ROW0, ROWS)
-            b = b.permute((1, 0))
-            left += _products(a, b.slice(0, HALF, dim=1), layout) * left_scale[:, None]
-            right += _products(a, b.slice(HALF, HALF, dim=1), layout) * right_scale[:, None]
-            step += 1
-            ring.free_before(step)
-        left = gl.convert_layout(left, accumulator_layout(HALF), assert_trivial=True)
-        right = gl.convert_layout(right, accumulator_layout(HALF), assert_trivial=True)
-        if operands.LOW_BLOCKS > 0:
-            # wgmma does not add to the sums itself: ptxas then keeps them elsewhere in the loop above, and spills.
-            for block in range(0, low_blocks):
-                left += _low_products(operands, ring, step + block, ROW0, ROWS, 0, HALF)
-            for block in range(0, low_blocks):
-                right += _low_products(operands, ring, step + block, ROW0, ROWS, HALF, HALF)
-                ring.free_before(step + block + 1)
-            step += low_blocks
-        write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
+    if gl.program_id(0) < tiles.count():
+        tile = tiles.at(gl.program_id(0))
+        next_left, next_right = scales.at(scales.of_tile(tile, tile.row0 + ROW0, ROWS, layout), 0)
+        for pid in range(gl.program_id(0), tiles.count(), gl.num_programs(0)):
+            row0 = tile.row0 + ROW0
+            pointers = scales.of_tile(tile, row0, ROWS, layout)
+            left = gl.zeros((ROWS, HALF), gl.float32, layout)
+            right = gl.zeros((ROWS, HALF), gl.float32, layout)
+            for block in range(0, scales.blocks):
+                left_scale, right_scale = next_left, next_right
+                next_left, next_right = scales.at(pointers, block + 1)
+                ring.await_ready(step)
+                a, b, _ready = ring.stage(step)
+                a = a.slice(ROW0, ROWS)
+                b = b.permute((1, 0))
+                left += _products(a, b.slice(0, HALF, dim=1), layout) * left_scale[:, None]
+                right += _products(a, b.slice(HALF, HALF, dim=1), layout) * right_scale[:, None]
+                step += 1
+                ring.free_before(step)
+            # The next tile and its first scales, whose loads the epilogue hides.
+            following = tiles.at(gl.minimum(pid + gl.num_programs(0), tiles.count() - 1))
+            next_left, next_right = scales.at(scales.of_tile(following, following.row0 + ROW0, ROWS, layout), 0)
+            left = gl.convert_layout(left, accumulator_layout(HALF), assert_trivial=True)
+            right = gl.convert_layout(right, accumulator_layout(HALF), assert_trivial=True)
+            if operands.LOW_BLOCKS > 0:
+                # wgmma does not add to the sums itself: ptxas then keeps them elsewhere in the loop, and spills.
+                for block in range(0, low_blocks):
+                    left += _low_products(operands, ring, step + block, ROW0, ROWS, 0, HALF)
+                for block in range(0, low_blocks):
+                    right += _low_products(operands, ring, step + block, ROW0, ROWS, HALF, HALF)
+                    ring.free_before(step + block + 1)
+                step += low_blocks
+            write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
+            tile = following
     tma.store_wait(0)
 
 

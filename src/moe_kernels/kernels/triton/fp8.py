@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 
 from moe_kernels.activation import Gate, value
-from moe_kernels.fp8 import LARGEST, SMALLEST, Fp8Rows, Fp8Weight
+from moe_kernels.fp8 import Fp8Weight
 from moe_kernels.kernels.device import cdiv, dot_precision, loads_by_tma
-from moe_kernels.kernels.launch.launch import launch, launch_grid
+from moe_kernels.kernels.launch.launch import launch_grid
 from moe_kernels.kernels.operands import descriptor, low_rank_arguments
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.kernels.tiles.fit import fit_rank
 from moe_kernels.kernels.tiles.table import GemmConfig
+from moe_kernels.kernels.triton.round import in_order, quantize
 from moe_kernels.kernels.triton.tile import (
     add_bias,
     add_low_rank,
@@ -38,63 +39,6 @@ from moe_kernels.layer import GemmRows, Weight
 from moe_kernels.packed import SIDE
 from moe_kernels.problem import device_capability
 from moe_kernels.routing import RoutingPlan, TokenRows
-
-#: What kernels that round rows know of the format.
-ROUNDING = {"SIDE": SIDE, "LARGEST": LARGEST, "SMALLEST": SMALLEST}
-
-
-@triton.jit
-def to_fp8(values, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
-    """values [rows, blocks, elements of a block] float32 -> their codes, and the scales [rows, blocks].
-
-    LARGEST is that of e4m3, SMALLEST what a block is taken to hold at least, so that no scale is zero.
-    """
-    # Infinity has an infinite scale and becomes NaN, as NaN does: the cast would make 448 of a number beyond it.
-    most = tl.maximum(tl.max(tl.abs(values), axis=2), SMALLEST)
-    codes = (values * tl.div_rn(LARGEST, most)[:, :, None]).to(tl.float8e4nv)
-    return codes, tl.div_rn(most, LARGEST)
-
-
-@triton.jit
-def quantize_kernel(
-    rows_ptr,  # (R, PIECES * K), or with TOP_K the tokens (R / TOP_K, PIECES * K)
-    codes_ptr,  # (R, PIECES * blocks * SIDE) float8e4nv, zeros behind the last element of a piece
-    scales_ptr,  # (R, PIECES * blocks) float32
-    slot_row_ptr,  # (R,): read with TOP_K, as is routed_ptr
-    routed_ptr,  # expert_start[E]: rows at or after it belong to dropped slots, and stay unwritten
-    count,  # rows, or tokens
-    K,  # elements of a piece
-    blocks,  # of a piece
-    TOP_K: tl.constexpr,
-    PIECES: tl.constexpr,
-    SIDE: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    width = PIECES * blocks
-    c = tl.arange(0, SIDE)
-    column = (block % blocks * SIDE)[:, None] + c[None, :]
-    source = (block // blocks * K)[:, None] + column
-    inside = (block < width)[:, None] & (column < K)
-    mask = (r < count)[:, None, None] & inside[None]
-    values = tl.load(rows_ptr + (r * (PIECES * K))[:, None, None] + source[None], mask=mask, other=0.0)
-    codes, scales = to_fp8(values.to(tl.float32), LARGEST, SMALLEST)
-    place = (block * SIDE)[:, None] + c[None, :]
-    if TOP_K == 0:
-        kept = (r < count)[:, None] & (block < width)[None, :]
-        tl.store(codes_ptr + (r * (width * SIDE))[:, None, None] + place[None], codes, mask=kept[:, :, None])
-        tl.store(scales_ptr + (r * width)[:, None] + block[None, :], scales, mask=kept)
-    else:  # each token is read once, and written to its K rows
-        routed = tl.load(routed_ptr)
-        for k in tl.static_range(TOP_K):
-            row = tl.load(slot_row_ptr + r * TOP_K + k, mask=r < count, other=0).to(tl.int64)
-            kept = ((r < count) & (row < routed))[:, None] & (block < width)[None, :]
-            tl.store(codes_ptr + (row * (width * SIDE))[:, None, None] + place[None], codes, mask=kept[:, :, None])
-            tl.store(scales_ptr + (row * width)[:, None] + block[None, :], scales, mask=kept)
 
 
 @triton.jit
@@ -249,37 +193,6 @@ def use_tile(gated: bool, config: GemmConfig) -> AbstractContextManager[None]:
 def tile(gated: bool, group_size: int, tma: bool) -> GemmConfig:
     """The tile of a GEMM, of two products at a time if ``gated``. ``block_n`` divides 128, ``block_k`` is 128."""
     return _overrides[gated].choice or (_TILES if tma else _POINTER_TILES)[gated, group_size]
-
-
-def quantize(rows: torch.Tensor, pieces: int = 1) -> Fp8Rows:
-    """As :func:`moe_kernels.fp8.quantized`: rows (R, K) -> codes (R, blocks * 128), scales (R, blocks)."""
-    return _quantize(rows, rows.shape[0], 0, pieces, rows, rows)
-
-
-def in_order(rows: GemmRows, pieces: int, plan: RoutingPlan) -> Fp8Rows:
-    """Rows in expert order, or tokens, rounded once and copied into it: as ``quantize`` of those rows."""
-    if isinstance(rows, Fp8Rows):
-        return rows
-    if isinstance(rows, torch.Tensor):
-        return quantize(rows, pieces)
-    return _quantize(rows.tokens, plan.rows, rows.top_k, pieces, plan.slot_row, plan.expert_start[plan.experts :])
-
-
-def _quantize(
-    rows: torch.Tensor, count: int, top_k: int, pieces: int, slot_row: torch.Tensor, routed: torch.Tensor
-) -> Fp8Rows:
-    width = rows.shape[1] // pieces
-    blocks = cdiv(width, SIDE)
-    codes = torch.empty(count, pieces * blocks * SIDE, dtype=torch.float8_e4m3fn, device=rows.device)
-    scales = torch.empty(count, pieces * blocks, dtype=torch.float32, device=rows.device)
-    if rows.numel() > 0:
-        launch(
-            quantize_kernel,
-            (cdiv(rows.shape[0], 8), cdiv(pieces * blocks, 4)),
-            (rows, codes, scales, slot_row, routed, rows.shape[0], width, blocks),
-            {"TOP_K": top_k, "PIECES": pieces, **ROUNDING, "BLOCK_R": 8, "BLOCKS": 4, "num_warps": 4},
-        )
-    return Fp8Rows(codes, scales)
 
 
 #: (rows, weight, plan, out, transposed, z, gate): ``out`` = rows W[e]^T, or rows W[e] if ``transposed``; with a gate
