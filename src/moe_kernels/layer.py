@@ -13,11 +13,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.fp8 import Fp8Rows
 from moe_kernels.packed import PackedWeight
 from moe_kernels.routing import RoutingPlan, TokenRows, resolve_group_size
 
 #: Rows in expert order (R, N), or the tokens to take them from.
 Rows = Tensor | TokenRows
+#: What a GEMM multiplies: one in fp8 takes rows that are rounded already, too.
+GemmRows = Rows | Fp8Rows
 #: A weight (E, N, K), or a frozen one in few bits.
 Matrix = Tensor | PackedWeight
 
@@ -59,7 +62,8 @@ class AddedGrads(NamedTuple):
     """From dY (R, N), with ``Y = rows W[e]^T + low factor[e]^T + bias[e]``: the gradients of what is added.
 
     Attributes:
-        rows: dY in expert order; as it was given where no step needs it in order.
+        rows: dY in expert order, rounded where the matrix is multiplied in fp8; as it was given where no step needs
+            it in order.
         low: dY factor[e], (R, r); None without a factor.
         factor: (w dY)^T low of each expert, (E, N, r), contiguous, of the rank and dtype of lora_b as the caller has
             it; None where it is not needed. w = 1 without routing weights.
@@ -68,7 +72,7 @@ class AddedGrads(NamedTuple):
             without a bias or without routing weights.
     """
 
-    rows: Rows
+    rows: GemmRows
     low: Tensor | None = None
     factor: Tensor | None = None
     bias: Tensor | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_kernels.activation import Gate
 from moe_kernels.backends import Backend, backend_of, launches_only
 from moe_kernels.factors import LowRank, has_experts_last
+from moe_kernels.fp8 import Fp8Rows
 from moe_kernels.kernels.launch.compile import compiling_only
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.kernels.tiles import config
@@ -20,6 +21,7 @@ from moe_kernels.layer import (
     AnyTensors,
     BackwardSpec,
     BackwardTensors,
+    GemmRows,
     Grads,
     Matrix,
     Needs,
@@ -168,7 +170,7 @@ def _down_grads(
     plan_of_dout = plan if spec.forward.reduce else _by_slot(plan)
     added: AddedGrads | None = None
     if t.down_bias is None and t.down_lora_b is None:
-        dout_rows = backend.dout_rows(dout, t.down, plan_of_dout, gate)
+        dout_rows: GemmRows = backend.dout_rows(dout, t.down, plan_of_dout, gate)
     else:
         tokens = TokenRows(dout, plan_of_dout.top_k)
         down = Weight(t.down, t.down_bias, t.a_low, t.down_lora_b)
@@ -181,6 +183,7 @@ def _down_grads(
     dz, wa, dw = backend.down_grad(dout_rows, down, z, t.topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
     grads: dict[str, Tensor | None] = {"topk_weights": dw if needs.topk_weights else None}
     if needs.down:
+        assert not isinstance(dout_rows, Fp8Rows), "weights in fp8 are frozen"
         grads["down"] = _weight_grad(backend, t.down, dout_rows, wa, plan)
     if added is not None:
         grads |= {"down_bias": added.bias, "down_lora_b": added.factor}
@@ -195,14 +198,16 @@ def _gate_up_grads(
     """Steps 6 to 8, from dZ (R, Z)."""
     needs = spec.needs
     grads: dict[str, Tensor | None] = {}
+    rows: GemmRows = dz
     low = None
     if t.gate_up_lora_b is not None or needs.gate_up_bias:
         gate_up = Weight(t.gate_up, t.gate_up_bias, t.x_low, t.gate_up_lora_b)
         lora_b = given.gate_up_lora_b if needs.gate_up_lora_b else None
         added = backend.added_grads(dz, gate_up, plan, lora_b, needs.gate_up_bias)
-        low, grads["gate_up_lora_b"], grads["gate_up_bias"] = added.low, added.factor, added.bias
+        rows, low = added.rows, added.low
+        grads |= {"gate_up_lora_b": added.factor, "gate_up_bias": added.bias}
     if needs.x:
-        dxr = backend.dgrad(dz, Weight(t.gate_up, None, low, t.gate_up_lora_a), plan)
+        dxr = backend.dgrad(rows, Weight(t.gate_up, None, low, t.gate_up_lora_a), plan)
         grads["x"] = backend.combine_grad(dxr, plan)
         del dxr
     x_rows: Rows = TokenRows(t.x, plan.top_k)

@@ -116,12 +116,16 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("fp8: NaN becomes a number", "dequantize.py", "tl.where(size == 0x7F, 0x7FC00000, bits)", "tl.where(size == 0x80, 0x7FC00000, bits)"),
     ("fp8: the sign of zero is lost", "dequantize.py", "| ((code & 0x80) << 24)", "| tl.where(size == 0, 0, (code & 0x80) << 24)"),
     ("fp8: exponent off by one", "dequantize.py", "(size << 20) + (120 << 23)", "(size << 20) + (121 << 23)"),
-    ("fp8 rows: largest number of a block instead of the largest size", "fp8.py", "tl.max(tl.abs(values), axis=1)", "tl.max(values, axis=1)"),
-    ("fp8 rows: a block of zeros has the scale zero", "fp8.py", "tl.maximum(tl.max(tl.abs(values), axis=1), SMALLEST)", "tl.max(tl.abs(values), axis=1)"),
-    ("fp8 rows: numbers beyond e4m3 are cut", "fp8.py", "SMALLEST), LARGEST)", "SMALLEST), 2.0 * LARGEST)"),
-    ("fp8 rows: a piece reaches into the next", "fp8.py", "(column < K)[None, :]", "(column < PIECES * K - block // blocks * K)[None, :]"),
-    ("fp8 rows: the second piece begins where a whole block would end", "fp8.py", "(block // blocks * K + column)", "(block // blocks * blocks * SIDE + column)"),
-    ("fp8 rows: scale stored in the next block", "fp8.py", "scales_ptr + r * width + block, scale", "scales_ptr + r * width + (block + 1) % width, scale"),
+    ("fp8 rows: largest number of a block instead of the largest size", "fp8.py", "tl.max(tl.abs(values), axis=2)", "tl.max(values, axis=2)"),
+    ("fp8 rows: a block of zeros has the scale zero", "fp8.py", "tl.maximum(tl.max(tl.abs(values), axis=2), SMALLEST)", "tl.max(tl.abs(values), axis=2)"),
+    ("fp8 rows: numbers beyond e4m3 are cut", "fp8.py", "tl.div_rn(LARGEST, most)", "tl.div_rn(2.0 * LARGEST, most)"),
+    ("fp8 rows: a piece reaches into the next", "fp8.py", "& (column < K)\n", "& (column < PIECES * K - (block // blocks * K)[:, None])\n"),
+    ("fp8 rows: the second piece begins where a whole block would end", "fp8.py", "(block // blocks * K)[:, None] + column", "(block // blocks * blocks * SIDE)[:, None] + column"),
+    ("fp8 rows: scale stored in the next block", "fp8.py", "(r * width)[:, None] + block[None, :], scales", "(r * width)[:, None] + ((block + 1) % width)[None, :], scales"),
+    ("fp8 rows: tokens written to the row of their first expert", "fp8.py", "r * TOP_K + k, mask=r < count", "r * TOP_K, mask=r < count"),
+    ("fp8 rows: scales of a token in its own place", "fp8.py", "(row * width)[:, None] + block[None, :], scales", "(r * width)[:, None] + block[None, :], scales"),
+    ("fp8 rows: a pass rounds its first block for all", "row_pass.py", "sides = block * SIDES +", "sides = block * 0 +"),
+    ("fp8 rows: a pass writes rows of the next expert", "row_pass.py", "kept = own[:, None] & (sides <", "kept = (sides > -1)[None, :] & (sides <"),
     ("fp8: a row's scale of its first block for all", "fp8.py", "tl.load(row_scales + block,", "tl.load(row_scales,"),
     ("fp8: scales of the sorted row for a gathered one", "fp8.py", "row_scales_ptr + source * (PIECES * blocks)", "row_scales_ptr + rows % tl.max(source) * (PIECES * blocks)"),
     ("fp8: weight's scale of the first k block for all", "fp8.py", "tl.load(w_scales + block * SCALE_K)", "tl.load(w_scales)"),
@@ -326,7 +330,7 @@ def interpreted_suite() -> Suite:
     """The Triton kernels, in the interpreter."""
     mutants = []
     for title, file, text, replacement, *times in MUTANTS:
-        tests = {"router.py": ROUTER_TESTS, "dequantize.py": PACKED_TESTS, "plan.py": [*TESTS, *PACKED_TESTS], "factors.py": FACTOR_TESTS, "fp8.py": FP8_TESTS, "row_pass.py": [*FACTOR_TESTS, *TESTS], "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
+        tests = {"router.py": ROUTER_TESTS, "dequantize.py": PACKED_TESTS, "plan.py": [*TESTS, *PACKED_TESTS], "factors.py": FACTOR_TESTS, "fp8.py": FP8_TESTS, "row_pass.py": [*FACTOR_TESTS, *FP8_TESTS, *TESTS], "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
         mutants.append(Mutant(title, f"{TRITON}/{file}", text, replacement, ("-k", QUICK, *tests), *times))
     return Suite(mutants, True, 600)
 

@@ -12,7 +12,6 @@ import torch
 import triton.language as tl
 
 from moe_kernels.activation import Activation, Gate
-from moe_kernels.fp8 import LARGEST, SMALLEST
 from moe_kernels.kernels.device import loads_by_tma
 from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
 from moe_kernels.kernels.tiles.table import ROW_TILED, GemmConfig, table
@@ -20,7 +19,7 @@ from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
 from moe_kernels.kernels.triton.dequantize import block_fp8_kernel, four_bit_kernel, mxfp4_kernel
 from moe_kernels.kernels.triton.factors import BLOCKS, experts_last_kernel, pack_kernel
-from moe_kernels.kernels.triton.fp8 import fp8_gemm_kernel, quantize_kernel
+from moe_kernels.kernels.triton.fp8 import ROUNDING, fp8_gemm_kernel, quantize_kernel
 from moe_kernels.kernels.triton.fp8 import tile as fp8_tile
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
 from moe_kernels.kernels.triton.plan import count_kernel, part_kernel, place_kernel, plan_blocks
@@ -310,13 +309,14 @@ def _packed_cases() -> Iterator[CompileCase]:
 
 def fp8_cases(tma: bool) -> Iterator[CompileCase]:
     """GEMMs of block-fp8 weights in fp8; with TMA also those of sizes that it does not load."""
-    for dtype in ("bf16", "fp32"):
+    for dtype, top_k in (("bf16", 0), ("bf16", 8), ("fp32", 0)):
         yield CompileCase(
-            f"quantize-{dtype}",
+            f"quantize-{dtype}-k{top_k}",
             quantize_kernel,
             {"rows_ptr": f"*{dtype}", "codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
-            | dict.fromkeys(("R", "K", "blocks"), "i32"),
-            {"PIECES": 2, "SIDE": 128, "LARGEST": LARGEST, "SMALLEST": SMALLEST, "BLOCK_R": 32},
+            | dict.fromkeys(("slot_row_ptr", "routed_ptr"), "*i32")
+            | dict.fromkeys(("count", "K", "blocks"), "i32"),
+            {"TOP_K": top_k, "PIECES": 2, **ROUNDING, "BLOCK_R": 8, "BLOCKS": 4},
             {"num_warps": 4, "num_stages": 3},
             uses_dot=False,
         )
@@ -385,13 +385,15 @@ def _factor_cases() -> Iterator[CompileCase]:
 
 def _row_pass_cases() -> Iterator[CompileCase]:
     everything: dict[str, Any] = {"LOW": True, "GRAD": True, "BIAS_GRAD": True, "BIAS_DOT": True}
-    nothing = dict.fromkeys(everything, False) | {"TOP_K": 0, "WEIGHTED": False, "COPY": False, "TRANSPOSED": False}
+    nothing = dict.fromkeys(("COPY", "QUANTIZE", "TRANSPOSED", *everything), False) | {"TOP_K": 0, "WEIGHTED": False}
     dout: dict[str, Any] = {"TOP_K": 8, "WEIGHTED": True, "COPY": True}
     kinds: dict[str, dict[str, Any]] = {
         "dout": dout | everything,
         "dout-lora": dout | {"LOW": True, "GRAD": True},
         "dout-bias": dout | {"BIAS_GRAD": True, "BIAS_DOT": True},
         "dz": {"LOW": True, "GRAD": True, "BIAS_GRAD": True},
+        "dout-fp8": dout | {"LOW": True, "GRAD": True, "COPY": False, "QUANTIZE": True},
+        "dz-fp8": {"LOW": True, "GRAD": True, "QUANTIZE": True},
         "dz-bias": {"BIAS_GRAD": True},
         "lora_a-x": {"TOP_K": 8, "GRAD": True, "TRANSPOSED": True},
         "lora_a-wa": {"GRAD": True, "TRANSPOSED": True},
@@ -400,12 +402,13 @@ def _row_pass_cases() -> Iterator[CompileCase]:
         low = kind.get("LOW", False)
         if (rank > MAX_RANK and low) or (rank > 16 and not low and "GRAD" not in kind):
             continue
-        if dtype != torch.bfloat16 and rank > 16:
+        if dtype != torch.bfloat16 and (rank > 16 or "QUANTIZE" in kind):
             continue
         t, tile = _TYPES[dtype], pass_tile(dtype, 2048, rank if low or "GRAD" in kind else 0)
         tensors = ("rows_ptr", "factor_ptr", "inner_ptr", "bias_ptr", "sorted_ptr", "grad_ptr", "bias_grad_ptr")
         types = dict.fromkeys(tensors, f"*{t}") | dict.fromkeys(_PLAN[:1] + _PLAN[2:4], "*i32")
         types |= {"topk_weights_ptr": "*fp32", "low_ptr": "*fp32", "bias_dot_ptr": "*fp32"}
+        types |= {"codes_ptr": "*fp8e4nv", "row_scales_ptr": "*fp32"}
         types |= {"R": "i32", "N": "i32", "blocks": "i32", "rank": "i32", "scaling": "fp32"}
         blocks = {"RANK": rank, "EVEN_N": True, "BLOCK_R": tile.block_r, "BLOCK_N": tile.block_n}
         for grad in ("", "-fp32-grad") if "GRAD" in kind and t != "fp32" else ("",):
@@ -414,7 +417,7 @@ def _row_pass_cases() -> Iterator[CompileCase]:
                 f"row_pass-{name}-r{rank}-{t}{grad}",
                 row_pass_kernel,
                 {arg: (types | wide)[arg] for arg in row_pass_kernel.arg_names if arg in types},
-                nothing | kind | blocks | {"PRECISION": "ieee"},
+                nothing | kind | blocks | ROUNDING | {"PRECISION": "ieee"},
                 {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
                 uses_dot=dtype != torch.float32 and "GRAD" in kind,
                 # Where triton keeps too much in registers: with biases on sm_100 a few; on sm_80 at rank 32 up to 34

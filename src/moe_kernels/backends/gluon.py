@@ -15,12 +15,12 @@ from torch import Tensor
 from moe_kernels import trial
 from moe_kernels.activation import Gate
 from moe_kernels.backends.triton import TritonBackend
-from moe_kernels.fp8 import Fp8Weight
+from moe_kernels.fp8 import Fp8Rows, Fp8Weight
 from moe_kernels.kernels.hopper import gluon_names
 from moe_kernels.kernels.operands import by_rows, stored
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.kernels.triton.fp8 import Gemm
-from moe_kernels.layer import Matrix, Rows, Weight
+from moe_kernels.layer import GemmRows, Matrix, Rows, Weight
 from moe_kernels.packed import PackedWeight
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan, TokenRows
@@ -73,8 +73,8 @@ class GluonBackend(TritonBackend):
             return gemm.down(a, weight, plan)
         return super().down(a, weight, plan)
 
-    def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
-        if _fits(rows) and _weight_fits(weight):
+    def dgrad(self, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> Tensor:
+        if isinstance(rows, Tensor) and _fits(rows) and _weight_fits(weight):
             return gemm.dgrad(rows, weight, plan)
         return super().dgrad(rows, weight, plan)
 
@@ -91,7 +91,7 @@ class GluonBackend(TritonBackend):
 
     def down_grad(
         self,
-        dout_rows: Rows,
+        dout_rows: GemmRows,
         weight: Weight,
         z: Tensor,
         topk_weights: Tensor,
@@ -101,9 +101,11 @@ class GluonBackend(TritonBackend):
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows_fit = isinstance(dout_rows, TokenRows) or _fits(dout_rows)
-        run = down_grad.down_grad if _chosen(gate) and rows_fit and _weight_fits(weight) else super().down_grad
-        return run(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
+        rest = weight, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa
+        if isinstance(dout_rows, Fp8Rows) or not (_chosen(gate) and _weight_fits(weight)):
+            return super().down_grad(dout_rows, *rest)
+        fits = isinstance(dout_rows, TokenRows) or _fits(dout_rows)
+        return down_grad.down_grad(dout_rows, *rest) if fits else super().down_grad(dout_rows, *rest)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
         if isinstance(left, TokenRows) or _fits(left, right):

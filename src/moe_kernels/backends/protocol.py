@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_kernels.activation import Gate
 from moe_kernels.factors import LowRank, packed
-from moe_kernels.layer import AddedGrads, Matrix, Rows, Weight, in_expert_order
+from moe_kernels.layer import AddedGrads, GemmRows, Matrix, Rows, Weight, in_expert_order
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan
 
@@ -65,13 +65,16 @@ class Backend(Protocol):
         return self.gather(dout, plan)
 
     @abstractmethod
-    def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
-        """rows W[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H)."""
+    def dgrad(self, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> Tensor:
+        """rows W[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H).
+
+        ``rows`` are in expert order, as ``added_grads`` returned them where it was called.
+        """
 
     @abstractmethod
     def down_grad(
         self,
-        dout_rows: Rows,
+        dout_rows: GemmRows,
         weight: Weight,
         z: Tensor,
         topk_weights: Tensor,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moe_kernels.activation import Gate
 from moe_kernels.backends.protocol import Backend
-from moe_kernels.fp8 import Fp8Weight, rounded
-from moe_kernels.layer import AddedGrads, Rows, Weight, in_expert_order
+from moe_kernels.fp8 import Fp8Rows, Fp8Weight, rounded
+from moe_kernels.layer import AddedGrads, GemmRows, Rows, Weight, in_expert_order
 from moe_kernels.plain import without_autocast
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan
@@ -74,7 +74,8 @@ class TorchBackend(Backend):
     def gather(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         return x[plan.row_slot.long() // plan.top_k]
 
-    def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
+    def dgrad(self, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> Tensor:
+        assert isinstance(rows, Tensor)  # this backend makes no others
         out = rows.new_zeros(plan.rows, weight.matrix.shape[2])
         if isinstance(weight.matrix, Fp8Weight):
             rows = rounded(rows, 1 if weight.matrix.by_columns else weight.matrix.stacked)
@@ -88,7 +89,7 @@ class TorchBackend(Backend):
 
     def down_grad(
         self,
-        dout_rows: Rows,
+        dout_rows: GemmRows,
         weight: Weight,
         z: Tensor,
         topk_weights: Tensor,
@@ -98,6 +99,7 @@ class TorchBackend(Backend):
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        assert not isinstance(dout_rows, Fp8Rows)
         da = self.dgrad(in_expert_order(dout_rows, plan, self.gather), weight, plan)
         return self.dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
 

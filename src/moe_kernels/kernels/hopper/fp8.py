@@ -29,9 +29,8 @@ from moe_kernels.kernels.hopper.ring import (
     new_ring,
 )
 from moe_kernels.kernels.launch.launch import launch
-from moe_kernels.kernels.triton.combine import gather
-from moe_kernels.kernels.triton.fp8 import quantize
-from moe_kernels.layer import Rows, Weight
+from moe_kernels.kernels.triton.fp8 import in_order
+from moe_kernels.layer import GemmRows, Weight
 from moe_kernels.packed import SIDE
 from moe_kernels.routing import RoutingPlan
 
@@ -251,20 +250,11 @@ def fits(packed: Fp8Weight) -> bool:
     return all(t is None or t.data_ptr() % 16 == 0 for t in (packed.data, packed.transposed))
 
 
-def _codes_in_order(rows: Rows, pieces: int, plan: RoutingPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """``quantize`` of rows in expert order, or of tokens, whose codes and scales are then copied into it."""
-    if isinstance(rows, torch.Tensor):
-        return quantize(rows, pieces)
-    codes, scales = quantize(rows.tokens, pieces)
-    copied = gather(codes.view(torch.bfloat16), plan)  # the copy knows no fp8
-    return copied.view(codes.dtype), gather(scales, plan)
-
-
 _PLAIN = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0}
 
 
 def gemm(
-    rows: Rows,
+    rows: GemmRows,
     weight: Weight,
     plan: RoutingPlan,
     out: torch.Tensor,
@@ -282,7 +272,7 @@ def gemm(
     number = plan.max_tiles * cdiv(width, columns)
     if number == 0:
         return
-    codes, row_scales = _codes_in_order(rows, pieces, plan)
+    codes, row_scales = in_order(rows, pieces, plan)
     low, factor, rank = low_rank_blocks(weight, columns, transposed, out)
     save_z = z is not None and z.numel() > 0
     saved = z if z is not None and save_z else out

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.activation import Gate, value
-from moe_kernels.fp8 import LARGEST, SMALLEST, Fp8Weight
+from moe_kernels.fp8 import LARGEST, SMALLEST, Fp8Rows, Fp8Weight
 from moe_kernels.kernels.device import cdiv, dot_precision, loads_by_tma
 from moe_kernels.kernels.launch.launch import launch, launch_grid
 from moe_kernels.kernels.operands import descriptor, low_rank_arguments
@@ -34,39 +34,67 @@ from moe_kernels.kernels.triton.tile import (
     store_tile,
     swizzled_tile,
 )
-from moe_kernels.layer import Rows, Weight
+from moe_kernels.layer import GemmRows, Weight
 from moe_kernels.packed import SIDE
 from moe_kernels.problem import device_capability
 from moe_kernels.routing import RoutingPlan, TokenRows
 
+#: What kernels that round rows know of the format.
+ROUNDING = {"SIDE": SIDE, "LARGEST": LARGEST, "SMALLEST": SMALLEST}
+
+
+@triton.jit
+def to_fp8(values, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+    """values [rows, blocks, elements of a block] float32 -> their codes, and the scales [rows, blocks].
+
+    LARGEST is that of e4m3, SMALLEST what a block is taken to hold at least, so that no scale is zero.
+    """
+    # Infinity has an infinite scale and becomes NaN, as NaN does: the cast would make 448 of a number beyond it.
+    most = tl.maximum(tl.max(tl.abs(values), axis=2), SMALLEST)
+    codes = (values * tl.div_rn(LARGEST, most)[:, :, None]).to(tl.float8e4nv)
+    return codes, tl.div_rn(most, LARGEST)
+
 
 @triton.jit
 def quantize_kernel(
-    rows_ptr,  # (R, PIECES * K)
+    rows_ptr,  # (R, PIECES * K), or with TOP_K the tokens (R / TOP_K, PIECES * K)
     codes_ptr,  # (R, PIECES * blocks * SIDE) float8e4nv, zeros behind the last element of a piece
     scales_ptr,  # (R, PIECES * blocks) float32
-    R,
+    slot_row_ptr,  # (R,): read with TOP_K, as is routed_ptr
+    routed_ptr,  # expert_start[E]: rows at or after it belong to dropped slots, and stay unwritten
+    count,  # rows, or tokens
     K,  # elements of a piece
     blocks,  # of a piece
+    TOP_K: tl.constexpr,
     PIECES: tl.constexpr,
     SIDE: tl.constexpr,
-    LARGEST: tl.constexpr,  # of e4m3
-    SMALLEST: tl.constexpr,  # what a block is taken to hold at least, so that no scale is zero
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    block = tl.program_id(1)
-    c = tl.arange(0, SIDE)
-    column = block % blocks * SIDE + c
-    mask = (r < R)[:, None] & (column < K)[None, :]
-    source = r[:, None] * (PIECES * K) + (block // blocks * K + column)[None, :]
-    values = tl.load(rows_ptr + source, mask=mask, other=0.0).to(tl.float32)
-    # Infinity has an infinite scale and becomes NaN, as NaN does: the cast would make 448 of a number beyond it.
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(values), axis=1), SMALLEST), LARGEST)
-    codes = tl.div_rn(values, scale[:, None]).to(tl.float8e4nv)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     width = PIECES * blocks
-    tl.store(codes_ptr + r[:, None] * (width * SIDE) + (block * SIDE + c)[None, :], codes, mask=(r < R)[:, None])
-    tl.store(scales_ptr + r * width + block, scale, mask=r < R)
+    c = tl.arange(0, SIDE)
+    column = (block % blocks * SIDE)[:, None] + c[None, :]
+    source = (block // blocks * K)[:, None] + column
+    inside = (block < width)[:, None] & (column < K)
+    mask = (r < count)[:, None, None] & inside[None]
+    values = tl.load(rows_ptr + (r * (PIECES * K))[:, None, None] + source[None], mask=mask, other=0.0)
+    codes, scales = to_fp8(values.to(tl.float32), LARGEST, SMALLEST)
+    place = (block * SIDE)[:, None] + c[None, :]
+    if TOP_K == 0:
+        kept = (r < count)[:, None] & (block < width)[None, :]
+        tl.store(codes_ptr + (r * (width * SIDE))[:, None, None] + place[None], codes, mask=kept[:, :, None])
+        tl.store(scales_ptr + (r * width)[:, None] + block[None, :], scales, mask=kept)
+    else:  # each token is read once, and written to its K rows
+        routed = tl.load(routed_ptr)
+        for k in tl.static_range(TOP_K):
+            row = tl.load(slot_row_ptr + r * TOP_K + k, mask=r < count, other=0).to(tl.int64)
+            kept = ((r < count) & (row < routed))[:, None] & (block < width)[None, :]
+            tl.store(codes_ptr + (row * (width * SIDE))[:, None, None] + place[None], codes, mask=kept[:, :, None])
+            tl.store(scales_ptr + (row * width)[:, None] + block[None, :], scales, mask=kept)
 
 
 @triton.jit
@@ -223,32 +251,40 @@ def tile(gated: bool, group_size: int, tma: bool) -> GemmConfig:
     return _overrides[gated].choice or (_TILES if tma else _POINTER_TILES)[gated, group_size]
 
 
-def quantize(rows: torch.Tensor, pieces: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(rows: torch.Tensor, pieces: int = 1) -> Fp8Rows:
     """As :func:`moe_kernels.fp8.quantized`: rows (R, K) -> codes (R, blocks * 128), scales (R, blocks)."""
-    count, width = rows.shape[0], rows.shape[1] // pieces
+    return _quantize(rows, rows.shape[0], 0, pieces, rows, rows)
+
+
+def in_order(rows: GemmRows, pieces: int, plan: RoutingPlan) -> Fp8Rows:
+    """Rows in expert order, or tokens, rounded once and copied into it: as ``quantize`` of those rows."""
+    if isinstance(rows, Fp8Rows):
+        return rows
+    if isinstance(rows, torch.Tensor):
+        return quantize(rows, pieces)
+    return _quantize(rows.tokens, plan.rows, rows.top_k, pieces, plan.slot_row, plan.expert_start[plan.experts :])
+
+
+def _quantize(
+    rows: torch.Tensor, count: int, top_k: int, pieces: int, slot_row: torch.Tensor, routed: torch.Tensor
+) -> Fp8Rows:
+    width = rows.shape[1] // pieces
     blocks = cdiv(width, SIDE)
     codes = torch.empty(count, pieces * blocks * SIDE, dtype=torch.float8_e4m3fn, device=rows.device)
     scales = torch.empty(count, pieces * blocks, dtype=torch.float32, device=rows.device)
     if rows.numel() > 0:
         launch(
             quantize_kernel,
-            (cdiv(count, 32), pieces * blocks),
-            (rows, codes, scales, count, width, blocks),
-            {
-                "PIECES": pieces,
-                "SIDE": SIDE,
-                "LARGEST": LARGEST,
-                "SMALLEST": SMALLEST,
-                "BLOCK_R": 32,
-                "num_warps": 4,
-            },
+            (cdiv(rows.shape[0], 8), cdiv(pieces * blocks, 4)),
+            (rows, codes, scales, slot_row, routed, rows.shape[0], width, blocks),
+            {"TOP_K": top_k, "PIECES": pieces, **ROUNDING, "BLOCK_R": 8, "BLOCKS": 4, "num_warps": 4},
         )
-    return codes, scales
+    return Fp8Rows(codes, scales)
 
 
 #: (rows, weight, plan, out, transposed, z, gate): ``out`` = rows W[e]^T, or rows W[e] if ``transposed``; with a gate
 #: through it, and the sums in ``z`` unless that is empty.
-Gemm = Callable[[Rows, Weight, RoutingPlan, torch.Tensor, bool, torch.Tensor | None, Gate | None], None]
+Gemm = Callable[[GemmRows, Weight, RoutingPlan, torch.Tensor, bool, torch.Tensor | None, Gate | None], None]
 
 
 def up(
@@ -269,16 +305,15 @@ def down(gemm: Gemm, a: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torc
     return out
 
 
-def dgrad(gemm: Gemm, rows: Rows, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
-    """rows W[e]: dA0 from dO (T, H), gathered here, and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H)."""
-    tokens = rows if isinstance(rows, torch.Tensor) else rows.tokens
-    out = tokens.new_empty(plan.rows, weight.matrix.shape[2])
+def dgrad(gemm: Gemm, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
+    """rows W[e]: dA0 from dO (T, H) and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H)."""
+    out = torch.empty(plan.rows, weight.matrix.shape[2], dtype=weight.matrix.dtype, device=plan.row_slot.device)
     gemm(rows, weight, plan, out, True, None, None)
     return out
 
 
 def gemm(
-    rows: Rows,
+    rows: GemmRows,
     weight: Weight,
     plan: RoutingPlan,
     out: torch.Tensor,
@@ -290,10 +325,11 @@ def gemm(
     matrix = weight.matrix
     assert isinstance(matrix, Fp8Weight)
     data, pieces = matrix.operand(transposed)
-    given, top_k = rows if isinstance(rows, TokenRows) else (rows, 0)
-    codes, row_scales = quantize(given, pieces)
+    # Tokens are rounded once, and gathered by the kernel.
+    top_k = rows.top_k if isinstance(rows, TokenRows) else 0
+    codes, row_scales = quantize(rows.tokens, pieces) if isinstance(rows, TokenRows) else in_order(rows, pieces, plan)
     gated = gate is not None and gate.gated
-    width, inner = out.shape[1], given.shape[1] // pieces
+    width, inner = out.shape[1], data.shape[2] // pieces
     tma = loads_by_tma(device_capability(out.device)) and inner % 16 == 0 and data.data_ptr() % 16 == 0
     config = tile(gated, plan.group_size, tma)
     low, factor, rank = low_rank_arguments(weight, out)

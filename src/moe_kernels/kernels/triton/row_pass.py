@@ -2,7 +2,8 @@
 
 LoRA factors and biases need products of a tall matrix (R, N), such as dO, dZ or X, with something a few columns wide.
 Each such product alone would read the whole matrix once more, at the speed of memory. Here every block of it is read
-once and multiplied on both sides. Rows of tokens are gathered, and if wanted written in expert order as well.
+once and multiplied on both sides. Rows of tokens are gathered, and if wanted written in expert order as well, or
+rounded to fp8 for the GEMM that follows.
 
 A program takes one expert's rows and a block of columns. Sums over rows stay in registers. Sums over columns are
 written for each block of columns, and a second launch adds them in a fixed order: no atomics.
@@ -15,12 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_kernels.fp8 import Fp8Weight
+from moe_kernels.fp8 import Fp8Rows, Fp8Weight
 from moe_kernels.kernels.device import cdiv, dot_precision
 from moe_kernels.kernels.launch.launch import launch
+from moe_kernels.kernels.triton.fp8 import ROUNDING, to_fp8
 from moe_kernels.kernels.triton.grouped_gemm import dgrad
 from moe_kernels.kernels.triton.tile import multiply_add
 from moe_kernels.layer import AddedGrads, Rows, Weight
+from moe_kernels.packed import SIDE
 from moe_kernels.routing import RoutingPlan, TokenRows
 
 
@@ -36,6 +39,8 @@ def row_pass_kernel(
     expert_start_ptr,
     expert_order_ptr,
     sorted_ptr,  # (R, N): written if COPY
+    codes_ptr,  # (R, sides * SIDE) float8e4nv: written if QUANTIZE, as are row_scales
+    row_scales_ptr,  # (R, sides) float32
     low_ptr,  # (blocks, R, RANK) float32, rows factor[expert] by block of columns: written if LOW
     grad_ptr,  # (E, N, rank), or (E, rank, N) if TRANSPOSED, scaling (w rows)^T inner: written if GRAD
     bias_grad_ptr,  # (E, N), the sum of w rows: written if BIAS_GRAD
@@ -48,6 +53,10 @@ def row_pass_kernel(
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     COPY: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    SIDE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
     LOW: tl.constexpr,
     GRAD: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -89,6 +98,15 @@ def row_pass_kernel(
         values = tl.load(rows_ptr + source[:, None] * N + n[None, :], mask=mask, other=0.0)
         if COPY:
             tl.store(sorted_ptr + rows.to(tl.int64)[:, None] * N + n[None, :], values, mask=mask)
+        if QUANTIZE:
+            SIDES: tl.constexpr = BLOCK_N // SIDE
+            codes, scales = to_fp8(tl.reshape(values.to(tl.float32), (BLOCK_R, SIDES, SIDE)), LARGEST, SMALLEST)
+            sides = block * SIDES + tl.arange(0, SIDES)
+            places = rows.to(tl.int64)[:, None] * tl.cdiv(N, SIDE) + sides[None, :]
+            kept = own[:, None] & (sides < tl.cdiv(N, SIDE))[None, :]
+            code_ptrs = codes_ptr + (places * SIDE)[:, :, None] + tl.arange(0, SIDE)[None, None, :]
+            tl.store(code_ptrs, codes, mask=kept[:, :, None])
+            tl.store(row_scales_ptr + places, scales, mask=kept)
         if WEIGHTED:
             weight = tl.load(topk_weights_ptr + slot, mask=own, other=0.0).to(tl.float32)[:, None]
         narrow = rows.to(tl.int64)[:, None] * RANK + r[None, :]
@@ -163,6 +181,8 @@ class _Pass(NamedTuple):
     """Results of a pass; None where it was not asked for."""
 
     rows: torch.Tensor | None
+    codes: torch.Tensor | None
+    row_scales: torch.Tensor | None
     low: torch.Tensor | None
     grad: torch.Tensor | None
     bias_grad: torch.Tensor | None
@@ -181,6 +201,7 @@ def _row_pass(
     topk_weights: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     copy: bool = False,
+    quantize: bool = False,
     bias_grad: bool = False,
 ) -> _Pass:
     """``factor`` gives low, ``inner`` gives grad, ``bias`` gives bias_dot; topk_weights weight grad and bias_grad."""
@@ -190,10 +211,14 @@ def _row_pass(
     rank = 0 if narrow is None else narrow.shape[-1]
     own = rank if owner is None else owner.shape[1 if transposed else 2]
     tile = pass_tile(source.dtype, width, rank)
+    if quantize:  # a block of columns has whole scales
+        tile = tile._replace(block_n=max(tile.block_n, SIDE))
     blocks = cdiv(width, tile.block_n)
     empty, wide = source.new_empty, torch.float32
     out = _Pass(
         empty(count, width) if copy else None,
+        empty(count, cdiv(width, SIDE) * SIDE, dtype=torch.float8_e4m3fn) if quantize else None,
+        empty(count, cdiv(width, SIDE), dtype=wide) if quantize else None,
         None if factor is None else empty(blocks, count, rank, dtype=wide),
         None if inner is None or owner is None else empty(owner.shape, dtype=owner.dtype),
         empty(experts, width) if bias_grad else None,
@@ -210,6 +235,8 @@ def _row_pass(
             "TOP_K": top_k,
             "WEIGHTED": topk_weights is not None,
             "COPY": copy,
+            "QUANTIZE": quantize,
+            **ROUNDING,
             "LOW": factor is not None,
             "GRAD": inner is not None,
             "TRANSPOSED": transposed,
@@ -257,8 +284,8 @@ def added_grads(
     """
     factor = weight.factor
     small = factor is not None and factor.shape[2] <= MAX_RANK
-    # A GEMM in fp8 gathers rows itself: those that it rounds are the tokens.
-    copy = isinstance(dy, TokenRows) and not (isinstance(weight.matrix, Fp8Weight) and (factor is None or small))
+    quantize = isinstance(weight.matrix, Fp8Weight) and _has_whole_blocks(weight.matrix)
+    copy = isinstance(dy, TokenRows) and not (quantize and (factor is None or small))
     done = _row_pass(
         dy,
         plan,
@@ -268,13 +295,21 @@ def added_grads(
         topk_weights=topk_weights,
         bias=None if topk_weights is None else weight.bias,
         copy=copy,
+        quantize=quantize,
         bias_grad=needs_bias,
     )
     rows, low = dy if done.rows is None else done.rows, done.low
     if factor is not None and not small:
         assert isinstance(rows, torch.Tensor)
         low = dgrad(rows, Weight(factor), plan)
+    if done.codes is not None and done.row_scales is not None:
+        return AddedGrads(Fp8Rows(done.codes, done.row_scales), low, done.grad, done.bias_grad, done.bias_dot)
     return AddedGrads(rows, low, done.grad, done.bias_grad, done.bias_dot)
+
+
+def _has_whole_blocks(matrix: Fp8Weight) -> bool:
+    """Whether the matrices above each other begin at a multiple of SIDE rows, so that dY's blocks do as well."""
+    return matrix.sizes[1] // matrix.stacked % SIDE == 0 or matrix.stacked == 1
 
 
 def lora_a_grad(
