@@ -32,7 +32,7 @@ class Fp8Rows(NamedTuple):
 
     Attributes:
         codes: (R, blocks * 128) float8_e4m3fn.
-        scales: (R, blocks) float32.
+        scales: (R, blocks) float32; the kernels store those of a block next to each other.
     """
 
     codes: Tensor

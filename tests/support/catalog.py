@@ -23,7 +23,7 @@ from moe_kernels.kernels.triton.fp8 import fp8_gemm_kernel
 from moe_kernels.kernels.triton.fp8 import tile as fp8_tile
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
 from moe_kernels.kernels.triton.plan import count_kernel, part_kernel, place_kernel, plan_blocks
-from moe_kernels.kernels.triton.round import ROUNDING, quantize_kernel
+from moe_kernels.kernels.triton.round import quantize_kernel
 from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, route_grad_kernel, route_kernel
 from moe_kernels.kernels.triton.row_pass import MAX_RANK, pass_tile, row_pass_kernel, sum_blocks_kernel
 from moe_kernels.kernels.triton.up import up_kernel
@@ -248,10 +248,9 @@ def _small_cases() -> Iterator[CompileCase]:
 def _dact_case(variant: Variant, block_r: int, block_i: int, rounds: bool = False) -> CompileCase:
     types = dict.fromkeys(("da_ptr", "z_ptr", "dz_ptr"), "*bf16")
     types |= dict.fromkeys(("topk_weights_ptr", "dw_ptr", "bias_dot_ptr"), "*fp32")
-    types |= {"row_slot_ptr": "*i32", "expert_start_ptr": "*i32", "R": "i32", "I": "i32", "E": "i32"}
+    types |= {"row_slot_ptr": "*i32", "expert_start_ptr": "*i32", "R": "i32", "pitch": "i32", "I": "i32", "E": "i32"}
     types |= {"codes_ptr": "*fp8e4nv" if rounds else "*bf16", "scales_ptr": "*fp32" if rounds else "*bf16"}
-    constants = {**variant.gate.constants(), "HAS_BIAS": variant.bias, "WRITE_WA": True}
-    constants |= {"QUANTIZE": rounds, **ROUNDING}
+    constants = {**variant.gate.constants(), "HAS_BIAS": variant.bias, "WRITE_WA": True, "QUANTIZE": rounds}
     return CompileCase(
         f"dact-i{block_i}-{variant.name}" + ("-fp8" if rounds else ""),
         dact_kernel,
@@ -317,8 +316,8 @@ def fp8_cases(tma: bool) -> Iterator[CompileCase]:
             quantize_kernel,
             {"rows_ptr": f"*{dtype}", "codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
             | dict.fromkeys(("slot_row_ptr", "routed_ptr"), "*i32")
-            | dict.fromkeys(("count", "K", "blocks"), "i32"),
-            {"TOP_K": top_k, "PIECES": 2, **ROUNDING, "BLOCK_R": 8, "BLOCKS": 4},
+            | dict.fromkeys(("count", "pitch", "K"), "i32"),
+            {"TOP_K": top_k, "PIECES": 2, "BLOCK_R": 4, "BLOCK_K": 1024},
             {"num_warps": 4, "num_stages": 3},
             uses_dot=False,
         )
@@ -344,7 +343,7 @@ def fp8_case(kernel: str, group: int, tma: bool, variant: Variant) -> CompileCas
         "w": f"tensordesc<{codes}[1, 1, {config.block_n}, 128]>" if tma else f"*{codes}",
         **dict.fromkeys(("row_scales_ptr", "w_scales_ptr"), "*fp32"),
         **dict.fromkeys(("bias_ptr", "low_ptr", "factor_ptr", "z_ptr", "out_ptr"), bf16),
-        **dict.fromkeys(("blocks", "W_SCALES", "SCALE_N", "SCALE_K"), "i32"),
+        **dict.fromkeys(("blocks", "pitch", "W_SCALES", "SCALE_N", "SCALE_K"), "i32"),
     }
     gate = variant.gate.constants() if kernel == "up" else {"ACTIVATION": "", "P0": 0.0, "P1": 0.0}
     constants = {name: value for name, value in gate.items() if name != "INTERLEAVED"} | {

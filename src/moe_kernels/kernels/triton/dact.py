@@ -15,14 +15,14 @@ import triton.language as tl
 from moe_kernels.activation import Gate, value_and_partials
 from moe_kernels.kernels.device import cdiv
 from moe_kernels.kernels.launch.launch import launch
-from moe_kernels.kernels.triton.round import ROUNDING, empty_fp8, store_fp8
+from moe_kernels.kernels.triton.round import empty_fp8, store_fp8, to_fp8
 from moe_kernels.layer import DownGrads
 from moe_kernels.packed import SIDE
 from moe_kernels.routing import RoutingPlan
 
 
 # Under expert parallelism every step brings another number of rows, for which nothing is to be compiled.
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "pitch"])
 def dact_kernel(
     da_ptr,  # (R, I): dA0 in, wA out if WRITE_WA
     z_ptr,  # (R, Z), Z = 2I with a gate, I without
@@ -33,8 +33,9 @@ def dact_kernel(
     expert_start_ptr,  # (E + 1,): rows at or after expert_start[E] belong to dropped slots
     bias_dot_ptr,  # (R,), or any pointer unless HAS_BIAS: <dO[t], b2[e]> of each row
     codes_ptr,  # (R, 2 or 1 pieces * blocks * SIDE): written if QUANTIZE, as are scales
-    scales_ptr,  # (R, pieces * blocks) float32
+    scales_ptr,  # (pieces * blocks, pitch) float32
     R,
+    pitch,
     I,
     E,
     ACTIVATION: tl.constexpr,
@@ -45,9 +46,6 @@ def dact_kernel(
     HAS_BIAS: tl.constexpr,
     WRITE_WA: tl.constexpr,
     QUANTIZE: tl.constexpr,
-    SIDE: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SMALLEST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -91,13 +89,12 @@ def dact_kernel(
                 tl.store(dz_ptr + z_offsets + I, d_up, mask=mask)
         if QUANTIZE:
             tl.static_assert(not INTERLEAVED)
-            blocks = tl.cdiv(I, SIDE)
-            width = blocks * 2 if GATED else blocks
-            first = rows.to(tl.int64) * width
-            rounding: tl.constexpr = (SIDE, LARGEST, SMALLEST)
-            store_fp8(codes_ptr, scales_ptr, d_gate, first, rows < R, i0 // SIDE, blocks, *rounding)
+            PIECES: tl.constexpr = 2 if GATED else 1
+            codes, scales = to_fp8(d_gate)
+            store_fp8(codes_ptr, scales_ptr, pitch, codes, scales, rows, rows < R, i0, I, 0, PIECES)
             if GATED:
-                store_fp8(codes_ptr, scales_ptr, d_up, first + blocks, rows < R, i0 // SIDE, blocks, *rounding)
+                codes, scales = to_fp8(d_up)
+                store_fp8(codes_ptr, scales_ptr, pitch, codes, scales, rows, rows < R, i0, I, 1, PIECES)
     if HAS_BIAS:
         dw += tl.load(bias_dot_ptr + rows, mask=routed, other=0.0)
     tl.store(dw_ptr + slot, dw.to(dw_ptr.dtype.element_ty), mask=rows < R)
@@ -148,6 +145,7 @@ def dact(
             da if bias_dot is None else bias_dot,
             *(rounded or (dz, dz)),
             plan.rows,
+            1 if rounded is None else rounded.scales.stride(1),
             intermediate,
             plan.experts,
         ),
@@ -156,7 +154,6 @@ def dact(
             "HAS_BIAS": bias_dot is not None,
             "WRITE_WA": needs_wa,
             "QUANTIZE": rounds,
-            **ROUNDING,
             **blocks,
             "num_warps": 4,
         },

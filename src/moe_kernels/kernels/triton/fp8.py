@@ -70,7 +70,7 @@ def _load_codes(
 @triton.jit
 def fp8_gemm_kernel(
     rows_in,  # (R, PIECES * blocks * SIDE) codes, or with TOP_K of the tokens: tensor or, sorted, descriptor
-    row_scales_ptr,  # (R, PIECES * blocks), or of the tokens
+    row_scales_ptr,  # (PIECES * blocks, pitch), or of the tokens
     w,  # (E, PIECES, N or 2N, K) codes: tensor or descriptor; in memory N or 2N is the second dimension
     w_scales_ptr,  # W_SCALES elements for each expert
     bias_ptr,  # (E, N or 2N), or any pointer unless HAS_BIAS
@@ -86,6 +86,7 @@ def fp8_gemm_kernel(
     K,  # elements of a piece of the inner dimension
     N,
     blocks,  # k blocks of a piece
+    pitch,
     W_SCALES,
     SCALE_N,  # from one block of columns to the next
     SCALE_K,  # from one k block to the next
@@ -118,12 +119,12 @@ def fp8_gemm_kernel(
         if TOP_K > 0:
             _, source = gathered_tokens(row_slot_ptr, rows, row_mask, TOP_K)
         n0 = n * BLOCK_N
-        row_scales = row_scales_ptr + source * (PIECES * blocks)
+        row_scales = row_scales_ptr + source
         w_scales = w_scales_ptr + expert.to(tl.int64) * W_SCALES + n0 // SIDE * SCALE_N
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for block in tl.range(0, PIECES * blocks):
-            row_scale = tl.load(row_scales + block, mask=row_mask, other=0.0)
+            row_scale = tl.load(row_scales + block * pitch.to(tl.int64), mask=row_mask, other=0.0)
             scale = tl.load(w_scales + block * SCALE_K).to(tl.float32)
             if USE_TMA and TOP_K == 0:  # also loads rows of the next expert, whose results are not stored
                 a = rows_in.load([row0, block * SIDE])
@@ -265,7 +266,7 @@ def gemm(
             *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
         ),
         (
-            *(inner, width, cdiv(inner, SIDE), scale_rows * scale_columns),
+            *(inner, width, cdiv(inner, SIDE), row_scales.stride(1), scale_rows * scale_columns),
             *((1, scale_columns) if transposed else (scale_columns, 1)),
         ),
         {

@@ -11,99 +11,79 @@ from moe_kernels.layer import GemmRows
 from moe_kernels.packed import SIDE
 from moe_kernels.routing import RoutingPlan
 
-#: What kernels that round rows know of the format.
-ROUNDING = {"SIDE": SIDE, "LARGEST": LARGEST, "SMALLEST": SMALLEST}
+_SIDE = tl.constexpr(SIDE)
+_LARGEST = tl.constexpr(LARGEST)
+_SMALLEST = tl.constexpr(SMALLEST)
+#: Scales behind those of the last row, which may be read: GEMMs read those of whole tiles.
+_PADDING = 256
 
 
 @triton.jit
-def to_fp8(values, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
-    """values [rows, blocks, elements of a block] float32 -> their codes, and the scales [rows, blocks].
-
-    LARGEST is that of e4m3, SMALLEST what a block is taken to hold at least, so that no scale is zero.
-    """
+def to_fp8(values):
+    """values [rows, columns], whole blocks -> codes [rows, blocks, SIDE] and scales [rows, blocks]."""
+    BLOCKS: tl.constexpr = values.shape[1] // _SIDE
+    values = tl.reshape(values.to(tl.float32), (values.shape[0], BLOCKS, _SIDE))
     # Infinity has an infinite scale and becomes NaN, as NaN does: the cast would make 448 of a number beyond it.
-    most = tl.maximum(tl.max(tl.abs(values), axis=2), SMALLEST)
-    codes = (values * tl.div_rn(LARGEST, most)[:, :, None]).to(tl.float8e4nv)
-    return codes, tl.div_rn(most, LARGEST)
+    most = tl.maximum(tl.max(tl.abs(values), axis=2), _SMALLEST)
+    codes = (values * tl.div_rn(_LARGEST, most)[:, :, None]).to(tl.float8e4nv)
+    return codes, tl.div_rn(most, _LARGEST)
 
 
 @triton.jit
-def store_fp8(
-    codes_ptr,
-    scales_ptr,
-    values,
-    first,
-    own,
-    block0,
-    blocks,
-    SIDE: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SMALLEST: tl.constexpr,
-):
-    """Round values [rows, columns], and store them from block0 of a piece on, which has ``blocks`` in each row.
+def store_fp8(codes_ptr, scales_ptr, pitch, codes, scales, rows, own, k0, K, piece, PIECES: tl.constexpr):
+    """Store what ``to_fp8`` made of the columns from k0 on, of K, in ``piece`` of these rows; only of ``own`` rows.
 
-    ``first`` [rows] are the numbers of the rows' first blocks of the piece, and ``own`` says which rows to store.
+    codes (R, PIECES * blocks * SIDE), scales (PIECES * blocks, pitch).
     """
-    SIDES: tl.constexpr = values.shape[1] // SIDE
-    values = tl.reshape(values.to(tl.float32), (values.shape[0], SIDES, SIDE))
-    codes, scales = to_fp8(values, LARGEST, SMALLEST)
-    block = block0 + tl.arange(0, SIDES)
+    blocks = tl.cdiv(K, _SIDE)
+    block = k0 // _SIDE + tl.arange(0, codes.shape[1])
     kept = own[:, None] & (block < blocks)[None, :]
-    places = first[:, None] + block[None, :]
-    code_ptrs = codes_ptr + (places * SIDE)[:, :, None] + tl.arange(0, SIDE)[None, None, :]
+    place = piece * blocks + block
+    first = rows.to(tl.int64)[:, None] * (PIECES * blocks) + place[None, :]
+    code_ptrs = codes_ptr + (first * _SIDE)[:, :, None] + tl.arange(0, _SIDE)[None, None, :]
     tl.store(code_ptrs, codes, mask=kept[:, :, None])
-    tl.store(scales_ptr + places, scales, mask=kept)
+    tl.store(scales_ptr + place.to(tl.int64)[None, :] * pitch + rows[:, None], scales, mask=kept)
 
 
-@triton.jit
+# Under expert parallelism every step brings another number of rows, for which nothing is to be compiled.
+@triton.jit(do_not_specialize=["count", "pitch"])
 def quantize_kernel(
     rows_ptr,  # (R, PIECES * K), or with TOP_K the tokens (R / TOP_K, PIECES * K)
     codes_ptr,  # (R, PIECES * blocks * SIDE) float8e4nv, zeros behind the last element of a piece
-    scales_ptr,  # (R, PIECES * blocks) float32
+    scales_ptr,  # (PIECES * blocks, pitch) float32
     slot_row_ptr,  # (R,): read with TOP_K, as is routed_ptr
     routed_ptr,  # expert_start[E]: rows at or after it belong to dropped slots, and stay unwritten
     count,  # rows, or tokens
+    pitch,
     K,  # elements of a piece
-    blocks,  # of a piece
     TOP_K: tl.constexpr,
     PIECES: tl.constexpr,
-    SIDE: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SMALLEST: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    width = PIECES * blocks
-    c = tl.arange(0, SIDE)
-    column = (block % blocks * SIDE)[:, None] + c[None, :]
-    source = (block // blocks * K)[:, None] + column
-    inside = (block < width)[:, None] & (column < K)
-    mask = (r < count)[:, None, None] & inside[None]
-    values = tl.load(rows_ptr + (r * (PIECES * K))[:, None, None] + source[None], mask=mask, other=0.0)
-    codes, scales = to_fp8(values.to(tl.float32), LARGEST, SMALLEST)
-    place = (block * SIDE)[:, None] + c[None, :]
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    chunks = tl.cdiv(K, BLOCK_K)
+    piece, k0 = tl.program_id(1) // chunks, tl.program_id(1) % chunks * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    own = rows < count
+    places = (rows.to(tl.int64) * PIECES + piece)[:, None] * K + k[None, :]
+    codes, scales = to_fp8(tl.load(rows_ptr + places, mask=own[:, None] & (k < K)[None, :], other=0.0))
     if TOP_K == 0:
-        kept = (r < count)[:, None] & (block < width)[None, :]
-        tl.store(codes_ptr + (r * (width * SIDE))[:, None, None] + place[None], codes, mask=kept[:, :, None])
-        tl.store(scales_ptr + (r * width)[:, None] + block[None, :], scales, mask=kept)
+        store_fp8(codes_ptr, scales_ptr, pitch, codes, scales, rows, own, k0, K, piece, PIECES)
     else:  # each token is read once, and written to its K rows
         routed = tl.load(routed_ptr)
-        for k in tl.static_range(TOP_K):
-            row = tl.load(slot_row_ptr + r * TOP_K + k, mask=r < count, other=0).to(tl.int64)
-            kept = ((r < count) & (row < routed))[:, None] & (block < width)[None, :]
-            tl.store(codes_ptr + (row * (width * SIDE))[:, None, None] + place[None], codes, mask=kept[:, :, None])
-            tl.store(scales_ptr + (row * width)[:, None] + block[None, :], scales, mask=kept)
+        for slot in tl.static_range(TOP_K):
+            row = tl.load(slot_row_ptr + rows * TOP_K + slot, mask=own, other=0)
+            kept = own & (row < routed)
+            store_fp8(codes_ptr, scales_ptr, pitch, codes, scales, row, kept, k0, K, piece, PIECES)
 
 
 def empty_fp8(count: int, width: int, pieces: int, device: torch.device) -> Fp8Rows:
-    """Room for ``count`` rows of ``pieces`` of ``width`` elements."""
+    """Room for ``count`` rows of ``pieces`` of ``width`` elements. Scales of a block are next to each other."""
     blocks = pieces * cdiv(width, SIDE)
-    return Fp8Rows(
-        torch.empty(count, blocks * SIDE, dtype=torch.float8_e4m3fn, device=device),
-        torch.empty(count, blocks, dtype=torch.float32, device=device),
-    )
+    codes = torch.empty(count, blocks * SIDE, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(blocks, count + _PADDING, dtype=torch.float32, device=device)
+    return Fp8Rows(codes, scales[:, :count].T)
 
 
 def quantize(rows: torch.Tensor, pieces: int = 1) -> Fp8Rows:
@@ -124,13 +104,13 @@ def _quantize(
     rows: torch.Tensor, count: int, top_k: int, pieces: int, slot_row: torch.Tensor, routed: torch.Tensor
 ) -> Fp8Rows:
     width = rows.shape[1] // pieces
-    blocks = cdiv(width, SIDE)
     rounded = empty_fp8(count, width, pieces, rows.device)
+    block_k = max(SIDE, min(1024, triton.next_power_of_2(width)))
     if rows.numel() > 0:
         launch(
             quantize_kernel,
-            (cdiv(rows.shape[0], 8), cdiv(pieces * blocks, 4)),
-            (rows, *rounded, slot_row, routed, rows.shape[0], width, blocks),
-            {"TOP_K": top_k, "PIECES": pieces, **ROUNDING, "BLOCK_R": 8, "BLOCKS": 4, "num_warps": 4},
+            (cdiv(rows.shape[0], 4), pieces * cdiv(width, block_k)),
+            (rows, *rounded, slot_row, routed, rows.shape[0], rounded.scales.stride(1), width),
+            {"TOP_K": top_k, "PIECES": pieces, "BLOCK_R": 4, "BLOCK_K": block_k, "num_warps": 4},
         )
     return rounded
