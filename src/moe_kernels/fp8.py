@@ -8,8 +8,6 @@ and added in float32. The steps in torch are here; those of GPUs are in :mod:`mo
 
 from __future__ import annotations
 
-import functools
-import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +17,6 @@ from torch import Tensor
 from moe_kernels.packed import SIDE, BlockFp8
 from moe_kernels.problem import UnsupportedProblem, device_capability
 
-logger = logging.getLogger("moe_kernels")
 #: The largest number of e4m3.
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 #: What a block is taken to hold at least: with zeros alone it would have the scale zero.
@@ -105,16 +102,6 @@ def check_fp8(weight: object, gated: bool, interleaved: bool, device: torch.devi
         reason = why_not(weight, gated, interleaved, device)
     if reason is not None:
         raise UnsupportedProblem(reason)
-    warn_unmeasured()
-
-
-@functools.cache
-def warn_unmeasured() -> None:
-    """Say once what is not known of these kernels."""
-    logger.warning(
-        "fp8_activations: these kernels were tested without a GPU and have not been measured on one yet. They may be "
-        "slower than without it: time the first steps of a run with it and of one without, and compare their losses."
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- in torch

@@ -226,9 +226,9 @@ def test_the_hopper_kernels_leave_them_to_triton(device):
     assert gluon._weight_fits(Weight(BlockFp8(weight.sizes, BF16, weight.data, weight.scales)))
     assert not gluon._weight_fits(Weight(weight))
     backend = gluon.GluonBackend()
-    assert backend.fp8_gemm(Weight(weight)).__module__ == "moe_kernels.kernels.triton.fp8"
-    with gluon.use_fp8(True):
-        assert backend.fp8_gemm(Weight(weight)).__module__ == "moe_kernels.kernels.hopper.fp8"
+    assert backend.fp8_gemm(Weight(weight)).__module__ == "moe_kernels.kernels.hopper.fp8"
+    with gluon.use_fp8(False):
+        assert backend.fp8_gemm(Weight(weight)).__module__ == "moe_kernels.kernels.triton.fp8"
     rows = backend.dout_rows(dout, weight, plan, SILU)
     assert isinstance(rows, TokenRows)
     assert rows.tokens is dout

@@ -80,7 +80,7 @@ class GluonBackend(TritonBackend):
 
     def fp8_gemm(self, weight: Weight) -> Gemm:
         assert isinstance(weight.matrix, Fp8Weight)
-        here = _fp8.choice is True and fp8.fits(weight.matrix) and _low_rank_fits(weight)
+        here = _fp8.choice is not False and fp8.fits(weight.matrix) and _low_rank_fits(weight)
         return fp8.gemm if here else super().fp8_gemm(weight)
 
     def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
@@ -162,6 +162,5 @@ _forced: Override[bool] = Override()
 use_gathered = _forced.use
 
 _fp8: Override[bool] = Override()
-#: Within ``use_fp8(True)`` weights that are multiplied in fp8 run on these kernels too, which no GPU has run yet: for
-#: measuring and for tests.
+#: Within ``use_fp8(False)`` weights that are multiplied in fp8 run on the Triton kernels: for measuring and tests.
 use_fp8 = _fp8.use

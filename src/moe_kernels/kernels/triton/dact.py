@@ -6,14 +6,12 @@ dZ over Z if Z is not needed again. For a GEMM in fp8 it rounds dZ as well. In T
 GEMM was slower, because the epilogue's loads and stores did not overlap the mainloop.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from moe_kernels.activation import Gate, value_and_partials
-from moe_kernels.kernels.device import cdiv
+from moe_kernels.kernels.device import cdiv, column_block
 from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.triton.round import empty_fp8, store_fp8, to_fp8
 from moe_kernels.layer import DownGrads
@@ -100,13 +98,6 @@ def dact_kernel(
     tl.store(dw_ptr + slot, dw.to(dw_ptr.dtype.element_ty), mask=rows < R)
 
 
-@functools.cache
-def _blocks(intermediate: int) -> dict[str, int]:
-    """Block sizes. The dict is cached: do not mutate it."""
-    block_i = min(triton.next_power_of_2(intermediate), 1024)
-    return {"BLOCK_R": max(1, 1024 // block_i), "BLOCK_I": block_i}
-
-
 def dact(
     da: torch.Tensor,
     z: torch.Tensor,
@@ -130,10 +121,11 @@ def dact(
     rounded = empty_fp8(plan.rows, intermediate, pieces, z.device) if rounds else None
     if plan.rows == 0:
         return DownGrads(dz, wa, dw, rounded)
-    blocks = _blocks(max(intermediate, SIDE) if rounds else intermediate)
+    block_i = max(column_block(intermediate), SIDE if rounds else 1)
+    block_r = max(1, 1024 // block_i)
     launch(
         dact_kernel,
-        (cdiv(plan.rows, blocks["BLOCK_R"]),),
+        (cdiv(plan.rows, block_r),),
         (
             da,
             z,
@@ -154,7 +146,8 @@ def dact(
             "HAS_BIAS": bias_dot is not None,
             "WRITE_WA": needs_wa,
             "QUANTIZE": rounds,
-            **blocks,
+            "BLOCK_R": block_r,
+            "BLOCK_I": block_i,
             "num_warps": 4,
         },
     )

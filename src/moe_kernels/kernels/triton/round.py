@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from moe_kernels.fp8 import LARGEST, SMALLEST, Fp8Rows
-from moe_kernels.kernels.device import cdiv
+from moe_kernels.kernels.device import cdiv, column_block
 from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.layer import GemmRows
 from moe_kernels.packed import SIDE
@@ -105,12 +105,13 @@ def _quantize(
 ) -> Fp8Rows:
     width = rows.shape[1] // pieces
     rounded = empty_fp8(count, width, pieces, rows.device)
-    block_k = max(SIDE, min(1024, triton.next_power_of_2(width)))
+    block_k = max(column_block(width), SIDE)
+    block_r = 4096 // block_k
     if rows.numel() > 0:
         launch(
             quantize_kernel,
-            (cdiv(rows.shape[0], 4), pieces * cdiv(width, block_k)),
+            (cdiv(rows.shape[0], block_r), pieces * cdiv(width, block_k)),
             (rows, *rounded, slot_row, routed, rows.shape[0], rounded.scales.stride(1), width),
-            {"TOP_K": top_k, "PIECES": pieces, "BLOCK_R": 4, "BLOCK_K": block_k, "num_warps": 4},
+            {"TOP_K": top_k, "PIECES": pieces, "BLOCK_R": block_r, "BLOCK_K": block_k, "num_warps": 4},
         )
     return rounded
