@@ -206,6 +206,8 @@ MUTANTS: list[tuple[Any, ...]] = [
 ROUTINGS = "hostile and bfloat16"  # experts of one to a few tiles each, tails, dropped ids, empty experts
 LARGE_WEIGHTS = "come_from_memory"
 BIAS, INTERLEAVED, LORA128 = (f"kinds_of_experts and {kind}" for kind in ("bias", "interleaved", "lora-128"))
+# at these sizes an H200 takes down by ping-pong, whose tiles have two chunks of columns; cooperative ones have four
+WIDE_BIAS = "routings_of_kinds and bias and cooperative"
 LORA = "kinds_of_experts and lora and not oss and not gateless and not 32 and not 64 and not 128"
 GATELESS = "kinds_of_experts and gateless and not lora"
 FP8 = "gemms_in_fp8"
@@ -272,7 +274,7 @@ GPU_MUTANTS = [
     ("interleaved Z one column too far", "down_grad.py", "tma_load(self.z, [row0, 2 * col0]", "tma_load(self.z, [row0, 2 * col0 + 8]", INTERLEAVED),
     ("bias of the first expert for all", "gemm.py", "self.bias + expert.to(gl.int64) * width + cols", "self.bias + cols", BIAS),
     ("bias of up read from the gate half", "gemm.py", "biased(up0, expert, N + col0, 2 * N)", "biased(up0, expert, col0, 2 * N)", BIAS),
-    ("last chunk of a tile without its bias", "gemm.py", "        right1 = epilogue.biased(right1, expert, col0 + HALF + CHUNK, out.width)\n", "", BIAS),
+    ("last chunk of a tile without its bias", "gemm.py", "        right1 = epilogue.biased(right1, expert, col0 + HALF + CHUNK, out.width)\n", "", WIDE_BIAS),
     ("dw without the bias's share", "down_grad.py", "        dw += tl.load(bias_dot_ptr", "        tl.load(bias_dot_ptr", BIAS),
     ("activation of experts without a gate as of the first chunk", "gemm.py", "epilogue.activated(right, 1.0)", "epilogue.activated(left, 1.0)", GATELESS),
     ("low-rank factor of the first expert for all", "gemm.py", "load_columns(self.factor, b, ready, tile, k0, self.RANK, self.N", "load_columns(self.factor, b, ready, tile, k0, self.RANK, 0", LORA),
