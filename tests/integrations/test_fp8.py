@@ -80,6 +80,14 @@ def test_lora_is_bitwise_that_over_the_dequantised_model(checkpoint: Checkpoint)
         assert torch.equal(value, held[name]), name
 
 
+@pytest.mark.parametrize("weight", ["mlp.experts.down_proj", "self_attn.q_proj.weight"])
+def test_lora_on_the_scales_is_refused(checkpoint: Checkpoint, weight: str) -> None:
+    model = with_lora(load(checkpoint[0]), {"target_parameters": [f"{weight}_scale_inv"]})
+    name = weight.rpartition(".")[2]
+    with pytest.raises(ValueError, match=rf"LoRA is on {name}_scale_inv, the scales.* write {name} in target_param"):
+        mk.check_model(model)
+
+
 def test_the_implementation_can_be_named_after_loading(checkpoint: Checkpoint) -> None:
     """As Axolotl 0.19 does."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint[0], dtype=BF16)
