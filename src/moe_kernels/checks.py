@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from moe_kernels.activation import Activation
-from moe_kernels.factors import LowRank
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.layer import Tensors
 
@@ -113,10 +112,18 @@ def check_layouts(gate_up: Tensor, down: Tensor) -> None:
             )
 
 
-def check_low_rank(name: str, weight: Tensor, pair: LowRank) -> None:
-    (experts, rows, cols), (lora_b, lora_a, _) = weight.shape, pair
-    if lora_b is None or lora_a is None:
+def check_low_rank(name: str, weight: Tensor, pair: object) -> None:
+    if pair is None:
         return
+    parts = tuple(pair) if isinstance(pair, (tuple, list)) else (pair,)
+    if len(parts) > 1 and parts[0] is None and parts[1] is None:
+        return
+    if len(parts) not in (2, 3) or not all(isinstance(factor, Tensor) for factor in parts[:2]):
+        shown = ", ".join(type(part).__name__ for part in parts)
+        raise ValueError(
+            f"{name}_lora should be (lora_b, lora_a), two tensors, with or without a scaling as third, and is {shown}"
+        )
+    (experts, rows, cols), (lora_b, lora_a) = weight.shape, parts[:2]
     rank = lora_b.shape[-1] if lora_b.dim() == 3 else 0
     _check_dtype(f"{name}_lora", lora_b)
     _check_dtype(f"{name}_lora", lora_a)

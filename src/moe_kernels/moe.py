@@ -114,9 +114,9 @@ def fused_experts(
     like = _like(gate_up), _like(down)
     check_inputs(x, topk_ids, topk_weights, *like, reduce)
     check_experts(*like, gate_up_bias, down_bias, chosen, interleaved)
-    gate_up_lora, down_lora = _low_rank(gate_up_lora), _low_rank(down_lora)
     check_low_rank("gate_up", like[0], gate_up_lora)
     check_low_rank("down", like[1], down_lora)
+    gate_up_lora, down_lora = _low_rank(gate_up_lora), _low_rank(down_lora)
     dtype = compute_dtype(x, *like)
     if topk_weights is None:
         topk_weights = topk_ids.new_ones(topk_ids.shape, dtype=torch.float32)

@@ -34,9 +34,9 @@ def reference_experts(
     Arguments and result are those of :func:`moe_kernels.moe.fused_experts`; differentiable in every tensor.
     """
     if gate_up_lora is not None:
-        gate_up = gate_up + low_rank_product(*gate_up_lora)
+        gate_up = gate_up + low_rank_product(gate_up.dtype, *gate_up_lora)
     if down_lora is not None:
-        down = down + low_rank_product(*down_lora)
+        down = down + low_rank_product(down.dtype, *down_lora)
     gate = Gate(Activation.of(activation), gated=gate_up.shape[1] != down.shape[2], interleaved=interleaved)
     (tokens, hidden), top_k = x.shape, topk_ids.shape[1]
     out = x.new_zeros(tokens, hidden) if reduce else x.new_zeros(tokens * top_k, hidden)
@@ -54,6 +54,9 @@ def reference_experts(
     return out if reduce else out.view(tokens, top_k, hidden)
 
 
-def low_rank_product(lora_b: torch.Tensor, lora_a: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
-    """What LoRA adds to a weight, (E, N, K): ``scaling * lora_b[e] @ lora_a[e]``."""
-    return lora_b @ scaled(lora_a, scaling)
+def low_rank_product(
+    dtype: torch.dtype, lora_b: torch.Tensor, lora_a: torch.Tensor, scaling: float = 1.0
+) -> torch.Tensor:
+    """What LoRA adds to a weight, (E, N, K): ``scaling * lora_b[e] @ lora_a[e]``, of factors that are cast to the
+    weight's ``dtype`` first, as torch.autocast does around PEFT."""
+    return lora_b.to(dtype) @ scaled(lora_a, scaling).to(dtype)

@@ -3,6 +3,7 @@
 import importlib
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from support.tiles import use_small_tiles
 #: No multiple of a block of fp8, nor of a tile.
 SHAPE = LayerShape("tiny", 33, 160, 72, 5, 2)
 BF16 = torch.bfloat16
+ROUTINGS = ("sentinels", "empty_first_middle_last")
 
 
-def judge(form, dtype=BF16, backend="torch", shape=SHAPE, routings=("sentinels", "empty_first_middle_last")):
-    case = FORMS[form].of(Case.of(shape, dtype)).fitting()
+def judge(form, dtype=BF16, backend="torch", shape=SHAPE, routings=ROUTINGS, **changes):
+    case = replace(FORMS[form].of(Case.of(shape, dtype)), **changes).fitting()
     device = torch.device("cpu")
     (verdict,) = verify_case(
         case,
@@ -48,10 +50,14 @@ def test_right_steps_pass(form):
 
 
 @pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter: TRITON_INTERPRET=1")
-@pytest.mark.parametrize("form", ["qlora-16", "fp8-activations-lora-16", "mxfp4-lora-16"])
-def test_right_kernels_pass(form):
+@pytest.mark.parametrize(
+    ("form", "factors"),
+    [("qlora-16", torch.float32), ("fp8-activations-lora-16", torch.float32), ("mxfp4-lora-16", None)],
+)
+def test_right_kernels_pass(form, factors):
+    tiny = LayerShape("tiny", 11, 64, 32, 4, 2)
     with use_small_tiles():
-        verdict = judge(form, backend="triton", shape=LayerShape("tiny", 11, 64, 32, 4, 2), routings=("sentinels",))
+        verdict = judge(form, backend="triton", shape=tiny, routings=("sentinels",), lora_dtype=factors)
     assert verdict.ok, verdict.failures
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -155,6 +156,28 @@ def test_the_adapters_of_a_run_file_are_verified(tmp_path: Path, monkeypatch: py
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     assert "ddown_lora_a" in result.output
+
+
+@pytest.mark.parametrize("base", [{}, {"quantization_config": FP8}], ids=["bf16", "fp8"])
+def test_factors_are_those_that_axolotl_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: dict[str, Any]
+) -> None:
+    """In float32, unless the run file tells PEFT to leave them in the weight's dtype; an error in reading float32
+    alone must be found."""
+    pytest.importorskip("peft")
+    right = TorchBackend.pack_factors
+
+    def wrong(self: Any, parts: Any, dtype: torch.dtype) -> Any:
+        by = 1.02 if parts[0].lora_a.dtype == torch.float32 else 1.0
+        return right(self, [part._replace(scaling=by * part.scaling) for part in parts], dtype)
+
+    for cast, code in ((None, 1), (True, 1), (False, 0)):
+        keys = LORA | EXPERTS | {"peft_autocast_adapter_dtype": cast}
+        path = run_file(tmp_path, model(tmp_path / "m", **base), **keys)
+        for pack, expected in ((right, 0), (wrong, code)):
+            monkeypatch.setattr(TorchBackend, "pack_factors", pack)
+            result = CliRunner().invoke(app, ["verify", str(path), "--device", "cpu"])
+            assert result.exit_code == expected, (cast, pack, result.output)
 
 
 def test_layers_are_those_of_the_model_each_kind_once(tmp_path: Path) -> None:

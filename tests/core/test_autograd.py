@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 import moe_kernels
 from moe_kernels import backends, steps
 from moe_kernels.activation import Activation
+from moe_kernels.factors import LowRank
 from moe_kernels.routing import plan_elements
-from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, call, eager, make_inputs, run, truth
+from moe_kernels.tools.check.problems import DIFFERENTIABLE, Case, bound, call, eager, make_inputs, run, truth
 from moe_kernels.tools.check.tolerances import assert_close_to_truth
 
 MIXED_EXTRAS = ("gate_up_bias", "down_bias", "gate_up_lora_b", "gate_up_lora_a", "down_lora_b", "down_lora_a")
@@ -279,6 +280,25 @@ BAD = {
         "without a gate",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("pair", "kinds"),
+    [
+        (lambda b, a: b, "Tensor"),
+        (lambda b, a: (b,), "Tensor"),
+        (lambda b, a: (b, a, 1.0, 1.0), "Tensor, Tensor, float, float"),
+        (lambda b, a: (None, a), "NoneType, Tensor"),
+        (lambda b, a: LowRank(b, None), "Tensor, NoneType, float"),
+        (lambda b, a: (b, 8), "Tensor, int"),
+    ],
+)
+def test_what_is_no_pair_of_factors_is_named(experts, device, pair, kinds):
+    """A single factor would be left out in silence."""
+    inputs = make_inputs(dataclasses.replace(SMALL, lora_rank=4), device)
+    wrong = pair(inputs.extras["down_lora_b"], inputs.extras["down_lora_a"])
+    with pytest.raises(ValueError, match=rf"down_lora should be \(lora_b, lora_a\), two .* and is {kinds}$"):
+        bound(experts, inputs)(inputs.x, inputs.topk_ids, inputs.topk_weights, down_lora=wrong)
 
 
 @pytest.mark.parametrize("what", BAD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,14 @@ def test_lora_is_bitwise_that_over_the_dequantised_model(checkpoint: Checkpoint)
     assert_equal(found, expected)
     for name, value in bytes_of(model).items():
         assert torch.equal(value, held[name]), name
+
+
+@pytest.mark.parametrize("weight", ["mlp.experts.down_proj", "self_attn.q_proj.weight"])
+def test_lora_on_the_scales_is_refused(checkpoint: Checkpoint, weight: str) -> None:
+    model = with_lora(load(checkpoint[0]), {"target_parameters": [f"{weight}_scale_inv"]})
+    name = weight.rpartition(".")[2]
+    with pytest.raises(ValueError, match=rf"LoRA is on {name}_scale_inv, the scales.* write {name} in target_param"):
+        mk.check_model(model)
 
 
 def test_the_implementation_can_be_named_after_loading(checkpoint: Checkpoint) -> None:
@@ -320,17 +329,38 @@ def test_the_transposed_codes_are_made_once(checkpoint: Checkpoint, monkeypatch:
         weight.view(torch.uint8)[0, 0, 1] = 3
     step(model)
     assert made == [*sizes, weight.shape]
-    [(_, copy)] = [value for key, value in integration._copies.items() if key is weight]
+    [(_, copy)] = integration._copies[weight.untyped_storage()].values()
     assert torch.equal(copy.float(), weight.detach().float().mT)
     weight.data.view(torch.uint8)[0, 0, 2] = 3  # torch counts no write through .data
     mk.check_model(model)
     step(model)
-    [(_, copy)] = [value for key, value in integration._copies.items() if key is weight]
+    [(_, copy)] = integration._copies[weight.untyped_storage()].values()
     assert torch.equal(copy.float(), weight.detach().float().mT)
     before = len(integration._copies)
     del model, weight, _
     gc.collect()
     assert len(integration._copies) == before - 4
+
+
+def test_the_transposed_codes_leave_a_device_with_the_codes(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`model.to("cpu")` puts other memory behind the same parameters."""
+    monkeypatch.setattr(integration, "interpreting", lambda: True)
+    mk.register(backend="torch", fp8_activations=True)
+    model = with_lora(load(checkpoint[0]))
+    mk.check_model(model)
+    before = step(model)
+    experts = [module for _, module in mk.experts_modules(model)]
+    codes = [module._parameters[name] for module in experts for name in ("gate_up_proj", "down_proj")]
+    assert sum(map(integration.copied_bytes, experts)) == sum(weight.nbytes for weight in codes)
+    copies = [weakref.ref(integration._transposed(weight)) for weight in codes]
+    for weight in codes:
+        weight.data = weight.data.clone()
+    gc.collect()
+    assert [copy() for copy in copies] == [None] * 4
+    assert sum(map(integration.copied_bytes, experts)) == 0
+    assert_equal(step(model), before)
 
 
 def test_activations_in_fp8_need_experts_in_fp8(checkpoint: Checkpoint) -> None:

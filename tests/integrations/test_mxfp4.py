@@ -340,6 +340,23 @@ def test_experts_on_the_disk_are_refused(checkpoint: Checkpoint, tmp_path: Path)
     assert load_whole(checkpoint[0], **options)(input_ids=IDS).logits.isfinite().all()
 
 
+def test_offloaded_experts_are_refused(checkpoint: Checkpoint) -> None:
+    """accelerate reads a weight by its name before it moves it, when its scales are moved already."""
+    accelerate = pytest.importorskip("accelerate")
+    with pytest.raises(mk.UnsupportedExperts, match=r"_proj is offloaded .* experts a GPU.*dequantize=True"):
+        accelerate.cpu_offload(load(checkpoint[0]), torch.device("cpu"))
+    whole = load_whole(checkpoint[0])
+    assert mk.check_model(whole) == 2
+    accelerate.cpu_offload(whole, torch.device("cpu"))
+    assert whole(input_ids=IDS).logits.isfinite().all()
+
+
+def test_lora_on_the_scales_is_refused(checkpoint: Checkpoint) -> None:
+    model = with_lora(load(checkpoint[0]), {"target_parameters": ["mlp.experts.down_proj_scales"]})
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: LoRA is on down_proj_scales.* write down_proj"):
+        mk.check_model(model)
+
+
 def test_scales_of_another_dtype_in_the_checkpoint_are_refused(tmp_path: Path) -> None:
     """transformers casts them to uint8 without a word: powers of two below one become 0."""
     held = write_checkpoint(tmp_path)

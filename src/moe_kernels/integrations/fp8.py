@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
@@ -26,8 +26,9 @@ from moe_kernels.layer import Matrix
 from moe_kernels.packed import BlockFp8, PackedWeight
 from moe_kernels.problem import UnsupportedProblem
 
-# Of each parameter in fp8: where its codes were, how often they had been written, and the transposed copy of them.
-_copies: Any = WeakTensorKeyDictionary()
+# By the memory of codes and the part of it that they are: where it was, how often they had been written, and the
+# transposed copy of them. Codes that leave a device leave that memory, and their copy goes with it.
+_copies: Any = WeakIdKeyDictionary()
 
 
 def multiplied_in_fp8(module: Any, name: str, weight: Matrix | None, where: str = "") -> Fp8Weight:
@@ -54,17 +55,22 @@ def multiplied_in_fp8(module: Any, name: str, weight: Matrix | None, where: str 
 def _transposed(parameter: Tensor) -> Tensor:
     codes = parameter.detach()
     state = codes.data_ptr(), codes._version
-    known = _copies.get(parameter)
+    copies = _copies.setdefault(codes.untyped_storage(), {})
+    known = copies.get(_part(codes))
     if known is None or known[0] != state:
-        known = _copies[parameter] = state, transposed(codes)
+        known = copies[_part(codes)] = state, transposed(codes)
     copy: Tensor = known[1]
     return copy
 
 
+def _part(codes: Tensor) -> tuple[Any, ...]:
+    return codes.storage_offset(), *codes.shape
+
+
 def copied_bytes(module: nn.Module) -> int:
     """Bytes of the transposed codes that are kept of the weights of ``module`` itself."""
-    copies = [_copies.get(parameter) for parameter in module.parameters(recurse=False)]
-    return sum(copy[1].nbytes for copy in copies if copy is not None)
+    parts = [(p.untyped_storage(), _part(p)) for p in module.parameters(recurse=False)]
+    return sum(_copies[memory][part][1].nbytes for memory, part in parts if part in _copies.get(memory, {}))
 
 
 def check_fp8_activations(module: Any, recipe: Recipe, where: str, device: torch.device) -> None:
@@ -74,7 +80,7 @@ def check_fp8_activations(module: Any, recipe: Recipe, where: str, device: torch
     """
     for name in (recipe.up_name, "down_proj"):
         if name in module._parameters:
-            _copies.pop(module._parameters[name], None)
+            _copies.pop(module._parameters[name].untyped_storage(), None)
         weight = packed_weight(module, name, torch.bfloat16, where)
         found = weight if weight is not None else module._parameters.get(name)
         with torch.no_grad():

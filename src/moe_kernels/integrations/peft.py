@@ -25,7 +25,7 @@ except ImportError as error:
 from moe_kernels.factors import LowRank, scaled
 from moe_kernels.integrations.dispatch import is_served
 from moe_kernels.integrations.fp8 import ExactFP8Linear
-from moe_kernels.integrations.quantized import MX_SCALES
+from moe_kernels.integrations.quantized import MX_SCALES, SCALES
 from moe_kernels.integrations.support import LORA_ATTRIBUTE, UnsupportedExperts, is_sharded, local_tensor
 
 MAX_RANK = 128  # of fused_experts
@@ -109,9 +109,16 @@ def check_lora(model: torch.nn.Module) -> int:
 
     Raises:
         ValueError: an adapter has a higher rank than the kernels take, factors that are no pair of this weight, are
-            elsewhere or of different dtypes, or a dropout that would not happen, or PEFT has left an adapter in the
-            weight.
+            elsewhere or of different dtypes, or a dropout that would not happen, it is on the scales of a weight, or
+            PEFT has left an adapter in the weight.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper) and module.parameter_name.endswith((SCALES, MX_SCALES)):
+            weight = module.parameter_name.removesuffix(SCALES).removesuffix(MX_SCALES)
+            raise ValueError(
+                f"{name}: LoRA is on {module.parameter_name}, the scales of {weight}, which are no weight: write "
+                f"{weight} in target_parameters (lora_target_parameters)."
+            )
     # PEFT refuses dropout; Axolotl switches that off where PEFT turns target_modules into target_parameters.
     configs = getattr(model, "peft_config", {})
     wrappers: list[tuple[str, Any]] = [

@@ -43,7 +43,7 @@ def packed_weight(module: Any, name: str, dtype: torch.dtype, where: str = "") -
         UnsupportedExperts: the parts of the weight do not fit together, or are in no form that is read here.
     """
     try:
-        return _four_bit(module, name) or _block_fp8(module, name, dtype, where) or _mxfp4(module, name, dtype)
+        return _four_bit(module, name) or _block_fp8(module, name, dtype, where) or _mxfp4(module, name, dtype, where)
     except ValueError as error:
         if isinstance(error, UnsupportedExperts):
             raise
@@ -99,10 +99,17 @@ def _block_fp8(module: Any, name: str, dtype: torch.dtype, where: str) -> Packed
     return BlockFp8((experts, rows, columns), dtype, data, scales, stacked)
 
 
-def _mxfp4(module: Any, name: str, dtype: torch.dtype) -> PackedWeight | None:
+def _mxfp4(module: Any, name: str, dtype: torch.dtype, where: str) -> PackedWeight | None:
     data, scales = module._parameters.get(name), module._parameters.get(name + MX_SCALES)
     if scales is None or is_sharded(data) or data.dim() == 1:  # pieces of it
         return None
+    if data.is_meta != scales.is_meta:  # accelerate moves them one by one, and reads the weight before it moves that
+        raise UnsupportedExperts.mended(
+            module,
+            f"{name} is offloaded (cpu_offload of accelerate, or a device_map with cpu beside a GPU), from where "
+            "mxfp4 is not read: give the experts a GPU, or load 16-bit weights, with Mxfp4Config(dequantize=True).",
+            where,
+        )
     experts, rows, blocks = data.shape[:3]
     # Beside the transposes that the module's own weights are.
     sizes = experts, rows, blocks * MX_BLOCK

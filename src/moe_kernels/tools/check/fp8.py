@@ -86,5 +86,6 @@ def fp8_experts(
 def _added(rows: Tensor, expert: int, bias: Tensor | None, low: LowRank | None) -> Tensor | float:
     total: Tensor | float = 0.0
     if low is not None and low.lora_a is not None and low.lora_b is not None:
-        total = rows @ scaled(low.lora_a[expert], low.scaling).T @ low.lora_b[expert].T
+        lora_a = scaled(low.lora_a[expert], low.scaling).to(rows.dtype)
+        total = rows @ lora_a.T @ low.lora_b[expert].to(rows.dtype).T
     return total if bias is None else total + bias[expert]

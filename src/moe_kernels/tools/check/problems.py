@@ -26,7 +26,7 @@ Experts = Callable[..., Tensor]
 DIFFERENTIABLE = ("x", "topk_weights", "gate_up", "down")
 #: What a frozen base is.
 BASE = ("gate_up", "down", "gate_up_bias", "down_bias")
-#: (*size, scale=1.0) -> a normal tensor of that size.
+#: (*size, scale=1.0) -> a normal tensor of that size; for cases with a lora_dtype also (..., dtype).
 Normal = Callable[..., Tensor]
 
 
@@ -38,6 +38,7 @@ class Case:
         lora_rank: of the low-rank factors of both weights; 0 without.
         down_rank: of those of down, where it has another.
         scalings: what LoRA multiplies the products of both weights' factors by.
+        lora_dtype: of the factors; None: the layer's own.
         frozen: weights and biases get no gradient.
         packed: the weights are frozen and in few bits, a key of :data:`moe_kernels.tools.check.packing.FORMATS`.
     """
@@ -60,6 +61,7 @@ class Case:
     reduce: bool = True
     down_rank: int | None = None
     scalings: tuple[float, float] = (1.0, 1.0)
+    lora_dtype: torch.dtype | None = None
     frozen: bool = False
     packed: str = ""
 
@@ -148,8 +150,8 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
     """Normal data scaled so that every intermediate is of order one. Drawn on the CPU: equal on every device."""
     g = torch.Generator().manual_seed(case.seed)
 
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=g) * scale).to(case.dtype).to(device)
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
+        return (torch.randn(*shape, generator=g) * scale).to(dtype).to(device)
 
     x = normal(case.tokens, case.hidden)
     weights = make_weights(case, normal)
@@ -182,11 +184,12 @@ def make_extras(case: Case, normal: Normal) -> dict[str, Tensor]:
     extras, sizes = {}, _sizes(case)
     if case.bias:
         extras = {f"{name}_bias": normal(case.experts, rows) for name, (rows, _) in sizes.items()}
+    factor = partial(normal, dtype=case.lora_dtype) if case.lora_dtype else normal
     for name, rank in case.ranks.items():
         rows, cols = sizes[name]
-        lora_b = normal(case.experts, rows, rank, scale=rank**-0.5)
+        lora_b = factor(case.experts, rows, rank, scale=rank**-0.5)
         extras[f"{name}_lora_b"] = lora_b.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as PEFT stores it
-        extras[f"{name}_lora_a"] = normal(case.experts, rank, cols, scale=cols**-0.5)
+        extras[f"{name}_lora_a"] = factor(case.experts, rank, cols, scale=cols**-0.5)
     return extras
 
 

@@ -99,6 +99,8 @@ def kinds_of_layers(model: Any, target: Target) -> dict[Case, list[str]]:
         UsageError: it has none that these kernels could run.
         UnsupportedExperts: the kernels do not compute what a layer computes.
     """
+    import torch
+
     from moe_kernels.integrations.support import recipe_of
     from moe_kernels.integrations.transformers import experts_modules
     from moe_kernels.tools.check.problems import Case
@@ -129,6 +131,8 @@ def kinds_of_layers(model: Any, target: Target) -> dict[Case, list[str]]:
             lora_rank=low[0][0],
             down_rank=low[1][0],
             scalings=(low[0][1], low[1][1]),
+            # PEFT's default; else it takes the weight's, and Axolotl the training's for a weight in fp8.
+            lora_dtype=None if target.config.get("peft_autocast_adapter_dtype") is False else torch.float32,
             reduce=not recipe.post_norm,
             frozen=bool(packed or target.config.get("adapter")),
             packed=packed,

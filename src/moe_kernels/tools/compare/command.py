@@ -31,6 +31,7 @@ from moe_kernels.tools.compare.comparison import Analysis, Comparison, load, num
 from moe_kernels.tools.compare.environment import versions, with_commit
 from moe_kernels.tools.compare.experts_bench import measure_experts
 from moe_kernels.tools.compare.gpu import compute_capability, describe, visible_gpu
+from moe_kernels.tools.compare.keys import check_settings
 from moe_kernels.tools.compare.pair import (
     FOLDERS,
     LONGEST_NAME,
@@ -190,6 +191,7 @@ def compare(
         _show_pair(pair, dry_run, console)
     if dry_run:
         return
+    check_settings(pairs, options.settings)
     _make_folder(folder)
     machine = Machine(
         device=device,

@@ -170,8 +170,12 @@ def read_settings(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
     return found
 
 
-def _set(config: Config, settings: Sequence[str]) -> Config:
-    """The keys of ``config`` that ``settings`` change, whole."""
+def settings_of(settings: Sequence[str], config: Config, ours: bool) -> Config:
+    """The keys of ``config`` that ``settings`` change, whole; those of the kernels only in runs with them (``ours``).
+
+    Raises:
+        UsageError: see :func:`read_settings`; or a key is inside something that is no mapping.
+    """
     changed: Config = {}
     for (first, *inner), value in read_settings(settings):
         if inner:
@@ -184,7 +188,8 @@ def _set(config: Config, settings: Sequence[str]) -> Config:
         else:
             changed[first] = value
     check_values(changed, "--set")
-    return changed
+    # In other runs keys of the kernels mean nothing, and our plugin refuses them.
+    return {key: value for key, value in changed.items() if ours or not key.startswith("moe_")}
 
 
 def family_pair(name: str, options: Options, tiny_overrides: Mapping[str, Any] | None = None) -> Pair:
@@ -301,9 +306,7 @@ def _pair(
             overrides["moe_router_telemetry"] = own.get("moe_router_telemetry") or True
         if options.liger:
             overrides |= {"plugins": [*(own.get("plugins") or []), LIGER_PLUGIN], **LIGER}
-        changed = _set({**own, **overrides}, options.settings)
-        if not _uses_kernels(own):  # keys of the kernels mean nothing there, and our plugin refuses them
-            changed = {key: value for key, value in changed.items() if not key.startswith("moe_")}
+        changed = settings_of(options.settings, {**own, **overrides}, _uses_kernels(own))
         overrides |= changed
         if "lora_model_dir" in base_overrides.keys() - changed.keys() and set(ADAPTER_KEYS) & changed.keys():
             overrides["lora_model_dir"] += f"-{digest([overrides[key] for key in ADAPTER_KEYS])}"
