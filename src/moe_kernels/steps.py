@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_kernels.activation import Gate
 from moe_kernels.backends import Backend, backend_of, launches_only
 from moe_kernels.factors import LowRank, has_experts_last
-from moe_kernels.fp8 import Fp8Rows
+from moe_kernels.fp8 import Fp8Rows, Fp8Weight
 from moe_kernels.kernels.launch.compile import compiling_only
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.kernels.tiles import config
@@ -161,7 +161,7 @@ def _down_grads(
     gate: Gate,
     backend: Backend,
 ) -> tuple[Tensor, Fp8Rows | None, dict[str, Tensor | None]]:
-    """Steps 4 and 5: dZ (R, Z), rounded too where it is multiplied in fp8, and the gradients that dO in expert order
+    """Steps 4 and 5: dZ (R, Z), rounded too where the backend did that, and the gradients that dO in expert order
     and wA serve. Both die here.
 
     ``given`` has LoRA's factors as the caller has them, ``t`` packed.
@@ -210,7 +210,8 @@ def _gate_up_grads(
         added = backend.added_grads(dz, gate_up, plan, lora_b, needs.gate_up_bias)
         low, grads["gate_up_lora_b"], grads["gate_up_bias"] = added.low, added.factor, added.bias
     if needs.x:
-        dxr = backend.dgrad(rounded_dz or dz, Weight(t.gate_up, None, low, t.gate_up_lora_a), plan)
+        rows = rounded_dz if rounded_dz is not None and isinstance(t.gate_up, Fp8Weight) else dz
+        dxr = backend.dgrad(rows, Weight(t.gate_up, None, low, t.gate_up_lora_a), plan)
         grads["x"] = backend.combine_grad(dxr, plan)
         del dxr
     x_rows: Rows = TokenRows(t.x, plan.top_k)

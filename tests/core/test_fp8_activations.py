@@ -234,6 +234,21 @@ def test_the_hopper_kernels_leave_them_to_triton(device):
     assert rows.tokens is dout
 
 
+@pytest.mark.parametrize(("kind", "interleaved"), [("gate_up", False), ("down", False), ("down", True)])
+def test_one_weight_alone_is_multiplied_in_fp8(device, kind, interleaved, small_tiles):
+    """The other is a tensor, or is dequantised ahead of its GEMMs."""
+    inputs, gate_up, down = make(dataclasses.replace(KINDS["lora"], interleaved=interleaved), device)
+    other = down if kind == "gate_up" else gate_up
+    exact = BlockFp8(other.sizes, other.dtype, other.data, other.scales, other.stacked)
+    expected: dict[str, Tensor] = {}
+    for form, backend in itertools.product((exact, exact.experts(0, exact.shape[0])), ("torch", "triton")):
+        weights = (gate_up, form) if kind == "gate_up" else (form, down)
+        found = results(inputs, *weights, backend)
+        expected = expected or found
+        for name, value in found.items():
+            assert error(value, expected[name]) < max(5e-5, 3 * CLOSE), (backend, name)
+
+
 @pytest.mark.parametrize("activation", EVERY_ACTIVATION, ids=lambda a: a.name)
 def test_activations(device, activation, small_tiles):
     inputs, gate_up, down = make(Case(7, 2, 3, 48, 32, activation=activation), device)

@@ -98,7 +98,7 @@ class TritonBackend(Backend):
         needs_wa: bool = True,
     ) -> DownGrads:
         da = TritonBackend.dgrad(self, dout_rows, weight, plan)
-        rounds = isinstance(weight.matrix, Fp8Weight)
+        rounds = isinstance(weight.matrix, Fp8Weight) and not gate.interleaved  # nor is such a gate_up
         return dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa, rounds)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
