@@ -355,6 +355,17 @@ def test_what_the_kernels_do_not_cover_is_refused(device, backend, kind, words):
         )
 
 
+@pytest.mark.parametrize(("stacked", "rows", "gated"), [(2, 96, False), (4, 192, True)])
+def test_scales_of_other_matrices_are_refused(device, stacked, rows, gated):
+    """Where all blocks are whole they are the same blocks."""
+    weight = block_fp8(2, rows, 64, device, stacked)
+    reason = fp8.why_not(weight, gated, False, device)
+    assert f"those of {stacked} matrices above each other, and it has {2 if gated else 1}: leave" in reason
+    with pytest.raises(UnsupportedProblem, match="matrices above each other"):
+        fp8.check_fp8(in_fp8(weight), gated, False, device)
+    assert fp8.why_not(block_fp8(2, 128 * stacked, 64, device, stacked), gated, False, device) is None
+
+
 def test_other_transposed_codes_are_refused(device):
     weight = block_fp8(3, 64, 96, device)
     with pytest.raises(ValueError, match=r"the transposed codes are .* \(3, 64, 96\), wanted .* \(3, 96, 64\)"):
