@@ -21,6 +21,7 @@ from moe_kernels.layer import (
     AnyTensors,
     BackwardSpec,
     BackwardTensors,
+    DownGrads,
     Grads,
     Matrix,
     Needs,
@@ -180,7 +181,8 @@ def _down_grads(
     low, bias_dot = (None, None) if added is None else (added.low, added.bias_dot)
     down = Weight(t.down, None, low, t.down_lora_a)
     needs_wa = needs.down or needs.down_lora_a
-    done = backend.down_grad(dout_rows, down, z, t.topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
+    made = backend.down_grad(dout_rows, down, z, t.topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
+    done = DownGrads(*made)  # of a backend that was added it may be a plain tuple of the first three
     grads: dict[str, Tensor | None] = {"topk_weights": done.dw if needs.topk_weights else None}
     if needs.down:
         grads["down"] = _weight_grad(backend, t.down, dout_rows, done.wa, plan)

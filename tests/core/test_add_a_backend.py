@@ -83,6 +83,13 @@ def test_its_step_is_the_one_that_ran(mine, monkeypatch):
     assert (fused_experts(*arguments(), backend="mine") == 7.0).all()
 
 
+def test_three_gradients_in_a_plain_tuple_will_do(mine, monkeypatch):
+    expected = results(lambda *given: fused_experts(*given, backend="mine"))
+    monkeypatch.setattr(mine, "down_grad", lambda self, *given: tuple(TorchBackend.down_grad(self, *given))[:3])
+    found = results(lambda *given: fused_experts(*given, backend="mine"))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_it_refuses_and_is_explained(mine):
     given = [t.double() if t.is_floating_point() else t for t in arguments()]
     with pytest.raises(backends.UnsupportedProblem, match=r"mine.*float64 is not float32: use backend='torch'"):
