@@ -71,7 +71,7 @@ def trainings(results: Results) -> str:
     for compares in by_machine.values():
         pairs = [row for name, data in compares for row in _compare_rows(name, data)]
         layers = [row for _, data in compares for row in _layer_rows(data["experts"]["measurements"])]
-        parts += [_compare_caption(compares[-1][1]), _table(COMPARE_COLUMNS, pairs)]
+        parts += [_compare_caption([data for _, data in compares]), _table(COMPARE_COLUMNS, pairs)]
         if layers:  # none for adapters alone
             measured = "measured in the same call (same files), all gradients computed"
             parts += [f"**One expert layer** of each, {measured}. {LEGEND}", _table(LAYER_COLUMNS, layers)]
@@ -336,12 +336,13 @@ def _is_compare(data: dict[str, Any]) -> bool:
     return str(data.get("schema", "")).startswith("moe-kernels compare")
 
 
-def _compare_caption(data: dict[str, Any]) -> str:
-    versions = data["versions"]
+def _compare_caption(compares: list[dict[str, Any]]) -> str:
+    versions, gpu = compares[0]["versions"], compares[0]["gpu"]["name"]
+    dates = " and ".join(sorted({data["created"][:10] for data in compares}))
     return (
-        f"**Whole training**, `axolotl train` with and without the kernels on one {data['gpu']['name']}: axolotl "
+        f"**Whole training**, `axolotl train` with and without the kernels on one {gpu}: axolotl "
         f"{versions['axolotl']}, transformers {versions['transformers']}, torch {versions['torch']}, triton "
-        f"{versions['triton']}, {data['created'][:10]}. The share is the expert layers' part of the step."
+        f"{versions['triton']}, {dates}. The share is the expert layers' part of the step."
     )
 
 

@@ -8,7 +8,6 @@ dispatch mode sees them.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from typing import Any
 
 import torch
@@ -41,22 +40,25 @@ def selective_modes() -> list[TorchDispatchMode]:
     return [mode for mode in _get_current_dispatch_mode_stack() if hasattr(mode, "storage")]
 
 
-_keeping: weakref.WeakKeyDictionary[TorchDispatchMode, bool] = weakref.WeakKeyDictionary()
+_ANSWER = "moe_kernels keeps"
 
 
 def keeps(modes: list[TorchDispatchMode], op: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> bool:
     """Whether one of ``modes`` keeps what ``op`` returns.
 
-    One answer for a whole region, and the same when it is computed again: the modes count an operator's calls.
+    One answer for a whole region, and the same when it is computed again: the modes count an operator's calls. So it
+    is left in the storage, which both modes of a region share: the second one has no policy, or, up to torch 2.12 and
+    where Axolotl offloads, one that may answer otherwise by then.
     """
     for mode in modes:
-        if mode not in _keeping:
-            _keeping[mode] = op in mode.storage or _wanted(mode, op, arguments)  # type: ignore[attr-defined]
-    return any(_keeping[mode] for mode in modes)
+        storage = mode.storage  # type: ignore[attr-defined]
+        if _ANSWER not in storage:
+            storage[_ANSWER] = _wanted(mode, op, arguments)
+    return any(mode.storage[_ANSWER] for mode in modes)  # type: ignore[attr-defined]
 
 
 def _wanted(mode: TorchDispatchMode, op: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> bool:
-    """What the policy says; a mode for the second computation may have none, but has what the first one kept."""
+    """What the policy says."""
     policy = getattr(mode, "policy_fn", None)
     return policy is not None and policy(SelectiveCheckpointContext(is_recompute=False), op, *arguments) in _KEEP
 

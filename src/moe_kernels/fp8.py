@@ -1,16 +1,15 @@
 """Block-fp8 weights that are multiplied in fp8: the rows that they meet are rounded to e4m3 as well.
 
 Rows get a float32 scale for each 128 elements of the inner dimension (DeepSeek-V3, arXiv 2412.19437, section 3.3):
-the largest of them divided by 448, so that no number is beyond e4m3. A block with NaN or infinity gives NaN. The
-products of 128 elements are summed, multiplied with both scales, and added in float32. The steps in torch are here;
-those of GPUs are in :mod:`moe_kernels.kernels.triton.fp8`.
+the largest of them divided by 448, so that no number is beyond e4m3; the codes are the rows times 448 over the
+largest. A block with NaN or infinity gives NaN. The products of 128 elements are summed, multiplied with both scales,
+and added in float32. The steps in torch are here; those of GPUs are in :mod:`moe_kernels.kernels.triton.fp8`.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +17,23 @@ from torch import Tensor
 from moe_kernels.packed import SIDE, BlockFp8
 from moe_kernels.problem import UnsupportedProblem, device_capability
 
-logger = logging.getLogger("moe_kernels")
 #: The largest number of e4m3.
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 #: What a block is taken to hold at least: with zeros alone it would have the scale zero.
 SMALLEST = 2.0**-100
 CURE = "leave fp8_activations (moe_fp8_activations in YAML) out: the weights are then dequantised ahead of each GEMM."
+
+
+class Fp8Rows(NamedTuple):
+    """Rows (R, K) in expert order, rounded as :func:`quantized` does.
+
+    Attributes:
+        codes: (R, blocks * 128) float8_e4m3fn.
+        scales: (R, blocks) float32; the kernels store those of a block next to each other.
+    """
+
+    codes: Tensor
+    scales: Tensor
 
 
 @dataclass(frozen=True)
@@ -92,28 +102,20 @@ def check_fp8(weight: object, gated: bool, interleaved: bool, device: torch.devi
         reason = why_not(weight, gated, interleaved, device)
     if reason is not None:
         raise UnsupportedProblem(reason)
-    warn_unmeasured()
-
-
-@functools.cache
-def warn_unmeasured() -> None:
-    """Say once what is not known of these kernels."""
-    logger.warning(
-        "fp8_activations: these kernels were tested without a GPU and have not been measured on one yet. They may be "
-        "slower than without it: time the first steps of a run with it and of one without, and compare their losses."
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- in torch
-def quantized(rows: Tensor, pieces: int = 1) -> tuple[Tensor, Tensor]:
+def quantized(rows: Tensor, pieces: int = 1) -> Fp8Rows:
     """Rows (R, K) of any dtype -> codes (R, blocks * 128) float8_e4m3fn and their scales (R, blocks) float32.
 
     Each of the ``pieces`` of a row begins a block; the last block of a piece is filled with zeros.
     """
     values = rows.float().unflatten(1, (pieces, -1))
     values = torch.nn.functional.pad(values, (0, -values.shape[2] % SIDE)).flatten(1).unflatten(1, (-1, SIDE))
-    scales = values.abs().amax(2).clamp(min=SMALLEST) / LARGEST
-    return (values / scales[..., None]).to(torch.float8_e4m3fn).flatten(1), scales
+    most = values.abs().amax(2, keepdim=True).clamp(min=SMALLEST)
+    largest = most.new_full((), LARGEST)  # by a number, torch divides on a GPU with its reciprocal: other bits
+    codes = (values * (largest / most)).to(torch.float8_e4m3fn).flatten(1)
+    return Fp8Rows(codes, (most / largest)[..., 0])
 
 
 def rounded(rows: Tensor, pieces: int = 1) -> Tensor:

@@ -13,11 +13,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moe_kernels.activation import Activation, Gate
+from moe_kernels.fp8 import Fp8Rows
 from moe_kernels.packed import PackedWeight
 from moe_kernels.routing import RoutingPlan, TokenRows, resolve_group_size
 
 #: Rows in expert order (R, N), or the tokens to take them from.
 Rows = Tensor | TokenRows
+#: What a GEMM multiplies: one in fp8 takes rows that are rounded already, too.
+GemmRows = Rows | Fp8Rows
 #: A weight (E, N, K), or a frozen one in few bits.
 Matrix = Tensor | PackedWeight
 
@@ -73,6 +76,22 @@ class AddedGrads(NamedTuple):
     factor: Tensor | None = None
     bias: Tensor | None = None
     bias_dot: Tensor | None = None
+
+
+class DownGrads(NamedTuple):
+    """From dO, W2 and Z, the gradients on the way to the first half.
+
+    Attributes:
+        dz: (R, Z).
+        wa: w A (R, I); without elements where it is not needed.
+        dw: (T, K), of the routing weights.
+        rounded_dz: dZ for a ``dgrad`` in fp8; None where that rounds dZ itself.
+    """
+
+    dz: Tensor
+    wa: Tensor
+    dw: Tensor
+    rounded_dz: Fp8Rows | None = None
 
 
 class Tensors(NamedTuple):

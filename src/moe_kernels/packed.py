@@ -12,7 +12,6 @@ kernels read them is an entry in :mod:`moe_kernels.kernels.triton.dequantize`. N
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -91,8 +90,13 @@ class PackedWeight(ABC):
         return self._with("dtype", dtype)
 
     def _with(self: Packed, name: str, value: Any) -> Packed:
-        """Not dataclasses.replace, which would check the tensors once more, in every forward."""
-        other = copy.copy(self)
+        """Not dataclasses.replace, which would check the tensors once more, in every forward.
+
+        Nor copy.copy, which torch.compile looks into from torch 2.12 on alone.
+        """
+        other = object.__new__(type(self))
+        for each in dataclasses.fields(self):
+            object.__setattr__(other, each.name, getattr(self, each.name))
         object.__setattr__(other, name, value)
         return other
 

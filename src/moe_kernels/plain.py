@@ -73,9 +73,15 @@ def _vmapped() -> bool:
     return any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ())
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    """torch.compile of torch 2.11 does not know this question."""
+    return torch.amp.is_autocast_available(device)
+
+
 def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Inside, autocast of ``device`` (a type) is off; some, such as meta, have none."""
-    if not torch.amp.is_autocast_available(device):
+    if not _has_autocast(device):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
 

@@ -170,6 +170,10 @@ LAYERS: dict[str, LayerShape] = {
         LayerShape("7b-fine", 24576, 1536, 256, 128, 8),
         LayerShape("30b-fine", 32768, 4096, 256, 256, 16),
         LayerShape("gpt-oss-like", 8192, 2880, 2880, 128, 4),
+        LayerShape("glm-4.5-air", 8192, 4096, 1408, 128, 8),
+        LayerShape("qwen3-next", 8192, 2048, 512, 512, 10),
+        LayerShape("qwen3-235b-a22b", 8192, 4096, 1536, 128, 8),
+        LayerShape("few-rows", 4096, 4096, 1536, 512, 8),  # 64 an expert
     )
 }
 """Expert layers that are measured: the three 1B models' and those of models people train."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_kernels.activation import Gate
 from moe_kernels.backends import Backend, backend_of, launches_only
 from moe_kernels.factors import LowRank, has_experts_last
+from moe_kernels.fp8 import Fp8Rows
 from moe_kernels.kernels.launch.compile import compiling_only
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.kernels.tiles import config
@@ -138,8 +139,8 @@ def backward(t: BackwardTensors, spec: BackwardSpec) -> Grads:
     if settings.recompute:
         gate_up = Weight(t.gate_up, t.gate_up_bias, t.x_low, t.gate_up_lora_b)
         (z, _), overwrite_z = backend.up(t.x, gate_up, plan, gate, True), True
-    dz, grads = _down_grads(t, given, spec, z, overwrite_z, plan, gate, backend)
-    grads |= _gate_up_grads(t, given, spec, dz, plan, backend)
+    dz, rounded_dz, grads = _down_grads(t, given, spec, z, overwrite_z, plan, gate, backend)
+    grads |= _gate_up_grads(t, given, spec, dz, rounded_dz, plan, backend)
     transposed = {
         name: grad
         for name in ("gate_up_lora_b", "down_lora_b")
@@ -159,8 +160,9 @@ def _down_grads(
     plan: RoutingPlan,
     gate: Gate,
     backend: Backend,
-) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Steps 4 and 5: dZ (R, Z), and the gradients that dO in expert order and wA serve. Both die here.
+) -> tuple[Tensor, Fp8Rows | None, dict[str, Tensor | None]]:
+    """Steps 4 and 5: dZ (R, Z), rounded too where it is multiplied in fp8, and the gradients that dO in expert order
+    and wA serve. Both die here.
 
     ``given`` has LoRA's factors as the caller has them, ``t`` packed.
     """
@@ -178,19 +180,25 @@ def _down_grads(
     low, bias_dot = (None, None) if added is None else (added.low, added.bias_dot)
     down = Weight(t.down, None, low, t.down_lora_a)
     needs_wa = needs.down or needs.down_lora_a
-    dz, wa, dw = backend.down_grad(dout_rows, down, z, t.topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
-    grads: dict[str, Tensor | None] = {"topk_weights": dw if needs.topk_weights else None}
+    done = backend.down_grad(dout_rows, down, z, t.topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
+    grads: dict[str, Tensor | None] = {"topk_weights": done.dw if needs.topk_weights else None}
     if needs.down:
-        grads["down"] = _weight_grad(backend, t.down, dout_rows, wa, plan)
+        grads["down"] = _weight_grad(backend, t.down, dout_rows, done.wa, plan)
     if added is not None:
         grads |= {"down_bias": added.bias, "down_lora_b": added.factor}
     if needs.down_lora_a and low is not None and given.down_lora_a is not None:
-        grads["down_lora_a"] = backend.lora_a_grad(low, wa, plan, given.down_lora_a, spec.forward.down_scaling)
-    return dz, grads
+        grads["down_lora_a"] = backend.lora_a_grad(low, done.wa, plan, given.down_lora_a, spec.forward.down_scaling)
+    return done.dz, done.rounded_dz, grads
 
 
 def _gate_up_grads(
-    t: BackwardTensors, given: BackwardTensors, spec: BackwardSpec, dz: Tensor, plan: RoutingPlan, backend: Backend
+    t: BackwardTensors,
+    given: BackwardTensors,
+    spec: BackwardSpec,
+    dz: Tensor,
+    rounded_dz: Fp8Rows | None,
+    plan: RoutingPlan,
+    backend: Backend,
 ) -> dict[str, Tensor | None]:
     """Steps 6 to 8, from dZ (R, Z)."""
     needs = spec.needs
@@ -202,7 +210,7 @@ def _gate_up_grads(
         added = backend.added_grads(dz, gate_up, plan, lora_b, needs.gate_up_bias)
         low, grads["gate_up_lora_b"], grads["gate_up_bias"] = added.low, added.factor, added.bias
     if needs.x:
-        dxr = backend.dgrad(dz, Weight(t.gate_up, None, low, t.gate_up_lora_a), plan)
+        dxr = backend.dgrad(rounded_dz or dz, Weight(t.gate_up, None, low, t.gate_up_lora_a), plan)
         grads["x"] = backend.combine_grad(dxr, plan)
         del dxr
     x_rows: Rows = TokenRows(t.x, plan.top_k)

@@ -129,6 +129,13 @@ def test_the_newest_comparison_of_a_pair_is_shown():
         assert "on one GPU Y" in text
 
 
+def test_a_table_of_several_days_names_them():
+    later = {**compare_json("GPU X"), "name": "qwen2-moe", "created": "2026-01-03T04:05:06"}
+    text = tables.trainings([("later.json", later), ("a.json", compare_json("GPU X"))])
+    assert text.count("**Whole training**") == 1
+    assert "triton 1, 2026-01-02 and 2026-01-03. The share" in text
+
+
 def test_scaling_tables():
     row = {"family": "mixtral", "engine": "fsdp2", "gpus": 2, "experts": "moe_kernels", "ok": True, "step_ms": SPREAD,
            "tokens_per_s_per_gpu": 1000.4, "peak_gib": 18.61}  # fmt: skip

@@ -116,14 +116,21 @@ MUTANTS: list[tuple[Any, ...]] = [
     ("fp8: NaN becomes a number", "dequantize.py", "tl.where(size == 0x7F, 0x7FC00000, bits)", "tl.where(size == 0x80, 0x7FC00000, bits)"),
     ("fp8: the sign of zero is lost", "dequantize.py", "| ((code & 0x80) << 24)", "| tl.where(size == 0, 0, (code & 0x80) << 24)"),
     ("fp8: exponent off by one", "dequantize.py", "(size << 20) + (120 << 23)", "(size << 20) + (121 << 23)"),
-    ("fp8 rows: largest number of a block instead of the largest size", "fp8.py", "tl.max(tl.abs(values), axis=1)", "tl.max(values, axis=1)"),
-    ("fp8 rows: a block of zeros has the scale zero", "fp8.py", "tl.maximum(tl.max(tl.abs(values), axis=1), SMALLEST)", "tl.max(tl.abs(values), axis=1)"),
-    ("fp8 rows: numbers beyond e4m3 are cut", "fp8.py", "SMALLEST), LARGEST)", "SMALLEST), 2.0 * LARGEST)"),
-    ("fp8 rows: a piece reaches into the next", "fp8.py", "(column < K)[None, :]", "(column < PIECES * K - block // blocks * K)[None, :]"),
-    ("fp8 rows: the second piece begins where a whole block would end", "fp8.py", "(block // blocks * K + column)", "(block // blocks * blocks * SIDE + column)"),
-    ("fp8 rows: scale stored in the next block", "fp8.py", "scales_ptr + r * width + block, scale", "scales_ptr + r * width + (block + 1) % width, scale"),
-    ("fp8: a row's scale of its first block for all", "fp8.py", "tl.load(row_scales + block,", "tl.load(row_scales,"),
-    ("fp8: scales of the sorted row for a gathered one", "fp8.py", "row_scales_ptr + source * (PIECES * blocks)", "row_scales_ptr + rows % tl.max(source) * (PIECES * blocks)"),
+    ("fp8 rows: largest number of a block instead of the largest size", "round.py", "tl.max(tl.abs(values), axis=2)", "tl.max(values, axis=2)"),
+    ("fp8 rows: a block of zeros has the scale zero", "round.py", "tl.maximum(tl.max(tl.abs(values), axis=2), _SMALLEST)", "tl.max(tl.abs(values), axis=2)"),
+    ("fp8 rows: numbers beyond e4m3 are cut", "round.py", "tl.div_rn(_LARGEST, most)[", "tl.div_rn(2.0 * _LARGEST, most)["),
+    ("fp8 rows: a piece reaches into the next", "round.py", "& (k < K)[None, :]", "& (k < PIECES * K - piece * K)[None, :]"),
+    ("fp8 rows: the second piece begins where a whole block would end", "round.py", "* PIECES + piece)[:, None] * K + k", "* PIECES)[:, None] * K + (piece * tl.cdiv(K, _SIDE) * _SIDE + k)"),
+    ("fp8 rows: codes of the second piece over those of the first", "round.py", "place = piece * blocks + block", "place = block"),
+    ("fp8 rows: scale stored in the next block", "round.py", "place.to(tl.int64)[None, :] * pitch", "((place + 1) % (PIECES * blocks)).to(tl.int64)[None, :] * pitch"),
+    ("fp8 rows: blocks of a later chunk over those of the first", "round.py", "block = k0 // _SIDE + tl.arange", "block = tl.arange"),
+    ("fp8 rows: tokens written to the row of their first expert", "round.py", "rows * TOP_K + slot, mask=own", "rows * TOP_K, mask=own"),
+    ("fp8 rows: tokens without an expert written too", "round.py", "kept = own & (row < routed)", "kept = own"),
+    ("fp8 rows: dZ of up over that of gate", "dact.py", "rows < R, i0, I, 1, PIECES", "rows < R, i0, I, 0, PIECES"),
+    ("fp8 rows: dZ without the activation's derivative", "dact.py", "to_fp8(d_gate)", "to_fp8(da.to(d_gate.dtype))"),
+    ("fp8 rows: the first columns of dZ alone", "dact.py", "to_fp8(d_up)\n                store_fp8(codes_ptr, scales_ptr, pitch, codes, scales, rows, rows < R, i0,", "to_fp8(d_up)\n                store_fp8(codes_ptr, scales_ptr, pitch, codes, scales, rows, rows < R, 0,"),
+    ("fp8: a row's scale of its first block for all", "fp8.py", "row_scales + block * pitch.to(tl.int64)", "row_scales"),
+    ("fp8: scales of the sorted row for a gathered one", "fp8.py", "row_scales = row_scales_ptr + source\n", "row_scales = row_scales_ptr + rows % tl.max(source)\n"),
     ("fp8: weight's scale of the first k block for all", "fp8.py", "tl.load(w_scales + block * SCALE_K)", "tl.load(w_scales)"),
     ("fp8: weight's scale of the first columns for all", "fp8.py", " + n0 // SIDE * SCALE_N", ""),
     ("fp8: weight's scales of the first expert for all", "fp8.py", "expert.to(tl.int64) * W_SCALES", "expert.to(tl.int64) * 0"),
@@ -199,8 +206,11 @@ MUTANTS: list[tuple[Any, ...]] = [
 ROUTINGS = "hostile and bfloat16"  # experts of one to a few tiles each, tails, dropped ids, empty experts
 LARGE_WEIGHTS = "come_from_memory"
 BIAS, INTERLEAVED, LORA128 = (f"kinds_of_experts and {kind}" for kind in ("bias", "interleaved", "lora-128"))
+# at these sizes an H200 takes down by ping-pong, whose tiles have two chunks of columns; cooperative ones have four
+WIDE_BIAS = "routings_of_kinds and bias and cooperative"
 LORA = "kinds_of_experts and lora and not oss and not gateless and not 32 and not 64 and not 128"
 GATELESS = "kinds_of_experts and gateless and not lora"
+FP8 = "gemms_in_fp8"
 
 # what the bug is, file, text, replacement, tests; those that compile longest come first
 GPU_MUTANTS = [
@@ -264,7 +274,7 @@ GPU_MUTANTS = [
     ("interleaved Z one column too far", "down_grad.py", "tma_load(self.z, [row0, 2 * col0]", "tma_load(self.z, [row0, 2 * col0 + 8]", INTERLEAVED),
     ("bias of the first expert for all", "gemm.py", "self.bias + expert.to(gl.int64) * width + cols", "self.bias + cols", BIAS),
     ("bias of up read from the gate half", "gemm.py", "biased(up0, expert, N + col0, 2 * N)", "biased(up0, expert, col0, 2 * N)", BIAS),
-    ("last chunk of a tile without its bias", "gemm.py", "        right1 = epilogue.biased(right1, expert, col0 + HALF + CHUNK, out.width)\n", "", BIAS),
+    ("last chunk of a tile without its bias", "gemm.py", "        right1 = epilogue.biased(right1, expert, col0 + HALF + CHUNK, out.width)\n", "", WIDE_BIAS),
     ("dw without the bias's share", "down_grad.py", "        dw += tl.load(bias_dot_ptr", "        tl.load(bias_dot_ptr", BIAS),
     ("activation of experts without a gate as of the first chunk", "gemm.py", "epilogue.activated(right, 1.0)", "epilogue.activated(left, 1.0)", GATELESS),
     ("low-rank factor of the first expert for all", "gemm.py", "load_columns(self.factor, b, ready, tile, k0, self.RANK, self.N", "load_columns(self.factor, b, ready, tile, k0, self.RANK, 0", LORA),
@@ -274,6 +284,17 @@ GPU_MUTANTS = [
     ("both groups take the upper half of the low-rank rows", "gemm.py", "a = a.slice(ROW0, acc.shape[0])", "a = a.slice(0, acc.shape[0])", LORA),
     ("the low-rank part alone counts", "gemm.py", "            acc = warpgroup_mma(a, b, acc, is_async=True)\n            acc = warpgroup_mma_wait(1, deps=(acc,))\n            ring", "            acc = warpgroup_mma(a, b, acc, use_acc=False, is_async=True)\n            acc = warpgroup_mma_wait(1, deps=(acc,))\n            ring", LORA),
     ("every low-rank block is the first", "gemm.py", "k0 = block * self.LOW_K", "k0 = 0 * self.LOW_K", LORA128),
+    ("fp8: scales of a row's first k block for all", "fp8.py", "block.to(gl.int64) * self.pitch", "block.to(gl.int64) * 0", FP8),
+    ("fp8: weight's scale of the first k block for all", "fp8.py", "columns = block * self.k_stride", "columns = block * 0", FP8),
+    ("fp8: weight's scales of the first expert for all", "fp8.py", "tile.expert.to(gl.int64) * self.expert_stride", "tile.expert.to(gl.int64) * 0", FP8),
+    ("fp8: up with the scales of gate", "fp8.py", "left, right = tile.n, self.column_blocks + tile.n", "left, right = tile.n, tile.n", FP8),
+    ("fp8: right columns with the scales of the left", "fp8.py", "next_rows * next_right.to", "next_rows * next_left.to", FP8),
+    ("fp8: first scales of the tile before", "fp8.py", "scales.of_tile(following, following.row0 + ROW0", "scales.of_tile(tile, tile.row0 + ROW0", FP8),
+    ("fp8: both groups multiply the upper half", "fp8.py", "a = a.slice(ROW0, ROWS)", "a = a.slice(0, ROWS)", FP8),
+    ("fp8: right columns are the left ones", "fp8.py", "b.slice(HALF, HALF, dim=1), layout)", "b.slice(0, HALF, dim=1), layout)", FP8),
+    ("fp8: the second piece begins where a whole block would end", "fp8.py", "block // blocks * inner +", "block // blocks * (blocks * SIDE) +", FP8),
+    ("fp8: the first codes of a row for every k block", "fp8.py", "[tile.row0, block * SIDE]", "[tile.row0, block * 0]", FP8),
+    ("fp8: low-rank part of the left columns for the right", "fp8.py", "factor.slice(COL0, COLUMNS, dim=1)", "factor.slice(0, COLUMNS, dim=1)", FP8),
     ("rows in expert order taken for tokens", "../../backends/gluon.py", "return TokenRows(dout, plan.top_k)", "return TokenRows(super().gather(dout, plan), plan.top_k)", ROUTINGS),
 ]  # fmt: skip
 
@@ -293,6 +314,8 @@ BARRIER_MUTANTS = [
     ("wgrad's stage is multiplied before it is full", "wgrad.py", f"            {_READY}", ""),
     ("one group of wgrad gives a stage back for both", "wgrad.py", "(BLOCK_K, BLOCK_N), 129, 2)", "(BLOCK_K, BLOCK_N), 129, 1)"),
     ("Z is read before it has come", "down_grad.py", "        mbarrier.wait(self.z_arrived.index(SET), z_phase)\n", ""),
+    ("a stage of codes is filled before it is empty", "fp8.py", f"            {_EMPTY}            a, b, ready = ring.stage(step)\n", "            a, b, ready = ring.stage(step)\n"),
+    ("codes are multiplied before they are there", "fp8.py", f"                {_READY}                a, b, _ready = ring.stage(step)\n", "                a, b, _ready = ring.stage(step)\n"),
     ("down_grad multiplies a stage before it is full", "down_grad.py", f"            {_READY}", ""),
 ]  # fmt: skip
 
@@ -326,7 +349,7 @@ def interpreted_suite() -> Suite:
     """The Triton kernels, in the interpreter."""
     mutants = []
     for title, file, text, replacement, *times in MUTANTS:
-        tests = {"router.py": ROUTER_TESTS, "dequantize.py": PACKED_TESTS, "plan.py": [*TESTS, *PACKED_TESTS], "factors.py": FACTOR_TESTS, "fp8.py": FP8_TESTS, "row_pass.py": [*FACTOR_TESTS, *TESTS], "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
+        tests = {"router.py": ROUTER_TESTS, "dequantize.py": PACKED_TESTS, "plan.py": [*TESTS, *PACKED_TESTS], "factors.py": FACTOR_TESTS, "fp8.py": FP8_TESTS, "round.py": FP8_TESTS, "dact.py": [*FP8_TESTS, *TESTS], "row_pass.py": [*FACTOR_TESTS, *TESTS], "../../activation.py": [*TESTS, AT_A_BOUND]}.get(file, TESTS)
         mutants.append(Mutant(title, f"{TRITON}/{file}", text, replacement, ("-k", QUICK, *tests), *times))
     return Suite(mutants, True, 600)
 

@@ -1,5 +1,6 @@
 """Derivatives that the kernels do not have: second ones, forward mode, torch.func. They take plain steps of torch."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -41,9 +42,7 @@ class Layer:
         given = dict(zip(self.names, tensors, strict=True))
         changed = {name: given.pop(name) for name in ("x", "topk_weights", "gate_up", "down") if name in given}
         ids = self.inputs.topk_ids if ids is None else ids
-        return call(self.implementation, type(self.inputs)(**{
-            **self.inputs.__dict__, **changed, "extras": given, "topk_ids": ids
-        }))  # fmt: skip
+        return call(self.implementation, dataclasses.replace(self.inputs, **changed, extras=given, topk_ids=ids))
 
     def loss(self, *tensors, ids=None):
         return (self(*tensors, ids=ids) * self.inputs.grad).sin().sum()

@@ -12,9 +12,10 @@ from moe_kernels import UnsupportedProblem, fp8, fused_experts
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.backends.torch import TorchBackend
 from moe_kernels.backends.triton import TritonBackend
-from moe_kernels.fp8 import Fp8Weight
+from moe_kernels.fp8 import Fp8Rows, Fp8Weight
 from moe_kernels.kernels.device import interpreting
-from moe_kernels.kernels.triton.fp8 import quantize
+from moe_kernels.kernels.triton.dact import dact
+from moe_kernels.kernels.triton.round import in_order, quantize
 from moe_kernels.layer import Weight
 from moe_kernels.packed import BlockFp8
 from moe_kernels.routing import TokenRows
@@ -96,6 +97,45 @@ def test_what_is_no_number_stays_none_and_zeros_stay_zeros(device, steps):
     assert torch.equal(values[3:5], torch.zeros(2, 2, 128, device=device))
     torch.testing.assert_close(values[5].flatten(), rows[5], rtol=1e-6, atol=0)
     assert scales[1:].gt(0).all()
+
+
+def same_bits(found: Fp8Rows, expected: Fp8Rows, rows: slice) -> None:
+    assert [t.shape for t in found] == [t.shape for t in expected]
+    assert torch.equal(found.codes[rows].view(torch.uint8), expected.codes[rows].view(torch.uint8))
+    assert torch.equal(found.scales[rows], expected.scales[rows])
+
+
+@pytest.mark.parametrize("width", [128, 300, 640])
+@pytest.mark.parametrize("routing", ["zipf", "sentinels", "all_sentinels"])
+def test_tokens_are_rounded_as_their_rows(device, routing, width):
+    """Each token once, into expert order."""
+    backend, (tokens, top_k, experts) = TritonBackend(), (11, 3, 4)
+    ids, _ = make_routing(routing, tokens, top_k, experts)
+    plan = backend.make_plan(ids.to(device), experts, 16)
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(device, BF16)
+    found = in_order(TokenRows(x, top_k), 1, plan)
+    same_bits(found, quantize(backend.gather(x, plan)), slice(int(plan.expert_start[-1])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("gate", [SILU, Gate(Activation("relu2"), gated=False)], ids=["gate", "no gate"])
+@pytest.mark.parametrize("intermediate", [32, 128, 300, 1100])
+def test_dz_is_rounded_as_it_is_written(device, intermediate, gate, dtype):
+    """The codes of ``quantize``, and all else bit by bit as without them."""
+    backend, (tokens, top_k, experts) = TritonBackend(), (11, 3, 4)
+    ids, weights = make_routing("sentinels", tokens, top_k, experts)
+    plan = backend.make_plan(ids.to(device), experts, 16)
+    g = torch.Generator().manual_seed(0)
+    pieces = 2 if gate.gated else 1
+    da, z = (torch.randn(plan.rows, n * intermediate, generator=g).to(device, dtype) for n in (1, pieces))
+    weights = torch.rand(tokens, top_k, generator=g).to(device)
+    found, plain = (dact(da.clone(), z, weights, plan, gate, rounds=rounds) for rounds in (True, False))
+    routed = slice(int(plan.expert_start[-1]))
+    for mine, theirs in zip(found[:2], plain[:2], strict=True):
+        assert torch.equal(mine[routed], theirs[routed])
+    assert torch.equal(found.dw, plain.dw)
+    assert plain.rounded_dz is None
+    same_bits(found.rounded_dz, quantize(plain.dz, pieces), routed)
 
 
 # --------------------------------------------------------------------------------------------------- single GEMMs
@@ -186,9 +226,9 @@ def test_the_hopper_kernels_leave_them_to_triton(device):
     assert gluon._weight_fits(Weight(BlockFp8(weight.sizes, BF16, weight.data, weight.scales)))
     assert not gluon._weight_fits(Weight(weight))
     backend = gluon.GluonBackend()
-    assert backend.fp8_gemm(Weight(weight)).__module__ == "moe_kernels.kernels.triton.fp8"
-    with gluon.use_fp8(True):
-        assert backend.fp8_gemm(Weight(weight)).__module__ == "moe_kernels.kernels.hopper.fp8"
+    assert backend.fp8_gemm(Weight(weight)).__module__ == "moe_kernels.kernels.hopper.fp8"
+    with gluon.use_fp8(False):
+        assert backend.fp8_gemm(Weight(weight)).__module__ == "moe_kernels.kernels.triton.fp8"
     rows = backend.dout_rows(dout, weight, plan, SILU)
     assert isinstance(rows, TokenRows)
     assert rows.tokens is dout
@@ -209,7 +249,8 @@ def test_no_finding_in_any_order(device, kind, small_tiles):
     inputs, gate_up, down = make(KINDS[kind], device)
     with interpreter.sanitize(), interpreter.overflow_asserts(), interpreter.recorded_launches() as launches:
         expected = results(inputs, gate_up, down, "triton")
-    assert launches.count("fp8_gemm_kernel") == launches.count("quantize_kernel") == 4
+    assert launches.count("fp8_gemm_kernel") == 4
+    assert launches.count("quantize_kernel") == 3  # dZ is rounded where it is made
     assert "gather_kernel" not in launches
     with interpreter.shuffled(0):
         for name, value in results(inputs, gate_up, down, "triton").items():

@@ -127,7 +127,8 @@ def prepare(case, device):
     t["y"] = torch_backend.down(t["a"], Weight(wide.down), plan)
     t["dout"] = torch_backend.gather(wide.grad, plan)
     t["da"] = torch_backend.dgrad(t["dout"], Weight(wide.down), plan)
-    t["dz"], t["wa"], _ = torch_backend.dact(t["da"], t["z"], wide.topk_weights, plan, SILU)
+    done = torch_backend.dact(t["da"], t["z"], wide.topk_weights, plan, SILU)
+    t["dz"], t["wa"] = done.dz, done.wa
     rounded = {name: value.to(case.dtype) for name, value in t.items()}
     return Steps(case, inputs, plan, slice(0, int(plan.expert_start[-1])), rounded)
 

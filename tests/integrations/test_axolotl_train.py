@@ -361,7 +361,6 @@ def test_lora_over_an_fp8_checkpoint(folder: Path) -> None:
     for training in (expected, actual, rounded):
         assert training.returncode == 0, training.log[-4000:]
         assert len(training.losses) == STEPS
-        assert ("have not been measured on one yet" in training.log) == (training is rounded)
     assert "default to dequantizing" in expected.log
     assert "default to dequantizing" not in actual.log
     assert "LoRA of 4 expert weights runs inside the kernels" in actual.log

@@ -283,19 +283,17 @@ def test_trainer_takes_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None
 
 
 # ----------------------------------------------------------------------------------------- activations in fp8 too
-def test_activations_in_fp8(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
-    """Near the exact mode and not equal; the checkpoint untouched, and what is not known said once."""
+def test_activations_in_fp8(checkpoint: Checkpoint) -> None:
+    """Near the exact mode and not equal; the checkpoint untouched."""
     folder, _ = checkpoint
     exact = with_lora(load(folder))
     mk.check_model(exact)
     expected = step(exact)
     mk.register(backend="torch", fp8_activations=True)
-    fp8.warn_unmeasured.cache_clear()
     model = with_lora(load(folder))
     held = bytes_of(model)
     assert mk.check_model(model) == 2
     found = step(model)
-    assert [r.message for r in caplog.records if "have not been measured" in r.message] == [caplog.messages[-1]]
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         error = (found[name] - value).float().norm() / value.float().norm()

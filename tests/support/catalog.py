@@ -12,7 +12,6 @@ import torch
 import triton.language as tl
 
 from moe_kernels.activation import Activation, Gate
-from moe_kernels.fp8 import LARGEST, SMALLEST
 from moe_kernels.kernels.device import loads_by_tma
 from moe_kernels.kernels.tiles.fit import fit_columns, fit_rank
 from moe_kernels.kernels.tiles.table import ROW_TILED, GemmConfig, table
@@ -20,10 +19,11 @@ from moe_kernels.kernels.triton.combine import combine_kernel, gather_kernel
 from moe_kernels.kernels.triton.dact import dact_kernel
 from moe_kernels.kernels.triton.dequantize import block_fp8_kernel, four_bit_kernel, mxfp4_kernel
 from moe_kernels.kernels.triton.factors import BLOCKS, experts_last_kernel, pack_kernel
-from moe_kernels.kernels.triton.fp8 import fp8_gemm_kernel, quantize_kernel
+from moe_kernels.kernels.triton.fp8 import fp8_gemm_kernel
 from moe_kernels.kernels.triton.fp8 import tile as fp8_tile
 from moe_kernels.kernels.triton.grouped_gemm import grouped_gemm_kernel
 from moe_kernels.kernels.triton.plan import count_kernel, part_kernel, place_kernel, plan_blocks
+from moe_kernels.kernels.triton.round import quantize_kernel
 from moe_kernels.kernels.triton.router import route_blocks, route_grad_blocks, route_grad_kernel, route_kernel
 from moe_kernels.kernels.triton.row_pass import MAX_RANK, pass_tile, row_pass_kernel, sum_blocks_kernel
 from moe_kernels.kernels.triton.up import up_kernel
@@ -231,25 +231,9 @@ def _small_cases() -> Iterator[CompileCase]:
         small,
         uses_dot=False,
     )
-    pointers = {
-        "da_ptr": "*bf16",
-        "z_ptr": "*bf16",
-        "topk_weights_ptr": "*fp32",
-        "dz_ptr": "*bf16",
-        "dw_ptr": "*fp32",
-    }
-    ints = {"row_slot_ptr": "*i32", "expert_start_ptr": "*i32", "R": "i32", "I": "i32", "E": "i32"}
     variants = [Variant(a.name, a) for a in EVERY_ACTIVATION] + [v for v in VARIANTS if not v.rank]
-    for variant, (block_r, block_i) in itertools.product(variants, ((1, 1024), (4, 256))):
-        yield CompileCase(
-            f"dact-i{block_i}-{variant.name}",
-            dact_kernel,
-            pointers | ints | {"bias_dot_ptr": "*fp32"},
-            variant.gate.constants()
-            | {"HAS_BIAS": variant.bias, "WRITE_WA": True, "BLOCK_R": block_r, "BLOCK_I": block_i},
-            small,
-            uses_dot=False,
-        )
+    for variant, blocks in itertools.product(variants, ((1, 1024), (4, 256))):
+        yield _dact_case(variant, *blocks)
     sizes = dict.fromkeys(("R", "width", "blocks"), "i32")
     yield CompileCase(
         "sum_blocks",
@@ -257,6 +241,22 @@ def _small_cases() -> Iterator[CompileCase]:
         {"parts_ptr": "*fp32", "routed_ptr": "*i32", "out_ptr": "*bf16"} | sizes,
         {"BLOCK": 1024},
         small,
+        uses_dot=False,
+    )
+
+
+def _dact_case(variant: Variant, block_r: int, block_i: int, rounds: bool = False) -> CompileCase:
+    types = dict.fromkeys(("da_ptr", "z_ptr", "dz_ptr"), "*bf16")
+    types |= dict.fromkeys(("topk_weights_ptr", "dw_ptr", "bias_dot_ptr"), "*fp32")
+    types |= {"row_slot_ptr": "*i32", "expert_start_ptr": "*i32", "R": "i32", "pitch": "i32", "I": "i32", "E": "i32"}
+    types |= {"codes_ptr": "*fp8e4nv" if rounds else "*bf16", "scales_ptr": "*fp32" if rounds else "*bf16"}
+    constants = {**variant.gate.constants(), "HAS_BIAS": variant.bias, "WRITE_WA": True, "QUANTIZE": rounds}
+    return CompileCase(
+        f"dact-i{block_i}-{variant.name}" + ("-fp8" if rounds else ""),
+        dact_kernel,
+        {name: types[name] for name in dact_kernel.arg_names if name in types},
+        constants | {"BLOCK_R": block_r, "BLOCK_I": block_i},
+        {"num_warps": 4, "num_stages": 3},
         uses_dot=False,
     )
 
@@ -310,16 +310,18 @@ def _packed_cases() -> Iterator[CompileCase]:
 
 def fp8_cases(tma: bool) -> Iterator[CompileCase]:
     """GEMMs of block-fp8 weights in fp8; with TMA also those of sizes that it does not load."""
-    for dtype in ("bf16", "fp32"):
+    for dtype, top_k in (("bf16", 0), ("bf16", 8), ("fp32", 0)):
         yield CompileCase(
-            f"quantize-{dtype}",
+            f"quantize-{dtype}-k{top_k}",
             quantize_kernel,
             {"rows_ptr": f"*{dtype}", "codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
-            | dict.fromkeys(("R", "K", "blocks"), "i32"),
-            {"PIECES": 2, "SIDE": 128, "LARGEST": LARGEST, "SMALLEST": SMALLEST, "BLOCK_R": 32},
+            | dict.fromkeys(("slot_row_ptr", "routed_ptr"), "*i32")
+            | dict.fromkeys(("count", "pitch", "K"), "i32"),
+            {"TOP_K": top_k, "PIECES": 2, "BLOCK_R": 4, "BLOCK_K": 1024},
             {"num_warps": 4, "num_stages": 3},
             uses_dot=False,
         )
+    yield from (_dact_case(v, 1, 1024, True) for v in (PLAIN_EXPERTS, *(v for v in VARIANTS if not v.gated)))
     for variant in (PLAIN_EXPERTS, *(v for v in VARIANTS if v.name.startswith("lora") or not v.gated)):
         for kernel, group in itertools.product(("up", "down", "dgrad"), (64, 128, 256)):
             if group == 128 or variant.rank == 16:
@@ -341,7 +343,7 @@ def fp8_case(kernel: str, group: int, tma: bool, variant: Variant) -> CompileCas
         "w": f"tensordesc<{codes}[1, 1, {config.block_n}, 128]>" if tma else f"*{codes}",
         **dict.fromkeys(("row_scales_ptr", "w_scales_ptr"), "*fp32"),
         **dict.fromkeys(("bias_ptr", "low_ptr", "factor_ptr", "z_ptr", "out_ptr"), bf16),
-        **dict.fromkeys(("blocks", "W_SCALES", "SCALE_N", "SCALE_K"), "i32"),
+        **dict.fromkeys(("blocks", "pitch", "W_SCALES", "SCALE_N", "SCALE_K"), "i32"),
     }
     gate = variant.gate.constants() if kernel == "up" else {"ACTIVATION": "", "P0": 0.0, "P1": 0.0}
     constants = {name: value for name, value in gate.items() if name != "INTERLEAVED"} | {

@@ -16,12 +16,13 @@ from unittest import mock
 import torch
 
 from moe_kernels.activation import Activation, Gate
-from moe_kernels.fp8 import Fp8Weight, quantized
+from moe_kernels.fp8 import Fp8Rows, Fp8Weight
 from moe_kernels.fp8 import transposed as fp8_transposed
 from moe_kernels.kernels.hopper import down_grad, fp8, gemm, wgrad
 from moe_kernels.kernels.hopper.ring import PING_PONG, use_schedule
 from moe_kernels.kernels.operands import Descriptor
 from moe_kernels.kernels.triton import fp8 as steps
+from moe_kernels.kernels.triton.round import empty_fp8
 from moe_kernels.layer import Weight
 from moe_kernels.packed import BlockFp8
 from moe_kernels.routing import RoutingPlan, TokenRows
@@ -198,9 +199,11 @@ def fp8_cases() -> Iterator[CompileCase]:
         "up-relu2-bf16-lora16-no-gate": lambda: steps.up(fp8.gemm, x, weight(i, h, 1, 16, i, 16), plan, relu2, True),
         "dgrad-silu-bf16-lora128": lambda: steps.dgrad(fp8.gemm, z, weight(2 * i, h, 2, 128, 128, h), plan),
     }
-    with (
-        mock.patch.object(fp8, "quantize", quantized),
-        mock.patch.object(fp8, "gather", lambda tokens, plan: tokens.new_zeros(plan.rows, tokens.shape[1])),
-    ):
+
+    def in_order(rows: Any, pieces: int, plan: RoutingPlan) -> Fp8Rows:
+        width = (rows if isinstance(rows, torch.Tensor) else rows.tokens).shape[1]
+        return empty_fp8(plan.rows, width // pieces, pieces, plan.row_slot.device)
+
+    with mock.patch.object(fp8, "in_order", in_order):
         for name, call in calls.items():
             yield dataclasses.replace(_recorded(f"hopper-fp8-{name}", fp8, call), fp8=True, spills=100)

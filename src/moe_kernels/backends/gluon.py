@@ -20,7 +20,7 @@ from moe_kernels.kernels.hopper import gluon_names
 from moe_kernels.kernels.operands import by_rows, stored
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.kernels.triton.fp8 import Gemm
-from moe_kernels.layer import Matrix, Rows, Weight
+from moe_kernels.layer import DownGrads, GemmRows, Matrix, Rows, Weight
 from moe_kernels.packed import PackedWeight
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan, TokenRows
@@ -73,14 +73,14 @@ class GluonBackend(TritonBackend):
             return gemm.down(a, weight, plan)
         return super().down(a, weight, plan)
 
-    def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
-        if _fits(rows) and _weight_fits(weight):
+    def dgrad(self, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> Tensor:
+        if isinstance(rows, Tensor) and _fits(rows) and _weight_fits(weight):
             return gemm.dgrad(rows, weight, plan)
         return super().dgrad(rows, weight, plan)
 
     def fp8_gemm(self, weight: Weight) -> Gemm:
         assert isinstance(weight.matrix, Fp8Weight)
-        here = _fp8.choice is True and fp8.fits(weight.matrix) and _low_rank_fits(weight)
+        here = _fp8.choice is not False and fp8.fits(weight.matrix) and _low_rank_fits(weight)
         return fp8.gemm if here else super().fp8_gemm(weight)
 
     def dout_rows(self, dout: Tensor, down: Matrix, plan: RoutingPlan, gate: Gate) -> Rows:
@@ -100,7 +100,7 @@ class GluonBackend(TritonBackend):
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> DownGrads:
         rows_fit = isinstance(dout_rows, TokenRows) or _fits(dout_rows)
         run = down_grad.down_grad if _chosen(gate) and rows_fit and _weight_fits(weight) else super().down_grad
         return run(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
@@ -162,6 +162,5 @@ _forced: Override[bool] = Override()
 use_gathered = _forced.use
 
 _fp8: Override[bool] = Override()
-#: Within ``use_fp8(True)`` weights that are multiplied in fp8 run on these kernels too, which no GPU has run yet: for
-#: measuring and for tests.
+#: Within ``use_fp8(False)`` weights that are multiplied in fp8 run on the Triton kernels: for measuring and tests.
 use_fp8 = _fp8.use

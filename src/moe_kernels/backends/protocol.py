@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_kernels.activation import Gate
 from moe_kernels.factors import LowRank, packed
-from moe_kernels.layer import AddedGrads, Matrix, Rows, Weight, in_expert_order
+from moe_kernels.layer import AddedGrads, DownGrads, GemmRows, Matrix, Rows, Weight, in_expert_order
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan
 
@@ -65,8 +65,11 @@ class Backend(Protocol):
         return self.gather(dout, plan)
 
     @abstractmethod
-    def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
-        """rows W[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H)."""
+    def dgrad(self, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> Tensor:
+        """rows W[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H).
+
+        ``rows`` are in expert order, or what ``down_grad`` rounded of them.
+        """
 
     @abstractmethod
     def down_grad(
@@ -80,9 +83,8 @@ class Backend(Protocol):
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step 4, from dO, W2 and Z: dZ (R, Z), written over Z if overwrite_z; w A (R, I), empty unless needs_wa; and
-        dw (T, K).
+    ) -> DownGrads:
+        """Step 4, from dO, W2 and Z: dZ, written over Z if overwrite_z; wA, empty unless needs_wa; and dw.
 
         ``bias_dot`` (R,) of :class:`AddedGrads` is added to dw.
         """

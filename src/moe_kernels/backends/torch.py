@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_kernels.activation import Gate
 from moe_kernels.backends.protocol import Backend
 from moe_kernels.fp8 import Fp8Weight, rounded
-from moe_kernels.layer import AddedGrads, Rows, Weight, in_expert_order
+from moe_kernels.layer import AddedGrads, DownGrads, GemmRows, Rows, Weight, in_expert_order
 from moe_kernels.plain import without_autocast
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan
@@ -74,7 +74,8 @@ class TorchBackend(Backend):
     def gather(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         return x[plan.row_slot.long() // plan.top_k]
 
-    def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
+    def dgrad(self, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> Tensor:
+        assert isinstance(rows, Tensor)  # this backend makes no others
         out = rows.new_zeros(plan.rows, weight.matrix.shape[2])
         if isinstance(weight.matrix, Fp8Weight):
             rows = rounded(rows, 1 if weight.matrix.by_columns else weight.matrix.stacked)
@@ -97,7 +98,7 @@ class TorchBackend(Backend):
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> DownGrads:
         da = self.dgrad(in_expert_order(dout_rows, plan, self.gather), weight, plan)
         return self.dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
 
@@ -111,7 +112,7 @@ class TorchBackend(Backend):
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> DownGrads:
         """From dA0 (R, I), Z (R, Z): dZ (R, Z), wA = w * A (R, I), empty unless needs_wa, and dw = <dO, Y> (T, K)."""
         acc = _accumulator(da.dtype)
         slots = plan.row_slot.long()
@@ -126,7 +127,7 @@ class TorchBackend(Backend):
         dw = torch.empty_like(topk_weights)
         dw.view(-1)[slots] = torch.where(kept, dots, 0.0).to(dw.dtype)
         wa = (w * a).to(da.dtype) if needs_wa else da.new_empty(0)
-        return (z.copy_(dz) if overwrite_z else dz), wa, dw
+        return DownGrads(z.copy_(dz) if overwrite_z else dz, wa, dw)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
         return _wgrad(in_expert_order(left, plan, self.gather), right, plan, right.dtype)

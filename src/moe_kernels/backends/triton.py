@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_kernels.activation import Gate
 from moe_kernels.backends.protocol import Backend
-from moe_kernels.fp8 import Fp8Weight
+from moe_kernels.fp8 import Fp8Rows, Fp8Weight
 from moe_kernels.kernels.device import driver_fault, interpreting
 from moe_kernels.kernels.triton import fp8, grouped_gemm
 from moe_kernels.kernels.triton import up as up_projection
@@ -21,7 +21,7 @@ from moe_kernels.kernels.triton.factors import experts_last, pack_factors
 from moe_kernels.kernels.triton.plan import make_plan
 from moe_kernels.kernels.triton.row_pass import added_grads, lora_a_grad
 from moe_kernels.kernels.triton.wgrad import wgrad
-from moe_kernels.layer import Matrix, Rows, Weight, in_expert_order
+from moe_kernels.layer import DownGrads, GemmRows, Matrix, Rows, Weight, in_expert_order
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan, TokenRows
 
@@ -70,10 +70,11 @@ class TritonBackend(Backend):
             return fp8.down(self.fp8_gemm(weight), a, weight, plan)
         return grouped_gemm.down(a, weight, plan)
 
-    def dgrad(self, rows: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
+    def dgrad(self, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> Tensor:
         if isinstance(weight.matrix, Fp8Weight):
             return fp8.dgrad(self.fp8_gemm(weight), rows, weight, plan)
-        return grouped_gemm.dgrad(rows, weight, plan)
+        assert not isinstance(rows, Fp8Rows)
+        return grouped_gemm.dgrad(in_expert_order(rows, plan, gather), weight, plan)
 
     def fp8_gemm(self, weight: Weight) -> fp8.Gemm:
         """What multiplies rows with an ``Fp8Weight``."""
@@ -95,12 +96,10 @@ class TritonBackend(Backend):
         overwrite_z: bool = False,
         bias_dot: Tensor | None = None,
         needs_wa: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if isinstance(weight.matrix, Fp8Weight):
-            da = fp8.dgrad(self.fp8_gemm(weight), dout_rows, weight, plan)
-        else:
-            da = grouped_gemm.dgrad(in_expert_order(dout_rows, plan, gather), weight, plan)
-        return dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
+    ) -> DownGrads:
+        da = TritonBackend.dgrad(self, dout_rows, weight, plan)
+        rounds = isinstance(weight.matrix, Fp8Weight)
+        return dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa, rounds)
 
     def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
         return wgrad(in_expert_order(left, plan, gather), right, plan)

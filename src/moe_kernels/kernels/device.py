@@ -62,3 +62,12 @@ def driver_fault() -> str | None:
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up: triton.cdiv without the two microseconds its wrapper takes."""
     return -(-a // b)
+
+
+@functools.cache
+def column_block(width: int) -> int:
+    """Columns that an elementwise pass over rows of ``width`` takes at a time: a power of two, 1024 at most, of which
+    the last block leaves least unused."""
+    if width < 256:
+        return triton.next_power_of_2(width)
+    return min((1024, 512, 256), key=lambda block: (-width % block, -block))

@@ -44,7 +44,7 @@ from moe_kernels.kernels.hopper.ring import (
 )
 from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.triton.dequantize import blocks
-from moe_kernels.layer import Weight
+from moe_kernels.layer import DownGrads, Weight
 from moe_kernels.routing import RoutingPlan, TokenRows
 
 
@@ -382,7 +382,7 @@ def down_grad(
     overwrite_z: bool,
     bias_dot: torch.Tensor | None = None,
     needs_wa: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> DownGrads:
     """dZ (R, Z), wA (R, I), empty unless needs_wa, and dw (T, K) from the output's gradient.
 
     Args:
@@ -399,7 +399,7 @@ def down_grad(
     dw = torch.empty_like(topk_weights)
     column_blocks = cdiv(intermediate, SCHEDULE.block_n)
     if plan.max_tiles * column_blocks == 0:
-        return dz, wa, dw
+        return DownGrads(dz, wa, dw)
     parts = torch.empty((column_blocks, plan.rows), dtype=torch.float32, device=z.device)
     dout, top_k = dout_rows if isinstance(dout_rows, TokenRows) else (dout_rows, 0)
     constants = {"TOP_K": top_k, **gate.constants(), "WRITE_WA": needs_wa, **SCHEDULE.constants(), "num_warps": 4}
@@ -425,7 +425,7 @@ def down_grad(
         )
         del part, weights
     _sum_weight_grad(parts, bias_dot, dw, plan)
-    return dz, wa, dw
+    return DownGrads(dz, wa, dw)
 
 
 def _sum_weight_grad(parts: torch.Tensor, bias_dot: torch.Tensor | None, dw: torch.Tensor, plan: RoutingPlan) -> None:

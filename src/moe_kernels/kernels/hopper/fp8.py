@@ -29,9 +29,8 @@ from moe_kernels.kernels.hopper.ring import (
     new_ring,
 )
 from moe_kernels.kernels.launch.launch import launch
-from moe_kernels.kernels.triton.combine import gather
-from moe_kernels.kernels.triton.fp8 import quantize
-from moe_kernels.layer import Rows, Weight
+from moe_kernels.kernels.triton.round import in_order
+from moe_kernels.layer import GemmRows, Weight
 from moe_kernels.packed import SIDE
 from moe_kernels.routing import RoutingPlan
 
@@ -47,9 +46,10 @@ def _products_layout(columns):
 
 @aggregate
 class _Scales:
-    """Of rows (R, blocks) and weights (E, W_SCALES), for a product whose inner dimension has ``blocks`` k blocks."""
+    """Of rows (blocks, pitch) and weights (E, W_SCALES), for a product with ``blocks`` k blocks."""
 
     rows: gl.tensor
+    pitch: gl.tensor
     weight: gl.tensor
     blocks: gl.tensor
     expert_stride: gl.tensor
@@ -61,26 +61,21 @@ class _Scales:
     @gluon.jit
     def of_tile(self, tile, row0, ROWS: gl.constexpr, layout: gl.constexpr):
         """Pointers to the first scales of a consumer's rows, and of its left and right columns."""
-        rows = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-        rows = gl.minimum(rows, tile.row_end - 1)  # rows past the expert's end are not stored
+        of_rows = self.rows + row0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         of_expert = self.weight + tile.expert.to(gl.int64) * self.expert_stride
         if self.GATED:
             left, right = tile.n, self.column_blocks + tile.n
         else:
             left, right = tile.n * 2, gl.minimum(tile.n * 2 + 1, self.column_blocks - 1)
-        rows_from = self.rows + rows.to(gl.int64) * self.blocks
-        return rows_from, of_expert + left * self.column_stride, of_expert + right * self.column_stride
+        return of_rows, of_expert + left * self.column_stride, of_expert + right * self.column_stride
 
     @gluon.jit
     def at(self, pointers, block):
-        """The scales of k block ``block``: of the products in the left columns, and in the right."""
+        """The scales of k block ``block``: of the rows, the left columns and the right columns."""
         rows, left, right = pointers
         block = gl.minimum(block, self.blocks - 1)
-        of_rows = gl.load(rows + block)
-        return (
-            of_rows * gl.load(left + block * self.k_stride).to(gl.float32),
-            of_rows * gl.load(right + block * self.k_stride).to(gl.float32),
-        )
+        columns = block * self.k_stride
+        return gl.load(rows + block.to(gl.int64) * self.pitch), gl.load(left + columns), gl.load(right + columns)
 
 
 @gluon.jit
@@ -136,42 +131,49 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, scales, tile
     # of both halves are alive at the same time.
     low_blocks = gl.minimum(operands.rows.width, operands.LOW_BLOCKS)
     step = 0
-    for pid in range(gl.program_id(0), tiles.count(), gl.num_programs(0)):
-        tile = tiles.at(pid)
-        row0 = tile.row0 + ROW0
-        pointers = scales.of_tile(tile, row0, ROWS, layout)
-        left = gl.zeros((ROWS, HALF), gl.float32, layout)
-        right = gl.zeros((ROWS, HALF), gl.float32, layout)
-        next_left, next_right = scales.at(pointers, 0)
-        for block in range(0, scales.blocks):
-            left_scale, right_scale = next_left, next_right
-            next_left, next_right = scales.at(pointers, block + 1)
-            ring.await_ready(step)
-            a, b, _ready = ring.stage(step)
-            a = a.slice(ROW0, ROWS)
-            b = b.permute((1, 0))
-            left += _products(a, b.slice(0, HALF, dim=1), layout) * left_scale[:, None]
-            right += _products(a, b.slice(HALF, HALF, dim=1), layout) * right_scale[:, None]
-            step += 1
-            ring.free_before(step)
-        left = gl.convert_layout(left, accumulator_layout(HALF), assert_trivial=True)
-        right = gl.convert_layout(right, accumulator_layout(HALF), assert_trivial=True)
-        if operands.LOW_BLOCKS > 0:
-            # wgmma does not add to the sums itself: ptxas then keeps them elsewhere in the loop above, and spills.
-            for block in range(0, low_blocks):
-                left += _low_products(operands, ring, step + block, ROW0, ROWS, 0, HALF)
-            for block in range(0, low_blocks):
-                right += _low_products(operands, ring, step + block, ROW0, ROWS, HALF, HALF)
-                ring.free_before(step + block + 1)
-            step += low_blocks
-        write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
+    if gl.program_id(0) < tiles.count():
+        tile = tiles.at(gl.program_id(0))
+        first = scales.at(scales.of_tile(tile, tile.row0 + ROW0, ROWS, layout), 0)
+        for pid in range(gl.program_id(0), tiles.count(), gl.num_programs(0)):
+            row0 = tile.row0 + ROW0
+            pointers = scales.of_tile(tile, row0, ROWS, layout)
+            left = gl.zeros((ROWS, HALF), gl.float32, layout)
+            right = gl.zeros((ROWS, HALF), gl.float32, layout)
+            next_rows, next_left, next_right = first
+            for block in range(0, scales.blocks):
+                left_scale = next_rows * next_left.to(gl.float32)
+                right_scale = next_rows * next_right.to(gl.float32)
+                next_rows, next_left, next_right = scales.at(pointers, block + 1)
+                ring.await_ready(step)
+                a, b, _ready = ring.stage(step)
+                a = a.slice(ROW0, ROWS)
+                b = b.permute((1, 0))
+                left += _products(a, b.slice(0, HALF, dim=1), layout) * left_scale[:, None]
+                right += _products(a, b.slice(HALF, HALF, dim=1), layout) * right_scale[:, None]
+                step += 1
+                ring.free_before(step)
+            # The next tile and its first scales, whose loads the epilogue hides.
+            following = tiles.at(gl.minimum(pid + gl.num_programs(0), tiles.count() - 1))
+            first = scales.at(scales.of_tile(following, following.row0 + ROW0, ROWS, layout), 0)
+            left = gl.convert_layout(left, accumulator_layout(HALF), assert_trivial=True)
+            right = gl.convert_layout(right, accumulator_layout(HALF), assert_trivial=True)
+            if operands.LOW_BLOCKS > 0:
+                # wgmma does not add to the sums itself: ptxas then keeps them elsewhere in the loop, and spills.
+                for block in range(0, low_blocks):
+                    left += _low_products(operands, ring, step + block, ROW0, ROWS, 0, HALF)
+                for block in range(0, low_blocks):
+                    right += _low_products(operands, ring, step + block, ROW0, ROWS, HALF, HALF)
+                    ring.free_before(step + block + 1)
+                step += low_blocks
+            write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
+            tile = following
     tma.store_wait(0)
 
 
 @gluon.jit
 def hopper_fp8_gemm_kernel(
     codes,  # (R, PIECES * blocks * SIDE) e4m3: descriptor
-    row_scales_ptr,  # (R, PIECES * blocks) float32
+    row_scales_ptr,  # (PIECES * blocks, pitch) float32
     w,  # (E * Z, PIECES * K) e4m3: descriptor. Z is 2N with a gate, N without
     w_scales_ptr,
     low,  # (R, RANK): descriptor; any pointer if RANK is 0, as is factor
@@ -189,6 +191,7 @@ def hopper_fp8_gemm_kernel(
     K,  # elements of a piece of the inner dimension
     N,
     blocks,  # k blocks of a piece
+    pitch,
     W_SCALES,  # from one expert to the next
     SCALE_N,  # from one block of columns to the next
     SCALE_K,  # from one k block to the next
@@ -227,7 +230,7 @@ def hopper_fp8_gemm_kernel(
         LOW_K=min(RANK, BLOCK_K), LOW_BLOCKS=(RANK + BLOCK_K - 1) // BLOCK_K,
     )  # fmt: skip
     scales = _Scales(
-        rows=row_scales_ptr, weight=w_scales_ptr, blocks=PIECES * blocks, expert_stride=W_SCALES,
+        rows=row_scales_ptr, pitch=pitch, weight=w_scales_ptr, blocks=PIECES * blocks, expert_stride=W_SCALES,
         column_stride=SCALE_N, k_stride=SCALE_K, column_blocks=(N + SIDE - 1) // SIDE, GATED=GATED,
     )  # fmt: skip
     epilogue = Epilogue(
@@ -251,20 +254,11 @@ def fits(packed: Fp8Weight) -> bool:
     return all(t is None or t.data_ptr() % 16 == 0 for t in (packed.data, packed.transposed))
 
 
-def _codes_in_order(rows: Rows, pieces: int, plan: RoutingPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """``quantize`` of rows in expert order, or of tokens, whose codes and scales are then copied into it."""
-    if isinstance(rows, torch.Tensor):
-        return quantize(rows, pieces)
-    codes, scales = quantize(rows.tokens, pieces)
-    copied = gather(codes.view(torch.bfloat16), plan)  # the copy knows no fp8
-    return copied.view(codes.dtype), gather(scales, plan)
-
-
 _PLAIN = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0}
 
 
 def gemm(
-    rows: Rows,
+    rows: GemmRows,
     weight: Weight,
     plan: RoutingPlan,
     out: torch.Tensor,
@@ -282,7 +276,7 @@ def gemm(
     number = plan.max_tiles * cdiv(width, columns)
     if number == 0:
         return
-    codes, row_scales = _codes_in_order(rows, pieces, plan)
+    codes, row_scales = in_order(rows, pieces, plan)
     low, factor, rank = low_rank_blocks(weight, columns, transposed, out)
     save_z = z is not None and z.numel() > 0
     saved = z if z is not None and save_z else out
@@ -298,7 +292,7 @@ def gemm(
             *(matrix(saved, COOPERATIVE.rows, CHUNK.value), saved),
             *(matrix(out, COOPERATIVE.rows, CHUNK.value), out),
             *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
-            *(inner, width, cdiv(inner, SIDE), scale_rows * scale_columns),
+            *(inner, width, cdiv(inner, SIDE), row_scales.stride(1), scale_rows * scale_columns),
             *((1, scale_columns) if transposed else (scale_columns, 1)),
         ),
         {

@@ -2,24 +2,25 @@
 
 A is recomputed from Z instead of saved, and the routing weight's gradient <dA0, A> = <dO[t], Y> needs no Y (with a
 bias b2, Y is A W2^T + b2, which adds <dO[t], b2[e]>). One pass reads dA0 and Z and writes dZ and wA: wA over dA0, and
-dZ over Z if Z is not needed again. In Triton, the same as the epilogue of a GEMM was slower, because the epilogue's
-loads and stores did not overlap the mainloop.
+dZ over Z if Z is not needed again. For a GEMM in fp8 it rounds dZ as well. In Triton, the same as the epilogue of a
+GEMM was slower, because the epilogue's loads and stores did not overlap the mainloop.
 """
-
-import functools
 
 import torch
 import triton
 import triton.language as tl
 
 from moe_kernels.activation import Gate, value_and_partials
-from moe_kernels.kernels.device import cdiv
+from moe_kernels.kernels.device import cdiv, column_block
 from moe_kernels.kernels.launch.launch import launch
+from moe_kernels.kernels.triton.round import empty_fp8, store_fp8, to_fp8
+from moe_kernels.layer import DownGrads
+from moe_kernels.packed import SIDE
 from moe_kernels.routing import RoutingPlan
 
 
 # Under expert parallelism every step brings another number of rows, for which nothing is to be compiled.
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "pitch"])
 def dact_kernel(
     da_ptr,  # (R, I): dA0 in, wA out if WRITE_WA
     z_ptr,  # (R, Z), Z = 2I with a gate, I without
@@ -29,7 +30,10 @@ def dact_kernel(
     row_slot_ptr,  # (R,)
     expert_start_ptr,  # (E + 1,): rows at or after expert_start[E] belong to dropped slots
     bias_dot_ptr,  # (R,), or any pointer unless HAS_BIAS: <dO[t], b2[e]> of each row
+    codes_ptr,  # (R, 2 or 1 pieces * blocks * SIDE): written if QUANTIZE, as are scales
+    scales_ptr,  # (pieces * blocks, pitch) float32
     R,
+    pitch,
     I,
     E,
     ACTIVATION: tl.constexpr,
@@ -39,6 +43,7 @@ def dact_kernel(
     INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WRITE_WA: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -78,17 +83,19 @@ def dact_kernel(
         else:
             tl.store(dz_ptr + z_offsets, d_gate, mask=mask)
             if GATED:
-                tl.store(dz_ptr + z_offsets + I, (da * d_up).to(dz_ptr.dtype.element_ty), mask=mask)
+                d_up = (da * d_up).to(dz_ptr.dtype.element_ty)
+                tl.store(dz_ptr + z_offsets + I, d_up, mask=mask)
+        if QUANTIZE:
+            tl.static_assert(not INTERLEAVED)
+            PIECES: tl.constexpr = 2 if GATED else 1
+            codes, scales = to_fp8(d_gate)
+            store_fp8(codes_ptr, scales_ptr, pitch, codes, scales, rows, rows < R, i0, I, 0, PIECES)
+            if GATED:
+                codes, scales = to_fp8(d_up)
+                store_fp8(codes_ptr, scales_ptr, pitch, codes, scales, rows, rows < R, i0, I, 1, PIECES)
     if HAS_BIAS:
         dw += tl.load(bias_dot_ptr + rows, mask=routed, other=0.0)
     tl.store(dw_ptr + slot, dw.to(dw_ptr.dtype.element_ty), mask=rows < R)
-
-
-@functools.cache
-def _blocks(intermediate: int) -> dict[str, int]:
-    """Block sizes. The dict is cached: do not mutate it."""
-    block_i = min(triton.next_power_of_2(intermediate), 1024)
-    return {"BLOCK_R": max(1, 1024 // block_i), "BLOCK_I": block_i}
 
 
 def dact(
@@ -100,20 +107,25 @@ def dact(
     overwrite_z: bool = False,
     bias_dot: torch.Tensor | None = None,
     needs_wa: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rounds: bool = False,
+) -> DownGrads:
     """da (R, I) = dA0, z (R, Z), topk_weights (T, K) -> dZ (R, Z), wA (R, I), empty unless needs_wa, and dw (T, K).
 
     wA overwrites ``da``, and dZ overwrites ``z`` if overwrite_z. bias_dot (R,), if given, is the bias's part of dw.
+    ``rounds``: dZ is to be rounded to fp8 as well.
     """
     dz, dw = z if overwrite_z else torch.empty_like(z), torch.empty_like(topk_weights)
     wa = da if needs_wa else da.new_empty(0)
-    if plan.rows == 0:
-        return dz, wa, dw
     intermediate = da.shape[1]
-    blocks = _blocks(intermediate)
+    pieces = 2 if gate.gated else 1  # gate and up begin a block each: where I is a multiple of SIDE that is the same
+    rounded = empty_fp8(plan.rows, intermediate, pieces, z.device) if rounds else None
+    if plan.rows == 0:
+        return DownGrads(dz, wa, dw, rounded)
+    block_i = max(column_block(intermediate), SIDE if rounds else 1)
+    block_r = max(1, 1024 // block_i)
     launch(
         dact_kernel,
-        (cdiv(plan.rows, blocks["BLOCK_R"]),),
+        (cdiv(plan.rows, block_r),),
         (
             da,
             z,
@@ -123,7 +135,9 @@ def dact(
             plan.row_slot,
             plan.expert_start,
             da if bias_dot is None else bias_dot,
+            *(rounded or (dz, dz)),
             plan.rows,
+            1 if rounded is None else rounded.scales.stride(1),
             intermediate,
             plan.experts,
         ),
@@ -131,8 +145,10 @@ def dact(
             **gate.constants(),
             "HAS_BIAS": bias_dot is not None,
             "WRITE_WA": needs_wa,
-            **blocks,
+            "QUANTIZE": rounds,
+            "BLOCK_R": block_r,
+            "BLOCK_I": block_i,
             "num_warps": 4,
         },
     )
-    return dz, wa, dw
+    return DownGrads(dz, wa, dw, rounded)

@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 
 from moe_kernels.activation import Gate, value
-from moe_kernels.fp8 import LARGEST, SMALLEST, Fp8Weight
+from moe_kernels.fp8 import Fp8Weight
 from moe_kernels.kernels.device import cdiv, dot_precision, loads_by_tma
-from moe_kernels.kernels.launch.launch import launch, launch_grid
+from moe_kernels.kernels.launch.launch import launch_grid
 from moe_kernels.kernels.operands import descriptor, low_rank_arguments
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.kernels.tiles.fit import fit_rank
 from moe_kernels.kernels.tiles.table import GemmConfig
+from moe_kernels.kernels.triton.round import in_order, quantize
 from moe_kernels.kernels.triton.tile import (
     add_bias,
     add_low_rank,
@@ -34,39 +35,10 @@ from moe_kernels.kernels.triton.tile import (
     store_tile,
     swizzled_tile,
 )
-from moe_kernels.layer import Rows, Weight
+from moe_kernels.layer import GemmRows, Weight
 from moe_kernels.packed import SIDE
 from moe_kernels.problem import device_capability
 from moe_kernels.routing import RoutingPlan, TokenRows
-
-
-@triton.jit
-def quantize_kernel(
-    rows_ptr,  # (R, PIECES * K)
-    codes_ptr,  # (R, PIECES * blocks * SIDE) float8e4nv, zeros behind the last element of a piece
-    scales_ptr,  # (R, PIECES * blocks) float32
-    R,
-    K,  # elements of a piece
-    blocks,  # of a piece
-    PIECES: tl.constexpr,
-    SIDE: tl.constexpr,
-    LARGEST: tl.constexpr,  # of e4m3
-    SMALLEST: tl.constexpr,  # what a block is taken to hold at least, so that no scale is zero
-    BLOCK_R: tl.constexpr,
-):
-    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    block = tl.program_id(1)
-    c = tl.arange(0, SIDE)
-    column = block % blocks * SIDE + c
-    mask = (r < R)[:, None] & (column < K)[None, :]
-    source = r[:, None] * (PIECES * K) + (block // blocks * K + column)[None, :]
-    values = tl.load(rows_ptr + source, mask=mask, other=0.0).to(tl.float32)
-    # Infinity has an infinite scale and becomes NaN, as NaN does: the cast would make 448 of a number beyond it.
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(values), axis=1), SMALLEST), LARGEST)
-    codes = tl.div_rn(values, scale[:, None]).to(tl.float8e4nv)
-    width = PIECES * blocks
-    tl.store(codes_ptr + r[:, None] * (width * SIDE) + (block * SIDE + c)[None, :], codes, mask=(r < R)[:, None])
-    tl.store(scales_ptr + r * width + block, scale, mask=r < R)
 
 
 @triton.jit
@@ -98,7 +70,7 @@ def _load_codes(
 @triton.jit
 def fp8_gemm_kernel(
     rows_in,  # (R, PIECES * blocks * SIDE) codes, or with TOP_K of the tokens: tensor or, sorted, descriptor
-    row_scales_ptr,  # (R, PIECES * blocks), or of the tokens
+    row_scales_ptr,  # (PIECES * blocks, pitch), or of the tokens
     w,  # (E, PIECES, N or 2N, K) codes: tensor or descriptor; in memory N or 2N is the second dimension
     w_scales_ptr,  # W_SCALES elements for each expert
     bias_ptr,  # (E, N or 2N), or any pointer unless HAS_BIAS
@@ -114,6 +86,7 @@ def fp8_gemm_kernel(
     K,  # elements of a piece of the inner dimension
     N,
     blocks,  # k blocks of a piece
+    pitch,
     W_SCALES,
     SCALE_N,  # from one block of columns to the next
     SCALE_K,  # from one k block to the next
@@ -146,12 +119,12 @@ def fp8_gemm_kernel(
         if TOP_K > 0:
             _, source = gathered_tokens(row_slot_ptr, rows, row_mask, TOP_K)
         n0 = n * BLOCK_N
-        row_scales = row_scales_ptr + source * (PIECES * blocks)
+        row_scales = row_scales_ptr + source
         w_scales = w_scales_ptr + expert.to(tl.int64) * W_SCALES + n0 // SIDE * SCALE_N
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for block in tl.range(0, PIECES * blocks):
-            row_scale = tl.load(row_scales + block, mask=row_mask, other=0.0)
+            row_scale = tl.load(row_scales + block * pitch.to(tl.int64), mask=row_mask, other=0.0)
             scale = tl.load(w_scales + block * SCALE_K).to(tl.float32)
             if USE_TMA and TOP_K == 0:  # also loads rows of the next expert, whose results are not stored
                 a = rows_in.load([row0, block * SIDE])
@@ -223,32 +196,9 @@ def tile(gated: bool, group_size: int, tma: bool) -> GemmConfig:
     return _overrides[gated].choice or (_TILES if tma else _POINTER_TILES)[gated, group_size]
 
 
-def quantize(rows: torch.Tensor, pieces: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`moe_kernels.fp8.quantized`: rows (R, K) -> codes (R, blocks * 128), scales (R, blocks)."""
-    count, width = rows.shape[0], rows.shape[1] // pieces
-    blocks = cdiv(width, SIDE)
-    codes = torch.empty(count, pieces * blocks * SIDE, dtype=torch.float8_e4m3fn, device=rows.device)
-    scales = torch.empty(count, pieces * blocks, dtype=torch.float32, device=rows.device)
-    if rows.numel() > 0:
-        launch(
-            quantize_kernel,
-            (cdiv(count, 32), pieces * blocks),
-            (rows, codes, scales, count, width, blocks),
-            {
-                "PIECES": pieces,
-                "SIDE": SIDE,
-                "LARGEST": LARGEST,
-                "SMALLEST": SMALLEST,
-                "BLOCK_R": 32,
-                "num_warps": 4,
-            },
-        )
-    return codes, scales
-
-
 #: (rows, weight, plan, out, transposed, z, gate): ``out`` = rows W[e]^T, or rows W[e] if ``transposed``; with a gate
 #: through it, and the sums in ``z`` unless that is empty.
-Gemm = Callable[[Rows, Weight, RoutingPlan, torch.Tensor, bool, torch.Tensor | None, Gate | None], None]
+Gemm = Callable[[GemmRows, Weight, RoutingPlan, torch.Tensor, bool, torch.Tensor | None, Gate | None], None]
 
 
 def up(
@@ -269,16 +219,15 @@ def down(gemm: Gemm, a: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torc
     return out
 
 
-def dgrad(gemm: Gemm, rows: Rows, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
-    """rows W[e]: dA0 from dO (T, H), gathered here, and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H)."""
-    tokens = rows if isinstance(rows, torch.Tensor) else rows.tokens
-    out = tokens.new_empty(plan.rows, weight.matrix.shape[2])
+def dgrad(gemm: Gemm, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
+    """rows W[e]: dA0 from dO (T, H) and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H)."""
+    out = torch.empty(plan.rows, weight.matrix.shape[2], dtype=weight.matrix.dtype, device=plan.row_slot.device)
     gemm(rows, weight, plan, out, True, None, None)
     return out
 
 
 def gemm(
-    rows: Rows,
+    rows: GemmRows,
     weight: Weight,
     plan: RoutingPlan,
     out: torch.Tensor,
@@ -290,10 +239,11 @@ def gemm(
     matrix = weight.matrix
     assert isinstance(matrix, Fp8Weight)
     data, pieces = matrix.operand(transposed)
-    given, top_k = rows if isinstance(rows, TokenRows) else (rows, 0)
-    codes, row_scales = quantize(given, pieces)
+    # Tokens are rounded once, and gathered by the kernel.
+    top_k = rows.top_k if isinstance(rows, TokenRows) else 0
+    codes, row_scales = quantize(rows.tokens, pieces) if isinstance(rows, TokenRows) else in_order(rows, pieces, plan)
     gated = gate is not None and gate.gated
-    width, inner = out.shape[1], given.shape[1] // pieces
+    width, inner = out.shape[1], data.shape[2] // pieces
     tma = loads_by_tma(device_capability(out.device)) and inner % 16 == 0 and data.data_ptr() % 16 == 0
     config = tile(gated, plan.group_size, tma)
     low, factor, rank = low_rank_arguments(weight, out)
@@ -316,7 +266,7 @@ def gemm(
             *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
         ),
         (
-            *(inner, width, cdiv(inner, SIDE), scale_rows * scale_columns),
+            *(inner, width, cdiv(inner, SIDE), row_scales.stride(1), scale_rows * scale_columns),
             *((1, scale_columns) if transposed else (scale_columns, 1)),
         ),
         {

@@ -123,7 +123,8 @@ def layer_tensors(shape: LayerShape, group: int, device: torch.device) -> Simple
     t.plan = STEPS.make_plan(t.ids, t.experts, group)
     t.z, t.a = STEPS.up(t.x, t.gate_up, t.plan, t.gate, True)
     t.dout_rows, t.x_rows = STEPS.gather(t.dout, t.plan), STEPS.gather(t.x, t.plan)
-    t.dz, t.wa, _ = STEPS.down_grad(t.dout_rows, t.down, t.z, t.weights, t.plan, t.gate, True)
+    done = STEPS.down_grad(t.dout_rows, t.down, t.z, t.weights, t.plan, t.gate, True)
+    t.dz, t.wa = done.dz, done.wa
     return t
 
 
