@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from moe_kernels.tools.common.errors import MissingDependency, UsageError
-from moe_kernels.tools.common.files import locked, write_text
+from moe_kernels.tools.common.files import locked
 
 MANIFEST = "moe_kernels.json"
 Report = Callable[[str], None]
@@ -60,7 +60,9 @@ def file_sizes(folder: Path) -> dict[str, int]:
 def write_manifest(manifest: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Mark a thing as finished. A thing with another ``recipe`` is made again; ``facts`` are for people to read."""
     content = {"recipe": recipe, "hash": digest(json.dumps(recipe, sort_keys=True)), **facts}
-    write_text(manifest, json.dumps(content, indent=2) + "\n")
+    partial = manifest.with_name(f".{manifest.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, manifest)
 
 
 def recover(folder: Path) -> None:
