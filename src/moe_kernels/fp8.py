@@ -63,6 +63,12 @@ class Fp8Weight(BlockFp8):
             raise ValueError("an Fp8Weight without transposed codes has no dgrad: give it those of fp8.transposed()")
         return self.transposed, self.stacked
 
+    def scale_strides(self, transposed: bool) -> tuple[int, int, int]:
+        """In a GEMM over K: from an expert's scales to the next one's, from one block of columns to the next, and
+        from one k block to the next."""
+        _, rows, columns = self.scales.shape
+        return (rows * columns, 1, columns) if transposed else (rows * columns, columns, 1)
+
     def _why_not(self) -> str:
         experts, rows, columns = self.sizes
         copy = self.transposed

@@ -96,8 +96,7 @@ class MoeKernelsArgs(BaseModel):
         default=None,
         description=(
             "Multiply the frozen experts of a block-fp8 checkpoint in fp8, with activations and their gradients "
-            "rounded to e4m3, instead of dequantising the weights exactly ahead of each GEMM. Not measured on a GPU "
-            "yet. Default: false."
+            "rounded to e4m3, instead of dequantising the weights exactly ahead of each GEMM. Default: false."
         ),
     )
     moe_kernel_models: list[StrictStr] | None = Field(

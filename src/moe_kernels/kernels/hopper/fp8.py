@@ -280,7 +280,6 @@ def gemm(
     low, factor, rank = low_rank_blocks(weight, columns, transposed, out)
     save_z = z is not None and z.numel() > 0
     saved = z if z is not None and save_z else out
-    _, scale_rows, scale_columns = packed.scales.shape
     launch(
         hopper_fp8_gemm_kernel,
         (min(number, multiprocessors(out.device)),),
@@ -292,8 +291,7 @@ def gemm(
             *(matrix(saved, COOPERATIVE.rows, CHUNK.value), saved),
             *(matrix(out, COOPERATIVE.rows, CHUNK.value), out),
             *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
-            *(inner, width, cdiv(inner, SIDE), row_scales.stride(1), scale_rows * scale_columns),
-            *((1, scale_columns) if transposed else (scale_columns, 1)),
+            *(inner, width, cdiv(inner, SIDE), row_scales.stride(1), *packed.scale_strides(transposed)),
         ),
         {
             "PIECES": pieces,

@@ -249,7 +249,6 @@ def gemm(
     low, factor, rank = low_rank_arguments(weight, out)
     config = fit_rank(config, rank, out.device, out.element_size())
     w = data.unflatten(2, (pieces, inner)).transpose(1, 2)
-    _, scale_rows, scale_columns = matrix.scales.shape
     constants = {"ACTIVATION": "", "P0": 0.0, "P1": 0.0} if gate is None else gate.constants()
     constants.pop("INTERLEAVED", None)
     launch_grid(
@@ -266,8 +265,7 @@ def gemm(
             *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
         ),
         (
-            *(inner, width, cdiv(inner, SIDE), row_scales.stride(1), scale_rows * scale_columns),
-            *((1, scale_columns) if transposed else (scale_columns, 1)),
+            *(inner, width, cdiv(inner, SIDE), row_scales.stride(1), *matrix.scale_strides(transposed)),
         ),
         {
             "PIECES": pieces,
