@@ -188,6 +188,7 @@ KINDS = {
     "lora40": Case(9, 2, 4, 144, 32, routing="empty_first_middle_last", lora_rank=40),
     "biases-lora": Case(11, 2, 3, 80, 144, routing="one_hot_expert", lora_rank=4, bias=True, activation=CLAMPED),
     "odd": Case(7, 3, 4, 37, 21, routing="duplicated_ids", lora_rank=3, bias=True),
+    "unreduced": Case(7, 3, 4, 80, 48, routing="sentinels", lora_rank=3, reduce=False),  # dO comes by slot
     "gateless": Case(11, 3, 4, 144, 32, routing="zipf", gated=False, activation="relu2", bias=True),
 }  # fmt: skip
 

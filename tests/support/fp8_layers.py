@@ -37,6 +37,7 @@ def make(case: Case, device: torch.device) -> tuple[Inputs, Fp8Weight, Fp8Weight
     rows = case.intermediate * (2 if case.gated else 1)
     gate_up = block_fp8(case.experts, rows, case.hidden, device, 2 if case.gated else 1, case.dtype)
     down = block_fp8(case.experts, case.hidden, case.intermediate, device, dtype=case.dtype, seed=1)
-    assert inputs.topk_weights is not None
-    weights = torch.rand(inputs.topk_weights.shape, generator=torch.Generator().manual_seed(2)) + 0.25
-    return dataclasses.replace(inputs, topk_weights=weights.to(inputs.topk_weights)), in_fp8(gate_up), in_fp8(down)
+    if inputs.topk_weights is not None:
+        weights = torch.rand(inputs.topk_weights.shape, generator=torch.Generator().manual_seed(2)) + 0.25
+        inputs = dataclasses.replace(inputs, topk_weights=weights.to(inputs.topk_weights))
+    return inputs, in_fp8(gate_up), in_fp8(down)
