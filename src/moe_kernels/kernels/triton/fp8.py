@@ -164,7 +164,8 @@ def fp8_gemm_kernel(
         store_tile(out_ptr, rows, row_mask, n0, N, total, BLOCK_N, N - n0)
 
 
-# By (two products, group size), for loads by TMA and by pointers. Compiled ahead of time and never measured.
+# By (two products, group size), for loads by TMA and by pointers. Compiled ahead of time, and not tuned: a layer with
+# those of 128 rows by TMA takes 6.3 ms where that of Hopper took 4.3 (h200-log-14-fp8-first.json).
 _TILES = {
     (True, 64): GemmConfig(64, 64, SIDE, 4, 4),
     (True, 128): GemmConfig(128, 64, SIDE, 8, 4),
