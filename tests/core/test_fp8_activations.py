@@ -115,6 +115,7 @@ def test_tokens_are_rounded_as_their_rows(device, routing, width):
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(device, BF16)
     found = in_order(TokenRows(x, top_k), 1, plan)
     same_bits(found, quantize(backend.gather(x, plan)), slice(int(plan.expert_start[-1])))
+    assert found.scales.stride(1) % 16 == 0  # or the GEMMs were compiled again for another number of tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)

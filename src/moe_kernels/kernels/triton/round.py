@@ -82,7 +82,8 @@ def empty_fp8(count: int, width: int, pieces: int, device: torch.device) -> Fp8R
     """Room for ``count`` rows of ``pieces`` of ``width`` elements. Scales of a block are next to each other."""
     blocks = pieces * cdiv(width, SIDE)
     codes = torch.empty(count, blocks * SIDE, dtype=torch.float8_e4m3fn, device=device)
-    scales = torch.empty(blocks, count + _PADDING, dtype=torch.float32, device=device)
+    pitch = cdiv(count, 16) * 16 + _PADDING  # kernels are compiled anew for one that is no multiple of 16
+    scales = torch.empty(blocks, pitch, dtype=torch.float32, device=device)
     return Fp8Rows(codes, scales[:, :count].T)
 
 
