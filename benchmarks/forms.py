@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import fused_experts
-from moe_kernels.backends.gluon import use_every_form
+from moe_kernels.backends.gluon import use_dequantizing, use_every_form
 from moe_kernels.packed import whole
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.bench.experts import dense_calls
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument(
         "--every-form", action="store_true",
         help="on the Hopper kernels also what they are not chosen for: interleaved experts, weights stored by "
-        "columns",
+        "columns, block-fp8 weights dequantised between load and wgmma",
     )  # fmt: skip
     parser.add_argument(
         "--no-errors", action="store_true", help="no comparison with float64, which takes 8 bytes a weight"
@@ -105,6 +105,7 @@ def main() -> None:
     with ExitStack() as everything:
         if args.every_form:
             everything.enter_context(use_every_form(True))
+            everything.enter_context(use_dequantizing(True))
         measure(args)
 
 

@@ -211,6 +211,7 @@ WIDE_BIAS = "routings_of_kinds and bias and cooperative"
 LORA = "kinds_of_experts and lora and not oss and not gateless and not 32 and not 64 and not 128"
 GATELESS = "kinds_of_experts and gateless and not lora"
 FP8 = "gemms_in_fp8"
+IN_LOAD = "dequantising_in_the_load"
 
 # what the bug is, file, text, replacement, tests; those that compile longest come first
 GPU_MUTANTS = [
@@ -295,6 +296,14 @@ GPU_MUTANTS = [
     ("fp8: the second piece begins where a whole block would end", "fp8.py", "block // blocks * inner +", "block // blocks * (blocks * SIDE) +", FP8),
     ("fp8: the first codes of a row for every k block", "fp8.py", "[tile.row0, block * SIDE]", "[tile.row0, block * 0]", FP8),
     ("fp8: low-rank part of the left columns for the right", "fp8.py", "factor.slice(COL0, COLUMNS, dim=1)", "factor.slice(0, COLUMNS, dim=1)", FP8),
+    ("dequantised: codes of the first expert for all", "dequantizing.py", "first = tile.expert * self.rows", "first = tile.expert * 0", IN_LOAD),
+    ("dequantised: scales of the first expert for all", "dequantizing.py", "tile.expert.to(gl.int64) * self.expert_stride", "tile.expert.to(gl.int64) * 0", IN_LOAD),
+    ("dequantised: right columns with the scale of the left", "dequantizing.py", "self.buffers.index(2 * slot + 1), right_scale", "self.buffers.index(2 * slot + 1), left_scale", IN_LOAD),
+    ("dequantised: right columns are the left ones", "dequantizing.py", "_widen(self.buffers.index(2 * slot + 1)", "_widen(self.buffers.index(2 * slot)", IN_LOAD),
+    ("dequantised: scales of the first k block for all", "dequantizing.py", "k0 = gl.minimum(k0, self.K - 1)", "k0 = k0 * 0", IN_LOAD),
+    ("dequantised: up with the scales of gate", "dequantizing.py", "left, right = tile.n, blocks_n + tile.n", "left, right = tile.n, tile.n", IN_LOAD),
+    ("dequantised: the second piece's scales where a whole block would end", "dequantizing.py", "row = piece * ((self.height + self.SIDE - 1) // self.SIDE) + (k0 - piece * self.height) // self.SIDE", "row = k0 // self.SIDE", IN_LOAD),
+    ("dequantised: up's codes are gate's", "dequantizing.py", "[first + self.N + tile.n * self.SIDE, k0]", "[first + tile.n * self.SIDE, k0]", IN_LOAD),
     ("rows in expert order taken for tokens", "../../backends/gluon.py", "return TokenRows(dout, plan.top_k)", "return TokenRows(super().gather(dout, plan), plan.top_k)", ROUTINGS),
 ]  # fmt: skip
 

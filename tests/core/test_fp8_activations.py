@@ -214,8 +214,8 @@ def test_shipped_tiles(device, hidden, intermediate, group_size):
         assert error(value, expected[name]) < max(5e-5, 3 * CLOSE), name
 
 
-def test_the_hopper_kernels_leave_them_to_triton(device):
-    """Also where sizes and layout are theirs: gluon is what "auto" takes on Hopper."""
+def test_which_kernels_of_hopper_take_them(device):
+    """Those in fp8, never those in 16 bits, also where sizes and layout are theirs."""
     from moe_kernels.backends import gluon
 
     weight = in_fp8(block_fp8(2, 128, 128, device, dtype=BF16))
@@ -232,6 +232,21 @@ def test_the_hopper_kernels_leave_them_to_triton(device):
     rows = backend.dout_rows(dout, weight, plan, SILU)
     assert isinstance(rows, TokenRows)
     assert rows.tokens is dout
+
+
+def test_which_weights_are_dequantised_in_the_load(device):
+    """Of block-fp8 weights, where it is asked for, those whose tiles have whole blocks of scales."""
+    from moe_kernels.backends.gluon import _dequantized_in_load, use_dequantizing
+
+    whole, odd = (block_fp8(2, rows, 128, device, dtype=BF16) for rows in (256, 384))
+    assert not _dequantized_in_load(whole, True)
+    with use_dequantizing(True):
+        assert _dequantized_in_load(whole, True)
+        assert _dequantized_in_load(odd, False)
+        assert not _dequantized_in_load(odd, True)  # a block has rows of gate and of up
+        assert _dequantized_in_load(block_fp8(2, 384, 128, device, 2, BF16), True)
+        assert not _dequantized_in_load(whole.mT, False)
+        assert not _dequantized_in_load(whole.experts(0, 2), True)
 
 
 @pytest.mark.parametrize("activation", EVERY_ACTIVATION, ids=lambda a: a.name)

@@ -269,6 +269,30 @@ def test_gemms_in_fp8(sizes, kind, routing):
         assert torch.equal(value, again[name]), name
 
 
+@pytest.mark.parametrize("routing", ["zipf", "sentinels", "one_hot_expert"])
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [
+        ((333, 4, 9, 512, 256), {"lora_rank": 16}),
+        ((333, 4, 9, 576, 192), {"lora_rank": 128, "bias": True}),  # no multiples of a block of scales
+        ((1000, 2, 5, 1024, 704), {}),
+        ((700, 3, 7, 256, 320), {"gated": False, "activation": "relu2", "lora_rank": 32, "dtype": torch.float16}),
+    ],
+    ids=str,
+)
+def test_dequantising_in_the_load(sizes, kind, routing):
+    """Bitwise what dequantising a block of experts ahead gives."""
+    from moe_kernels.backends.gluon import use_dequantizing
+
+    case = dataclasses.replace(Case(*sizes, BF16, routing, packed="fp8", frozen=True), **kind)
+    inputs = make_inputs(case, "cuda")
+    expected = run(gluon, inputs)
+    with use_dequantizing(True):
+        found = run(gluon, inputs)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 def test_it_is_this_backend_that_runs():
     backends.reset_dispatch_counts()
     run(gluon, inputs_of(CASE))

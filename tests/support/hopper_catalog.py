@@ -18,7 +18,7 @@ import torch
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.fp8 import Fp8Rows, Fp8Weight
 from moe_kernels.fp8 import transposed as fp8_transposed
-from moe_kernels.kernels.hopper import down_grad, fp8, gemm, wgrad
+from moe_kernels.kernels.hopper import dequantizing, down_grad, fp8, gemm, wgrad
 from moe_kernels.kernels.hopper.ring import PING_PONG, use_schedule
 from moe_kernels.kernels.operands import Descriptor
 from moe_kernels.kernels.triton import fp8 as steps
@@ -176,7 +176,7 @@ def _cases(
 
 
 def fp8_cases() -> Iterator[CompileCase]:
-    """The GEMMs in fp8, whose epilogues are those of the others: their loops without and with a low-rank part."""
+    """GEMMs of block-fp8 weights, in fp8 and dequantised in the load; their epilogues are those of the others."""
     silu, relu2 = Gate(Activation("silu")), Gate(Activation("relu2"), False)
     rows = _TOKENS * _TOP_K
     x, z = torch.zeros(_TOKENS, _HIDDEN, dtype=torch.bfloat16), torch.zeros(rows, 2 * _INTERMEDIATE).bfloat16()
@@ -204,6 +204,13 @@ def fp8_cases() -> Iterator[CompileCase]:
         width = (rows if isinstance(rows, torch.Tensor) else rows.tokens).shape[1]
         return empty_fp8(plan.rows, width // pieces, pieces, plan.row_slot.device)
 
+    dequantized = {
+        "up-silu-bf16-lora16": lambda: dequantizing.up(x, weight(2 * i, h, 2, 16, 2 * i, 16), plan, silu, True),
+        "up-relu2-bf16-no-gate": lambda: dequantizing.up(x, weight(i, h, 1), plan, relu2, True),
+        "dgrad-silu-bf16-lora128": lambda: dequantizing.dgrad(z, weight(2 * i, h, 2, 128, 128, h), plan),
+    }
+    for name, call in dequantized.items():
+        yield _recorded(f"hopper-dequantizing-{name}", dequantizing, call)
     with mock.patch.object(fp8, "in_order", in_order):
         for name, call in calls.items():
             yield dataclasses.replace(_recorded(f"hopper-fp8-{name}", fp8, call), fp8=True, spills=100)

@@ -21,13 +21,13 @@ from moe_kernels.kernels.operands import by_rows, stored
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.kernels.triton.fp8 import Gemm
 from moe_kernels.layer import DownGrads, GemmRows, Matrix, Rows, Weight
-from moe_kernels.packed import PackedWeight
+from moe_kernels.packed import BlockFp8, PackedWeight
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan, TokenRows
 
 _LACKS = gluon_names.lacks()
 if _LACKS is None:  # else `why_not` says so, and nothing below is called
-    from moe_kernels.kernels.hopper import down_grad, fp8, gemm, wgrad
+    from moe_kernels.kernels.hopper import dequantizing, down_grad, fp8, gemm, wgrad
 
 GROUP_SIZE = 128  # rows per tile
 ALIGNMENT = 64  # of hidden and intermediate sizes: the length of a k block, and the columns per store
@@ -65,17 +65,20 @@ class GluonBackend(TritonBackend):
     def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
         apart = gate.gated and not gate.interleaved and not by_rows(weight.matrix)  # two loads beside each other
         if _chosen(gate) and not apart and _fits(x) and _weight_fits(weight):
-            return gemm.up(x, weight, plan, gate, save_z)
+            run = dequantizing if _dequantized_in_load(weight.matrix, gate.gated) else gemm
+            return run.up(x, weight, plan, gate, save_z)
         return super().up(x, weight, plan, gate, save_z)
 
     def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
         if _fits(a) and _weight_fits(weight):
-            return gemm.down(a, weight, plan)
+            run = dequantizing if _dequantized_in_load(weight.matrix, False) else gemm
+            return run.down(a, weight, plan)
         return super().down(a, weight, plan)
 
     def dgrad(self, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> Tensor:
         if isinstance(rows, Tensor) and _fits(rows) and _weight_fits(weight):
-            return gemm.dgrad(rows, weight, plan)
+            run = dequantizing if _dequantized_in_load(weight.matrix, False) else gemm
+            return run.dgrad(rows, weight, plan)
         return super().dgrad(rows, weight, plan)
 
     def fp8_gemm(self, weight: Weight) -> Gemm:
@@ -147,6 +150,16 @@ def _low_rank_fits(weight: Weight) -> bool:
     parts = weight.low, weight.factor
     return weight.low.shape[1] in gemm.RANKS and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in parts)
 
+
+def _dequantized_in_load(matrix: Matrix, gated: bool) -> bool:
+    """Whether a weight is to be dequantised between load and wgmma, not a block of experts ahead."""
+    return _in_load.choice is True and isinstance(matrix, BlockFp8) and dequantizing.fits(matrix, gated)
+
+
+_in_load: Override[bool] = Override()
+#: Within ``use_dequantizing(True)`` up, down and dgrad dequantise block-fp8 weights between load and wgmma, for
+#: measuring and tests: compiled without a spill for triton 3.6 to 3.8, and not run on a GPU yet.
+use_dequantizing = _in_load.use
 
 _every_form: Override[bool] = Override()
 #: Within ``use_every_form(True)`` interleaved experts and weights stored by columns run on these kernels too: for
