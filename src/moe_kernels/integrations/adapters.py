@@ -49,8 +49,8 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
     if not found:
         return []
     trained = _counted(found)
-    configs = getattr(model, "peft_config", {}).values()
-    named = {name.rpartition(".")[2] for name in targets or _configured(configs)}
+    lists = [targets] if targets else _configured(model, "target_modules", "target_parameters")
+    named = {name.rpartition(".")[2] for names in lists for name in ([names] if isinstance(names, str) else names)}
     said = []
     projections = named & {*PROJECTIONS, "all-linear"}
     if projections and not _counted(_factors(model, frozen=True)).routed_experts:
@@ -123,33 +123,32 @@ def _unknown(model: torch.nn.Module, targets: Collection[str] | None) -> list[st
 
     Not names of expert projections, which PEFT turns into parameters where the experts are no modules.
     """
-    configs = getattr(model, "peft_config", {}).values()
-    lists = (config.target_modules for config in configs if not isinstance(config.target_modules, str))
-    written = {name for names in lists for name in names or ()}
     ends = _ends({_place(name) for name, _ in model.named_modules()})
-    known = {name for name in written if _place(name) in ends or name.rpartition(".")[2] in PROJECTIONS}
-    return sorted(name for name in written - known if targets is None or name in targets)
+    unknown = {name for name in _written(model, "target_modules", targets) if _place(name) not in ends}
+    return sorted(name for name in unknown if name.rpartition(".")[2] not in PROJECTIONS)
 
 
 def _nowhere(model: torch.nn.Module, targets: Collection[str] | None) -> list[str]:
     """The target_parameters, of those that the user wrote, that PEFT found nothing for: it says so if that is all."""
-    configs = getattr(model, "peft_config", {}).values()
-    written = {name for config in configs for name in getattr(config, "target_parameters", None) or ()}
     wrapped = {
         (*_place(name), module.parameter_name)
         for name, module in model.named_modules()
         if hasattr(module, "parameter_name")
     }
     ends = _ends(wrapped)
-    return sorted(name for name in written if _place(name) not in ends and (targets is None or name in targets))
+    return sorted(name for name in _written(model, "target_parameters", targets) if _place(name) not in ends)
 
 
-def _configured(configs: Collection[Any]) -> set[str]:
-    names: set[str] = set()
-    for config in configs:
-        for targets in (config.target_modules, getattr(config, "target_parameters", None)):
-            names |= {targets} if isinstance(targets, str) else set(targets or ())
-    return names
+def _written(model: torch.nn.Module, key: str, targets: Collection[str] | None) -> set[str]:
+    """The names under ``key`` of PEFT's configurations, of those that the user wrote; a pattern is none."""
+    names = {name for names in _configured(model, key) if not isinstance(names, str) for name in names}
+    return names if targets is None else names & {*targets}
+
+
+def _configured(model: torch.nn.Module, *keys: str) -> list[Any]:
+    """What each of PEFT's configurations has under these keys: names, or one pattern."""
+    configs = getattr(model, "peft_config", {}).values()
+    return [getattr(config, key, None) or () for config in configs for key in keys]
 
 
 def _ends(places: Collection[tuple[str, ...]]) -> set[tuple[str, ...]]:

@@ -71,8 +71,7 @@ def _four_bit(module: Any, name: str) -> PackedWeight | None:
 
 
 def _block_fp8(module: Any, name: str, dtype: torch.dtype, where: str) -> PackedWeight | None:
-    _check_not_cast(module, name, where)
-    _check_8_bits(module, name, where)
+    _check_codes(module, name, where)
     data, scales = _fp8_parts(module, name)
     if data is None or is_sharded(data) or data.dim() == 1:  # pieces of it
         return None
@@ -125,13 +124,21 @@ def _fp8_parts(module: Any, name: str) -> tuple[Any, Any]:
     return data, module._parameters.get(name + SCALES)
 
 
-def _check_not_cast(module: Any, name: str, where: str) -> None:
-    """Raise UnsupportedExperts where model.to(dtype) has cast the codes, which are weights with their scales alone.
+def _check_codes(module: Any, name: str, where: str) -> None:
+    """Raise UnsupportedExperts where something else than e4m3 lies beside scales of fp8.
 
-    transformers then takes the codes for weights. A weight with a scale that was not loaded may have been in 16 bits.
+    In DeepSeek-V4, two codes of e2m1 in an int8, whose columns PEFT would take for half as many inputs. Or codes that
+    model.to(dtype) has cast, which transformers takes for weights; a weight with a scale that was not loaded may have
+    been in 16 bits.
     """
     data, scales = module._parameters.get(name), module._parameters.get(name + SCALES)
-    if data is None or scales is None or data.dtype.itemsize < 2 or (is_loaded(data) and not is_loaded(scales)):
+    if data is None or name + SCALES not in module._parameters:
+        return
+    if data.dtype in _OTHERS:
+        raise UnsupportedExperts.mended(
+            module, f"{name} is {data.dtype} beside scales of fp8; float8_e4m3fn alone is read. {DEQUANTIZE}", where
+        )
+    if scales is None or data.dtype.itemsize < 2 or (is_loaded(data) and not is_loaded(scales)):
         return
     raise UnsupportedExperts.mended(
         module,
@@ -139,16 +146,6 @@ def _check_not_cast(module: Any, name: str, where: str) -> None:
         "without its scales. Load it again, and with FineGrainedFP8Config(dequantize=True) for 16-bit weights.",
         where,
     )
-
-
-def _check_8_bits(module: Any, name: str, where: str) -> None:
-    """Raise UnsupportedExperts where something else lies beside scales of fp8: in DeepSeek-V4, two codes of e2m1 in
-    an int8, whose columns PEFT would take for half as many inputs."""
-    data = module._parameters.get(name)
-    if name + SCALES in module._parameters and data is not None and data.dtype in _OTHERS:
-        raise UnsupportedExperts.mended(
-            module, f"{name} is {data.dtype} beside scales of fp8; float8_e4m3fn alone is read. {DEQUANTIZE}", where
-        )
 
 
 def is_loaded(parameter: Any) -> bool:

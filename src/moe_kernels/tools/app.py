@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+import moe_kernels
 from moe_kernels.tools.common.errors import CommandError, UsageError, failed_io, missing_module
 from moe_kernels.tools.common.network import stay_offline
 
@@ -152,9 +153,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from moe_kernels.tools.common.machine import package_version
-
-        typer.echo(f"moe-kernels {package_version()}")
+        typer.echo(f"moe-kernels {moe_kernels.__version__}")
         raise typer.Exit()
 
 

@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import moe_kernels
 from moe_kernels.install import pip_install
 from moe_kernels.shapes import FAMILIES
 from moe_kernels.tools.common.errors import CHECK_FAILED
-from moe_kernels.tools.common.machine import driver_version, installed_version, package_version
+from moe_kernels.tools.common.machine import driver_version, installed_version
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
 
@@ -56,7 +57,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Everything that decides what runs here, in the order in which to cure it."""
     findings = [
-        Finding("moe-kernels", OK, package_version()),
+        Finding("moe-kernels", OK, moe_kernels.__version__),
         Finding("python", OK, platform.python_version()),
         *(_version(package) for package in TESTED),
     ]

@@ -25,8 +25,8 @@ def poison_(t: Tensor) -> Tensor:
 
 
 @contextmanager
-def poisoned_allocations(package: str = "moe_kernels") -> Iterator[None]:
-    """``torch.empty`` and its kin, called from ``package``, return NaN or huge integers.
+def poisoned_allocations() -> Iterator[None]:
+    """``torch.empty`` and its kin, called from moe_kernels, return NaN or huge integers.
 
     Fresh pages are zero more often than not, so that code which forgets to write an element passes its tests and
     fails in a long run. Only the package's own calls are touched.
@@ -36,7 +36,7 @@ def poisoned_allocations(package: str = "moe_kernels") -> Iterator[None]:
         def allocate(*args: Any, **kwargs: Any) -> Tensor:
             t = original(*args, **kwargs)
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            return poison_(t) if caller.startswith(package + ".") else t
+            return poison_(t) if caller.startswith("moe_kernels.") else t
 
         return allocate
 

@@ -38,11 +38,6 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def package_version() -> str:
-    """Our own version; works from a source tree on PYTHONPATH as well as installed."""
-    return moe_kernels.__version__
-
-
 def _printed(*command: str) -> str | None:
     """What a command prints, run in the folder of this file; None where it fails or is not there."""
     here = Path(__file__).resolve().parent
@@ -119,7 +114,7 @@ def environment() -> dict[str, str | int | None]:
         "cpu": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
         "python": platform.python_version(),
-        "moe_kernels": package_version(),
+        "moe_kernels": moe_kernels.__version__,
         **versions,
         "commit": commit(),
         # The commit says nothing about changed and untracked files.

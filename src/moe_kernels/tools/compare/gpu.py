@@ -67,7 +67,6 @@ def describe(device: str | None) -> Gpu | None:
     import pynvml
 
     try:
-        pynvml.nvmlInit()
         handle = _handle(pynvml, device)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total / GIB
         return Gpu(pynvml.nvmlDeviceGetName(handle), pynvml.nvmlSystemGetDriverVersion(), round(memory, 1))
@@ -80,7 +79,6 @@ def compute_capability(device: str) -> tuple[int, int] | None:
     import pynvml
 
     try:
-        pynvml.nvmlInit()
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(_handle(pynvml, device))
     except pynvml.NVMLError:
         return None
@@ -88,6 +86,7 @@ def compute_capability(device: str) -> tuple[int, int] | None:
 
 
 def _handle(pynvml: Any, device: str) -> Any:
+    pynvml.nvmlInit()
     if device.startswith(("GPU-", "MIG-")):
         return pynvml.nvmlDeviceGetHandleByUUID(device)
     return pynvml.nvmlDeviceGetHandleByIndex(int(device))
@@ -113,7 +112,6 @@ def _sample(device: str, samples: Samples, stop: threading.Event) -> None:
     import pynvml
 
     try:
-        pynvml.nvmlInit()
         handle = _handle(pynvml, device)
         counters = _counters(pynvml, handle, samples)
         next(counters, None)
