@@ -51,7 +51,7 @@ class Fp8Weight(BlockFp8):
     def of(cls, weight: BlockFp8, transposed: Tensor | None = None) -> Fp8Weight:
         """``weight``, to be multiplied in fp8; ``transposed``: see :func:`transposed`."""
         return cls(
-            weight.sizes, weight.dtype, weight.data, weight.scales, weight.stacked, transposed,
+            weight.sizes, weight.dtype, weight.data, weight.scales, stacked=weight.stacked, transposed=transposed,
             by_columns=weight.by_columns,
         )  # fmt: skip
 

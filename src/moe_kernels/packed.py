@@ -135,7 +135,7 @@ def _check_dtype(dtype: torch.dtype) -> None:
 def _fields(record: Any) -> Iterator[Any]:
     for each in dataclasses.fields(record):
         value = getattr(record, each.name)
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, Scales):
             yield from _fields(value)
         else:
             yield value

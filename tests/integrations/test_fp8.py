@@ -611,7 +611,7 @@ def test_compiled(checkpoint: Checkpoint) -> None:
     mk.check_model(model)
     expected = step(model)
     layer = model.base_model.model.model.layers[1]
-    layer.compile(backend="aot_eager")
+    layer.compile(backend="aot_eager", fullgraph=True)
     found = step(model)
     for name, value in expected.items():
         assert (found[name] - value).norm() <= 0.02 * value.norm(), name

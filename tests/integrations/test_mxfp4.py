@@ -391,5 +391,5 @@ def test_compiled(checkpoint: Checkpoint) -> None:
     model = with_lora(load(checkpoint[0]))
     mk.check_model(model)
     expected = step(model)
-    model.base_model.model.model.layers[1].compile(backend="aot_eager")
+    model.base_model.model.model.layers[1].compile(backend="aot_eager", fullgraph=True)
     assert_close(step(model), expected)

@@ -95,6 +95,16 @@ def test_equals_the_whole_weight(kind: str, nested: bool, monkeypatch: pytest.Mo
     assert_same(run(packed, "moe_kernels"), expected)
 
 
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+def test_compiles_to_one_graph(nested: bool) -> None:
+    experts = in_4_bits(conformance.build(next(iter(DISTINCT.values())).cls), nested)
+    expected = run(experts, "moe_kernels")
+    torch._dynamo.reset()
+    experts.compile(fullgraph=True, backend="aot_eager")
+    assert_same(run(experts, "moe_kernels"), expected)
+
+
 @pytest.mark.parametrize("routing", ["one_hot_expert", "all_to_last", "empty_first_middle_last"])
 def test_blocks_without_a_token(routing: str) -> None:
     packed = in_4_bits(conformance.build(DISTINCT["gate_up | silu"].cls))

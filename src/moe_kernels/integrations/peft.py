@@ -78,7 +78,10 @@ class _Lent(AbstractContextManager[None]):
     wrappers adapt one weight, as Axolotl's patch of PEFT makes them for a second adapter: then both pairs count."""
 
     def __init__(self, experts: Any, weight: str, pair: LowRank) -> None:
-        self.pairs, self.weight, self.pair = vars(experts).setdefault(LORA_ATTRIBUTE, {}), weight, pair
+        # Not vars(experts).setdefault, which torch.compile of torch 2.11 does not know.
+        if not hasattr(experts, LORA_ATTRIBUTE):
+            setattr(experts, LORA_ATTRIBUTE, {})
+        self.pairs, self.weight, self.pair = getattr(experts, LORA_ATTRIBUTE), weight, pair
 
     def __enter__(self) -> None:
         self.outer = self.pairs.get(self.weight)

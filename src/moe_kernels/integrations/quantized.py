@@ -95,7 +95,8 @@ def _block_fp8(module: Any, name: str, dtype: torch.dtype, where: str) -> Packed
             f"float32, bfloat16 or float8_e8m0fnu {grid}, one for each {SIDE} x {SIDE}. {DEQUANTIZE}",
             where,
         )
-    return BlockFp8((experts, rows, columns), dtype, data, scales, stacked)
+    # stacked by name: by position torch.compile of torch 2.11 would pass it twice.
+    return BlockFp8((experts, rows, columns), dtype, data, scales, stacked=stacked)
 
 
 def _mxfp4(module: Any, name: str, dtype: torch.dtype, where: str) -> PackedWeight | None:
