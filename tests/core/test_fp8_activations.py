@@ -114,7 +114,9 @@ def test_tokens_are_rounded_as_their_rows(device, routing, width):
     plan = backend.make_plan(ids.to(device), experts, 16)
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(device, BF16)
     found = in_order(TokenRows(x, top_k), 1, plan)
-    same_bits(found, quantize(backend.gather(x, plan)), slice(int(plan.expert_start[-1])))
+    routed = int(plan.expert_start[-1])
+    same_bits(found, quantize(backend.gather(x, plan)), slice(routed))
+    assert found.scales[routed:].isnan().all()  # memory as it came: nobody reads these rows, and none is written
     assert found.scales.stride(1) % 16 == 0  # or the GEMMs were compiled again for another number of tokens
 
 
