@@ -25,7 +25,7 @@ CURE = "leave fp8_activations (moe_fp8_activations in YAML) out: the weights are
 
 
 class Fp8Rows(NamedTuple):
-    """Rows (R, K) in expert order, rounded as :func:`quantized` does.
+    """Rows (R, K), or tokens, rounded as :func:`quantized` does.
 
     Attributes:
         codes: (R, blocks * 128) float8_e4m3fn.

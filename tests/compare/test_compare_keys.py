@@ -29,6 +29,7 @@ def test_what_axolotl_knows() -> None:
         "model_type": "AutoModelForCausalLM",  # an alias of a field
         "gradient_checkpointing_kwargs": {"use_reentrant": True, "whatever": 1},  # handed on
         "trl": {"beta": 0.1},
+        "fsdp_config": {"version": 2},  # one of two names that a field is given by
         "selective_checkpointing": True,
         "datasets": [{"path": "x", "type": "completion"}],
     }

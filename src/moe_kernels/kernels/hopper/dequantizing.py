@@ -268,9 +268,10 @@ def hopper_dequantizing_gemm_kernel(
 
 
 def fits(packed: BlockFp8, gated: bool) -> bool:
-    """Whether these kernels read it: stored by rows, and no block of scales has rows of gate and of up."""
-    apart = not gated or packed.stacked == 2 or packed.sizes[1] // 2 % SIDE == 0
-    return not packed.by_columns and apart and packed.data.data_ptr() % 16 == 0
+    """Whether these kernels read it: stored by rows, and blocks of scales that begin where a tile's columns do."""
+    matrices, rows = 2 if gated else 1, packed.sizes[1]
+    fit = packed.stacked == matrices or not any(rows // parts % SIDE for parts in (matrices, packed.stacked))
+    return not packed.by_columns and fit and packed.data.data_ptr() % 16 == 0
 
 
 def up(

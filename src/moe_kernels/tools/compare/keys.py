@@ -81,7 +81,7 @@ def _unknown(schema: Sequence[Any], given: Any, above: str = "") -> Iterator[tup
         return
     fields: dict[str, list[Any]] = {}
     for name, field in (pair for kind in classes for pair in kind.model_fields.items()):
-        for spelt in {name, field.alias or name}:
+        for spelt in {name, *_aliases(field)}:
             fields.setdefault(spelt, []).extend(_kinds(field.annotation))
     for key, value in given.items():
         if key in fields:
@@ -89,6 +89,12 @@ def _unknown(schema: Sequence[Any], given: Any, above: str = "") -> Iterator[tup
         else:
             nearest = difflib.get_close_matches(key, fields, 1)
             yield f"{above}{key}", f"{above}{nearest[0]}" if nearest else ""
+
+
+def _aliases(field: Any) -> Iterator[str]:
+    """Other names that a field of pydantic is given by."""
+    for alias in (field.alias, field.validation_alias):
+        yield from (name for name in getattr(alias, "choices", [alias]) if isinstance(name, str))
 
 
 def _kinds(annotation: Any) -> list[Any]:
