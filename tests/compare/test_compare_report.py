@@ -218,6 +218,14 @@ def test_a_merged_report_says_which_part_has_no_gpu(tmp_path: Path) -> None:
     assert "NVIDIA H200, driver 580; a processor" in text
 
 
+def test_pairs_of_several_days_name_both_ends(tmp_path: Path) -> None:
+    days = ("2026-01-03", "2026-01-01", "2026-01-02")
+    pairs = [Analysis(comparison(name=day, created=f"{day}T00:00:00+00:00")) for day in days]
+    assert "2026-01-01 to 2026-01-03" in write_report(pairs, tmp_path).read_text()
+    assert "2026-01-03" in (alone := write_report(pairs[:1], tmp_path).read_text())
+    assert "2026-01-03 to" not in alone
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="There is no report JSON"):
         load(tmp_path)

@@ -89,10 +89,11 @@ def show_failures(comparison: Comparison, console: Console) -> None:
 
 
 def _values(analyses: Sequence[Analysis]) -> dict[str, Any]:
+    days = sorted(analysis.comparison.created[:10] for analysis in analyses)
     return {
         "title": "Axolotl training with and without moe-kernels",
         "machine": "; ".join(dict.fromkeys(_machine(analysis.comparison) for analysis in analyses)),
-        "created": analyses[0].comparison.created[:10],
+        "created": " to ".join(dict.fromkeys((days[0], days[-1]))),
         "banner": banner(analyses),
         "problems": [problem for analysis in analyses for problem in problems(analysis)],
         "summary": summary_table(analyses),
