@@ -158,7 +158,7 @@ def _check_adapter(config: Mapping[str, Any], path: Path) -> None:
         raise UsageError(f"{path}: lora_r should be a number from 1 on and is {rank!r:.60}.")
 
 
-def _factors(model: nn.Module, target: Target) -> dict[nn.Module, dict[str, tuple[int, float]]]:
+def _factors(model: Any, target: Target) -> dict[nn.Module, dict[str, tuple[int, float]]]:
     """Of each experts module that the run file adapts: rank and scaling of LoRA on its weights, by name.
 
     PEFT decides: it takes the same lora_target_modules for the routed experts of one model and not of another.
