@@ -93,8 +93,8 @@ def why_not(weight: BlockFp8, gated: bool, interleaved: bool, device: torch.devi
         return f"a GPU of compute capability {capability} does not multiply fp8, (8, 9) and later do: {CURE}"
     if weight.by_columns or interleaved:
         return f"weights stored by columns, or whose gate and up rows alternate, are not multiplied in fp8: {CURE}"
-    rows, parts = weight.sizes[1], 2 if gated else 1
-    if weight.stacked != parts and any(rows // n % SIDE for n in (weight.stacked, parts) if n > 1):
+    parts = 2 if gated else 1
+    if not weight.has_scales_of(parts):
         if weight.stacked == 1:
             return f"a block of scales holds rows of gate and of up, so that no tile has one scale: {CURE}"
         return f"its scales are those of {weight.stacked} matrices above each other, and it has {parts}: {CURE}"

@@ -270,6 +270,10 @@ class BlockFp8(PackedWeight):
             return f"scales are {found}, wanted float32 or bfloat16 {wanted}: one for each {SIDE} x {SIDE}"
         return ""
 
+    def has_scales_of(self, matrices: int) -> bool:
+        """Whether the scales are also those of so many matrices above each other, each with blocks of its own."""
+        return self.stacked == matrices or not any(self.sizes[1] // n % SIDE for n in (self.stacked, matrices))
+
     @property
     def device(self) -> torch.device:
         return self.data.device

@@ -122,6 +122,11 @@ class RoutingPlan:
         return self.row_slot.shape[0]
 
     @property
+    def tile_arguments(self) -> tuple[torch.Tensor, ...]:
+        """What kernels over these tiles take of the plan, in the order in which they name it."""
+        return self.row_slot, self.expert_start, self.tile_expert, self.tile_row, self.tile_count
+
+    @property
     def tokens(self) -> int:
         """T."""
         return self.rows // self.top_k

@@ -246,8 +246,7 @@ def test_experts_in_few_bits(kind, make, every_form, monkeypatch):
             assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("routing", ["zipf", "sentinels", "one_hot_expert", "empty_first_middle_last"])
-@pytest.mark.parametrize(
+block_fp8_layers = pytest.mark.parametrize(
     ("sizes", "kind"),
     [
         ((333, 4, 9, 512, 256), {"lora_rank": 16}),
@@ -257,6 +256,10 @@ def test_experts_in_few_bits(kind, make, every_form, monkeypatch):
     ],
     ids=str,
 )
+
+
+@pytest.mark.parametrize("routing", ["zipf", "sentinels", "one_hot_expert", "empty_first_middle_last"])
+@block_fp8_layers
 def test_gemms_in_fp8(sizes, kind, routing):
     """As good as Triton's, against the same arithmetic in float64; twice, and bitwise."""
     case = dataclasses.replace(Case(*sizes, BF16, routing), **kind)
@@ -270,16 +273,7 @@ def test_gemms_in_fp8(sizes, kind, routing):
 
 
 @pytest.mark.parametrize("routing", ["zipf", "sentinels", "one_hot_expert"])
-@pytest.mark.parametrize(
-    ("sizes", "kind"),
-    [
-        ((333, 4, 9, 512, 256), {"lora_rank": 16}),
-        ((333, 4, 9, 576, 192), {"lora_rank": 128, "bias": True}),  # no multiples of a block of scales
-        ((1000, 2, 5, 1024, 704), {}),
-        ((700, 3, 7, 256, 320), {"gated": False, "activation": "relu2", "lora_rank": 32, "dtype": torch.float16}),
-    ],
-    ids=str,
-)
+@block_fp8_layers
 def test_dequantising_in_the_load(sizes, kind, routing):
     """Bitwise what dequantising a block of experts ahead gives."""
     from moe_kernels.backends.gluon import use_dequantizing

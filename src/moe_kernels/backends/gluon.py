@@ -8,6 +8,8 @@ gate and up) run on the Triton backend's kernels, as do the narrow products with
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import triton
 from torch import Tensor
@@ -65,20 +67,17 @@ class GluonBackend(TritonBackend):
     def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
         apart = gate.gated and not gate.interleaved and not by_rows(weight.matrix)  # two loads beside each other
         if _chosen(gate) and not apart and _fits(x) and _weight_fits(weight):
-            run = dequantizing if _dequantized_in_load(weight.matrix, gate.gated) else gemm
-            return run.up(x, weight, plan, gate, save_z)
+            return _gemms(weight, gate.gated).up(x, weight, plan, gate, save_z)
         return super().up(x, weight, plan, gate, save_z)
 
     def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
         if _fits(a) and _weight_fits(weight):
-            run = dequantizing if _dequantized_in_load(weight.matrix, False) else gemm
-            return run.down(a, weight, plan)
+            return _gemms(weight).down(a, weight, plan)
         return super().down(a, weight, plan)
 
     def dgrad(self, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> Tensor:
         if isinstance(rows, Tensor) and _fits(rows) and _weight_fits(weight):
-            run = dequantizing if _dequantized_in_load(weight.matrix, False) else gemm
-            return run.dgrad(rows, weight, plan)
+            return _gemms(weight).dgrad(rows, weight, plan)
         return super().dgrad(rows, weight, plan)
 
     def fp8_gemm(self, weight: Weight) -> Gemm:
@@ -149,6 +148,11 @@ def _low_rank_fits(weight: Weight) -> bool:
         return True
     parts = weight.low, weight.factor
     return weight.low.shape[1] in gemm.RANKS and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in parts)
+
+
+def _gemms(weight: Weight, gated: bool = False) -> ModuleType:
+    """The GEMMs that take ``weight``, which fits: both modules have up, down and dgrad."""
+    return dequantizing if _dequantized_in_load(weight.matrix, gated) else gemm
 
 
 def _dequantized_in_load(matrix: Matrix, gated: bool) -> bool:

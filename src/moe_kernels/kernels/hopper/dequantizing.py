@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from moe_kernels.activation import Gate
 from moe_kernels.kernels.device import cdiv, multiprocessors
-from moe_kernels.kernels.hopper.gemm import Epilogue, Operands, _consumer, low_rank_blocks
+from moe_kernels.kernels.hopper.gemm import Epilogue, Operands, consumer, low_rank_blocks
 from moe_kernels.kernels.hopper.gluon_names import aggregate, cp_async, tma_load
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
@@ -26,6 +26,7 @@ from moe_kernels.kernels.hopper.ring import (
     Matrix,
     RowTiles,
     Schedule,
+    block_layout,
     matrix,
     new_ring,
 )
@@ -36,12 +37,6 @@ from moe_kernels.routing import RoutingPlan
 
 #: A stage has 48 KiB of 16-bit blocks and 16 KiB of codes.
 SCHEDULE = Schedule(cooperative=True, block_n=256, stages=3)
-
-
-@gluon.constexpr_function
-def _codes_layout(columns):
-    """Layout of a block of codes in shared memory, of 64 or 128 bytes a row."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=columns, element_bitwidth=8, rank=2)
 
 
 @gluon.constexpr_function
@@ -230,7 +225,7 @@ def hopper_dequantizing_gemm_kernel(
     CODES: gl.constexpr = [2 * STAGES, BLOCK_K, SIDE] if W_IS_KN else [2 * STAGES, SIDE, BLOCK_K]
     # A stage is ready when its weights are written and its rows there: by TMA, or the cp.async of all 128 threads.
     ring = new_ring(dtype, STAGES, (BLOCK_M, BLOCK_K), W_BLOCK, 1 + (128 if GATHER else 1), 2)
-    code_buffers = gl.allocate_shared_memory(w.dtype, CODES, _codes_layout(SIDE if W_IS_KN else BLOCK_K))
+    code_buffers = gl.allocate_shared_memory(w.dtype, CODES, block_layout(SIDE if W_IS_KN else BLOCK_K, 8))
     codes_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(codes_ready.index(i), count=1)
@@ -258,8 +253,8 @@ def hopper_dequantizing_gemm_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consumer, (0, buffers0, epilogue, operands, tiles, ring, ring.empty, True)),
-            (_consumer, (1, buffers1, epilogue, operands, tiles, ring, ring.empty, True)),
+            (consumer, (0, buffers0, epilogue, operands, tiles, ring, ring.empty, True)),
+            (consumer, (1, buffers1, epilogue, operands, tiles, ring, ring.empty, True)),
             (_producer, (operands, codes, tiles, ring)),
         ],
         [4, 4],
@@ -269,9 +264,7 @@ def hopper_dequantizing_gemm_kernel(
 
 def fits(packed: BlockFp8, gated: bool) -> bool:
     """Whether these kernels read it: stored by rows, and blocks of scales that begin where a tile's columns do."""
-    matrices, rows = 2 if gated else 1, packed.sizes[1]
-    fit = packed.stacked == matrices or not any(rows // parts % SIDE for parts in (matrices, packed.stacked))
-    return not packed.by_columns and fit and packed.data.data_ptr() % 16 == 0
+    return not packed.by_columns and packed.has_scales_of(2 if gated else 1) and packed.data.data_ptr() % 16 == 0
 
 
 def up(
@@ -331,11 +324,11 @@ def _launch(
         (min(number, multiprocessors(out.device)),),
         (
             *(rows_in, rows),
-            matrix(packed.data, *block, layout=_codes_layout(block[1])),
+            matrix(packed.data, *block, layout=block_layout(block[1], 8)),
             *(packed.scales, low, factor, out if weight.bias is None else weight.bias),
             *(matrix(saved, SCHEDULE.rows, CHUNK.value), saved),
             *(matrix(out, SCHEDULE.rows, CHUNK.value), out),
-            *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
+            *plan.tile_arguments,
             *(rows.shape[1], width, packed.sizes[1], packed.sizes[1] // packed.stacked),
             *(scale_rows * scale_columns, scale_columns),
         ),

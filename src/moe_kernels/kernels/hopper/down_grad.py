@@ -417,7 +417,7 @@ def down_grad(
                 *rows_in,
                 *weights,
                 *(z_in, dz_out, dz, *wa_out, parts, topk_weights),
-                *(tiles.row_slot, tiles.expert_start, tiles.tile_expert, tiles.tile_row, tiles.tile_count),
+                *tiles.tile_arguments,
                 *weight.matrix.shape[1:],
                 plan.rows,
             ),

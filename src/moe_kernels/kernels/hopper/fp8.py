@@ -25,6 +25,7 @@ from moe_kernels.kernels.hopper.ring import (
     Matrix,
     RowTiles,
     accumulator_layout,
+    block_layout,
     matrix,
     new_ring,
 )
@@ -34,8 +35,8 @@ from moe_kernels.layer import GemmRows, Weight
 from moe_kernels.packed import SIDE
 from moe_kernels.routing import RoutingPlan
 
-#: Layout of a block of codes in shared memory, 128 bytes a row.
-_CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
+#: Layout of a block of codes in shared memory.
+_CODES = gl.constexpr(block_layout(SIDE, 8))
 
 
 @gluon.constexpr_function
@@ -290,7 +291,7 @@ def gemm(
             *(packed.scales, low, factor, out if weight.bias is None else weight.bias),
             *(matrix(saved, COOPERATIVE.rows, CHUNK.value), saved),
             *(matrix(out, COOPERATIVE.rows, CHUNK.value), out),
-            *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
+            *plan.tile_arguments,
             *(inner, width, cdiv(inner, SIDE), row_scales.stride(1), *packed.scale_strides(transposed)),
         ),
         {

@@ -239,7 +239,7 @@ class Epilogue:
 
 
 @gluon.jit
-def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring, turns, COOPERATIVE: gl.constexpr):
+def consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring, turns, COOPERATIVE: gl.constexpr):
     """A consumer warpgroup: multiply the k blocks in the ring, then run the epilogue of the tile."""
     BLOCK_K: gl.constexpr = ring.a.shape[2]
     BLOCK_N: gl.constexpr = ring.b.shape[2] if operands.W_IS_KN else ring.b.shape[1]
@@ -497,8 +497,8 @@ def hopper_gemm_kernel(
     # and registers for pointers; to issue TMA loads one warp is enough.
     gl.warp_specialize(
         [
-            (_consumer, (0, buffers0, epilogue, operands, tiles, ring, turns, COOPERATIVE)),
-            (_consumer, (1, buffers1, epilogue, operands, tiles, ring, turns, COOPERATIVE)),
+            (consumer, (0, buffers0, epilogue, operands, tiles, ring, turns, COOPERATIVE)),
+            (consumer, (1, buffers1, epilogue, operands, tiles, ring, turns, COOPERATIVE)),
             (producer, (operands, tiles, ring, K_BLOCKS_PER_WAIT)),
         ],
         [4, 4 if GATHER else 1],
@@ -646,11 +646,7 @@ def _launch(
             *z,
             matrix(out, schedule.rows, CHUNK.value),
             out,
-            plan.row_slot,
-            plan.expert_start,
-            plan.tile_expert,
-            plan.tile_row,
-            plan.tile_count,
+            *plan.tile_arguments,
             rows.shape[1],
             width,
         ),

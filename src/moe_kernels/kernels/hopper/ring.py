@@ -28,9 +28,9 @@ SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bit
 
 
 @gluon.constexpr_function
-def block_layout(columns):
-    """Layout of a block of so many 16-bit columns in shared memory: SWIZZLED for 64, narrower for 32 and 16."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=2 * columns, element_bitwidth=16, rank=2)
+def block_layout(columns, bits=16):
+    """Layout in shared memory of a block, rows of so many columns, 32 to 128 bytes: SWIZZLED for 64 of 16 bits."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=columns * bits // 8, element_bitwidth=bits, rank=2)
 
 
 @gluon.constexpr_function

@@ -263,11 +263,9 @@ def gemm(
             descriptor(w, 1, 1, config.block_n, SIDE) if tma else data,
             *(matrix.scales, out if weight.bias is None else weight.bias, low, factor),
             *(out if z is None else z, out),
-            *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
+            *plan.tile_arguments,
         ),
-        (
-            *(inner, width, cdiv(inner, SIDE), row_scales.stride(1), *matrix.scale_strides(transposed)),
-        ),
+        (inner, width, cdiv(inner, SIDE), row_scales.stride(1), *matrix.scale_strides(transposed)),
         {
             "PIECES": pieces,
             "SIDE": SIDE,

@@ -105,7 +105,7 @@ def _launch(kernel_name: str, rows_in: torch.Tensor, weight: Weight, plan: Routi
             descriptor(rows_in, config.block_m, config.block_k) if tma else rows_in,
             descriptor(matrix, 1, *block) if tma else matrix,
             *(out if weight.bias is None else weight.bias, low, factor, out),
-            *(plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
+            *plan.tile_arguments[1:],
         ),
         (inner, width, matrix.stride(0)),
         {

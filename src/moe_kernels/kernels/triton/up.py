@@ -174,7 +174,7 @@ def _launch(
             x,
             descriptor(matrix, 1, *block) if tma else matrix,
             *(a if weight.bias is None else weight.bias, low, factor, z, a),
-            *(plan.row_slot, plan.expert_start, plan.tile_expert, plan.tile_row, plan.tile_count),
+            *plan.tile_arguments,
         ),
         (hidden, width, matrix.stride(0)),
         {
