@@ -1,6 +1,6 @@
-"""Block-fp8 experts beside transformers' own, which train since 5.24: the same weights, routing and gradients.
+"""Block-fp8 experts beside transformers' own, which train since 5.23: the same weights, routing and gradients.
 
-    python benchmarks/fp8_peers.py --out fp8-peers.json                 # on a GPU, with transformers 5.24 and kernels
+    python benchmarks/fp8_peers.py --out fp8-peers.json                 # on a GPU, with transformers >= 5.23, kernels
     python benchmarks/fp8_peers.py --shapes qwen3-30b-a3b --kernels     # with the time of every kernel
     python benchmarks/fp8_peers.py --device cpu --out fp8-peers.json    # tiny: proves the script, not the speed
 
@@ -54,7 +54,7 @@ Way = tuple[Experts, Inputs]
 def why_not_theirs(shape: LayerShape) -> str | None:
     """Why transformers' experts cannot train a layer here, with the cure; None if they can be tried."""
     if not hasattr(finegrained_fp8, "FP8GroupedMatmulFunction"):
-        return "this transformers has no backward of its fp8 experts: pip install 'transformers>=5.24'"
+        return "this transformers has no backward of its fp8 experts: pip install 'transformers>=5.23'"
     if shape.hidden % SIDE or shape.intermediate % SIDE:
         return f"its kernel takes sizes that are multiples of {SIDE} alone: H={shape.hidden}, I={shape.intermediate}"
     try:
@@ -114,15 +114,13 @@ def first_tokens(inputs: Inputs) -> Inputs:
     return replace(inputs, **first)
 
 
-def exactly(inputs: Inputs) -> dict[str, Tensor]:
-    """Output and gradients in float64 on dequantised weights: a sum over blocks of experts, others' slots dropped."""
+def exactly(inputs: Inputs, block: int = BLOCK) -> dict[str, Tensor]:
+    """Output and gradients in float64 on dequantised weights: a sum over blocks, each without the others' slots."""
     total: dict[str, Tensor] = {}
-    for first in range(0, inputs.gate_up.shape[0], BLOCK):
-        last = min(first + BLOCK, inputs.gate_up.shape[0])
+    for first in range(0, inputs.gate_up.shape[0], block):
+        last = min(first + block, inputs.gate_up.shape[0])
         weights = {name: getattr(inputs, name).experts(first, last) for name in ("gate_up", "down")}
-        elsewhere = (inputs.topk_ids < first) | (inputs.topk_ids >= last)
-        ids = (inputs.topk_ids - first).masked_fill(elsewhere, last - first)
-        for name, value in truth(replace(inputs, topk_ids=ids, **weights)).items():
+        for name, value in truth(replace(inputs, topk_ids=inputs.topk_ids - first, **weights)).items():
             total[name] = total[name] + value if name in total else value
     return total
 

@@ -14,11 +14,13 @@ from transformers.integrations import finegrained_fp8
 
 from moe_kernels import fp8
 from moe_kernels.packed import BlockFp8
+from moe_kernels.tools.bench.layer import make_layer
+from moe_kernels.tools.check.forms import Form
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fp8_peers.py"
 GRADIENTS = {"out", "x", "topk_weights"}
 newest = pytest.mark.skipif(
-    not hasattr(finegrained_fp8, "FP8GroupedMatmulFunction"), reason="transformers trains fp8 experts since 5.24"
+    not hasattr(finegrained_fp8, "FP8GroupedMatmulFunction"), reason="transformers trains fp8 experts since 5.23"
 )
 
 
@@ -47,9 +49,20 @@ def test_ours_and_why_theirs_is_absent(tmp_path: Path, monkeypatch: pytest.Monke
         assert all(least < error < most for error in rows[name]["rel_error"].values()), rows[name]
         assert rows[name]["forward_backward_gpu_ms"]["median"] > 0
     theirs = rows["transformers"]
-    assert "transformers>=5.24" in theirs["note"] or "kernel cannot be loaded" in theirs["note"]
+    assert "transformers>=5.23" in theirs["note"] or "kernel cannot be loaded" in theirs["note"]
     assert "forward_gpu_ms" not in theirs
     assert "forward_gpu_ms" in rows["dense"]
+
+
+def test_the_truth_is_the_same_by_blocks_of_experts() -> None:
+    names = runpy.run_path(str(SCRIPT))
+    form = Form(frozen=True, packed="fp8")
+    layer = make_layer(names["TINY"], "mild", torch.device("cpu"), torch.bfloat16, form=form)
+    inputs = names["first_tokens"](layer.inputs())
+    whole, by_blocks = names["exactly"](inputs), names["exactly"](inputs, block=3)
+    assert {"out", "dx", "dtopk_weights"} == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(by_blocks[name], value, rtol=1e-12, atol=1e-12)
 
 
 @newest
