@@ -123,6 +123,11 @@ def check_low_rank(name: str, weight: Tensor, pair: object) -> None:
         raise ValueError(
             f"{name}_lora should be (lora_b, lora_a), two tensors, with or without a scaling as third, and is {shown}"
         )
+    if len(parts) == 3 and not isinstance(parts[2], (int, float)):
+        raise ValueError(
+            f"{name}_lora has a {type(parts[2]).__name__} as its scaling, which is a number of the host and gets no "
+            "gradient: pass a float, and multiply lora_a with a scaling that is trained"
+        )
     (experts, rows, cols), (lora_b, lora_a) = weight.shape, parts[:2]
     rank = lora_b.shape[-1] if lora_b.dim() == 3 else 0
     _check_dtype(f"{name}_lora", lora_b)

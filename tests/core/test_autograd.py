@@ -301,6 +301,15 @@ def test_what_is_no_pair_of_factors_is_named(experts, device, pair, kinds):
         bound(experts, inputs)(inputs.x, inputs.topk_ids, inputs.topk_weights, down_lora=wrong)
 
 
+@pytest.mark.parametrize("scaling", [torch.tensor(2.0, requires_grad=True), "2"])
+def test_a_scaling_that_is_no_number_is_refused(experts, device, scaling):
+    """A trained one would get no gradient in silence."""
+    inputs = make_inputs(dataclasses.replace(SMALL, lora_rank=4), device)
+    pair = inputs.extras["down_lora_b"], inputs.extras["down_lora_a"], scaling
+    with pytest.raises(ValueError, match=f"has a {type(scaling).__name__} as its scaling.* pass a float"):
+        bound(experts, inputs)(inputs.x, inputs.topk_ids, inputs.topk_weights, down_lora=pair)
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_bad_inputs_are_named(experts, device, what):
     change, message = BAD[what]
