@@ -348,6 +348,26 @@ def test_why_not_module(make, activation: str) -> None:
     assert "experts_implementation: grouped_mm" in reason
 
 
+class LearnedSwish(nn.Module):
+    """silu as long as beta is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return z * torch.sigmoid(self.beta * z)
+
+
+def test_an_activation_that_is_trained_is_refused() -> None:
+    """It would keep its first value, and get no gradient, in silence."""
+    experts = experts_module("mixtral")
+    experts.act_fn = LearnedSwish()
+    assert "its activation LearnedSwish has trained parameters" in mk.why_not_module(experts)
+    experts.act_fn.beta.requires_grad_(False)
+    assert mk.why_not_module(experts) is None
+
+
 # What the caller has switched on
 
 

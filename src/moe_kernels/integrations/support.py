@@ -98,8 +98,12 @@ def recipe_of(module: Any, name: str = "") -> Recipe:
     device = probe_device(module)
     with probe_context(device):
         activation = _find_activation(theirs, gated, not concatenated, _numbers(module), device)
+        trained = theirs(torch.ones(1, 2, dtype=torch.float32, device=device)).requires_grad
+    shown = type(module.act_fn).__name__ if hasattr(module, "act_fn") else "_apply_gate"
+    if trained:  # it may compute one of ours now, and something else after a step
+        reason = f"its activation {shown} has trained parameters, which would get no gradient."
+        raise UnsupportedExperts.of(module, reason, name)
     if activation is None:
-        shown = type(module.act_fn).__name__ if hasattr(module, "act_fn") else "_apply_gate"
         have = ACTIVATIONS if gated else PLAIN
         reason = f"its activation {shown} computes none of {', '.join(sorted(have))}."
         raise UnsupportedExperts.of(module, reason, name)
