@@ -36,7 +36,8 @@ def save(ctx: Any, tensors: Tensors, spec: Spec, made: Sequence[Tensor]) -> None
     """Keep for the backward what it takes besides dO; ``made`` are Z, x_low, a_low and the packed plan."""
     ctx.spec = spec
     weights = {"gate_up": tensors.gate_up, "down": tensors.down}
-    ctx.packed = {name: weight for name, weight in weights.items() if isinstance(weight, PackedWeight)}
+    packed = {name: weight for name, weight in weights.items() if isinstance(weight, PackedWeight)}
+    ctx.packed = {name: (weight, weight.versions()) for name, weight in packed.items()}
     if ctx.packed:
         tensors = tensors._replace(**dict.fromkeys(ctx.packed))  # type: ignore[arg-type]
     ctx.set_materialize_grads(False)
@@ -55,7 +56,7 @@ def grads_of_inputs(
         return (None,) * len(Tensors._fields)
     t = BackwardTensors(dout, *ctx.saved_tensors)
     if ctx.packed:
-        t = t._replace(**ctx.packed)
+        t = t._replace(**{name: weight.unwritten(versions) for name, (weight, versions) in ctx.packed.items()})
     x_needed, _, *others = ctx.needs_input_grad[: len(Tensors._fields)]
     spec = BackwardSpec(ctx.spec, Needs(x_needed, *others), overwrite_z)
     if torch.is_grad_enabled() or batched(dout):  # create_graph=True, or several backwards at a time

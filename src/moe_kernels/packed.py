@@ -109,6 +109,23 @@ class PackedWeight(ABC):
         """Its tensors, and all else that tells it from another: what a recording of launches depends on."""
         return type(self), *_fields(self)
 
+    def versions(self) -> tuple[int, ...]:
+        """How often each of its tensors was written to; torch does not count that of a tensor of inference mode."""
+        return tuple(t._version for t in self.parts() if isinstance(t, Tensor) and not t.is_inference())
+
+    def unwritten(self: Packed, versions: tuple[int, ...]) -> Packed:
+        """This weight in a backward, whose forward found ``versions``.
+
+        Raises:
+            RuntimeError: it was written to since, as autograd says of a tensor that is saved.
+        """
+        if self.versions() != versions:
+            raise RuntimeError(
+                f"a {type(self).__name__} of sizes {tuple(self.sizes)} was written to between forward and backward, "
+                "whose gradients would be those of other weights: write to it after the backward."
+            )
+        return self
+
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(first, last): the experts of each block, as many in each but the last."""
         experts, rows, columns = self.sizes

@@ -258,6 +258,31 @@ def test_one_weight_in_4_bits_and_the_other_trained(device):
     torch.testing.assert_close(grad, down.grad)
 
 
+@pytest.mark.parametrize("which", ["data", "scales"])
+@pytest.mark.parametrize("make", [packed, block_fp8, mxfp4])
+def test_a_write_between_forward_and_backward_is_an_error(device, make, which):
+    """As of a tensor: the gradients would be those of other weights."""
+    inputs = make_inputs(KINDS["plain"], device)
+    weight, down = make(5, 64, 64, device), inputs.down.detach()
+    x = inputs.x.detach().requires_grad_()
+    out = fused_experts(x, inputs.topk_ids, inputs.topk_weights, weight, down, backend="torch")
+    written = getattr(weight, which)
+    written = written.values if isinstance(written, packed_weights.Scales) else written
+    written.view(torch.uint8).zero_()
+    with pytest.raises(RuntimeError, match=f"a {type(weight).__name__} of .* was written to between forward and"):
+        out.backward(inputs.grad)
+
+
+def test_a_weight_of_inference_mode_is_taken(device):
+    inputs = make_inputs(KINDS["plain"], device)
+    with torch.inference_mode():
+        weight = block_fp8(5, 64, 64, device)
+    x = inputs.x.detach().requires_grad_()
+    out = fused_experts(x, inputs.topk_ids, inputs.topk_weights, weight, inputs.down.detach(), backend="torch")
+    out.backward(inputs.grad)
+    assert x.grad.abs().max() > 0
+
+
 def test_wrong_sizes_are_refused(device):
     inputs = make_inputs(KINDS["plain"], device)
     with pytest.raises(ValueError, match="sizes disagree"):

@@ -603,6 +603,10 @@ def test_the_linear_layers_keep_no_dequantised_weight(checkpoint: Checkpoint) ->
     assert torch.equal(dx, expected_dx)
     with torch.autocast("cpu", BF16):
         assert torch.equal(linear(x.float()), expected)
+    out = linear(x)
+    linear.load_state_dict(linear.state_dict())
+    with pytest.raises(RuntimeError, match="was written to between forward and backward"):
+        out.backward(grad)
 
 
 @pytest.mark.plain_memory

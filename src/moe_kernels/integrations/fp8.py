@@ -121,13 +121,13 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
+        ctx.weight, ctx.versions = weight, weight.versions()
         return nn.functional.linear(x, _matrix(weight), bias)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, Tensor | None]:
         dbias = dout.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return dout @ _matrix(ctx.weight), None, dbias
+        return dout @ _matrix(ctx.weight.unwritten(ctx.versions)), None, dbias
 
 
 def _matrix(weight: PackedWeight) -> Tensor:
