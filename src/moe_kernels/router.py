@@ -81,6 +81,9 @@ def route(
     """
     if correction_bias is not None:
         correction_bias = correction_bias.contiguous()
+    if not isinstance(scale, (int, float)):
+        raise ValueError(f"scale is a {type(scale).__name__}, and a number of the host, which gets no gradient, is "
+                         "wanted: multiply the weights with what is trained")  # fmt: skip
     settings = Settings(top_k, scoring == "sigmoid", normalize, groups, top_groups, float(scale),
                         weights_dtype or logits.dtype)  # fmt: skip
     _check(logits, correction_bias, settings, scoring)
@@ -143,6 +146,8 @@ def _check(logits: torch.Tensor, bias: torch.Tensor | None, settings: Settings, 
         raise ValueError(f"scoring={scoring!r} is neither softmax nor sigmoid")
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be (T, E) of a floating dtype, got {tuple(logits.shape)} {logits.dtype}")
+    if not settings.weights_dtype.is_floating_point:
+        raise ValueError(f"weights_dtype={settings.weights_dtype} is no floating dtype")
     experts = logits.shape[1]
     if not 1 <= settings.top_k <= experts:
         raise ValueError(f"top_k={settings.top_k} does not fit {experts} experts: 1 to {experts}")

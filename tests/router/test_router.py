@@ -322,6 +322,8 @@ def test_compiles_to_one_graph(name, backend, device):
         ({"scoring": "sigmoid", "correction_bias": torch.zeros(8, device="meta")}, "correction_bias is on meta"),
         ({"scoring": "sigmoid", "correction_bias": torch.zeros(7)}, r"correction_bias is \(7,\), want \(8,\)"),
         ({"backend": "cuda"}, "not one of auto, triton, torch"),
+        ({"scale": torch.tensor(2.0, requires_grad=True)}, "scale is a Tensor, .* multiply the weights"),
+        ({"weights_dtype": torch.int32}, "weights_dtype=torch.int32 is no floating dtype"),
     ],
     ids=str,
 )

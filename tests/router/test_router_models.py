@@ -434,6 +434,10 @@ def test_what_cannot_be_probed_is_refused():
     sharded.weight = nn.Parameter(torch.empty(0))
     with pytest.raises(UnsupportedRouter, match=r"its weight has shape \(0,\): it is sharded"):
         install_fused_router(holder(sharded))
+    scaled = build("deepseek_v3", "DeepseekV3TopkRouter", {})
+    scaled.routed_scaling_factor = nn.Parameter(torch.tensor(2.5))
+    with pytest.raises(UnsupportedRouter, match="its routed_scaling_factor is no number, and gets no gradient"):
+        install_fused_router(holder(scaled))
     with pytest.raises(UnsupportedRouter, match="Linear has no router module"):
         install_fused_router(nn.Linear(2, 2))
 

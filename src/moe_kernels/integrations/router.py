@@ -154,6 +154,8 @@ def recognise(module: Any) -> RouterForm | str:
     arguments = list(inspect.signature(type(module).forward).parameters.values())[1:]
     if [argument.default is argument.empty for argument in arguments] != [True]:
         return f"its forward takes ({', '.join(a.name for a in arguments)}), not the hidden states alone."
+    if not isinstance(getattr(module, "routed_scaling_factor", 1.0), (int, float)):
+        return "its routed_scaling_factor is no number, and gets no gradient in the fused router."
     scoring: Scoring = "softmax" if getattr(module, "e_score_correction_bias", None) is None else "sigmoid"
     for normalize, float32_linear, float32_weights in itertools.product((True, False), (False, True), (False, True)):
         form = RouterForm(scoring, normalize, float32_linear, float32_weights)
