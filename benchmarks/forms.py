@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import fused_experts
-from moe_kernels.backends.gluon import use_dequantizing, use_every_form
+from moe_kernels.backends.gluon import use_every_form
 from moe_kernels.packed import whole
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.bench.experts import dense_calls
@@ -104,6 +104,8 @@ def main() -> None:
     args = parser.parse_args()
     with ExitStack() as everything:
         if args.every_form:
+            from moe_kernels.kernels.hopper.dequantizing import use_dequantizing
+
             everything.enter_context(use_every_form(True))
             everything.enter_context(use_dequantizing(True))
         measure(args)

@@ -276,7 +276,7 @@ def test_gemms_in_fp8(sizes, kind, routing):
 @block_fp8_layers
 def test_dequantising_in_the_load(sizes, kind, routing):
     """Bitwise what dequantising a block of experts ahead gives."""
-    from moe_kernels.backends.gluon import use_dequantizing
+    from moe_kernels.kernels.hopper.dequantizing import use_dequantizing
 
     case = dataclasses.replace(Case(*sizes, BF16, routing, packed="fp8", frozen=True), **kind)
     inputs = make_inputs(case, "cuda")
