@@ -17,8 +17,6 @@ import moe_kernels.integrations.transformers as mk
 from moe_kernels.shapes import FAMILIES, REAL_FAMILIES
 from moe_kernels.tools.compare.comparison import Analysis
 from moe_kernels.tools.compare.held import frozen
-from moe_kernels.tools.compare.lines import WEIGHTS_LINE
-from moe_kernels.tools.compare.runner import LogReader
 from moe_kernels.tools.compare.weights import DrawnWeights, checksum, draw_adapter, drawn_seed
 from moe_kernels.tools.prepare import prepare_model
 from support import fp8, mxfp4
@@ -220,10 +218,6 @@ def test_what_the_frozen_experts_take(root: Path, drawn: DrawnWeights) -> None:
 
 
 def test_runs_that_started_from_other_weights_are_no_comparison() -> None:
-    reader = LogReader()
-    reader.feed(f"{WEIGHTS_LINE}0123abcd\n")
-    assert reader.weights == "0123abcd"
-
     def faults(*weights: str) -> list[str]:
         roles = ("baseline-1", "optimized-1", "baseline-2")
         runs = [

@@ -27,7 +27,6 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 
 from moe_kernels.integrations.quantized import BLOCKS, MX_SCALES, SCALES, dequantised, packed_weight
 from moe_kernels.tools.check.packing import in_fp8, in_mxfp4
-from moe_kernels.tools.compare.lines import WEIGHTS_LINE
 from moe_kernels.tools.compare.pair import digest
 from moe_kernels.tools.prepare.cache import made_with
 from moe_kernels.tools.prepare.models import seeded_model
@@ -38,6 +37,7 @@ class DrawnWeights(TrainerCallback):
 
     seed: int | None = None  # of the model that was loaded; None: it has weights of its own
     dtype: torch.dtype | None = None  # that it was loaded in
+    checksum = ""  # of what the training starts from, once it began
 
     def installed(self) -> DrawnWeights:
         """Have ``PreTrainedModel.from_pretrained`` draw the weights of a folder that has none."""
@@ -72,13 +72,11 @@ class DrawnWeights(TrainerCallback):
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Draw the adapter too, and say what the training starts from."""
+        """Draw the adapter too."""
         if self.seed is None:
             return
         draw_adapter(model, self.seed)
-        start = checksum(model, self.dtype)  # on every rank
-        if state.is_world_process_zero:
-            print(WEIGHTS_LINE + start, flush=True)
+        self.checksum = checksum(model, self.dtype)  # on every rank
         if torch.cuda.is_available():  # the peak is that of the training, not of the drawing
             gc.collect()
             torch.cuda.empty_cache()
