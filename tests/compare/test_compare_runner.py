@@ -27,7 +27,6 @@ from moe_kernels.tools.compare.pair import Options, Pair, family_pair, files_pai
 from moe_kernels.tools.compare.runner import (
     LogReader,
     Machine,
-    Progress,
     RunResult,
     _drop_half_tokenised,
     claimed,
@@ -72,10 +71,10 @@ def machine(**changes: Any) -> Machine:
     return Machine(**{"device": None, "versions": {"torch": "2", SOURCES: "s"}, "trainer": FAKE, **changes})
 
 
-def train(pair: Pair, index: int = 1, shown: list[Progress] | None = None, **changes: Any) -> RunResult:
-    def show(progress: Progress) -> None:
+def train(pair: Pair, index: int = 1, shown: list[LogReader] | None = None, **changes: Any) -> RunResult:
+    def show(log: LogReader) -> None:
         if shown is not None:
-            shown.append(replace(progress))
+            shown.append(replace(log))
 
     return run_training(pair.runs[index], machine(**changes), show)
 
@@ -145,7 +144,7 @@ def test_ctrl_c_ends_the_trainer_and_keeps_finished_runs() -> None:
     pair = make_pair("hang")
     train(pair, index=0)
 
-    def interrupt(progress: Progress) -> None:
+    def interrupt(log: LogReader) -> None:
         if (pair.runs[1].folder / "pid").is_file():
             raise KeyboardInterrupt
 
@@ -415,9 +414,9 @@ def test_the_log_is_followed_in_pieces() -> None:
     for letter in text:
         reader.feed(letter)
     assert reader.trainer_started_at is not None
-    assert (reader.progress.step, reader.progress.loss, reader.progress.phase) == (1, "7.6", "training")
+    assert (reader.step, reader.loss, reader.phase) == (1, "7.6", "training")
     reader.feed("{'train_loss': '7.1'}\n{'loss': 'nan'}\n")
-    assert (reader.progress.step, reader.progress.loss) == (2, "nan")
+    assert (reader.step, reader.loss) == (2, "nan")
 
 
 def test_watching_a_training_imports_neither_torch_nor_transformers() -> None:

@@ -140,7 +140,8 @@ def test_logs(count: Callable[[], None], pieces: list[str]) -> None:
     for piece in pieces:
         parts.feed(piece)
     parts.feed("\n")
-    assert (whole.progress, whole.plugin_line) == (parts.progress, parts.plugin_line)
+    whole.trainer_started_at = parts.trainer_started_at = None
+    assert whole == parts
 
 
 @fuzz(2)

@@ -42,8 +42,8 @@ from moe_kernels.tools.compare.pair import (
 )
 from moe_kernels.tools.compare.report import show_comparison, show_failures, write_report
 from moe_kernels.tools.compare.runner import (
+    LogReader,
     Machine,
-    Progress,
     RunResult,
     claimed,
     drop_old_tokens,
@@ -307,9 +307,9 @@ def _run(pair: Pair, run: RunSpec, machine: Machine, fresh: bool, display: Displ
         display.update(task, completed=run.steps, note="finished before")
         return stored
 
-    def show(progress: Progress) -> None:
-        note = f"{progress.phase}, loss {progress.loss}" if progress.loss else progress.phase
-        display.update(task, completed=progress.step, note=note)
+    def show(log: LogReader) -> None:
+        note = f"{log.phase}, loss {log.loss}" if log.loss else log.phase
+        display.update(task, completed=log.step, note=note)
 
     result = run_training(run, machine, show)
     display.update(task, note="finished" if not result.error else f"[red]failed[/red], see {result.log}")

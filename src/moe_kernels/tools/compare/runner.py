@@ -128,37 +128,28 @@ class RunResult:
 
 
 @dataclass
-class Progress:
-    """What the live display shows of a running training."""
-
-    phase: str = "starting"
-    step: int = 0
-    loss: str = ""
-
-
 class LogReader:
     """Follows a growing log: which step, which phase, what the plugin said."""
 
-    def __init__(self) -> None:
-        self.progress = Progress()
-        self.trainer_started_at: float | None = None
-        self.plugin_line = ""
-        self._rest = ""
+    phase: str = "starting"
+    step: int = 0
+    loss: str = ""  # as it was printed
+    trainer_started_at: float | None = None  # Unix seconds
+    plugin_line: str = ""
+    rest: str = ""  # a line that has not ended
 
     def feed(self, text: str) -> None:
         """Take in new text; progress bars end their lines with a carriage return."""
-        *lines, self._rest = re.split(r"[\r\n]", self._rest + text)
+        *lines, self.rest = re.split(r"[\r\n]", self.rest + text)
         for line in lines:
             self._line(_ESCAPES.sub("", line))
 
     def _line(self, line: str) -> None:
         if _TRAINER_STARTED in line:
             self.trainer_started_at = self.trainer_started_at or time.time()
-        self.progress.phase = next((phase for words, phase in _PHASES.items() if words in line), self.progress.phase)
+        self.phase = next((phase for words, phase in _PHASES.items() if words in line), self.phase)
         if match := _STEP.search(line):
-            self.progress.step += 1
-            self.progress.loss = match.group(1)
-            self.progress.phase = "training"
+            self.step, self.loss, self.phase = self.step + 1, match.group(1), "training"
         if match := _PLUGIN_LINE.search(line):
             self.plugin_line = self.plugin_line or match.group(0).strip()
 
@@ -215,7 +206,7 @@ def environment(run: RunSpec, machine: Machine) -> dict[str, str]:
     return env
 
 
-def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None]) -> RunResult:
+def run_training(run: RunSpec, machine: Machine, show: Callable[[LogReader], None]) -> RunResult:
     """Run one training and return what it left; ``result.json`` is written last, and only on success.
 
     Ctrl-C ends the child and is raised again. A failing trainer is a result with ``status == "failed"``.
@@ -247,7 +238,7 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
 
     def feed(text: str) -> None:
         reader.feed(text)
-        show(reader.progress)
+        show(reader)
 
     result.started_at = time.time()
     with sampled(machine.device) as result.samples:
