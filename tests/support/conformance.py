@@ -23,9 +23,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.integrations.dispatch import dispatches
+from moe_kernels.integrations.support import recipe_of
 from moe_kernels.tools.check.routings import make_routing
-from moe_kernels.tools.check.tolerances import Closeness, assert_close_to_truth
+from moe_kernels.tools.check.tolerances import Errors, assert_close_to_truth
 
 #: Every expert busy; one that all tokens use; three without a token.
 ROUTINGS = ("random", "one_hot_expert", "empty_first_middle_last")
@@ -75,6 +77,28 @@ def experts_classes() -> list[ExpertsClass]:
 
 def _defined_in(module: ModuleType, thing: Any) -> bool:
     return isinstance(thing, type) and thing.__module__ == module.__name__
+
+
+def words(experts: nn.Module) -> str:
+    """Weights and activation of experts: ``gate_up, transposed | clamped_glu(alpha, limit)``.
+
+    Raises:
+        UnsupportedExperts: they are refused.
+    """
+    recipe = recipe_of(experts)
+    gate, activation = recipe.gate, recipe.gate.activation.name
+    weights = [
+        "up" if not gate.gated else "interleaved gate_up" if gate.interleaved else "gate_up",
+        *(word for word in ("transposed", "biased") if getattr(recipe, word)),
+        *(["post-expert norm"] if recipe.post_norm else []),
+    ]
+    parameters = ", ".join(ACTIVATIONS[activation].parameters)
+    return f"{', '.join(weights)} | {activation}" + (f"({parameters})" if parameters else "")
+
+
+def distinct() -> dict[str, ExpertsClass]:
+    """One class of each layout and activation, by its words."""
+    return {words(build(found.cls)): found for found in reversed(experts_classes())}
 
 
 def foreign_arguments(cls: type[nn.Module]) -> list[str]:
@@ -225,7 +249,7 @@ def check(
     weights_dtype: torch.dtype,
     device: str | torch.device = "cpu",
     implementation: str = "moe_kernels",
-) -> dict[str, Closeness]:
+) -> dict[str, Errors]:
     """Judge ``implementation`` against the module's eager forward in float64, by the error of transformers' own.
 
     Transformers' own is the eager loop or its batched_mm, whichever errs more: one eager loop computes in float32

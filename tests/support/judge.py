@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from moe_kernels.tools.check.problems import Experts, Inputs, eager, run, truth
-from moe_kernels.tools.check.tolerances import Closeness, assert_close_to_truth
+from moe_kernels.tools.check.tolerances import Errors, assert_close_to_truth
 
 
-def check(implementation: Experts, inputs: Inputs, label: str = "") -> dict[str, Closeness]:
+def check(implementation: Experts, inputs: Inputs, label: str = "") -> dict[str, Errors]:
     """Judge the output and every gradient of ``implementation``. Returns what was measured, by tensor name.
 
     Raises:
