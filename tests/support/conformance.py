@@ -222,8 +222,8 @@ def make_inputs(routing: str, dtype: torch.dtype, weights_dtype: torch.dtype, de
     """17 tokens of 2 experts each."""
     generator = torch.Generator().manual_seed(1)
     hidden_states, grad = (torch.randn(17, _HIDDEN, generator=generator).to(dtype) for _ in range(2))
-    index, weights = make_routing(routing, 17, 2, _EXPERTS, seed=2, dtype=weights_dtype)
-    return Inputs(hidden_states.to(device), index.to(device), weights.to(device), grad.to(device))
+    index, weights = make_routing(routing, 17, 2, _EXPERTS, seed=2)
+    return Inputs(hidden_states.to(device), index.to(device), weights.to(device, weights_dtype), grad.to(device))
 
 
 def run(experts: Any, inputs: Inputs, implementation: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -93,7 +93,6 @@ def assert_close_to_truth(
     name: str,
     *,
     compute_dtype: torch.dtype | None = None,
-    min_exact_share: float = 0.0,
     step: float = 0.0,
     independent: int | None = None,
 ) -> Errors:
@@ -106,7 +105,6 @@ def assert_close_to_truth(
         name: used in the message.
         compute_dtype: dtype of the arithmetic when it is narrower than the result's (the float32 gradient of routing
             weights in a bfloat16 layer); default the result's own.
-        min_exact_share: of elements that must equal the rounded truth. For one GEMM (0.9), not across roundings.
         step: of a coarse rounding on the way, relative: a number near the middle between two of them may go to
             either. In many elements as many of the yardstick's go astray; where there are few, luck decides.
         independent: how many rounded numbers decide all elements, if fewer: a matrix of low rank has few.
@@ -136,9 +134,6 @@ def assert_close_to_truth(
         for what, value, limit in zip(("rms", "max", "slope"), errors, limits, strict=True)
         if abs(value) > limit
     ]
-    exact = (ours == truth.to(dtype).double()).double().mean().item() if min_exact_share and truth.numel() else 1.0
-    if exact < min_exact_share:
-        complaints.append(f"only {exact:.1%} of elements equal the rounded truth (at least {min_exact_share:.0%})")
     if complaints:
         if truth.numel():
             complaints[-1] += _worst((ours - truth).abs(), finite, actual, truth_fp64)
