@@ -8,6 +8,7 @@ of a model that has none on the disk are drawn here (:mod:`moe_kernels.tools.com
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ class Recorder(TrainerCallback):
                 self.hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.called.add(name)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if state.global_step == 1 and state.is_world_process_zero:
+        if state.global_step == 1:
             run = getattr(sys.modules.get("wandb"), "run", None)  # None too where W&B is switched off
             self._write(
                 experts=", ".join(sorted(self.called)) or "no experts module",
@@ -55,7 +56,7 @@ class Recorder(TrainerCallback):
             self.hooks.pop().remove()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if "loss" in logs and state.is_world_process_zero:  # neither an evaluation nor the sum of the training
+        if "loss" in logs:  # neither an evaluation nor the sum of the training
             self._write(_timestamp=time.time(), **rewrite_logs(logs))
 
     def _write(self, **entry: Any) -> None:
@@ -67,7 +68,9 @@ def train(*more: Any) -> None:
     """Run ``axolotl`` on this process's arguments, with these callbacks of Trainer and ``more``."""
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
     drawn = DrawnWeights().installed()
-    callbacks += [drawn, Recorder(Path(sys.argv[2]).with_name(RECORD), drawn), *more]
+    callbacks += [drawn, *more]
+    if os.environ.get("RANK", "0") == "0":  # Trainer's own state takes each rank on a CPU for the first
+        callbacks.append(Recorder(Path(sys.argv[2]).with_name(RECORD), drawn))
     main()
 
 
