@@ -127,7 +127,7 @@ $(VENV)-triton-%/.ready: $(READY)
 
 test-newest: $(NEWEST_READY)
 	@echo "== the transformers integration and every experts class of $(firstword $(NEWEST_TRANSFORMERS))"
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest tests/integrations/test_transformers.py tests/integrations/test_peft.py tests/integrations/test_quantized.py tests/integrations/test_fp8.py tests/integrations/test_mxfp4.py tests/integrations/test_resume.py tests/conformance tests/router/test_router_models.py tests/router/test_router.py::test_as_close_to_the_truth_as_the_model_itself tests/distributed/test_transformers_engines.py tests/distributed/test_scaling.py::test_a_tiny_model_on_two_ranks
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest tests/integrations/test_transformers.py tests/integrations/test_peft.py tests/integrations/test_quantized.py tests/integrations/test_fp8.py tests/integrations/test_mxfp4.py tests/integrations/test_resume.py tests/bench/test_fp8_peers.py tests/conformance tests/router/test_router_models.py tests/router/test_router.py::test_as_close_to_the_truth_as_the_model_itself tests/distributed/test_transformers_engines.py tests/distributed/test_scaling.py::test_a_tiny_model_on_two_ranks
 
 # More than 10,000 inputs, new ones each time (about 20 minutes on two cores); the suite tries some hundreds of them.
 fuzz: $(READY)

@@ -21,7 +21,7 @@ from typing import Any
 
 import pages
 from moe_kernels.tools.compare.judge import smooth
-from several_gpus import communication
+from several_gpus import traffic
 
 RELEASES = "-triton-"  # in the name of a file: the same layers under one release of triton
 NOTHING = "No result from a GPU is committed yet."
@@ -35,7 +35,7 @@ WIDE_COLUMNS = ("layer", "routing", "forward: ours, grouped_mm, dense", "forward
 SCALING_COLUMNS = ("family", "engine", "GPUs", "step ms: stock, ours", "tokens/s per GPU: stock, ours",
                    "peak GiB: stock, ours", "faster", "scaling: stock, ours", "losses apart")  # fmt: skip
 # Where the trainings were watched: shares of the step, and rows of the busiest rank over the mean.
-WATCHED_COLUMNS = ("communication (exposed): stock, ours", "busiest rank")
+WATCHED_COLUMNS = ("communication (exposed): stock, ours", "no kernel: stock, ours", "busiest rank")
 LORA_COLUMNS = ("base", "adapters", "implementation", "forward ms", "forward + backward ms", "of it GPU ms",
                 "saved MiB", "peak MiB", "weights MiB", "error")  # fmt: skip
 FORM_COLUMNS = ("layer", "form", "GPU ms (p20-p80)", "of dense", "speed", "peak MiB", "error")
@@ -168,7 +168,7 @@ def scaling(results: Results) -> str:
             parts += [
                 f"`{name}`: `{machine['command']}` on {data['setting']['gpus']} GPUs, {machine['gpu']}, torch "
                 f"{machine['torch']}, axolotl {machine['axolotl']}, {machine['date'][:10]}. Stock experts are "
-                "grouped_mm. Scaling: tokens/s per GPU over those of one GPU.",
+                f"grouped_mm.{_releases(data['rows'], machine)} Scaling: tokens/s per GPU over those of one GPU.",
                 _table(
                     SCALING_COLUMNS + (WATCHED_COLUMNS if watched else ()),
                     [
@@ -198,15 +198,26 @@ def _scaling_row(pair: dict[str, dict[str, Any]], line: dict[str, Any]) -> list[
     ]
 
 
-def _watched(pair: dict[str, dict[str, Any]]) -> list[str]:
-    """Communication of both sides, the mean of the ranks, and how the router of ours loads the ranks."""
-    def shares(row: dict[str, Any]) -> str:
-        found = communication(row)
-        return "-" if found is None else f"{found[0]:.0%} ({found[1]:.0%})"
+def _releases(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """The engines that ran on other releases than the machine's, in a sentence."""
+    found: dict[str, str] = {}
+    for row in rows:
+        versions = row.get("versions") or {}
+        other = [f"{name} {versions[name]}" for name in ("axolotl", "transformers")
+                 if name in versions and versions[name] != machine.get(name)]  # fmt: skip
+        if other:
+            found[row["engine"]] = " and ".join(other)
+    return "".join(f" On {name}: {', '.join(engine for engine in found if found[engine] == name)}."
+                   for name in dict.fromkeys(found.values()))  # fmt: skip
 
+
+def _watched(pair: dict[str, dict[str, Any]]) -> list[str]:
+    """Of both sides communication, and no kernel at all, the mean of the ranks; how our router loads the ranks."""
+    seen = [traffic(pair[name]) if name in pair else None for name in ("grouped_mm", "moe_kernels")]
     load = pair.get("moe_kernels", {}).get("imbalance")
     return [
-        ", ".join(shares(pair[name]) if name in pair else "-" for name in ("grouped_mm", "moe_kernels")),
+        ", ".join("-" if one is None else f"{one.communication:.0%} ({one.exposed:.0%})" for one in seen),
+        ", ".join("-" if one is None else f"{one.idle:.0%}" for one in seen),
         "" if load is None else f"{load['mean']:.2f}",
     ]
 

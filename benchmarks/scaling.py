@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engines = args.engines.split(",") if args.engines else can
     if lacking := [engine for engine in engines if engine not in can]:
         parser.error(f"--engines {lacking[0]}: this machine lacks what it needs, see above (--help)")
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)  # else tables are cut to 80
     try:
         store = Store(args.json, setting, args.fresh)
         for family in families:

@@ -15,7 +15,7 @@ from moe_kernels.tools.common.errors import UsageError
 from moe_kernels.tools.common.files import read_json, write_json
 from moe_kernels.tools.common.machine import environment
 from moe_kernels.tools.compare.judge import smooth
-from several_gpus import communication
+from several_gpus import traffic
 from several_gpus.setting import EP, ONE, OURS, STOCK, TRAINER, TRAINER_ONE, Row, Setting
 
 # What must be the same in one file. Not the commit: unlike the kernels it changes between the parts of a measurement.
@@ -81,13 +81,13 @@ def show(rows: Sequence[Row], console: Console) -> None:
         if not row["ok"]:
             table.add_row(*head, "[red]failed", "", "", "", "", row["error"][:80])
             continue
-        ms, talk, load = row["step_ms"], communication(row), row.get("imbalance")
+        ms, seen, load = row["step_ms"], traffic(row), row.get("imbalance")
         table.add_row(
             *head,
             f"{ms['median']:.1f} ({ms['p20']:.1f}-{ms['p80']:.1f})",
             f"{row['tokens_per_s_per_gpu']:,.0f}",
             "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}",
-            "" if talk is None else f"{talk[0]:.0%} ({talk[1]:.0%})",
+            "" if seen is None else f"{seen.communication:.0%} ({seen.exposed:.0%})",
             "" if load is None else f"{load['mean']:.2f}",
             row["ran"][:60],
         )

@@ -159,11 +159,13 @@ def test_scaling_tables():
     assert "| mixtral | ep | 2 | -, 100 (99-101) | -, 1,000 | -, 18.6 |  |  |  |" in text
     assert tables.scaling([("s.json", {**data, "environment": {**machine, "gpu": None}})]) == tables.NOTHING
     assert "busiest rank" not in text
-    ranks = [{"window_ms": 10.0, "communication_ms": talk, "exposed_ms": 1.0} for talk in (2.0, 4.0)]
-    seen = {**row, "traffic": ranks, "imbalance": {"mean": 1.204, "worst": 2.0}}
+    ranks = [{"window_ms": 10.0, "communication_ms": talk, "exposed_ms": 1.0, "idle_ms": 0.5} for talk in (2.0, 4.0)]
+    versions = {"axolotl": "0", "transformers": "5"}
+    seen = {**row, "traffic": ranks, "imbalance": {"mean": 1.204, "worst": 2.0}, "versions": versions}
     text = tables.scaling([("s.json", {**data, "rows": [seen, stock]})])
-    assert "| losses apart | communication (exposed): stock, ours | busiest rank |" in text
-    assert "| 0.06% | -, 30% (10%) | 1.20 |" in text
+    assert "| losses apart | communication (exposed): stock, ours | no kernel: stock, ours | busiest rank |" in text
+    assert "| 0.06% | -, 30% (10%) | -, 5% | 1.20 |" in text
+    assert "grouped_mm. On transformers 5: fsdp2. Scaling" in text
 
 
 def test_cpu_results_are_left_out():

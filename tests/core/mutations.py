@@ -302,7 +302,6 @@ GPU_MUTANTS = [
     ("dequantised: right columns are the left ones", "dequantizing.py", "_widen(self.buffers.index(2 * slot + 1)", "_widen(self.buffers.index(2 * slot)", IN_LOAD),
     ("dequantised: scales of the first k block for all", "dequantizing.py", "k0 = gl.minimum(k0, self.K - 1)", "k0 = k0 * 0", IN_LOAD),
     ("dequantised: up with the scales of gate", "dequantizing.py", "left, right = tile.n, blocks_n + tile.n", "left, right = tile.n, tile.n", IN_LOAD),
-    ("dequantised: the second piece's scales where a whole block would end", "dequantizing.py", "row = piece * ((self.height + self.SIDE - 1) // self.SIDE) + (k0 - piece * self.height) // self.SIDE", "row = k0 // self.SIDE", IN_LOAD),
     ("dequantised: up's codes are gate's", "dequantizing.py", "[first + self.N + tile.n * self.SIDE, k0]", "[first + tile.n * self.SIDE, k0]", IN_LOAD),
     ("rows in expert order taken for tokens", "../../backends/gluon.py", "return TokenRows(dout, plan.top_k)", "return TokenRows(super().gather(dout, plan), plan.top_k)", ROUTINGS),
 ]  # fmt: skip

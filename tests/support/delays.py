@@ -28,7 +28,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 import moe_kernels
-from moe_kernels.kernels.hopper import down_grad, fp8, gemm, ring, wgrad
+from moe_kernels.kernels.hopper import dequantizing, down_grad, fp8, gemm, ring, wgrad
 from moe_kernels.tools.check.problems import Case, make_inputs, run, truth
 from moe_kernels.tools.check.verification import compile_variants, variants
 from moe_kernels.tools.common.machine import environment
@@ -69,6 +69,7 @@ CASES = (
     Case(700, 4, 9, 512, 192, BF16, "zipf"),
     Case(500, 2, 5, 448, 704, BF16, "balanced"),
     Case(600, 3, 5, 384, 512, BF16, "zipf", lora_rank=16, frozen=True, packed="fp8 activations"),
+    Case(600, 3, 5, 384, 512, BF16, "zipf", lora_rank=16, frozen=True, packed="fp8"),
 )
 
 
@@ -102,7 +103,7 @@ def install() -> None:
     delayed = types.ModuleType("delayed_mbarrier")
     vars(delayed).update(init=mbarrier.init, MBarrierLayout=mbarrier.MBarrierLayout)
     vars(delayed).update(wait=_wait, arrive=_arrive, expect=_expect)
-    for module in (ring, gemm, wgrad, down_grad, fp8):
+    for module in (ring, gemm, wgrad, down_grad, fp8, dequantizing):
         module.mbarrier = delayed  # type: ignore[attr-defined]
 
 

@@ -67,17 +67,17 @@ class GluonBackend(TritonBackend):
     def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
         apart = gate.gated and not gate.interleaved and not by_rows(weight.matrix)  # two loads beside each other
         if _chosen(gate) and not apart and _fits(x) and _weight_fits(weight):
-            return _gemms(weight, gate.gated).up(x, weight, plan, gate, save_z)
+            return _gemms(weight, plan, gate.gated).up(x, weight, plan, gate, save_z)
         return super().up(x, weight, plan, gate, save_z)
 
     def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
         if _fits(a) and _weight_fits(weight):
-            return _gemms(weight).down(a, weight, plan)
+            return _gemms(weight, plan).down(a, weight, plan)
         return super().down(a, weight, plan)
 
     def dgrad(self, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> Tensor:
         if isinstance(rows, Tensor) and _fits(rows) and _weight_fits(weight):
-            return _gemms(weight).dgrad(rows, weight, plan)
+            return _gemms(weight, plan).dgrad(rows, weight, plan)
         return super().dgrad(rows, weight, plan)
 
     def fp8_gemm(self, weight: Weight) -> Gemm:
@@ -150,19 +150,25 @@ def _low_rank_fits(weight: Weight) -> bool:
     return weight.low.shape[1] in gemm.RANKS and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in parts)
 
 
-def _gemms(weight: Weight, gated: bool = False) -> ModuleType:
+def _gemms(weight: Weight, plan: RoutingPlan, gated: bool = False) -> ModuleType:
     """The GEMMs that take ``weight``, which fits: both modules have up, down and dgrad."""
-    return dequantizing if _dequantized_in_load(weight.matrix, gated) else gemm
+    return dequantizing if _dequantized_in_load(weight.matrix, plan.rows, gated) else gemm
 
 
-def _dequantized_in_load(matrix: Matrix, gated: bool) -> bool:
+def _dequantized_in_load(matrix: Matrix, rows: int, gated: bool) -> bool:
     """Whether a weight is to be dequantised between load and wgmma, not a block of experts ahead."""
-    return _in_load.choice is True and isinstance(matrix, BlockFp8) and dequantizing.fits(matrix, gated)
+    if not isinstance(matrix, BlockFp8) or not dequantizing.fits(matrix, gated):
+        return False
+    return rows < _IN_LOAD * matrix.shape[0] if _in_load.choice is None else _in_load.choice
 
 
+#: Rows an expert from which up, down and dgrad are faster on block-fp8 weights that were dequantised ahead: with 256
+#: rows the layers of DeepSeek-V3 and gpt-oss-like take 39.0 and 12.9 ms in place of 57.2 and 15.0, with 1024 rows
+#: Qwen3-30B's takes 7.2 in place of 6.4 (benchmarks/results/h200-log-15-dequantising.json). Nothing between was
+#: measured, nor the kernels since they read all codes of a k block at once.
+_IN_LOAD = 512
 _in_load: Override[bool] = Override()
-#: Within ``use_dequantizing(True)`` up, down and dgrad dequantise block-fp8 weights between load and wgmma, for
-#: measuring and tests: compiled without a spill for triton 3.6 to 3.8, and not run on a GPU yet.
+#: Within ``use_dequantizing(in_load)`` they are dequantised between load and wgmma, or never: for checks and tests.
 use_dequantizing = _in_load.use
 
 _every_form: Override[bool] = Override()

@@ -56,7 +56,6 @@ class Codes:
     expert_stride: gl.tensor
     row_stride: gl.tensor
     rows: gl.tensor  # of an expert's matrix as stored
-    height: gl.tensor  # rows of one of the matrices above each other
     K: gl.tensor
     N: gl.tensor
     SIDE: gl.constexpr
@@ -94,10 +93,7 @@ class Codes:
             left, right = tile.n * 2, gl.minimum(tile.n * 2 + 1, blocks_n - 1)
         of_expert = self.scales + tile.expert.to(gl.int64) * self.expert_stride
         if self.IS_KN:
-            # A piece's rows begin a block of their own; sizes are multiples of BLOCK_K, so a k block is in one piece.
-            piece = k0 // self.height
-            row = piece * ((self.height + self.SIDE - 1) // self.SIDE) + (k0 - piece * self.height) // self.SIDE
-            of_row = of_expert + row * self.row_stride
+            of_row = of_expert + k0 // self.SIDE * self.row_stride
             left_scale, right_scale = gl.load(of_row + left), gl.load(of_row + right)
         else:
             of_column = of_expert + k0 // self.SIDE
@@ -111,20 +107,11 @@ class Codes:
         slot = count % self.SLOTS
         mbarrier.wait(self.ready.index(slot), (count // self.SLOTS) & 1)
         AXIS: gl.constexpr = 1 if self.IS_KN else 0
-        _widen(self.buffers.index(2 * slot), left_scale, b.slice(0, self.SIDE, dim=AXIS))
-        _widen(self.buffers.index(2 * slot + 1), right_scale, b.slice(self.SIDE, self.SIDE, dim=AXIS))
-
-
-@gluon.jit
-def _widen(codes, scale, out):
-    """``out`` = codes times their scale, [rows, columns] in shared memory, 16 elements a thread at a time."""
-    COLUMNS: gl.constexpr = codes.shape[1]
-    ROWS: gl.constexpr = 2048 // COLUMNS
-    layout: gl.constexpr = _values_layout(COLUMNS)
-    END: gl.constexpr = codes.shape[0]
-    for row0 in gl.static_range(0, END, ROWS):
-        values = codes.slice(row0, ROWS).load(layout).to(gl.float32) * scale
-        out.slice(row0, ROWS).store(values.to(out.dtype))
+        layout: gl.constexpr = _values_layout(self.buffers.shape[2])
+        # Both loads before the first store, behind which they could not be moved.
+        left, right = self.buffers.index(2 * slot).load(layout), self.buffers.index(2 * slot + 1).load(layout)
+        b.slice(0, self.SIDE, dim=AXIS).store((left.to(gl.float32) * left_scale).to(b.dtype))
+        b.slice(self.SIDE, self.SIDE, dim=AXIS).store((right.to(gl.float32) * right_scale).to(b.dtype))
 
 
 @gluon.jit
@@ -196,7 +183,6 @@ def hopper_dequantizing_gemm_kernel(
     K,
     N,
     W_ROWS,  # of an expert's matrix as stored
-    HEIGHT,  # of one of the matrices above each other
     EXPERT_STRIDE,  # of the scales
     ROW_STRIDE,
     TOP_K: gl.constexpr,
@@ -243,8 +229,8 @@ def hopper_dequantizing_gemm_kernel(
     )  # fmt: skip
     codes = Codes(
         weight=w, buffers=code_buffers, ready=codes_ready, scales=scales_ptr, expert_stride=EXPERT_STRIDE,
-        row_stride=ROW_STRIDE, rows=W_ROWS, height=HEIGHT, K=K, N=N, SIDE=SIDE, BLOCK_K=BLOCK_K, GATED=GATED,
-        IS_KN=W_IS_KN, SLOTS=STAGES,
+        row_stride=ROW_STRIDE, rows=W_ROWS, K=K, N=N, SIDE=SIDE, BLOCK_K=BLOCK_K, GATED=GATED, IS_KN=W_IS_KN,
+        SLOTS=STAGES,
     )  # fmt: skip
     epilogue = Epilogue(
         z=Matrix(descriptor=z, pointer=z_ptr, width=2 * N if GATED else N),
@@ -329,8 +315,7 @@ def _launch(
             *(matrix(saved, SCHEDULE.rows, CHUNK.value), saved),
             *(matrix(out, SCHEDULE.rows, CHUNK.value), out),
             *plan.tile_arguments,
-            *(rows.shape[1], width, packed.sizes[1], packed.sizes[1] // packed.stacked),
-            *(scale_rows * scale_columns, scale_columns),
+            *(rows.shape[1], width, packed.sizes[1], scale_rows * scale_columns, scale_columns),
         ),
         {
             "TOP_K": plan.top_k,

@@ -124,14 +124,14 @@ def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
     from moe_kernels.kernels.hopper.ring import COOPERATIVE, PING_PONG
 
     return {
-        ", cooperative tiles, dO gathered inside": _hopper(COOPERATIVE, 1, True),
-        ", ping-pong tiles, two k blocks at a time": _hopper(PING_PONG, 2, False),
+        ", cooperative tiles, dO gathered inside": _hopper(COOPERATIVE, 1, True, False),
+        ", ping-pong tiles, two k blocks at a time": _hopper(PING_PONG, 2, False, True),
     }
 
 
 @contextmanager
-def _hopper(schedule: Any, together: int, gathered: bool) -> Iterator[None]:
-    from moe_kernels.backends.gluon import use_gathered
+def _hopper(schedule: Any, together: int, gathered: bool, in_load: bool) -> Iterator[None]:
+    from moe_kernels.backends.gluon import use_dequantizing, use_gathered
     from moe_kernels.kernels.hopper.gemm import use_k_blocks_per_wait
     from moe_kernels.kernels.hopper.ring import use_schedule
 
@@ -140,6 +140,7 @@ def _hopper(schedule: Any, together: int, gathered: bool) -> Iterator[None]:
         use_schedule("dgrad", schedule),
         use_k_blocks_per_wait(together),
         use_gathered(gathered),
+        use_dequantizing(in_load),
     ):
         yield
 
