@@ -61,7 +61,7 @@ class Recorder(TrainerCallback):
 
     def _write(self, **entry: Any) -> None:
         with self.file.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(entry, default=float) + "\n")  # numbers of numpy and torch too
 
 
 def train(*more: Any) -> None:
