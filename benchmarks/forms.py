@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace) -> None:
     clock, rows = Clock(device), []
     for shape in (SHAPES[name] for name in shapes):
         for name in args.forms.split(","):
-            layer = make_layer(shape, "mild", device, torch.bfloat16, form=FORMS[name])
+            layer = make_layer(shape, "mild", device, torch.bfloat16, form=name)
             found = {} if args.no_errors else {backend: errors(layer, backend) for backend in backends}
             calls: dict[str, Callable[[], object]] = {
                 backend: partial(forward_backward, layer, backend) for backend in backends

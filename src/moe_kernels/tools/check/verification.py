@@ -183,9 +183,9 @@ def _judge(
         except AssertionError as error:
             verdict.failures.append(str(error))
             continue
-        verdict.rms_ratio = max(verdict.rms_ratio, close.rms_ratio)
-        verdict.max_ratio = max(verdict.max_ratio, close.max_ratio)
-        verdict.slope_error = max(verdict.slope_error, abs(close.slope_error))
+        verdict.rms_ratio = max(verdict.rms_ratio, close.rms)
+        verdict.max_ratio = max(verdict.max_ratio, close.largest)
+        verdict.slope_error = max(verdict.slope_error, abs(close.slope))
 
 
 def _ours(verdict: Verdict) -> Experts:
