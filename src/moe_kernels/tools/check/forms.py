@@ -20,6 +20,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "lora-16": _LORA,
     "lora-64": {"frozen": True, "lora_rank": 64},
     "qlora-16": {**_LORA, "packed": "4 bits"},
+    "fp8-frozen": {"frozen": True, "packed": "fp8"},
     "fp8-lora-16": {**_LORA, "packed": "fp8"},
     "fp8-activations-lora-16": {**_LORA, "packed": "fp8 activations"},
     "biases": {"bias": True},
