@@ -34,6 +34,8 @@ METRICS = {
     "shared_read_pct": ("l1tex__data_bank_reads.avg.pct_of_peak_sustained_elapsed", 1.0),
     "shared_write_pct": ("l1tex__data_bank_writes.avg.pct_of_peak_sustained_elapsed", 1.0),
     "l2_gb": ("lts__t_bytes.sum", 1e-9),
+    "l2_pct": ("lts__t_sectors.avg.pct_of_peak_sustained_elapsed", 1.0),
+    "dram_pct": ("dram__throughput.avg.pct_of_peak_sustained_elapsed", 1.0),
     "dram_read_gb": ("dram__bytes_read.sum", 1e-9),
     "dram_write_gb": ("dram__bytes_write.sum", 1e-9),
 }

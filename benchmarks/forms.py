@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import fused_experts
-from moe_kernels.backends.gluon import use_dequantizing, use_every_form
+from moe_kernels.backends.gluon import use_every_form
 from moe_kernels.packed import whole
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.bench.experts import dense_calls
@@ -104,6 +104,8 @@ def main() -> None:
     args = parser.parse_args()
     with ExitStack() as everything:
         if args.every_form:
+            from moe_kernels.kernels.hopper.dequantizing import use_dequantizing
+
             everything.enter_context(use_every_form(True))
             everything.enter_context(use_dequantizing(True))
         measure(args)
@@ -117,7 +119,7 @@ def measure(args: argparse.Namespace) -> None:
     clock, rows = Clock(device), []
     for shape in (SHAPES[name] for name in shapes):
         for name in args.forms.split(","):
-            layer = make_layer(shape, "mild", device, torch.bfloat16, form=FORMS[name])
+            layer = make_layer(shape, "mild", device, torch.bfloat16, form=name)
             found = {} if args.no_errors else {backend: errors(layer, backend) for backend in backends}
             calls: dict[str, Callable[[], object]] = {
                 backend: partial(forward_backward, layer, backend) for backend in backends

@@ -37,7 +37,6 @@ from moe_kernels.tools.bench.experts import dense_calls
 from moe_kernels.tools.bench.layer import Layer, make_layer
 from moe_kernels.tools.bench.peers import PEER_FAILURES, failure
 from moe_kernels.tools.bench.timing import MIB, Call, Clock, peak_bytes, saved_bytes
-from moe_kernels.tools.check.forms import Form
 from moe_kernels.tools.check.problems import Experts, Inputs, call, run, truth
 from moe_kernels.tools.common.machine import environment
 
@@ -218,7 +217,7 @@ def main() -> None:
     shapes = [TINY] if device.type == "cpu" else [LAYERS[name] for name in args.shapes.split(",")]
     clock, rows = Clock(device), list[dict[str, Any]]()
     for shape in shapes:
-        layer = make_layer(shape, "mild", device, torch.bfloat16, form=Form(frozen=True, packed="fp8"))
+        layer = make_layer(shape, "mild", device, torch.bfloat16, form="fp8-frozen")
         rows += measure(layer, clock, args)
         for row in rows[-4:]:
             show(row)

@@ -131,12 +131,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=300, help="seconds after which a training is stopped")
     parser.add_argument("--newest", help="folder of a transformers of 5.23 or later")
     parser.add_argument("--newest-axolotl", help="folders, as in PYTHONPATH, of an Axolotl of 0.20 or later")
+    parser.add_argument("--liger", action="store_true", help="Liger on both sides; engines of Axolotl alone")
     parser.add_argument("--tiny", action="store_true", help="tiny models, on the CPU too")
     parser.add_argument("--json", type=Path, default=Path("scaling.json"))
     parser.add_argument("--fresh", action="store_true", help="run again what the file holds")
     args = parser.parse_args(arguments)
     setting = Setting(
-        args.gpus, args.steps, args.warmup, args.tiny, args.timeout, args.newest, args.newest_axolotl
+        args.gpus, args.steps, args.warmup, args.tiny, args.timeout, args.newest, args.newest_axolotl, args.liger
     )
     families = args.families.split(",")
     for option, names, known in (
@@ -150,10 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--gpus {args.gpus}: name at least one, and no more than are visible")
     if args.steps < args.warmup + 3 + PROFILED:
         parser.error(f"--steps {args.steps}: {PROFILED} are profiled and three are to time after {args.warmup}")
-    can = runnable(setting)
+    can = [engine for engine in runnable(setting) if engine in BY_AXOLOTL or not args.liger]
     engines = args.engines.split(",") if args.engines else can
     if lacking := [engine for engine in engines if engine not in can]:
-        parser.error(f"--engines {lacking[0]}: this machine lacks what it needs, see above (--help)")
+        cure = "this machine lacks what it needs (--help), or it is Trainer's, of which --liger says nothing"
+        parser.error(f"--engines {lacking[0]}: {cure}")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)  # else tables are cut to 80
     try:
         store = Store(args.json, setting, args.fresh)

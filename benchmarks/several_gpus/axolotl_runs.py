@@ -30,7 +30,6 @@ from several_gpus.setting import (
     FULL,
     ONE,
     OURS,
-    RUNS,
     STOCK,
     Row,
     Setting,
@@ -47,12 +46,14 @@ RANK = Path(__file__).with_name("axolotl_rank.py")
 def one_gpu_specs(family: str, setting: Setting) -> dict[str, RunSpec]:
     """The two run files of configs/moe, as ``moe-kernels compare`` would run them, in folders of their own."""
     name, size = model_of(family), setting.size(family)
-    options = Options(size=size, steps=setting.steps, warmup_steps=setting.warmup, noise=False, router=False)
+    options = Options(
+        size=size, steps=setting.steps, warmup_steps=setting.warmup, noise=False, router=False, liger=setting.liger
+    )
     pair = family_pair(name, options, tiny_overrides(name) if setting.tiny else None)
     prepare_missing(pair, Console(stderr=True))
     specs = {}
     for experts, run in zip((STOCK, OURS), pair.runs, strict=True):
-        specs[experts] = changed(run, RUNS / f"{family}-{size}-one-{experts}", {})
+        specs[experts] = changed(run, setting.folder(family, "one", experts), {})
     return specs
 
 
@@ -80,7 +81,7 @@ def specs_of(family: str, engine: str, setting: Setting) -> dict[str, RunSpec]:
         ours = multi_gpu_file(family, experts)
         if ours is not None and not setting.tiny:
             run = replace(run, source=ours)
-        found[experts] = changed(run, RUNS / f"{family}-{setting.size(family)}-{engine}-{experts}", keys)
+        found[experts] = changed(run, setting.folder(family, engine, experts), keys)
     return found
 
 

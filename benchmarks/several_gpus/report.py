@@ -122,7 +122,8 @@ class Store:
         if old is not None:
             if not isinstance(old, dict) or old.get("kind") != "scaling":
                 raise UsageError(f"{path} is no result of this program: {cure}")
-            then = {**{key: old["setting"].get(key) for key in said}, **_machine(old["environment"])}
+            then = {key: old["setting"].get(key, getattr(Setting, key, None)) for key in said}
+            then |= _machine(old["environment"])
             now = {**said, **_machine(here)}
             if apart := [f"{key} {then[key]} there, {now[key]} now" for key in now if then[key] != now[key]]:
                 raise UsageError(

@@ -51,11 +51,16 @@ class Setting:
     timeout_s: float
     newest: str | None  # folder of a transformers of 5.19 or later, for Trainer's engines
     newest_axolotl: str | None  # folders of an Axolotl of 0.20 or later and what it needs, for its expert parallelism
+    liger: bool = False  # Liger's norms, rotary embedding and loss in Axolotl's runs, stock's and ours
 
     def size(self, family: str) -> str:
         """The name of the size in ``moe_kernels.shapes``."""
         known = (FAMILIES | REAL_FAMILIES)[model_of(family)]
         return "tiny" if self.tiny else known.large
+
+    def folder(self, family: str, engine: str, experts: str) -> Path:
+        """Where a training of Axolotl keeps what it writes."""
+        return RUNS / f"{family}-{self.size(family)}-{engine}-{experts}{'-liger' if self.liger else ''}"
 
     def ranks(self, engine: str) -> int:
         """GPUs that an engine trains on."""

@@ -15,7 +15,6 @@ from transformers.integrations import finegrained_fp8
 from moe_kernels import fp8
 from moe_kernels.packed import BlockFp8
 from moe_kernels.tools.bench.layer import make_layer
-from moe_kernels.tools.check.forms import Form
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fp8_peers.py"
 GRADIENTS = {"out", "x", "topk_weights"}
@@ -56,8 +55,7 @@ def test_ours_and_why_theirs_is_absent(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_truth_is_the_same_by_blocks_of_experts() -> None:
     names = runpy.run_path(str(SCRIPT))
-    form = Form(frozen=True, packed="fp8")
-    layer = make_layer(names["TINY"], "mild", torch.device("cpu"), torch.bfloat16, form=form)
+    layer = make_layer(names["TINY"], "mild", torch.device("cpu"), torch.bfloat16, form="fp8-frozen")
     inputs = names["first_tokens"](layer.inputs())
     whole, by_blocks = names["exactly"](inputs), names["exactly"](inputs, block=3)
     assert {"out", "dx", "dtopk_weights"} == whole.keys()

@@ -1,10 +1,11 @@
 """Stands in for `axolotl train`: `python fake_trainer.py derived.yml --launcher python`.
 
-Reads how to behave from the run file's key `fake`, prints what Axolotl prints, leaves an offline W&B run.
+Reads how to behave from the run file's key `fake`, prints what Axolotl prints, leaves the record of a run.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -12,9 +13,6 @@ import time
 from pathlib import Path
 
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
-from wandb_files import write_run
 
 
 def main() -> int:
@@ -30,20 +28,21 @@ def main() -> int:
         Path(config["output_dir"]).parent.joinpath("pid").write_text(str(os.getpid()))
         time.sleep(120)
     ours = bool(config.get("moe_kernels")) and fake != "no-dispatch"
-    print(f"moe-kernels compare: the experts run on {'moe_kernels' if ours else 'grouped_mm'}")
     if ours:
         print(
             "moe_kernels: backend=torch (no GPU), 2 expert calls dispatched in step 1, group_size=128, "
             "persistent=True, 2 expert layers"
         )
-    rows = []
+    wandb = {"project": config["wandb_project"], "id": "abc123", "name": config["wandb_name"]}
+    experts = "moe_kernels" if ours else "grouped_mm"
+    entries = [{"experts": experts, "frozen": {}, "weights": "", "wandb": wandb}]
     for step in range(1, config["max_steps"] + 1):
         loss = 7.0 - 0.1 * step
         print(
             f"\r 10%|#  | {step}/{config['max_steps']} [00:01]  {{'loss': '{loss:.4g}', 'grad_norm': '1.0'}}",
             flush=True,
         )
-        rows.append(
+        entries.append(
             {
                 "train/loss": loss,
                 "train/grad_norm": 1.0,
@@ -54,9 +53,10 @@ def main() -> int:
             }
         )
     if fake == "short":
-        rows = rows[:2]
-    rows.append({"train/epoch": 0.1, "_timestamp": time.time()})
-    write_run(Path(os.environ["WANDB_DIR"]), config["wandb_project"], config["wandb_name"], rows)
+        entries = entries[:3]
+    if fake == "damaged":
+        entries[2]["_timestamp"] = "noon"
+    Path(sys.argv[1]).with_name("record.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     output = Path(config["output_dir"])
     output.mkdir(parents=True)
     (output / "model.safetensors").write_bytes(b"weights")

@@ -248,7 +248,7 @@ def test_a_layer_that_the_benchmark_cannot_run_is_no_fault_and_is_said() -> None
 
 
 def test_smoothing_is_a_running_mean() -> None:
-    assert smooth([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
+    assert smooth([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == [1.0, 1.5, 2.0, 2.5, 3.0, 4.0]
 
 
 def test_a_base_that_our_side_did_not_keep_is_no_comparison() -> None:

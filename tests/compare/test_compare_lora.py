@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from moe_kernels.shapes import ALL_FAMILIES, FAMILIES, REAL_FAMILIES
 from moe_kernels.tools.app import app
 from moe_kernels.tools.compare import command
-from moe_kernels.tools.compare.adapter import make_adapter
 from moe_kernels.tools.compare.pair import Options, Pair, family_pair, lora_overrides
 from moe_kernels.tools.prepare import tiny_overrides
 
@@ -38,7 +37,7 @@ def test_the_runs_differ_in_the_kernels_alone(family: str, qlora: bool) -> None:
         assert run.config["lora_r"] == 16
         assert run.config["merge_method"] == "legacy"
         assert run.config["lora_target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        assert run.config["lora_model_dir"] == f"artifacts/adapters/{FAMILIES[family].sizes['tiny'].name}-r16"
+        assert "lora_model_dir" not in run.config, "the trainer draws the adapter"
         assert run.config.get("load_in_4bit", False) == run.config.get("quantize_moe_experts", False) == qlora
     assert made.name == f"{family}-{'q' if qlora else ''}lora16"
     assert made.folder != pair(family).folder, "a LoRA pair must not take the place of the full one's runs"
@@ -113,27 +112,8 @@ def test_the_size_for_a_gpu_is_the_default(family: str) -> None:
     assert family_pair(family, Options()).size == ALL_FAMILIES[family].large != "tiny"
 
 
-def test_an_adapter_that_settings_change_is_one_of_its_own() -> None:
-    """In the folder of the plain one it would be taken for that, or that for it."""
-    plain, *others = (
-        pair("mixtral", lora=16, settings=settings).runs[0].config["lora_model_dir"]
-        for settings in ((), ("seed=1",), ("lora_alpha=8",), ("lora_target_modules=[q_proj]",), ("lora_model_dir=x",))
-    )
-    assert others[0] == plain
-    assert others[1] != others[2]
-    assert all(each.startswith(f"{plain}-") for each in others[1:3])
-    assert others[3] == "x"
-
-
-def test_an_adapter_that_another_comparison_made_is_left_alone(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    make_adapter({"lora_model_dir": str(tmp_path), "base_model": "nothing"})
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
-
-
 def test_without_it_nothing_changes() -> None:
-    assert lora_overrides(Options(), "model") == {}
+    assert lora_overrides(Options()) == {}
     assert not any(key.startswith("lora") for run in pair("mixtral").runs for key in run.config)
 
 

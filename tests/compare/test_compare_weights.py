@@ -17,9 +17,7 @@ import moe_kernels.integrations.transformers as mk
 from moe_kernels.shapes import FAMILIES, REAL_FAMILIES
 from moe_kernels.tools.compare.comparison import Analysis
 from moe_kernels.tools.compare.held import frozen
-from moe_kernels.tools.compare.lines import WEIGHTS_LINE
-from moe_kernels.tools.compare.runner import LogReader
-from moe_kernels.tools.compare.weights import DrawnWeights, checksum, draw_adapter, drawn_seed
+from moe_kernels.tools.compare.weights import DrawnWeights, checksum, draw_adapter, seed_of
 from moe_kernels.tools.prepare import prepare_model
 from support import fp8, mxfp4
 
@@ -92,15 +90,15 @@ def test_the_same_bits_each_time(root: Path, family: str, drawn: DrawnWeights) -
 def test_another_seed_gives_other_weights(root: Path, drawn: DrawnWeights, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     prepare_model("qwen3-moe", "tiny", tmp_path, seed=1)
-    assert drawn_seed(folder(tmp_path, "qwen3-moe")) == 1
+    assert seed_of(folder(tmp_path, "qwen3-moe")) == 1
     assert checksum(load(tmp_path, "qwen3-moe")) != checksum(load(root, "qwen3-moe"))
 
 
 def test_a_model_with_weights_loads_as_ever(root: Path, drawn: DrawnWeights, tmp_path: Path) -> None:
     stored = load_file(folder(root, "mixtral") / "model.safetensors")
     assert torch.equal(load(root, "mixtral").lm_head.weight, stored["lm_head.weight"])
-    assert drawn.seed is None
-    assert drawn_seed("Qwen/Qwen3-30B-A3B") is None
+    assert (drawn.seed, drawn.drawn) == (0, False)
+    assert seed_of("Qwen/Qwen3-30B-A3B") is None
     with pytest.raises(OSError, match="nowhere"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "nowhere")
 
@@ -120,6 +118,32 @@ def test_both_factors_of_the_adapter_are_drawn(root: Path, drawn: DrawnWeights) 
         assert all(bool(factor.any()) for factor in factors.values())
         sums.add(checksum(model))
     assert len(sums) == 1
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_a_new_adapter_is_drawn_and_a_trained_one_is_not(root: Path, family: str, drawn: DrawnWeights) -> None:
+    peft = pytest.importorskip("peft")
+    starts = []
+    for number in range(2):
+        torch.manual_seed(number)
+        model = peft.get_peft_model(load(root, family), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+        drawn.on_train_begin(None, None, None, model=model)
+        assert drawn.checksum == checksum(model)
+        starts.append(drawn.checksum)
+    assert starts[0] == starts[1]
+    drawn.on_train_begin(None, None, None, model=model)
+    assert checksum(model) == starts[0]
+    weight = next(factor for name, factor in model.named_parameters() if "lora_B" in name)
+    weight.data += 1
+    trained = checksum(model)
+    drawn.on_train_begin(None, None, None, model=model)
+    assert checksum(model) == trained
+
+
+def test_a_full_training_of_a_written_model_is_left_alone(root: Path, drawn: DrawnWeights) -> None:
+    model = load(root, "mixtral")
+    drawn.on_train_begin(None, None, None, model=model)
+    assert drawn.checksum == ""
 
 
 def test_the_checksum_sees_one_bit(root: Path, drawn: DrawnWeights) -> None:
@@ -220,10 +244,6 @@ def test_what_the_frozen_experts_take(root: Path, drawn: DrawnWeights) -> None:
 
 
 def test_runs_that_started_from_other_weights_are_no_comparison() -> None:
-    reader = LogReader()
-    reader.feed(f"{WEIGHTS_LINE}0123abcd\n")
-    assert reader.weights == "0123abcd"
-
     def faults(*weights: str) -> list[str]:
         roles = ("baseline-1", "optimized-1", "baseline-2")
         runs = [

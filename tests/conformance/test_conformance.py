@@ -18,11 +18,11 @@ conformance = pytest.importorskip("support.conformance")
 support_table = pytest.importorskip("support.support_table")
 
 from moe_kernels import backends  # noqa: E402
-from moe_kernels.integrations.support import recipe_of  # noqa: E402
 from support.tiles import use_small_tiles  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "docs" / "support.md"
 CLASSES = conformance.experts_classes()
+DISTINCT = list(conformance.distinct().values())
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +33,6 @@ def _one_thread() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     mk.register()
-
-
-def distinct() -> list:
-    """One class of each layout and activation."""
-    return list({str(recipe_of(conformance.build(found.cls))): found for found in reversed(CLASSES)}.values())
 
 
 def test_the_scan_finds_what_is_known() -> None:
@@ -80,7 +75,7 @@ def test_blocks_call_it_by_names_we_take(found) -> None:
     assert conformance.foreign_arguments(found.cls) == []
 
 
-@pytest.mark.parametrize("found", distinct(), ids=str)
+@pytest.mark.parametrize("found", DISTINCT, ids=str)
 def test_triton_backend_equals_eager(found, device: torch.device) -> None:
     mk.register(backend="triton")
     backends.reset_dispatch_counts()
@@ -92,7 +87,7 @@ def test_triton_backend_equals_eager(found, device: torch.device) -> None:
     assert backends.dispatch_counts() == {"triton": 3}
 
 
-@pytest.mark.parametrize("found", distinct(), ids=str)
+@pytest.mark.parametrize("found", DISTINCT, ids=str)
 def test_trained_saved_and_reloaded(found, tmp_path: Path) -> None:
     """One step of training on our kernels, through save_pretrained, on transformers' own again."""
     experts = conformance.build(found.cls)
@@ -131,7 +126,7 @@ def test_trained_saved_and_reloaded(found, tmp_path: Path) -> None:
 # The suite must be able to fail: what a class computes is changed by a little, and it notices.
 
 
-@pytest.mark.parametrize("found", distinct(), ids=str)
+@pytest.mark.parametrize("found", DISTINCT, ids=str)
 @pytest.mark.parametrize("tensor", ["first weight", "last parameter", "routing weights"])
 def test_one_wrong_element_is_noticed(found, tensor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mk.register(backend="torch")

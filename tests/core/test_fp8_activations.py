@@ -255,20 +255,21 @@ def test_one_weight_alone_is_multiplied_in_fp8(device, kind, interleaved, small_
 
 def test_which_weights_are_dequantised_in_the_load(device):
     """Of block-fp8 weights, where experts have few rows, those whose tiles have whole blocks of scales."""
-    from moe_kernels.backends.gluon import _dequantized_in_load, use_dequantizing
+    from moe_kernels.kernels.hopper.dequantizing import in_load, use_dequantizing
 
     whole, odd = (block_fp8(2, rows, 128, device, dtype=BF16) for rows in (256, 384))
-    assert _dequantized_in_load(whole, 2 * 511, True)
-    assert not _dequantized_in_load(whole, 2 * 512, True)
+    assert in_load(whole, 2 * 511, True)
+    assert not in_load(whole, 2 * 512, True)
+    assert not in_load(whole, 2 * 511, True, tried=False)
     with use_dequantizing(False):
-        assert not _dequantized_in_load(whole, 2 * 511, True)
+        assert not in_load(whole, 2 * 511, True)
     with use_dequantizing(True):
-        assert _dequantized_in_load(whole, 2 * 512, True)
-        assert _dequantized_in_load(odd, 2, False)
-        assert not _dequantized_in_load(odd, 2, True)  # a block has rows of gate and of up
-        assert _dequantized_in_load(block_fp8(2, 384, 128, device, 2, BF16), 2, True)
-        assert not _dequantized_in_load(whole.mT, 2, False)
-        assert not _dequantized_in_load(whole.experts(0, 2), 2, True)
+        assert in_load(whole, 2 * 512, True, tried=False)
+        assert in_load(odd, 2, False)
+        assert not in_load(odd, 2, True)  # a block has rows of gate and of up
+        assert in_load(block_fp8(2, 384, 128, device, 2, BF16), 2, True)
+        assert not in_load(whole.mT, 2, False)
+        assert not in_load(whole.experts(0, 2), 2, True)
 
 
 @pytest.mark.parametrize("activation", EVERY_ACTIVATION, ids=lambda a: a.name)

@@ -30,6 +30,7 @@ from several_gpus.setting import (
     FULL,
     LARGE,
     ONE,
+    RUNS,
     TRAINER,
     TRAINER_ONE,
     Setting,
@@ -96,6 +97,12 @@ def test_runs_of_another_kind_are_neither_dropped_nor_mixed(tmp_path, monkeypatc
     report.Store(path, SETTING, fresh=False).add(row(FSDP2, "grouped_mm", 9.0))
     with pytest.raises(UsageError, match="steps 6 there, 7 now"):
         report.Store(path, dataclasses.replace(SETTING, steps=7), fresh=False)
+    written = json.loads(path.read_text())
+    del written["setting"]["liger"]  # as in a file from before there was a choice
+    path.write_text(json.dumps(written))
+    with pytest.raises(UsageError, match="liger False there, True now"):
+        report.Store(path, dataclasses.replace(SETTING, liger=True), fresh=False)
+    assert report.Store(path, SETTING, fresh=False).rows
     here = report.environment()
     monkeypatch.setattr(report, "environment", lambda: {**here, "gpu": "another"})
     with pytest.raises(UsageError, match="another now"):
@@ -133,7 +140,7 @@ def nothing_made(monkeypatch):
 def test_no_run_of_a_comparison_is_deleted(nothing_made):
     specs = axolotl_runs.one_gpu_specs("mixtral", SETTING)
     assert [spec.folder for spec in specs.values()] == [
-        axolotl_runs.RUNS / f"mixtral-tiny-one-{experts}" for experts in ("grouped_mm", "moe_kernels")
+        RUNS / f"mixtral-tiny-one-{experts}" for experts in ("grouped_mm", "moe_kernels")
     ]
     for spec in specs.values():
         assert spec.config["output_dir"] == spec.overrides["output_dir"] == str(spec.folder / "output")
@@ -190,6 +197,17 @@ def test_1b_models_are_sharded_by_the_run_files_of_several_gpus(nothing_made):
             assert spec.config["moe_kernels" if experts == "moe_kernels" else "fsdp_version"]
             apart = {key for key in shipped.keys() | spec.config.keys() if shipped.get(key) != spec.config.get(key)}
             assert apart == {"max_steps", "output_dir", "wandb_name"}
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+@pytest.mark.parametrize("engine", [ONE, FSDP2])
+def test_liger_is_on_both_sides(family, engine, nothing_made):
+    real = dataclasses.replace(SETTING, tiny=False, liger=True)
+    plain = axolotl_runs.specs_of(family, engine, dataclasses.replace(real, liger=False))
+    for experts, spec in axolotl_runs.specs_of(family, engine, real).items():
+        assert spec.config["liger_fused_linear_cross_entropy"]
+        assert "axolotl.integrations.liger.LigerPlugin" in spec.config["plugins"]
+        assert spec.folder != plain[experts].folder
 
 
 @with_axolotl
@@ -344,6 +362,12 @@ def test_without_a_gpu_the_large_models_are_refused(capsys):
     with pytest.raises(SystemExit):
         scaling.main(["--json", "never.json"])
     assert "--tiny" in capsys.readouterr().err
+
+
+def test_liger_with_trainer_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        scaling.main(["--tiny", "--liger", "--engines", TRAINER, "--json", "never.json"])
+    assert "--liger says nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gpus", ["0", "-2"])

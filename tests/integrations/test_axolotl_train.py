@@ -74,7 +74,7 @@ def train(
     """``axolotl train``: with ``command`` or ``variables`` of the environment as a user starts it, else forked."""
     import yaml
 
-    from moe_kernels.tools.compare.wandb_reader import find_run, read_run
+    from support.wandb_file import read_run
 
     run_folder = folder / "runs" / name
     run_folder.mkdir(parents=True)
@@ -99,10 +99,8 @@ def train(
         )
     else:
         done = axolotl(arguments, folder, environment)
-    path = find_run(run_folder)
-    run = read_run(path) if path else None
-    rows = [row for row in run.history if "train/loss" in row] if run else []
-    return Training(done.returncode, done.stdout, run.project if run else "", rows)
+    project, history = read_run(run_folder)
+    return Training(done.returncode, done.stdout, project, [row for row in history if "train/loss" in row])
 
 
 def tiny(name: str, family: str) -> dict[str, Any]:

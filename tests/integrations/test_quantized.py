@@ -23,10 +23,8 @@ parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
 mk = pytest.importorskip("moe_kernels.integrations.transformers")
 conformance = pytest.importorskip("support.conformance")
 
-from moe_kernels.integrations.support import recipe_of  # noqa: E402
-
 HIDDEN, INTERMEDIATE = 64, 128
-DISTINCT = {str(recipe_of(conformance.build(found.cls))): found for found in reversed(conformance.experts_classes())}
+DISTINCT = conformance.distinct()
 
 
 @pytest.fixture(autouse=True)

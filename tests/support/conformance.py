@@ -23,9 +23,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from moe_kernels.activation import ACTIVATIONS
 from moe_kernels.integrations.dispatch import dispatches
+from moe_kernels.integrations.support import recipe_of
 from moe_kernels.tools.check.routings import make_routing
-from moe_kernels.tools.check.tolerances import Closeness, assert_close_to_truth
+from moe_kernels.tools.check.tolerances import Errors, assert_close_to_truth
 
 #: Every expert busy; one that all tokens use; three without a token.
 ROUTINGS = ("random", "one_hot_expert", "empty_first_middle_last")
@@ -75,6 +77,28 @@ def experts_classes() -> list[ExpertsClass]:
 
 def _defined_in(module: ModuleType, thing: Any) -> bool:
     return isinstance(thing, type) and thing.__module__ == module.__name__
+
+
+def words(experts: nn.Module) -> str:
+    """Weights and activation of experts: ``gate_up, transposed | clamped_glu(alpha, limit)``.
+
+    Raises:
+        UnsupportedExperts: they are refused.
+    """
+    recipe = recipe_of(experts)
+    gate, activation = recipe.gate, recipe.gate.activation.name
+    weights = [
+        "up" if not gate.gated else "interleaved gate_up" if gate.interleaved else "gate_up",
+        *(word for word in ("transposed", "biased") if getattr(recipe, word)),
+        *(["post-expert norm"] if recipe.post_norm else []),
+    ]
+    parameters = ", ".join(ACTIVATIONS[activation].parameters)
+    return f"{', '.join(weights)} | {activation}" + (f"({parameters})" if parameters else "")
+
+
+def distinct() -> dict[str, ExpertsClass]:
+    """One class of each layout and activation, by its words."""
+    return {words(build(found.cls)): found for found in reversed(experts_classes())}
 
 
 def foreign_arguments(cls: type[nn.Module]) -> list[str]:
@@ -198,8 +222,8 @@ def make_inputs(routing: str, dtype: torch.dtype, weights_dtype: torch.dtype, de
     """17 tokens of 2 experts each."""
     generator = torch.Generator().manual_seed(1)
     hidden_states, grad = (torch.randn(17, _HIDDEN, generator=generator).to(dtype) for _ in range(2))
-    index, weights = make_routing(routing, 17, 2, _EXPERTS, seed=2, dtype=weights_dtype)
-    return Inputs(hidden_states.to(device), index.to(device), weights.to(device), grad.to(device))
+    index, weights = make_routing(routing, 17, 2, _EXPERTS, seed=2)
+    return Inputs(hidden_states.to(device), index.to(device), weights.to(device, weights_dtype), grad.to(device))
 
 
 def run(experts: Any, inputs: Inputs, implementation: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -225,7 +249,7 @@ def check(
     weights_dtype: torch.dtype,
     device: str | torch.device = "cpu",
     implementation: str = "moe_kernels",
-) -> dict[str, Closeness]:
+) -> dict[str, Errors]:
     """Judge ``implementation`` against the module's eager forward in float64, by the error of transformers' own.
 
     Transformers' own is the eager loop or its batched_mm, whichever errs more: one eager loop computes in float32

@@ -204,13 +204,28 @@ def fp8_cases() -> Iterator[CompileCase]:
         width = (rows if isinstance(rows, torch.Tensor) else rows.tokens).shape[1]
         return empty_fp8(plan.rows, width // pieces, pieces, plan.row_slot.device)
 
+    def blocks(*sizes: int) -> Weight:
+        made = weight(*sizes)
+        of = made.matrix
+        assert isinstance(of, Fp8Weight)
+        return made._replace(matrix=BlockFp8(of.sizes, torch.bfloat16, of.data, of.scales, of.stacked))
+
     dequantized = {
-        "up-silu-bf16-lora16": lambda: dequantizing.up(x, weight(2 * i, h, 2, 16, 2 * i, 16), plan, silu, True),
-        "up-relu2-bf16-no-gate": lambda: dequantizing.up(x, weight(i, h, 1), plan, relu2, True),
-        "dgrad-silu-bf16-lora128": lambda: dequantizing.dgrad(z, weight(2 * i, h, 2, 128, 128, h), plan),
+        "up-silu-bf16-lora16": lambda: gemm.up(x, blocks(2 * i, h, 2, 16, 2 * i, 16), plan, silu, True),
+        "up-relu2-bf16-no-gate": lambda: gemm.up(x, blocks(i, h, 1), plan, relu2, True),
+        "dgrad-silu-bf16-lora128": lambda: gemm.dgrad(z.repeat(1, 2), blocks(4 * i, h, 2, 128, 128, h), plan),
     }
-    for name, call in dequantized.items():
-        yield _recorded(f"hopper-dequantizing-{name}", dequantizing, call)
+    dout = torch.zeros(rows, h).bfloat16()
+    routed = (z, torch.ones(_TOKENS, _TOP_K), plan, silu, True)
+    of_down = {
+        "silu-bf16": lambda: down_grad.down_grad(dout, blocks(h, i, 1), *routed),
+        "silu-bf16-lora16": lambda: down_grad.down_grad(dout, blocks(h, i, 1, 16, 16, i), *routed),
+    }
+    with dequantizing.use_dequantizing(True):
+        for name, call in dequantized.items():
+            yield _recorded(f"hopper-dequantizing-{name}", gemm, call)
+        for name, call in of_down.items():
+            yield _recorded(f"hopper-dequantizing-down_grad-{name}", down_grad, call)
     with mock.patch.object(fp8, "in_order", in_order):
         for name, call in calls.items():
             yield dataclasses.replace(_recorded(f"hopper-fp8-{name}", fp8, call), fp8=True, spills=100)

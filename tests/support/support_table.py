@@ -56,7 +56,7 @@ def row_of(found: conformance.ExpertsClass) -> Row:
     """The class with its layout and activation in words; both are "?" where it is refused."""
     experts = conformance.build(found.cls)
     try:
-        weights, activation = str(recipe_of(experts)).split(" | ")
+        weights, activation = conformance.words(experts).split(" | ")
     except UnsupportedExperts:
         weights = activation = "?"
     return found.model, str(found), weights, activation

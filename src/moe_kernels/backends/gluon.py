@@ -8,8 +8,6 @@ gate and up) run on the Triton backend's kernels, as do the narrow products with
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 import triton
 from torch import Tensor
@@ -23,13 +21,13 @@ from moe_kernels.kernels.operands import by_rows, stored
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.kernels.triton.fp8 import Gemm
 from moe_kernels.layer import DownGrads, GemmRows, Matrix, Rows, Weight
-from moe_kernels.packed import BlockFp8, PackedWeight
+from moe_kernels.packed import PackedWeight
 from moe_kernels.problem import Problem
 from moe_kernels.routing import RoutingPlan, TokenRows
 
 _LACKS = gluon_names.lacks()
 if _LACKS is None:  # else `why_not` says so, and nothing below is called
-    from moe_kernels.kernels.hopper import dequantizing, down_grad, fp8, gemm, wgrad
+    from moe_kernels.kernels.hopper import down_grad, fp8, gemm, wgrad
 
 GROUP_SIZE = 128  # rows per tile
 ALIGNMENT = 64  # of hidden and intermediate sizes: the length of a k block, and the columns per store
@@ -67,17 +65,17 @@ class GluonBackend(TritonBackend):
     def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
         apart = gate.gated and not gate.interleaved and not by_rows(weight.matrix)  # two loads beside each other
         if _chosen(gate) and not apart and _fits(x) and _weight_fits(weight):
-            return _gemms(weight, plan, gate.gated).up(x, weight, plan, gate, save_z)
+            return gemm.up(x, weight, plan, gate, save_z)
         return super().up(x, weight, plan, gate, save_z)
 
     def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
         if _fits(a) and _weight_fits(weight):
-            return _gemms(weight, plan).down(a, weight, plan)
+            return gemm.down(a, weight, plan)
         return super().down(a, weight, plan)
 
     def dgrad(self, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> Tensor:
         if isinstance(rows, Tensor) and _fits(rows) and _weight_fits(weight):
-            return _gemms(weight, plan).dgrad(rows, weight, plan)
+            return gemm.dgrad(rows, weight, plan)
         return super().dgrad(rows, weight, plan)
 
     def fp8_gemm(self, weight: Weight) -> Gemm:
@@ -149,27 +147,6 @@ def _low_rank_fits(weight: Weight) -> bool:
     parts = weight.low, weight.factor
     return weight.low.shape[1] in gemm.RANKS and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in parts)
 
-
-def _gemms(weight: Weight, plan: RoutingPlan, gated: bool = False) -> ModuleType:
-    """The GEMMs that take ``weight``, which fits: both modules have up, down and dgrad."""
-    return dequantizing if _dequantized_in_load(weight.matrix, plan.rows, gated) else gemm
-
-
-def _dequantized_in_load(matrix: Matrix, rows: int, gated: bool) -> bool:
-    """Whether a weight is to be dequantised between load and wgmma, not a block of experts ahead."""
-    if not isinstance(matrix, BlockFp8) or not dequantizing.fits(matrix, gated):
-        return False
-    return rows < _IN_LOAD * matrix.shape[0] if _in_load.choice is None else _in_load.choice
-
-
-#: Rows an expert from which up, down and dgrad are faster on block-fp8 weights that were dequantised ahead: with 256
-#: rows the layers of DeepSeek-V3 and gpt-oss-like take 39.0 and 12.9 ms in place of 57.2 and 15.0, with 1024 rows
-#: Qwen3-30B's takes 7.2 in place of 6.4 (benchmarks/results/h200-log-15-dequantising.json). Nothing between was
-#: measured, nor the kernels since they read all codes of a k block at once.
-_IN_LOAD = 512
-_in_load: Override[bool] = Override()
-#: Within ``use_dequantizing(in_load)`` they are dequantised between load and wgmma, or never: for checks and tests.
-use_dequantizing = _in_load.use
 
 _every_form: Override[bool] = Override()
 #: Within ``use_every_form(True)`` interleaved experts and weights stored by columns run on these kernels too: for

@@ -68,15 +68,6 @@ class Recipe:
         """The weight of the up projection; that of the down projection is always ``down_proj``."""
         return "gate_up_proj" if self.gate.gated else "up_proj"
 
-    def __str__(self) -> str:
-        weights = [
-            "up" if not self.gate.gated else "interleaved gate_up" if self.gate.interleaved else "gate_up",
-            *(word for word in ("transposed", "biased") if getattr(self, word)),
-            *(["post-expert norm"] if self.post_norm else []),
-        ]
-        parameters = ", ".join(ACTIVATIONS[self.gate.activation.name].parameters)
-        return f"{', '.join(weights)} | {self.gate.activation.name}" + (f"({parameters})" if parameters else "")
-
 
 def recipe_of(module: Any, name: str = "") -> Recipe:
     """The recipe of ``module``, called ``name`` in errors: found by a numeric probe, again only after a change.

@@ -39,7 +39,7 @@ CURES = {
     "axolotl": f"pip install 'torch<{TESTED['torch'][1]}', then {pip_install('axolotl')}",
 }
 #: Packages of the extra [report], by the module that is imported.
-REPORT_MODULES = ("jinja2", "matplotlib", "pynvml", "yaml", "wandb")
+REPORT_MODULES = ("jinja2", "matplotlib", "pynvml", "yaml")
 REGISTERED = "moe_kernels.integrations.transformers"
 PLUGIN = "axolotl.integrations.moe_kernels.plugin"
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from moe_kernels.registry import names
 from moe_kernels.shapes import DEFAULT_SHAPES, LAYERS, LayerShape
-from moe_kernels.tools.check.forms import FORMS, PLAIN, called, why_not
+from moe_kernels.tools.check.forms import FORMS, PLAIN, called, in_form, why_not
 from moe_kernels.tools.common.console import wide_console
 from moe_kernels.tools.common.errors import CHECK_FAILED, UsageError
 from moe_kernels.tools.common.options import DTYPES, chosen_forms, ensure_writable, one_of, pick_device, several
@@ -168,7 +168,7 @@ def _checks_of_shapes(shapes: str, form: str, dtype: torch.dtype) -> list[Check]
     small = SMALL_SHAPES if SMALL in chosen else ()
     layers = [LAYERS[name] for name in chosen if name != SMALL]
     return [
-        Check(FORMS[form].of(Case.of(shape, dtype)), shape.name, form, ROUTINGS if shape in small else LAYER_ROUTINGS)
+        Check(in_form(Case.of(shape, dtype), form), shape.name, form, ROUTINGS if shape in small else LAYER_ROUTINGS)
         for shape in (*small, *layers)
     ]
 

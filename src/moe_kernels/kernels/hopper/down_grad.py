@@ -7,6 +7,8 @@ column block, and a second launch adds these partial sums: a fixed order, no ato
 ping-pong, so one's epilogue overlaps the other's wgmma.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_kernels.activation import Gate, value_and_partials
 from moe_kernels.kernels.device import cdiv, multiprocessors
+from moe_kernels.kernels.hopper import dequantizing
 from moe_kernels.kernels.hopper.gemm import Operands, producer, weight_arguments
 from moe_kernels.kernels.hopper.gluon_names import aggregate, tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
@@ -45,6 +48,7 @@ from moe_kernels.kernels.hopper.ring import (
 from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.triton.dequantize import blocks
 from moe_kernels.layer import DownGrads, Weight
+from moe_kernels.packed import SIDE
 from moe_kernels.routing import RoutingPlan, TokenRows
 
 
@@ -284,6 +288,10 @@ def hopper_down_grad_kernel(
     H,
     I,
     R,
+    w_scales_ptr,  # (E, blocks of rows, blocks of columns): read if SIDE
+    W_EXPERT_STRIDE,  # of the scales
+    W_ROW_STRIDE,
+    W_ROWS,  # of an expert's matrix as stored
     TOP_K: gl.constexpr,
     ACTIVATION: gl.constexpr,
     P0: gl.constexpr,
@@ -294,16 +302,19 @@ def hopper_down_grad_kernel(
     LOW_IS_KN: gl.constexpr,
     RANK: gl.constexpr,
     WRITE_WA: gl.constexpr,
+    SIDE: gl.constexpr,  # of a block of fp8 weights with one scale; 0: of 16 bits
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    gl.static_assert(SIDE == 0 or BLOCK_N == SIDE, "a tile has one scale a k block")
     dtype: gl.constexpr = dz_ptr.dtype.element_ty
     GATHER: gl.constexpr = TOP_K > 0
     W_BLOCK: gl.constexpr = (BLOCK_K, BLOCK_N) if W_IS_KN else (BLOCK_N, BLOCK_K)
-    ring = new_ring(dtype, STAGES, (BLOCK_M, BLOCK_K), W_BLOCK, 1 + (128 if GATHER else 0), 1)
+    READY_COUNT: gl.constexpr = 1 + (128 if GATHER else 1 if SIDE else 0)  # as in hopper_gemm_kernel
+    ring = new_ring(dtype, STAGES, (BLOCK_M, BLOCK_K), W_BLOCK, READY_COUNT, 1)
     turns = new_turns()
     ROWS: gl.constexpr = BLOCK_M if INTERLEAVED else BLOCK_M // 2
     COLUMNS: gl.constexpr = 32 if INTERLEAVED else 64
@@ -332,15 +343,29 @@ def hopper_down_grad_kernel(
         z_buffers=z_buffers, a_buffers=a_buffers, z_arrived=z_arrived, ROWS=ROWS, COLUMNS=COLUMNS,
         ACTIVATION=ACTIVATION, P0=P0, P1=P1, GATED=GATED, INTERLEAVED=INTERLEAVED, WRITE_WA=WRITE_WA,
     )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (_consumer, (0, epilogue, dw_ptr, topk_weights_ptr, R, operands, tiles, ring, turns)),
-            (_consumer, (1, epilogue, dw_ptr, topk_weights_ptr, R, operands, tiles, ring, turns)),
-            (producer, (operands, tiles, ring, 1)),
-        ],
-        [4, 4 if GATHER else 1],
-        [216 if GATHER else 232, 72 if GATHER else 40],
-    )
+    if SIDE > 0:
+        codes = dequantizing.new_codes(
+            w, w_scales_ptr, W_EXPERT_STRIDE, W_ROW_STRIDE, W_ROWS, H, I, SIDE, 1, False, W_IS_KN, BLOCK_K, STAGES
+        )
+        gl.warp_specialize(
+            [
+                (_consumer, (0, epilogue, dw_ptr, topk_weights_ptr, R, operands, tiles, ring, turns)),
+                (_consumer, (1, epilogue, dw_ptr, topk_weights_ptr, R, operands, tiles, ring, turns)),
+                (dequantizing.producer, (operands, codes, tiles, ring)),
+            ],
+            [4, 4],
+            [216, 72],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, epilogue, dw_ptr, topk_weights_ptr, R, operands, tiles, ring, turns)),
+                (_consumer, (1, epilogue, dw_ptr, topk_weights_ptr, R, operands, tiles, ring, turns)),
+                (producer, (operands, tiles, ring, 1)),
+            ],
+            [4, 4 if GATHER else 1],
+            [216 if GATHER else 232, 72 if GATHER else 40],
+        )
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -368,8 +393,9 @@ def sum_weight_grad_kernel(
     tl.store(dw_ptr + slot, dw.to(dw_ptr.dtype.element_ty), mask=rows < R)
 
 
-# The only schedule: ping-pong, with as many columns as leave registers for the epilogue.
+# Ping-pong, with as many columns as leave registers for the epilogue. Codes take the memory of a stage.
 SCHEDULE = Schedule(cooperative=False, block_n=128, stages=4)
+_OF_CODES = replace(SCHEDULE, stages=3)
 
 
 def down_grad(
@@ -402,13 +428,16 @@ def down_grad(
         return DownGrads(dz, wa, dw)
     parts = torch.empty((column_blocks, plan.rows), dtype=torch.float32, device=z.device)
     dout, top_k = dout_rows if isinstance(dout_rows, TokenRows) else (dout_rows, 0)
-    constants = {"TOP_K": top_k, **gate.constants(), "WRITE_WA": needs_wa, **SCHEDULE.constants(), "num_warps": 4}
+    in_load = not gate.interleaved and dequantizing.in_load(weight.matrix, plan.rows, False, tried=False)
+    schedule = _OF_CODES if in_load else SCHEDULE
+    constants = {"TOP_K": top_k, **gate.constants(), "WRITE_WA": needs_wa, **schedule.constants(), "num_warps": 4}
     del constants["COOPERATIVE"]
+    constants["SIDE"] = SIDE if in_load else 0
     rows_in = dout if top_k else matrix(dout, BLOCK_M, BLOCK_K), dout
     rows, columns = (BLOCK_M, 32) if gate.interleaved else (BLOCK_M // 2, 64)  # of a step of the epilogue
     z_in, dz_out = (matrix(t, rows, 64) for t in (z, dz))
     wa_out = (matrix(wa, rows, columns, layout=block_layout(columns)), wa) if needs_wa else (dz_out, dz)
-    for part, tiles in blocks(weight, plan):
+    for part, tiles in [(weight, plan)] if in_load else blocks(weight, plan):
         weights, chosen = weight_arguments(part, SCHEDULE.block_n, True, unused=dz)
         launch(
             hopper_down_grad_kernel,
@@ -420,6 +449,7 @@ def down_grad(
                 *tiles.tile_arguments,
                 *weight.matrix.shape[1:],
                 plan.rows,
+                *dequantizing.scale_arguments(part.matrix, unused=dz),
             ),
             {**constants, **chosen},
         )

@@ -1,7 +1,8 @@
 """Steps 1, 2, 4 and 6 on Hopper: warp-specialised, persistent grouped GEMMs.
 
 The same math and the same row tiles as ``kernels/triton/up.py`` and ``grouped_gemm.py``. Rows of X are gathered by
-cp.async; everything else is loaded and stored by TMA.
+cp.async; everything else is loaded and stored by TMA. Block-fp8 weights are dequantised a block of experts ahead, or
+by the producer (``dequantizing.py``).
 """
 
 from typing import Any
@@ -20,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_kernels.activation import Gate, value
 from moe_kernels.kernels.device import cdiv, multiprocessors
+from moe_kernels.kernels.hopper import dequantizing
 from moe_kernels.kernels.hopper.gluon_names import aggregate, cp_async, reinterpret, tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
@@ -49,6 +51,7 @@ from moe_kernels.kernels.operands import Descriptor, low_rank_arguments, stored
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.kernels.triton.dequantize import blocks
 from moe_kernels.layer import Weight
+from moe_kernels.packed import SIDE, BlockFp8
 from moe_kernels.routing import RoutingPlan
 
 
@@ -444,6 +447,10 @@ def hopper_gemm_kernel(
     tile_count_ptr,
     K,
     N,
+    w_scales_ptr,  # (E, blocks of rows, blocks of columns): read if SIDE
+    W_EXPERT_STRIDE,  # of the scales
+    W_ROW_STRIDE,
+    W_ROWS,  # of an expert's matrix as stored
     TOP_K: gl.constexpr,
     ACTIVATION: gl.constexpr,
     P0: gl.constexpr,
@@ -457,6 +464,7 @@ def hopper_gemm_kernel(
     LOW_IS_KN: gl.constexpr,
     RANK: gl.constexpr,
     K_BLOCKS_PER_WAIT: gl.constexpr,
+    SIDE: gl.constexpr,  # of a block of fp8 weights with one scale; 0: of 16 bits
     COOPERATIVE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -465,12 +473,14 @@ def hopper_gemm_kernel(
     STAGES: gl.constexpr,
 ):
     gl.static_assert(COOPERATIVE or not GATED, "the epilogue of gated tiles is cooperative only")
+    gl.static_assert(SIDE == 0 or (COOPERATIVE and BLOCK_N == 2 * SIDE), "a half tile has one scale a k block")
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     ROWS: gl.constexpr = BLOCK_M // 2 if COOPERATIVE else BLOCK_M
     COLUMNS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     HALVES: gl.constexpr = GATED and not INTERLEAVED
     # A stage is ready when the bytes of its TMA loads and, with GATHER, the cp.async of all 128 threads have arrived.
-    READY_COUNT: gl.constexpr = 1 + (128 if GATHER else 0)
+    # A producer that dequantises arrives once more, with GATHER in place of the TMA loads.
+    READY_COUNT: gl.constexpr = 1 + (128 if GATHER else 1 if SIDE else 0)
     W_BLOCK: gl.constexpr = (BLOCK_K, BLOCK_N) if W_IS_KN else (BLOCK_N, BLOCK_K)
     ring = new_ring(dtype, STAGES, (BLOCK_M, BLOCK_K), W_BLOCK, READY_COUNT, 2 if COOPERATIVE else 1)
     turns = ring.empty if COOPERATIVE else new_turns()  # not used if cooperative
@@ -494,16 +504,30 @@ def hopper_gemm_kernel(
         ACTIVATION=ACTIVATION, P0=P0, P1=P1, SAVE_Z=SAVE_Z, INTERLEAVED=INTERLEAVED, HAS_BIAS=HAS_BIAS,
     )  # fmt: skip
     # Registers per thread, whose sum over the three warpgroups is at most 512. A gathering producer needs four warps
-    # and registers for pointers; to issue TMA loads one warp is enough.
-    gl.warp_specialize(
-        [
-            (consumer, (0, buffers0, epilogue, operands, tiles, ring, turns, COOPERATIVE)),
-            (consumer, (1, buffers1, epilogue, operands, tiles, ring, turns, COOPERATIVE)),
-            (producer, (operands, tiles, ring, K_BLOCKS_PER_WAIT)),
-        ],
-        [4, 4 if GATHER else 1],
-        [216 if GATHER else 232, 72 if GATHER else 40],
-    )
+    # and registers for pointers, and so does one that dequantises; to issue TMA loads one warp is enough.
+    if SIDE > 0:
+        codes = dequantizing.new_codes(
+            w, w_scales_ptr, W_EXPERT_STRIDE, W_ROW_STRIDE, W_ROWS, K, N, SIDE, 2, HALVES, W_IS_KN, BLOCK_K, STAGES
+        )
+        gl.warp_specialize(
+            [
+                (consumer, (0, buffers0, epilogue, operands, tiles, ring, turns, COOPERATIVE)),
+                (consumer, (1, buffers1, epilogue, operands, tiles, ring, turns, COOPERATIVE)),
+                (dequantizing.producer, (operands, codes, tiles, ring)),
+            ],
+            [4, 4],
+            [208, 88],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (0, buffers0, epilogue, operands, tiles, ring, turns, COOPERATIVE)),
+                (consumer, (1, buffers1, epilogue, operands, tiles, ring, turns, COOPERATIVE)),
+                (producer, (operands, tiles, ring, K_BLOCKS_PER_WAIT)),
+            ],
+            [4, 4 if GATHER else 1],
+            [216 if GATHER else 232, 72 if GATHER else 40],
+        )
 
 
 #: Experts of fewer rows are bound by reading their weights. Two k blocks per wait were faster at 256 rows and slower
@@ -546,10 +570,13 @@ def weight_arguments(
 
     untransposed: rows are multiplied with the weight itself, as in dgrad, not with its transpose.
     """
-    assert isinstance(weight.matrix, torch.Tensor)  # blocks() has dequantised it
-    stored_by_rows, by_columns = stored(weight.matrix)
-    w_is_kn = untransposed != by_columns
-    w = matrix(stored_by_rows, *((BLOCK_K, columns) if w_is_kn else (columns, BLOCK_K)))
+    if isinstance(weight.matrix, BlockFp8):
+        w_is_kn, w = untransposed, dequantizing.codes_argument(weight.matrix, untransposed)
+    else:
+        assert isinstance(weight.matrix, torch.Tensor)  # blocks() has dequantised it
+        stored_by_rows, by_columns = stored(weight.matrix)
+        w_is_kn = untransposed != by_columns
+        w = matrix(stored_by_rows, *((BLOCK_K, columns) if w_is_kn else (columns, BLOCK_K)))
     low, factor, rank = low_rank_blocks(weight, columns, untransposed, unused)
     return [w, low, factor], {"W_IS_KN": w_is_kn, "LOW_IS_KN": untransposed, "RANK": rank}
 
@@ -580,12 +607,13 @@ def up(
     width, halved = weight.matrix.shape[1], 2 if gate.gated else 1
     z = x.new_empty(plan.rows, width) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, width // halved)
-    schedule = schedule_of("up", x.shape[1], x.device)
+    in_load = not gate.interleaved and dequantizing.in_load(weight.matrix, plan.rows, gate.gated)
+    schedule = dequantizing.SCHEDULE if in_load else schedule_of("up", x.shape[1], x.device)
     columns = schedule.block_n // halved
     constants = {**gate.constants(), "GATHER": True, "SAVE_Z": save_z}
     saved = z if save_z else a
     z_arguments = matrix(saved, schedule.rows, CHUNK.value), saved
-    for part, tiles in blocks(weight, plan):
+    for part, tiles in [(weight, plan)] if in_load else blocks(weight, plan):
         _launch("up", x, x, part, z_arguments, a, tiles, schedule, columns, constants)
         del part
     return z, a
@@ -603,10 +631,11 @@ def dgrad(rows: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor
 
 def _rows_times_weight(kernel: str, rows: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
     out = rows.new_empty(plan.rows, weight.matrix.shape[2 if kernel == "dgrad" else 1])
-    schedule = schedule_of(kernel, rows.shape[1], rows.device)
+    in_load = dequantizing.in_load(weight.matrix, plan.rows, False)
+    schedule = dequantizing.SCHEDULE if in_load else schedule_of(kernel, rows.shape[1], rows.device)
     constants = {**_IDENTITY, "SAVE_Z": False}
     rows_in = matrix(rows, BLOCK_M, BLOCK_K)
-    for part, tiles in blocks(weight, plan):
+    for part, tiles in [(weight, plan)] if in_load else blocks(weight, plan):
         _launch(kernel, rows_in, rows, part, (out, out), out, tiles, schedule, schedule.block_n, constants)
         del part
     return out
@@ -632,9 +661,11 @@ def _launch(
     # Gate and up columns come in two loads, or interleaved in one of twice as many.
     loaded = 2 * columns if constants["INTERLEAVED"] else columns
     weights, chosen = weight_arguments(weight, loaded, kernel == "dgrad", unused=out)
-    assert isinstance(weight.matrix, torch.Tensor)
     chosen["HAS_BIAS"] = weight.bias is not None
-    chosen["K_BLOCKS_PER_WAIT"] = k_blocks_per_wait(kernel, plan, weight.matrix)
+    if isinstance(weight.matrix, torch.Tensor):
+        chosen |= {"K_BLOCKS_PER_WAIT": k_blocks_per_wait(kernel, plan, weight.matrix), "SIDE": 0}
+    else:
+        chosen |= {"K_BLOCKS_PER_WAIT": 1, "SIDE": SIDE}
     launch(
         hopper_gemm_kernel,
         (min(tiles, multiprocessors(out.device)),),
@@ -649,6 +680,7 @@ def _launch(
             *plan.tile_arguments,
             rows.shape[1],
             width,
+            *dequantizing.scale_arguments(weight.matrix, unused=out),
         ),
         {"TOP_K": plan.top_k, **constants, **schedule.constants(), **chosen, "num_warps": 4},
     )

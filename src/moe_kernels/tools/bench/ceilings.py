@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from moe_kernels.tools.bench.timing import Call, Clock
@@ -13,21 +11,13 @@ GPU_COPY_BYTES, CPU_COPY_BYTES = 2 * 2**30, 32 * 2**20
 REPEATS = 10
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Rates of this machine.
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Medians of ten on random data.
 
-    Attributes:
-        matmul_tflops: of a square matrix product in the dtype of the run.
-        copy_tbs: TB/s of a copy, bytes read and bytes written together.
+    Returns:
+        ``matmul_tflops``, of a square matrix product in ``dtype``, and ``copy_tbs``, TB/s of a copy, bytes read and
+        bytes written together.
     """
-
-    matmul_tflops: float
-    copy_tbs: float
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Medians of ten on random data."""
     size, count = (GPU_SIZE, GPU_COPY_BYTES // 4) if device.type == "cuda" else (CPU_SIZE, CPU_COPY_BYTES // 4)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product, source = torch.empty_like(left), torch.randn(count, device=device)
@@ -40,4 +30,4 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         call()
     times = Clock(device).compare(calls, REPEATS, cleanup=lambda: None, progress=lambda: None)
     product_s, copy_s = (times[name].total.median * 1e-3 for name in calls)
-    return Ceilings(2 * size**3 / product_s * 1e-12, 2 * source.nbytes / copy_s * 1e-12)
+    return {"matmul_tflops": 2 * size**3 / product_s * 1e-12, "copy_tbs": 2 * source.nbytes / copy_s * 1e-12}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,7 +128,7 @@ def bench(
         task = bar.add_task("", total=len(cells), completed=len(cells) - len(missing))
         if store.report["ceilings"] is None:
             bar.update(task, description="measuring the ceilings of this machine")
-            store.report["ceilings"] = asdict(measure_ceilings(where, torch_dtype))
+            store.report["ceilings"] = measure_ceilings(where, torch_dtype)
         for shape, kind, name in missing:
             found = measure(
                 shape,

@@ -25,7 +25,7 @@ from moe_kernels.tools.bench.layer import (
 )
 from moe_kernels.tools.bench.peers import PEER_FAILURES, PEERS, failure, why_not_form
 from moe_kernels.tools.bench.timing import MIB, Call, Clock, Spread, Times, count_launches, peak_bytes, saved_bytes
-from moe_kernels.tools.check.forms import FORMS, PLAIN
+from moe_kernels.tools.check.forms import PLAIN
 
 DENSE = "dense"
 Progress = Callable[[str], object]
@@ -118,7 +118,7 @@ def measure(
     if unknown:
         raise ValueError(f"unknown implementation {', '.join(unknown)}: choose from {', '.join((*PEERS, OURS))}")
     progress(f"{shape.name}: making tensors")
-    layer = make_layer(shape, routing, torch.device(device), dtype, seed, FORMS[form])
+    layer = make_layer(shape, routing, torch.device(device), dtype, seed, form)
     ours = _ours(layer, form, group_sizes, persistent, recompute) if OURS in implementations else {}
     rows = [row for name in implementations for row in (ours if name == OURS else (name,))]
     runners, absent = _set_up(layer, rows, ours)

@@ -13,7 +13,7 @@ import torch
 from moe_kernels.moe import fused_experts
 from moe_kernels.settings import GroupSize
 from moe_kernels.shapes import LayerShape
-from moe_kernels.tools.check.forms import FORMS, PLAIN, Form
+from moe_kernels.tools.check.forms import PLAIN, in_form
 from moe_kernels.tools.check.problems import Case, Inputs, bound, make_extras, make_weights, options_of
 
 #: How uneven the router is: scale of the per-expert bias added to unit-variance logits.
@@ -76,10 +76,10 @@ def make_layer(
     device: torch.device,
     dtype: torch.dtype,
     seed: int = 0,
-    form: Form = FORMS[PLAIN],
+    form: str = PLAIN,
 ) -> Layer:
     """Random tensors for ``shape``, equal for equal arguments on one device."""
-    case = form.of(Case.of(shape, dtype))
+    case = in_form(Case.of(shape, dtype), form)
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def normal(*size: int, scale: float = 1.0) -> torch.Tensor:

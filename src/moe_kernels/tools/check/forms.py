@@ -2,50 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
     from moe_kernels.tools.check.problems import Case
 
+PLAIN = "plain"
+_LORA = {"frozen": True, "lora_rank": 16}
+_GPT_OSS = {"bias": True, "interleaved": True, "transposed": True, "activation": "clamped_glu"}
+#: What each form changes in a plain layer, as fields of :class:`moe_kernels.tools.check.problems.Case`.
+FORMS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    "frozen": {"frozen": True},
+    "lora-16": _LORA,
+    "lora-64": {"frozen": True, "lora_rank": 64},
+    "qlora-16": {**_LORA, "packed": "4 bits"},
+    "fp8-frozen": {"frozen": True, "packed": "fp8"},
+    "fp8-lora-16": {**_LORA, "packed": "fp8"},
+    "fp8-activations-lora-16": {**_LORA, "packed": "fp8 activations"},
+    "biases": {"bias": True},
+    "gpt-oss": _GPT_OSS,
+    "gpt-oss-lora-16": {**_LORA, **_GPT_OSS},
+    "mxfp4-lora-16": {**_LORA, **_GPT_OSS, "packed": "mxfp4"},
+    "no-gate": {"gated": False, "activation": "relu2"},
+}
 
-@dataclass(frozen=True)
-class Form:
-    """How a layer is trained.
 
-    Attributes:
-        frozen: the base gets no gradient.
-        rank: of the LoRA factors of both weights; 0 without.
-        packed: the base is kept in "4 bits", with nested scales, in block "fp8" or in "mxfp4"; empty: in 16 bits.
-            "fp8 activations" is block fp8 that is multiplied in fp8, which GPUs of compute capability 8.9 do.
-        gpt_oss: weights stored by columns, gate and up interleaved, clamped activation.
-    """
+def in_form(case: Case, form: str) -> Case:
+    """A problem of the sizes and the data of ``case``, which is a plain one, in a form of :data:`FORMS`."""
+    from moe_kernels.activation import Activation
 
-    frozen: bool = False
-    rank: int = 0
-    packed: str = ""
-    biases: bool = False
-    gpt_oss: bool = False
-    gated: bool = True
-    activation: str = "silu"
-
-    def of(self, case: Case) -> Case:
-        """A problem of the sizes and the data of ``case`` in this form."""
-        from moe_kernels.activation import Activation
-
-        return replace(
-            case,
-            activation=Activation("clamped_glu", (1.702, 7.0)) if self.gpt_oss else self.activation,
-            gated=self.gated,
-            interleaved=self.gpt_oss,
-            transposed=self.gpt_oss,
-            bias=self.biases,
-            lora_rank=self.rank,
-            frozen=self.frozen,
-            packed=self.packed,
-        )
+    changes = dict(FORMS[form])
+    if changes.get("activation") == "clamped_glu":
+        changes["activation"] = Activation("clamped_glu", (1.702, 7.0))  # gpt-oss's own parameters
+    return replace(case, **changes)
 
 
 def called(case: Case) -> str:
@@ -74,20 +67,3 @@ def why_not(packed: str, dtype: torch.dtype, device: torch.device) -> str | None
             "other error, and nothing is left to judge by: use --dtype bf16 or fp16."
         )
     return fp8.why_not(in_fp8(torch.ones(1, 1, 1)), False, False, device)
-
-
-PLAIN = "plain"
-FORMS = {
-    PLAIN: Form(),
-    "frozen": Form(frozen=True),
-    "lora-16": Form(frozen=True, rank=16),
-    "lora-64": Form(frozen=True, rank=64),
-    "qlora-16": Form(frozen=True, rank=16, packed="4 bits"),
-    "fp8-lora-16": Form(frozen=True, rank=16, packed="fp8"),
-    "fp8-activations-lora-16": Form(frozen=True, rank=16, packed="fp8 activations"),
-    "biases": Form(biases=True),
-    "gpt-oss": Form(biases=True, gpt_oss=True),
-    "gpt-oss-lora-16": Form(frozen=True, rank=16, biases=True, gpt_oss=True),
-    "mxfp4-lora-16": Form(frozen=True, rank=16, packed="mxfp4", biases=True, gpt_oss=True),
-    "no-gate": Form(gated=False, activation="relu2"),
-}

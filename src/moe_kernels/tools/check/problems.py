@@ -40,7 +40,9 @@ class Case:
         scalings: what LoRA multiplies the products of both weights' factors by.
         lora_dtype: of the factors; None: the layer's own.
         frozen: weights and biases get no gradient.
-        packed: the weights are frozen and in few bits, a key of :data:`moe_kernels.tools.check.packing.FORMATS`.
+        packed: the weights are frozen and in few bits, a key of :data:`moe_kernels.tools.check.packing.FORMATS`:
+            "4 bits" with nested scales, block "fp8" or "mxfp4". "fp8 activations" is block fp8 that is multiplied in
+            fp8, which GPUs of compute capability 8.9 do.
     """
 
     tokens: int

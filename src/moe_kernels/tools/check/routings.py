@@ -65,22 +65,20 @@ def _ids(name: str, tokens: int, top_k: int, experts: int, g: torch.Generator) -
     raise KeyError(name)
 
 
-def make_routing(
-    name: str, tokens: int, top_k: int, experts: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
+def make_routing(name: str, tokens: int, top_k: int, experts: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The named routing.
 
     Returns:
-        ``topk_ids`` (tokens, top_k) int64 and ``topk_weights`` (tokens, top_k) of ``dtype``, on the CPU. The weights
+        ``topk_ids`` (tokens, top_k) int64 and ``topk_weights`` (tokens, top_k) float32, on the CPU. The weights
         are distinct within a row (so that a swapped slot shows), mostly positive, with some exact zeros and some
         negative ones; ``ties`` gives equal weights.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = _ids(name, tokens, top_k, experts, generator)
     if name == "ties":
-        return ids, torch.full((tokens, top_k), 1.0 / max(top_k, 1), dtype=dtype)
+        return ids, torch.full((tokens, top_k), 1.0 / max(top_k, 1))
     weights = torch.rand(tokens, top_k, generator=generator) + 0.1
     weights = weights / weights.sum(-1, keepdim=True)
     oddity = torch.rand(tokens, top_k, generator=generator)
     weights = torch.where(oddity < 0.05, torch.zeros(()), torch.where(oddity > 0.95, -weights, weights))
-    return ids, weights.to(dtype)
+    return ids, weights

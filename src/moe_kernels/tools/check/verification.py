@@ -131,7 +131,8 @@ def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
 
 @contextmanager
 def _hopper(schedule: Any, together: int, gathered: bool, in_load: bool) -> Iterator[None]:
-    from moe_kernels.backends.gluon import use_dequantizing, use_gathered
+    from moe_kernels.backends.gluon import use_gathered
+    from moe_kernels.kernels.hopper.dequantizing import use_dequantizing
     from moe_kernels.kernels.hopper.gemm import use_k_blocks_per_wait
     from moe_kernels.kernels.hopper.ring import use_schedule
 
@@ -182,9 +183,9 @@ def _judge(
         except AssertionError as error:
             verdict.failures.append(str(error))
             continue
-        verdict.rms_ratio = max(verdict.rms_ratio, close.rms_ratio)
-        verdict.max_ratio = max(verdict.max_ratio, close.max_ratio)
-        verdict.slope_error = max(verdict.slope_error, abs(close.slope_error))
+        verdict.rms_ratio = max(verdict.rms_ratio, close.rms)
+        verdict.max_ratio = max(verdict.max_ratio, close.largest)
+        verdict.slope_error = max(verdict.slope_error, abs(close.slope))
 
 
 def _ours(verdict: Verdict) -> Experts:

@@ -19,7 +19,6 @@ EXTRAS: dict[str, str] = {
     "matplotlib": "report",
     "pynvml": "report",
     "yaml": "report",
-    "wandb": "report",
 }
 
 

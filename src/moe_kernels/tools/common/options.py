@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import moe_kernels
-from moe_kernels.tools.check.forms import FORMS, Form, why_not
+from moe_kernels.tools.check.forms import FORMS, why_not
 from moe_kernels.tools.common.errors import MissingDependency, UsageError
 
 if TYPE_CHECKING:
@@ -46,17 +46,17 @@ def several(option: str, values: str, valid: Sequence[str]) -> tuple[str, ...]:
 
 def chosen_forms(
     values: str, dtype: torch.dtype, device: torch.device, say: Callable[[str], object]
-) -> dict[str, Form]:
-    """The forms of ``--form``, by name. Of all of them, ``say`` is told which cannot be checked here, and why.
+) -> list[str]:
+    """The forms of ``--form``. Of all of them, ``say`` is told which cannot be checked here, and why.
 
     Raises:
         UsageError: there is no such form, or it is named and cannot be checked in this dtype or on this device.
     """
-    chosen = {}
+    chosen = []
     for name in several("form", values, tuple(FORMS)):
-        reason = why_not(FORMS[name].packed, dtype, device)
+        reason = why_not(FORMS[name].get("packed", ""), dtype, device)
         if reason is None:
-            chosen[name] = FORMS[name]
+            chosen.append(name)
         elif values == "all":
             say(f"{name} is left out: {reason}")
         else:

@@ -22,11 +22,9 @@ from rich.progress import Progress as Display
 
 from moe_kernels.shapes import ALL_FAMILIES, FAMILIES
 from moe_kernels.tools.common.errors import CHECK_FAILED, CommandError, MissingDependency, UsageError
-from moe_kernels.tools.common.files import write_json
 from moe_kernels.tools.common.machine import installed_version
 from moe_kernels.tools.common.options import one_of
 from moe_kernels.tools.common.runfile import dump_yaml
-from moe_kernels.tools.compare.adapter import adapter_made
 from moe_kernels.tools.compare.comparison import Analysis, Comparison, load, number_names, save
 from moe_kernels.tools.compare.environment import versions, with_commit
 from moe_kernels.tools.compare.experts_bench import measure_experts
@@ -44,8 +42,8 @@ from moe_kernels.tools.compare.pair import (
 )
 from moe_kernels.tools.compare.report import show_comparison, show_failures, write_report
 from moe_kernels.tools.compare.runner import (
+    LogReader,
     Machine,
-    Progress,
     RunResult,
     claimed,
     drop_old_tokens,
@@ -309,9 +307,9 @@ def _run(pair: Pair, run: RunSpec, machine: Machine, fresh: bool, display: Displ
         display.update(task, completed=run.steps, note="finished before")
         return stored
 
-    def show(progress: Progress) -> None:
-        note = f"{progress.phase}, loss {progress.loss}" if progress.loss else progress.phase
-        display.update(task, completed=progress.step, note=note)
+    def show(log: LogReader) -> None:
+        note = f"{log.phase}, loss {log.loss}" if log.loss else log.phase
+        display.update(task, completed=log.step, note=note)
 
     result = run_training(run, machine, show)
     display.update(task, note="finished" if not result.error else f"[red]failed[/red], see {result.log}")
@@ -324,14 +322,12 @@ def prepare_missing(pair: Pair, console: Console) -> None:
         return
     config = pair.runs[0].config
     data = [Path(dataset["path"]) for dataset in config["datasets"]]
-    if not ((Path(config["base_model"]) / "config.json").is_file() and all(path.exists() for path in data)):
-        console.print(f"Making {config['base_model']} and its data")
-        _make([sys.executable, "-m", "moe_kernels", "prepare", Path(config["base_model"]).name])
-    if config.get("lora_model_dir") and not adapter_made(config):
-        console.print(f"Making {config['lora_model_dir']}")
-        request = pair.folder / "adapter.json"
-        write_json(request, config)
-        _make([sys.executable, "-m", "moe_kernels.tools.compare.adapter", str(request)])
+    if (Path(config["base_model"]) / "config.json").is_file() and all(path.exists() for path in data):
+        return
+    console.print(f"Making {config['base_model']} and its data")
+    command = [sys.executable, "-m", "moe_kernels", "prepare", Path(config["base_model"]).name]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise CommandError(f"{shlex.join(command)} failed, see above.")
 
 
 def _make_folder(folder: Path) -> None:
@@ -340,11 +336,6 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"{folder} cannot be the report's folder: a file is in its place. Cure: --out.") from None
-
-
-def _make(command: list[str]) -> None:
-    if subprocess.run(command, check=False).returncode != 0:
-        raise CommandError(f"{shlex.join(command)} failed, see above.")
 
 
 def _finish(comparisons: list[Comparison], folder: Path, strict: bool, console: Console) -> int:

@@ -31,6 +31,13 @@ BARS |= {"grouped_mm": COLOURS[BASELINE], OURS: COLOURS[OPTIMIZED], "dense": "#2
 # Stands for the page's text colour; replaced by currentColor in the SVG.
 INK = "#010203"
 WIDTH = 5.4
+STYLE: Any = {
+    # Text stays text, so that it is sharp and can be searched; a dollar sign starts no formula.
+    **{"svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "font.size": 9},
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **{"axes.edgecolor": f"{INK}66", "axes.facecolor": "none", "axes.titlesize": "medium"},
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+}
 # The heat map's colours for experts with too little and too much, as RGB, and where its scale ends, in powers of two.
 STARVED, BUSY = (0.12, 0.47, 0.85), (0.91, 0.35, 0.05)
 LIMIT = 3.0
@@ -57,8 +64,7 @@ def plots(analysis: Analysis) -> list[Plot]:
 
     makers = [_loss, _loss_difference, _step_times, _experts, _shares, _memory, _utilisation]
     makers += [_router_layers, _router_experts]
-    # Text stays text, so that it is sharp and can be searched; a dollar sign starts no formula.
-    with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif"}):
+    with matplotlib.rc_context(STYLE):
         drawn = [found for maker in makers if (found := maker(analysis)) is not None]
         return [_plot(figure, title, alt, analysis.comparison.label) for figure, title, alt in drawn]
 
@@ -155,7 +161,7 @@ def _shares(analysis: Analysis) -> Drawn | None:
     axes.barh([*shares], rest, left=experts, color=COLOURS[BASELINE], alpha=0.45, height=0.6, label="everything else")
     for y, found in enumerate(shares.values()):
         share = f"{found.fraction:.0%}"
-        axes.text(found.experts_ms / 2, y, share, ha="center", va="center", fontsize=9, color="#fff")
+        axes.text(found.experts_ms / 2, y, share, ha="center", va="center", color="#fff")
     axes.set_xlabel("milliseconds a step")
     _legend_above(axes)
     values = ", ".join(
@@ -195,8 +201,8 @@ def _bars(title: str, groups: dict[str, dict[str, float]], row_height: float, al
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         for y, value in enumerate(rows.values()):
-            axes.text(value + widest * 0.02, y, plain(value), va="center", fontsize=9, color=INK)
-        axes.set_title(words, fontsize=9, color=INK)
+            axes.text(value + widest * 0.02, y, plain(value), va="center")
+        axes.set_title(words)
         if names == before:
             axes.set_yticklabels([])
         before = names
@@ -217,7 +223,7 @@ def _utilisation(analysis: Analysis) -> Drawn | None:
         places = [y + height * i for y in range(len(present))]
         axes.barh(places, values, height=0.9 * height, color=COLOURS[role], label=WORDS[role])
         for place, value in zip(places, values, strict=True):
-            axes.text(value + 1, place, f"{value:.0f}", va="center", fontsize=8.5, color=INK)
+            axes.text(value + 1, place, f"{value:.0f}", va="center", fontsize=8.5)
     axes.set_yticks([y + height * (len(sides) - 1) / 2 for y in range(len(present))], list(present.values()))
     axes.set(xlim=(0, 112), xlabel="percent of the timed steps, mean")
     axes.invert_yaxis()
@@ -282,8 +288,7 @@ def _router_experts(analysis: Analysis) -> Drawn | None:
     axes.set_yticks(middles, [str(layer + 1) for layer in range(0, len(history.layers), every)])
     axes.set(xlabel="step", ylabel="expert layer, one row an expert")
     bar = figure.colorbar(image, ax=axes, ticks=[-LIMIT, -1, 0, 1, LIMIT], aspect=40, pad=0.01)
-    bar.ax.set_yticklabels(["≤ ⅛×", "½×", "mean", "2×", "≥ 8×"], fontsize=8.5, color=INK)
-    bar.outline.set(edgecolor=INK, alpha=0.4)
+    bar.ax.set_yticklabels(["≤ ⅛×", "½×", "mean", "2×", "≥ 8×"], fontsize=8.5)
     end = history.numbers(len(history.steps) - 1)
     alt = (
         f"Heat map of the load of {rows} experts in {len(history.layers)} layers from step {history.steps[0]} to "
@@ -309,27 +314,16 @@ def _axes(height: float, columns: int = 1, width: float = WIDTH) -> tuple[Figure
     parts = list(figure.subplots(1, columns, squeeze=False)[0])
     for axes in parts:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.patch.set_alpha(0)
-        axes.spines[["top", "right"]].set_visible(False)
-        for spine in axes.spines.values():
-            spine.set(color=INK, alpha=0.4)
-        axes.tick_params(colors=INK, labelsize=9)
-        axes.xaxis.label.set(color=INK, fontsize=9)
-        axes.yaxis.label.set(color=INK, fontsize=9)
     return figure, parts
 
 
 def _legend_above(axes: Axes) -> None:
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, handlelength=1.6)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, handlelength=1.6)
 
 
 def _plot(figure: Figure, title: str, alt: str, label: str) -> Plot:
     import matplotlib
 
-    for axes in figure.axes:
-        legend = axes.get_legend()
-        for text in legend.get_texts() if legend else ():
-            text.set(color=INK, fontsize=9)
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     # The salt keeps the ids of several plots apart.

@@ -79,9 +79,10 @@ class Claim:
     evidence: str
 
 
-def smooth(values: Sequence[float], window: int = SMOOTHING) -> list[float]:
-    """Running mean over the last ``window`` values (fewer at the start)."""
-    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - window) : i + 1])]
+def smooth(values: Sequence[float]) -> list[float]:
+    """Running mean over the last five values (fewer at the start)."""
+    parts = [values[max(0, i + 1 - SMOOTHING) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 
 def judge_loss(runs: Sequence[RunMetrics], dtype: str) -> LossAgreement:

@@ -17,9 +17,11 @@ from typing import Any
 
 from moe_kernels.tools.common.errors import CommandError, UsageError
 from moe_kernels.tools.common.machine import installed_version
-from moe_kernels.tools.compare.lines import KEYS_LINE
 from moe_kernels.tools.compare.pair import Pair, settings_of
 from moe_kernels.tools.compare.runner import OFFLINE, last_error
+
+# Begins the line of the answer among what Axolotl prints.
+ANSWER = "moe-kernels compare: keys that Axolotl does not know: "
 
 
 def check_settings(pairs: Sequence[Pair], settings: Sequence[str]) -> None:
@@ -50,12 +52,12 @@ def unknown_keys(asked: Sequence[tuple[list[str], dict[str, Any]]]) -> list[list
     done = subprocess.run(
         command, input=json.dumps(asked), env={**os.environ, **OFFLINE}, capture_output=True, text=True, check=False
     )
-    line = next((line for line in done.stdout.splitlines() if line.startswith(KEYS_LINE)), None)
+    line = next((line for line in done.stdout.splitlines() if line.startswith(ANSWER)), None)
     if line is None:
         lines = done.stderr.splitlines()
         reason = last_error(lines) or (lines or [f"exit code {done.returncode}"])[-1]
         raise CommandError(f"Axolotl cannot say whether it knows the keys of --set: {reason}. Cure: mend that first.")
-    return [[(key, nearest) for key, nearest in found] for found in json.loads(line.removeprefix(KEYS_LINE))]
+    return [[(key, nearest) for key, nearest in found] for found in json.loads(line.removeprefix(ANSWER))]
 
 
 def _schema(plugins: Sequence[str]) -> list[Any]:
@@ -114,4 +116,4 @@ def _takes_any(kind: Any) -> bool:
 if __name__ == "__main__":
     requests = json.load(sys.stdin)
     answer = [list(_unknown(_schema(plugins), given)) for plugins, given in requests]
-    print(KEYS_LINE + json.dumps(answer), flush=True)
+    print(ANSWER + json.dumps(answer), flush=True)

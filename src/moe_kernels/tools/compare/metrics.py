@@ -14,8 +14,7 @@ from moe_kernels.tools.bench.timing import Spread
 from moe_kernels.tools.compare.decode import NOT_FINITE
 from moe_kernels.tools.compare.gpu import GIB
 from moe_kernels.tools.compare.pair import calls_per_step
-from moe_kernels.tools.compare.runner import FINISHED, RunResult
-from moe_kernels.tools.compare.wandb_reader import Row
+from moe_kernels.tools.compare.runner import FINISHED, Row, RunResult
 
 OURS = "moe_kernels"
 # Keys of a layer's measurement that hold text; the others hold numbers.

@@ -23,7 +23,6 @@ LIGER_PLUGIN = "axolotl.integrations.liger.LigerPlugin"
 PLUGIN = "axolotl.integrations.moe_kernels.plugin.MoeOptimizedPlugin"
 CONFIG_FOLDER = Path("configs") / "moe"
 RUN_FOLDER = Path("artifacts") / "runs" / "compare"
-ADAPTER_FOLDER = Path("artifacts") / "adapters"
 # Bytes of a comparison's name, which becomes a file name with a suffix.
 LONGEST_NAME = 150
 # Keys of a run file that `compare` replaces with folders of its own.
@@ -39,8 +38,6 @@ OWN_KEYS = {
     **dict.fromkeys(("use_scattermoe", "use_sonicmoe", "expert_backend"), "name two run files"),
     **dict.fromkeys(("liger_glu_activation", "liger_swiglu"), "name two run files"),
 }
-# Those of an adapter that is made once and then loaded by every comparison that names its folder.
-ADAPTER_KEYS = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters")
 # What transformers loads with where our side keeps a checkpoint as it is.
 QUANTIZERS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 ROLES = BASELINE, OPTIMIZED, EAGER = "baseline", "optimized", "eager"
@@ -106,7 +103,7 @@ class Options:
     settings: tuple[str, ...] = ()  # KEY=VALUE of every run, beside what the run files say
 
 
-def lora_overrides(options: Options, base_model: str) -> Config:
+def lora_overrides(options: Options) -> Config:
     """The keys that make any run file of the three families train an adapter; the same in every run."""
     if not options.lora:
         return {}
@@ -116,8 +113,6 @@ def lora_overrides(options: Options, base_model: str) -> Config:
         # PEFT takes those that the model has: of DeepSeek-V3 the last three.
         "lora_target_modules": ["q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "o_proj"],
         "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        # Axolotl draws an adapter before it sets the seed: without this, no two runs start alike.
-        "lora_model_dir": str(ADAPTER_FOLDER / f"{Path(base_model).name}-r{options.lora}"),
         # Axolotl's default leaves the experts' part of the adapter out when it merges.
         "merge_method": "legacy",
         **rank_overrides(options),
@@ -218,7 +213,7 @@ def family_pair(name: str, options: Options, tiny_overrides: Mapping[str, Any] |
         base = f"artifacts/models/{family.model(size, bool(options.packed))}"
         overrides |= {"base_model": base, **rank_overrides(options)}
     else:
-        overrides |= lora_overrides(options, overrides.get("base_model") or load_yaml(files[0])["base_model"])
+        overrides |= lora_overrides(options)
     return _pair(name + _suffix(options), files, options, overrides, name, size)
 
 
@@ -306,10 +301,7 @@ def _pair(
             overrides["moe_router_telemetry"] = own.get("moe_router_telemetry") or True
         if options.liger:
             overrides |= {"plugins": [*(own.get("plugins") or []), LIGER_PLUGIN], **LIGER}
-        changed = settings_of(options.settings, {**own, **overrides}, _uses_kernels(own))
-        overrides |= changed
-        if "lora_model_dir" in base_overrides.keys() - changed.keys() and set(ADAPTER_KEYS) & changed.keys():
-            overrides["lora_model_dir"] += f"-{digest([overrides[key] for key in ADAPTER_KEYS])}"
+        overrides |= settings_of(options.settings, {**own, **overrides}, _uses_kernels(own))
         if role == EAGER:
             overrides["experts_implementation"] = "eager"
         overrides = {key: value for key, value in overrides.items() if own.get(key) != value}

@@ -26,9 +26,7 @@ from moe_kernels.tools.common.runfile import COUNTS, dump_yaml
 from moe_kernels.tools.compare.decode import Misfit, Number, decode
 from moe_kernels.tools.compare.environment import NOT_FOR_OURS, NOT_FOR_STOCK, cpu_name, inputs, token_inputs
 from moe_kernels.tools.compare.gpu import Gpu, Samples, sampled
-from moe_kernels.tools.compare.lines import EXPERTS_LINE, FROZEN_LINE, WEIGHTS_LINE
 from moe_kernels.tools.compare.pair import ROLES, Pair, RunSpec, digest
-from moe_kernels.tools.compare.wandb_reader import NotAWandbRun, Row, find_run, read_run
 
 TRAINER: tuple[str, ...] = (sys.executable, "-m", "moe_kernels.tools.compare.trainer", "train")
 OFFLINE = dict.fromkeys((*SWITCHES, "AXOLOTL_DO_NOT_TRACK", "DO_NOT_TRACK", "PYTHONUNBUFFERED"), "1")
@@ -37,6 +35,8 @@ OFFLINE |= {"TOKENIZERS_PARALLELISM": "false"}
 ALLOCATOR = "expandable_segments:True"
 # Folder of the tokenised data within a comparison's folder.
 TOKENISED = "prepared"
+# What the trainer keeps of a run, in the run's folder.
+RECORD = "record.jsonl"
 POLL_S = 0.1
 KILL_AFTER_S = 10.0
 PR_SET_PDEATHSIG = 1
@@ -45,6 +45,7 @@ TAIL_LINES = 40
 ROUTER_RECORDS = 240
 
 FINISHED, FAILED = "finished", "failed"
+Row = dict[str, Any]
 # What is read from the rows of the trainer's log: numbers.
 LOGGED = {
     "train/loss",
@@ -69,9 +70,6 @@ _PHASES = {
     "loaders.model": "loading the model",
     "Training completed": "saving",
 }
-_EXPERTS = re.compile(f"{EXPERTS_LINE}(.+)")
-_WEIGHTS = re.compile(rf"{WEIGHTS_LINE}(\w+)")
-_FROZEN = re.compile(rf"{re.escape(FROZEN_LINE)}(\{{.*\}})")
 _PLUGIN_LINE = re.compile(r"moe_kernels: backend=.*")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _ERROR = re.compile(
@@ -96,9 +94,9 @@ class RunResult:
     trainer_started_at: Number | None = None
     ended_at: Number = 0.0
     exit_code: int | None = None  # None where it was stopped by the time limit
-    rows: list[Row] = field(default_factory=list)  # W&B history rows of training steps
+    rows: list[Row] = field(default_factory=list)  # what was logged of each step, under W&B's names
     samples: Samples = field(default_factory=Samples)
-    wandb: dict[str, str] = field(default_factory=dict)  # project, run id, name and file of the offline run
+    wandb: dict[str, str] = field(default_factory=dict)  # project, id, name and file of the offline run
     plugin_line: str = ""  # what the plugin said about the first step; empty for stock kernels
     experts: str = ""  # what ran the experts in the first step, if the trainer recorded it
     weights: str = ""  # a checksum of what the training started from, where the trainer drew it
@@ -130,46 +128,28 @@ class RunResult:
 
 
 @dataclass
-class Progress:
-    """What the live display shows of a running training."""
-
-    phase: str = "starting"
-    step: int = 0
-    loss: str = ""
-
-
 class LogReader:
     """Follows a growing log: which step, which phase, what the plugin said."""
 
-    def __init__(self) -> None:
-        self.progress = Progress()
-        self.trainer_started_at: float | None = None
-        self.plugin_line = ""
-        self.experts = ""
-        self.weights = ""
-        self.frozen: dict[str, int] = {}
-        self._rest = ""
+    phase: str = "starting"
+    step: int = 0
+    loss: str = ""  # as it was printed
+    trainer_started_at: float | None = None  # Unix seconds
+    plugin_line: str = ""
+    rest: str = ""  # a line that has not ended
 
     def feed(self, text: str) -> None:
         """Take in new text; progress bars end their lines with a carriage return."""
-        *lines, self._rest = re.split(r"[\r\n]", self._rest + text)
+        *lines, self.rest = re.split(r"[\r\n]", self.rest + text)
         for line in lines:
             self._line(_ESCAPES.sub("", line))
 
     def _line(self, line: str) -> None:
         if _TRAINER_STARTED in line:
             self.trainer_started_at = self.trainer_started_at or time.time()
-        self.progress.phase = next((phase for words, phase in _PHASES.items() if words in line), self.progress.phase)
+        self.phase = next((phase for words, phase in _PHASES.items() if words in line), self.phase)
         if match := _STEP.search(line):
-            self.progress.step += 1
-            self.progress.loss = match.group(1)
-            self.progress.phase = "training"
-        if match := _EXPERTS.search(line):
-            self.experts = match.group(1).strip()
-        if match := _WEIGHTS.search(line):
-            self.weights = match.group(1)
-        if match := _FROZEN.search(line):
-            self.frozen = json.loads(match.group(1))
+            self.step, self.loss, self.phase = self.step + 1, match.group(1), "training"
         if match := _PLUGIN_LINE.search(line):
             self.plugin_line = self.plugin_line or match.group(0).strip()
 
@@ -226,7 +206,7 @@ def environment(run: RunSpec, machine: Machine) -> dict[str, str]:
     return env
 
 
-def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None]) -> RunResult:
+def run_training(run: RunSpec, machine: Machine, show: Callable[[LogReader], None]) -> RunResult:
     """Run one training and return what it left; ``result.json`` is written last, and only on success.
 
     Ctrl-C ends the child and is raised again. A failing trainer is a result with ``status == "failed"``.
@@ -258,14 +238,13 @@ def run_training(run: RunSpec, machine: Machine, show: Callable[[Progress], None
 
     def feed(text: str) -> None:
         reader.feed(text)
-        show(reader.progress)
+        show(reader)
 
     result.started_at = time.time()
     with sampled(machine.device) as result.samples:
         result.exit_code = run_command(command, environment(run, machine), log, machine.timeout_s, feed)
     result.ended_at = time.time()
     result.trainer_started_at, result.plugin_line = reader.trainer_started_at, reader.plugin_line
-    result.experts, result.weights, result.frozen = reader.experts, reader.weights, reader.frozen
     _collect(run, result, machine)
     if not machine.keep_weights:
         for weights in (run.folder / "output").rglob("*.safetensors"):
@@ -363,47 +342,36 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 def _collect(run: RunSpec, result: RunResult, machine: Machine) -> None:
     """Read the training's results, decide whether it finished, and keep the end of its log if not."""
-    problem = ""
     try:
-        _read_wandb(run, result)
+        _read_record(run, result)
         telemetry = Path(run.config["output_dir"], FILE_NAME)
         if telemetry.is_file():
             result.router = thinned(read_history(telemetry), ROUTER_RECORDS)
-    except (NotAWandbRun, OSError, ValueError) as error:
-        problem = str(error)
+    except (OSError, ValueError) as error:
+        result.error = str(error)
     tail = log_tail(Path(result.log))
     if result.exit_code != 0:
         result.error = why_ended("the trainer", result.exit_code, tail, machine)
-    elif len(result.rows) < run.steps:
+    elif not result.error and len(result.rows) < run.steps:
         result.error = (
-            f"W&B holds {len(result.rows)} of {run.steps} steps. "
-            "Cure: the YAML file needs logging_steps: 1 and a wandb_project."
+            f"the trainer logged {len(result.rows)} of {run.steps} steps. Cure: the YAML file needs logging_steps: 1."
         )
-    else:
-        result.error = problem
     result.status, result.tail = (FAILED, tail) if result.error else (FINISHED, [])
 
 
-def _read_wandb(run: RunSpec, result: RunResult) -> None:
-    """Read the W&B history, if there is one; NotAWandbRun or Misfit where it is damaged."""
-    found = find_run(run.folder)
-    if found is None:
+def _read_record(run: RunSpec, result: RunResult) -> None:
+    """Take over what the trainer kept of the run, if it came that far; Misfit where that is damaged."""
+    file = run.folder / RECORD
+    if not file.is_file():
         return
-    offline = read_run(found)
-    # The row that sums up the training has no loss.
-    result.rows = [row for row in offline.history if "train/loss" in row]
-    result.wandb = {
-        "project": offline.project,
-        "id": offline.run_id,
-        "name": offline.name,
-        "file": str(found),
-        "complete": "no, the file ends early" if offline.truncated else "yes",
-    }
     try:
-        result.check()
-    except Misfit as error:
-        result.rows = []
-        raise Misfit(f"the W&B history is damaged: {error}") from error
+        first, *rows = (decode(Row, json.loads(line)) for line in file.read_bytes().splitlines())
+        found = decode(RunResult, {**asdict(result), **first, "rows": rows})
+        found.check()
+    except (ValueError, RecursionError) as error:
+        raise Misfit(f"{file} is damaged: {error}") from error
+    vars(result).update(vars(found))
+    result.wandb["file"] = str(next(run.folder.rglob("run-*.wandb"), ""))
 
 
 def why_ended(what: str, exit_code: int | None, tail: Sequence[str], machine: Machine) -> str:

@@ -27,17 +27,21 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 
 from moe_kernels.integrations.quantized import BLOCKS, MX_SCALES, SCALES, dequantised, packed_weight
 from moe_kernels.tools.check.packing import in_fp8, in_mxfp4
-from moe_kernels.tools.compare.lines import WEIGHTS_LINE
 from moe_kernels.tools.compare.pair import digest
 from moe_kernels.tools.prepare.cache import made_with
 from moe_kernels.tools.prepare.models import seeded_model
 
 
 class DrawnWeights(TrainerCallback):
-    """Once :meth:`installed`, draws what a folder of ``prepare`` leaves out; anything else loads as ever."""
+    """Once :meth:`installed`, draws what a folder of ``prepare`` leaves out, and new adapters of what it made.
 
-    seed: int | None = None  # of the model that was loaded; None: it has weights of its own
+    Anything else loads as ever.
+    """
+
+    seed: int | None = None  # of the model that was loaded; None: it is not of `prepare`
+    drawn = False  # whether its weights were
     dtype: torch.dtype | None = None  # that it was loaded in
+    checksum = ""  # of what the training starts from, once it began
 
     def installed(self) -> DrawnWeights:
         """Have ``PreTrainedModel.from_pretrained`` draw the weights of a folder that has none."""
@@ -45,10 +49,12 @@ class DrawnWeights(TrainerCallback):
 
         @wraps(load)
         def from_pretrained(cls: Any, name: Any = None, *arguments: Any, **settings: Any) -> Any:
-            seed = drawn_seed(name)
-            if seed is None:
+            seed = seed_of(name)
+            if seed is not None:
+                self.seed, self.drawn = seed, not any(Path(name).glob("*.safetensors"))
+            if seed is None or not self.drawn:
                 return load(cls, name, *arguments, **settings)
-            self.seed, self.dtype = seed, settings.get("dtype") or settings.get("torch_dtype")
+            self.dtype = settings.get("dtype") or settings.get("torch_dtype")
             weights = draw_base(settings["config"], self.dtype, seed)
             # "auto" would divide what is left beside the weights just drawn, and Axolotl's map of several processes
             # names a GPU by its number even where there is none.
@@ -72,24 +78,23 @@ class DrawnWeights(TrainerCallback):
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Draw the adapter too, and say what the training starts from."""
-        if self.seed is None:
+        """Draw the adapter too, but not over one that was loaded."""
+        if self.seed is not None and has_new_adapter(model):
+            draw_adapter(model, self.seed)
+        elif not self.drawn:
             return
-        draw_adapter(model, self.seed)
-        start = checksum(model, self.dtype)  # on every rank
-        if state.is_world_process_zero:
-            print(WEIGHTS_LINE + start, flush=True)
+        self.checksum = checksum(model, self.dtype)  # on every rank
         if torch.cuda.is_available():  # the peak is that of the training, not of the drawing
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
 
-def drawn_seed(folder: Any) -> int | None:
-    """The seed of the weights that ``prepare`` did not write into ``folder``; None for anything else."""
+def seed_of(folder: Any) -> int | None:
+    """The seed of the model that ``prepare`` made in ``folder``; None for anything else."""
     path = Path(folder) if isinstance(folder, str | Path) else None
     recipe = made_with(path) if path is not None and path.is_dir() else None
-    return None if path is None or recipe is None or any(path.glob("*.safetensors")) else int(recipe["seed"])
+    return None if recipe is None else int(recipe["seed"])
 
 
 def _replace(patches: ExitStack, owner: Any, name: str) -> None:
@@ -144,6 +149,13 @@ def _as_mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 PACK: dict[str, Callable[[str, Tensor], dict[str, Tensor]]] = {"fp8": _as_fp8, "mxfp4": _as_mxfp4}
+
+
+def has_new_adapter(model: torch.nn.Module) -> bool:
+    """Whether there are LoRA adapters and none was trained: PEFT starts with a B of zeros."""
+    factors = [factor.detach() for name, factor in model.named_parameters() if ".lora_B" in name]
+    local = [factor.to_local() if isinstance(factor, DTensor) else factor for factor in factors]
+    return bool(local) and not any(factor.any() for factor in local)
 
 
 def draw_adapter(model: torch.nn.Module, seed: int) -> None:
