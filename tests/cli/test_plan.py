@@ -64,7 +64,7 @@ def test_gpus_of_a_node_share_what_they_fetch() -> None:
 
 
 def test_every_group_that_divides_gpus_and_experts_is_a_row() -> None:
-    rows = json.loads(run("--json", "--gpus", "8,64"))["estimates"]
+    rows = json.loads(run("--json", "--gpus", "8,64,8"))["estimates"]
     assert [row["ep"] for row in rows if row["model"] == "mixtral-8x7b"] == [1, 8, 1, 8]
     assert [row["ep"] for row in rows if row["model"] == "deepseek-v3"] == [1, 8, 1, 8, 64]
 
@@ -165,6 +165,10 @@ def test_a_narrow_terminal_cuts_no_cell(monkeypatch: pytest.MonkeyPatch) -> None
     assert "…" not in run("--models", "qwen3-30b-a3b")
 
 
+def test_a_step_of_few_tokens_is_one_sequence() -> None:
+    assert json.loads(run("--json", "--tokens", "1024"))["assumptions"]["sequence"] == 1024
+
+
 def test_json_states_every_assumption() -> None:
     report = json.loads(run("--json", "--models", "deepseek-v3", "--gpus", "64", "--network-link", "50"))
     assert report["assumptions"]["network_link"] == 50e9
@@ -186,6 +190,7 @@ def test_json_states_every_assumption() -> None:
         (["--ep", "0"], "--ep '0' is not a list of numbers"),
         (["--gpus", "many"], "not a list of numbers of GPUs"),
         (["--measured", "nowhere.json"], "nowhere.json is not there"),
+        (["--sequence", "50000"], "--sequence 50000 is longer than the 8192 --tokens of a step"),
     ],
 )
 def test_wrong_usage_is_a_sentence(arguments: list[str], words: str) -> None:

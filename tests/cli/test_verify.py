@@ -148,6 +148,13 @@ def test_command_fails_with_the_reason(monkeypatch):
     assert "slope error" in result.output
 
 
+def test_a_backend_that_cannot_run_here_is_a_sentence():
+    result = CliRunner().invoke(app, ["verify", "--device", "cpu", "--shapes", "small", "--backend", "gluon"])
+    assert result.exit_code == 2
+    assert "Nothing of this runs here" in result.output
+    assert "WRONG" not in result.output
+
+
 @pytest.mark.parametrize(
     "args", [["--dtype", "fp8"], ["--shapes", "nonesuch"], ["--backend", "x"], ["--device", "tpu"]]
 )

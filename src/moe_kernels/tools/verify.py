@@ -115,10 +115,10 @@ def verify(
         wanted = _checks_of_target(target, dtype, where)
     wanted = [_sized(check, where.type == "cuda", tokens) for check in wanted]
     ensure_writable(json_file)
-    if where.type == "cpu":
+    plain_torch = backend == "torch" or (backend == "auto" and where.type == "cpu")
+    if plain_torch and where.type == "cpu":
         console.print("No NVIDIA GPU: this checks the plain-torch backend on the CPU.", style="yellow")
 
-    plain_torch = backend == "torch" or (backend == "auto" and where.type == "cpu")
     began, verdicts = time.perf_counter(), []
     with console.status("verifying") as status:
         for check in wanted:
@@ -133,6 +133,9 @@ def verify(
                 progress=lambda message: status.update(escape(message)),
             )
     seconds = time.perf_counter() - began
+    reasons = {failure for verdict in verdicts for failure in verdict.failures}
+    if len(reasons) == 1 and not any(verdict.routings for verdict in verdicts):
+        raise UsageError(f"Nothing of this runs here: {reasons.pop()}")
     output = wide_console()
     output.print(_table(verdicts))
     for verdict in verdicts:

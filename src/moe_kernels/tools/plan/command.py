@@ -57,7 +57,10 @@ def plan(
         Path | None, typer.Option(help="What `moe-kernels bench --json` wrote.", show_default=str(MEASURED))
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens per GPU and micro-batch.", min=1)] = DEFAULT.tokens,
-    sequence: Annotated[int, typer.Option(help="Length of a sequence.", min=1)] = DEFAULT.sequence,
+    sequence: Annotated[
+        int | None,
+        typer.Option(help="Length of a sequence.", min=1, show_default=f"{DEFAULT.sequence}, or --tokens if fewer"),
+    ] = None,
     other_tflops: Annotated[
         float | None,
         typer.Option(
@@ -83,6 +86,10 @@ def plan(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Estimate a training step on many GPUs: measured kernel rates, and speeds that you state."""
+    if sequence is None:
+        sequence = min(DEFAULT.sequence, tokens)
+    elif sequence > tokens:
+        raise UsageError(f"--sequence {sequence} is longer than the {tokens} --tokens of a step: make it no longer.")
     assumptions = Assumptions(
         tokens, sequence, other_tflops and other_tflops * 1e12, gpus_per_node, node_link * 1e9, network_link * 1e9,
         weight_bytes, grad_bytes, optimizer_bytes, checkpointing,
@@ -132,7 +139,7 @@ def numbers(option: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) < 10 and int(part) for part in parts):
         raise UsageError(f"{option} {text!r} is not a list of numbers of GPUs, such as 8,64.")
-    return [int(part) for part in parts]
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def measured_rates(path: Path, name: str) -> Rates:
