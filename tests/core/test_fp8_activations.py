@@ -18,7 +18,7 @@ from moe_kernels.kernels.triton.dact import dact
 from moe_kernels.kernels.triton.round import in_order, quantize
 from moe_kernels.layer import Weight
 from moe_kernels.packed import BlockFp8
-from moe_kernels.routing import TokenRows
+from moe_kernels.routing import RoutingPlan, TokenRows
 from moe_kernels.tools.check.problems import Case, make_inputs
 from moe_kernels.tools.check.routings import ROUTINGS, make_routing
 from support import interpreter
@@ -257,19 +257,20 @@ def test_which_weights_are_dequantised_in_the_load(device):
     """Of block-fp8 weights, where experts have few rows, those whose tiles have whole blocks of scales."""
     from moe_kernels.kernels.hopper.dequantizing import in_load, use_dequantizing
 
+    few, many = (RoutingPlan.empty(torch.empty(rows, 2, dtype=torch.int32), 2, 128) for rows in (511, 512))
     whole, odd = (block_fp8(2, rows, 128, device, dtype=BF16) for rows in (256, 384))
-    assert in_load(whole, 2 * 511, True)
-    assert not in_load(whole, 2 * 512, True)
-    assert not in_load(whole, 2 * 511, True, tried=False)
+    assert in_load(whole, few, True)
+    assert not in_load(whole, many, True)
+    assert not in_load(whole, few, True, tried=False)
     with use_dequantizing(False):
-        assert not in_load(whole, 2 * 511, True)
+        assert not in_load(whole, few, True)
     with use_dequantizing(True):
-        assert in_load(whole, 2 * 512, True, tried=False)
-        assert in_load(odd, 2, False)
-        assert not in_load(odd, 2, True)  # a block has rows of gate and of up
-        assert in_load(block_fp8(2, 384, 128, device, 2, BF16), 2, True)
-        assert not in_load(whole.mT, 2, False)
-        assert not in_load(whole.experts(0, 2), 2, True)
+        assert in_load(whole, many, True, tried=False)
+        assert in_load(odd, few, False)
+        assert not in_load(odd, few, True)  # a block has rows of gate and of up
+        assert in_load(block_fp8(2, 384, 128, device, 2, BF16), few, True)
+        assert not in_load(whole.mT, few, False)
+        assert not in_load(whole.experts(0, 2), few, True)
 
 
 @pytest.mark.parametrize("activation", EVERY_ACTIVATION, ids=lambda a: a.name)

@@ -18,6 +18,7 @@ from moe_kernels.kernels.operands import Descriptor
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.layer import Matrix
 from moe_kernels.packed import SIDE, BlockFp8
+from moe_kernels.routing import RoutingPlan
 
 #: Of up, down and dgrad. A stage has 48 KiB of 16-bit blocks and 16 KiB of codes.
 SCHEDULE = Schedule(cooperative=True, block_n=256, stages=3)
@@ -181,15 +182,15 @@ _forced: Override[bool] = Override()
 use_dequantizing = _forced.use
 
 
-def in_load(weight: Matrix, rows: int, gated: bool, tried: bool = True) -> bool:
-    """Whether a weight is dequantised between load and wgmma, for ``rows`` rows, not a block of experts ahead.
+def in_load(weight: Matrix, plan: RoutingPlan, gated: bool, tried: bool = True) -> bool:
+    """Whether a weight is dequantised between load and wgmma, not a block of experts ahead.
 
     It must be stored by rows, with blocks of scales that begin where a tile's columns do. A kernel that was not
     ``tried`` on a GPU is never chosen.
     """
     if not isinstance(weight, BlockFp8) or weight.by_columns or not weight.has_scales_of(2 if gated else 1):
         return False
-    few = tried and rows < _ROWS_PER_EXPERT * weight.shape[0] if _forced.choice is None else _forced.choice
+    few = tried and plan.rows_per_expert < _ROWS_PER_EXPERT if _forced.choice is None else _forced.choice
     return few and weight.data.data_ptr() % 16 == 0
 
 

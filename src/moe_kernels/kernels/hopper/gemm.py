@@ -607,7 +607,7 @@ def up(
     width, halved = weight.matrix.shape[1], 2 if gate.gated else 1
     z = x.new_empty(plan.rows, width) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, width // halved)
-    in_load = not gate.interleaved and dequantizing.in_load(weight.matrix, plan.rows, gate.gated)
+    in_load = not gate.interleaved and dequantizing.in_load(weight.matrix, plan, gate.gated)
     schedule = dequantizing.SCHEDULE if in_load else schedule_of("up", x.shape[1], x.device)
     columns = schedule.block_n // halved
     constants = {**gate.constants(), "GATHER": True, "SAVE_Z": save_z}
@@ -631,7 +631,7 @@ def dgrad(rows: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor
 
 def _rows_times_weight(kernel: str, rows: torch.Tensor, weight: Weight, plan: RoutingPlan) -> torch.Tensor:
     out = rows.new_empty(plan.rows, weight.matrix.shape[2 if kernel == "dgrad" else 1])
-    in_load = dequantizing.in_load(weight.matrix, plan.rows, False)
+    in_load = dequantizing.in_load(weight.matrix, plan, False)
     schedule = dequantizing.SCHEDULE if in_load else schedule_of(kernel, rows.shape[1], rows.device)
     constants = {**_IDENTITY, "SAVE_Z": False}
     rows_in = matrix(rows, BLOCK_M, BLOCK_K)
