@@ -31,7 +31,7 @@ from moe_kernels.tools.bench.experts import dense_calls
 from moe_kernels.tools.bench.layer import Layer, make_layer
 from moe_kernels.tools.bench.timing import MIB, Clock, peak_bytes
 from moe_kernels.tools.check.forms import FORMS
-from moe_kernels.tools.check.problems import call, run, truth
+from moe_kernels.tools.check.problems import Inputs, call, run, truth
 from moe_kernels.tools.common.machine import environment
 
 SHAPES = {
@@ -48,13 +48,23 @@ def forward_backward(layer: Layer, backend: str) -> None:
 
 def errors(layer: Layer, backend: str) -> dict[str, float]:
     """Relative L2 error of output and gradients against float64 on dequantised weights and unrounded rows."""
-    tokens, inputs = max(layer.shape.tokens // 8, 1), layer.inputs()
-    first = {name: getattr(inputs, name)[:tokens].detach() for name in ("x", "topk_ids", "topk_weights", "grad")}
-    part = replace(inputs, **first)
+    part = first_tokens(layer.inputs())
     wanted = truth(replace(part, gate_up=whole(part.gate_up), down=whole(part.down)))
     found = run(partial(fused_experts, backend=backend), part)
     if missing := [name for name, value in found.items() if value is None]:
         raise SystemExit(f"gradients of {missing} are missing")
+    return relative_errors(found, wanted)
+
+
+def first_tokens(inputs: Inputs) -> Inputs:
+    """An eighth of them."""
+    tokens = max(len(inputs.x) // 8, 1)
+    first = {name: getattr(inputs, name)[:tokens].detach() for name in ("x", "topk_ids", "topk_weights", "grad")}
+    return replace(inputs, **first)
+
+
+def relative_errors(found: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Relative L2 error of output and gradients, none of which is missing, by the name of what it is of."""
     return {name if name == "out" else name[1:]: _error(found[name], want) for name, want in wanted.items()}
 
 

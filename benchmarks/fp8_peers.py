@@ -29,6 +29,7 @@ from transformers import Qwen3MoeConfig
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.moe import use_experts_implementation
 
+from forms import first_tokens, kernel_times, relative_errors
 from moe_kernels import fused_experts
 from moe_kernels.fp8 import Fp8Weight, transposed
 from moe_kernels.packed import SIDE, BlockFp8
@@ -106,13 +107,6 @@ def ways(layer: Layer) -> tuple[dict[str, Way], str | None]:
     return found, absent
 
 
-def first_tokens(inputs: Inputs) -> Inputs:
-    """An eighth of them."""
-    tokens = max(len(inputs.x) // 8, 1)
-    first = {name: getattr(inputs, name)[:tokens].detach() for name in ("x", "topk_ids", "topk_weights", "grad")}
-    return replace(inputs, **first)
-
-
 def exactly(inputs: Inputs, block: int = BLOCK) -> dict[str, Tensor]:
     """Output and gradients in float64 on dequantised weights: a sum over blocks, each without the others' slots."""
     total: dict[str, Tensor] = {}
@@ -130,24 +124,7 @@ def errors(way: Way, wanted: dict[str, Tensor]) -> dict[str, float]:
     missing = [name for name in wanted if found[name] is None]
     if missing:
         raise RuntimeError(f"gradients of {missing} are missing")
-    return {
-        name if name == "out" else name[1:]: float((found[name].double() - want).norm() / want.norm())
-        for name, want in wanted.items()
-    }
-
-
-def kernel_times(work: Call, calls: int = 5) -> dict[str, float]:
-    """Name of a kernel -> microseconds in one call, mean over several."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(calls):
-            work()
-        torch.cuda.synchronize()
-    total: dict[str, float] = {}
-    for event in seen.events():
-        total[event.name] = total.get(event.name, 0.0) + event.device_time / calls
-    return dict(sorted(((name, round(us, 1)) for name, us in total.items()), key=lambda item: -item[1]))
+    return relative_errors(found, wanted)
 
 
 def _forward_backward(way: Way) -> None:
