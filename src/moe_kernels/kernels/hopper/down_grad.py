@@ -48,7 +48,6 @@ from moe_kernels.kernels.hopper.ring import (
 from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.triton.dequantize import blocks
 from moe_kernels.layer import DownGrads, Weight
-from moe_kernels.packed import SIDE
 from moe_kernels.routing import RoutingPlan, TokenRows
 
 
@@ -432,7 +431,6 @@ def down_grad(
     schedule = _OF_CODES if in_load else SCHEDULE
     constants = {"TOP_K": top_k, **gate.constants(), "WRITE_WA": needs_wa, **schedule.constants(), "num_warps": 4}
     del constants["COOPERATIVE"]
-    constants["SIDE"] = SIDE if in_load else 0
     rows_in = dout if top_k else matrix(dout, BLOCK_M, BLOCK_K), dout
     rows, columns = (BLOCK_M, 32) if gate.interleaved else (BLOCK_M // 2, 64)  # of a step of the epilogue
     z_in, dz_out = (matrix(t, rows, 64) for t in (z, dz))

@@ -571,14 +571,14 @@ def weight_arguments(
     untransposed: rows are multiplied with the weight itself, as in dgrad, not with its transpose.
     """
     if isinstance(weight.matrix, BlockFp8):
-        w_is_kn, w = untransposed, dequantizing.codes_argument(weight.matrix, untransposed)
+        side, w_is_kn, w = SIDE, untransposed, dequantizing.codes_argument(weight.matrix, untransposed)
     else:
         assert isinstance(weight.matrix, torch.Tensor)  # blocks() has dequantised it
         stored_by_rows, by_columns = stored(weight.matrix)
-        w_is_kn = untransposed != by_columns
+        side, w_is_kn = 0, untransposed != by_columns
         w = matrix(stored_by_rows, *((BLOCK_K, columns) if w_is_kn else (columns, BLOCK_K)))
     low, factor, rank = low_rank_blocks(weight, columns, untransposed, unused)
-    return [w, low, factor], {"W_IS_KN": w_is_kn, "LOW_IS_KN": untransposed, "RANK": rank}
+    return [w, low, factor], {"W_IS_KN": w_is_kn, "LOW_IS_KN": untransposed, "RANK": rank, "SIDE": side}
 
 
 def low_rank_blocks(
@@ -662,10 +662,8 @@ def _launch(
     loaded = 2 * columns if constants["INTERLEAVED"] else columns
     weights, chosen = weight_arguments(weight, loaded, kernel == "dgrad", unused=out)
     chosen["HAS_BIAS"] = weight.bias is not None
-    if isinstance(weight.matrix, torch.Tensor):
-        chosen |= {"K_BLOCKS_PER_WAIT": k_blocks_per_wait(kernel, plan, weight.matrix), "SIDE": 0}
-    else:
-        chosen |= {"K_BLOCKS_PER_WAIT": 1, "SIDE": SIDE}
+    stages = k_blocks_per_wait(kernel, plan, weight.matrix) if isinstance(weight.matrix, torch.Tensor) else 1
+    chosen["K_BLOCKS_PER_WAIT"] = stages
     launch(
         hopper_gemm_kernel,
         (min(tiles, multiprocessors(out.device)),),
