@@ -172,25 +172,23 @@ def producer(operands, codes, tiles, ring):
             step += 1
 
 
-#: Rows an expert from which the GEMMs are faster on block-fp8 weights that were dequantised ahead: with 256 rows the
-#: layers of DeepSeek-V3 and gpt-oss-like take 39.0 and 12.9 ms in place of 57.2 and 15.0, with 1024 rows Qwen3-30B's
-#: takes 7.2 in place of 6.4 (benchmarks/results/h200-log-15-dequantising.json). Nothing between was measured, nor the
-#: kernels since they read all codes of a k block at once.
+#: Rows an expert from which layers are faster on block-fp8 weights that were dequantised ahead: with 256 rows those of
+#: DeepSeek-V3 and gpt-oss-like take 32.6 and 11.7 ms in place of 57.2 and 15.0, with 1024 rows Qwen3-30B's takes 6.7 in
+#: place of 6.4 (benchmarks/results/h200-log-16-dequantising.json). Nothing between was measured.
 _ROWS_PER_EXPERT = 512
 _forced: Override[bool] = Override()
 #: Within ``use_dequantizing(chosen)`` weights are dequantised between load and wgmma, or never: for checks, tests.
 use_dequantizing = _forced.use
 
 
-def in_load(weight: Matrix, plan: RoutingPlan, gated: bool, tried: bool = True) -> bool:
+def in_load(weight: Matrix, plan: RoutingPlan, gated: bool) -> bool:
     """Whether a weight is dequantised between load and wgmma, not a block of experts ahead.
 
-    It must be stored by rows, with blocks of scales that begin where a tile's columns do. A kernel that was not
-    ``tried`` on a GPU is never chosen.
+    It must be stored by rows, with blocks of scales that begin where a tile's columns do.
     """
     if not isinstance(weight, BlockFp8) or weight.by_columns or not weight.has_scales_of(2 if gated else 1):
         return False
-    few = tried and plan.rows_per_expert < _ROWS_PER_EXPERT if _forced.choice is None else _forced.choice
+    few = plan.rows_per_expert < _ROWS_PER_EXPERT if _forced.choice is None else _forced.choice
     return few and weight.data.data_ptr() % 16 == 0
 
 

@@ -427,7 +427,7 @@ def down_grad(
         return DownGrads(dz, wa, dw)
     parts = torch.empty((column_blocks, plan.rows), dtype=torch.float32, device=z.device)
     dout, top_k = dout_rows if isinstance(dout_rows, TokenRows) else (dout_rows, 0)
-    in_load = not gate.interleaved and dequantizing.in_load(weight.matrix, plan, False, tried=False)
+    in_load = not gate.interleaved and dequantizing.in_load(weight.matrix, plan, False)
     schedule = _OF_CODES if in_load else SCHEDULE
     constants = {"TOP_K": top_k, **gate.constants(), "WRITE_WA": needs_wa, **schedule.constants(), "num_warps": 4}
     del constants["COOPERATIVE"]
