@@ -172,9 +172,9 @@ def producer(operands, codes, tiles, ring):
             step += 1
 
 
-#: Rows an expert from which layers are faster on block-fp8 weights that were dequantised ahead: with 256 rows those of
-#: DeepSeek-V3 and gpt-oss-like take 32.6 and 11.7 ms in place of 57.2 and 15.0, with 1024 rows Qwen3-30B's takes 6.7 in
-#: place of 6.4 (benchmarks/results/h200-log-16-dequantising.json). Nothing between was measured.
+#: Rows an expert from which layers are faster on block-fp8 weights that were dequantised ahead: with 256 rows those
+#: of DeepSeek-V3 and gpt-oss-like take 32.6 and 11.7 ms in place of 57.2 and 15.0, with 1024 rows Qwen3-30B's takes
+#: 6.7 in place of 6.4 (benchmarks/results/h200-log-16-dequantising.json). Nothing between was measured.
 _ROWS_PER_EXPERT = 512
 _forced: Override[bool] = Override()
 #: Within ``use_dequantizing(chosen)`` weights are dequantised between load and wgmma, or never: for checks, tests.

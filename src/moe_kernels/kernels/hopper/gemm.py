@@ -534,7 +534,7 @@ def hopper_gemm_kernel(
 #: from 1024 on; nothing was measured between.
 _ROWS_PER_EXPERT = 512
 #: Weights of at most this many bytes may stay in L2. An estimate, not a measurement.
-_CACHED_BYTES = 64 * 2**20
+CACHED_BYTES = 64 * 2**20
 #: On an H100, reading 128 bytes of each weight row is slow if the row stride is a multiple of this many bytes.
 _SLOW_STRIDE = 2048
 
@@ -548,7 +548,7 @@ def k_blocks_per_wait(kernel: str, plan: RoutingPlan, weight: torch.Tensor) -> i
     """
     if _forced.choice is not None:
         return _forced.choice
-    if plan.rows_per_expert >= _ROWS_PER_EXPERT or weight.numel() * weight.element_size() <= _CACHED_BYTES:
+    if plan.rows_per_expert >= _ROWS_PER_EXPERT or weight.numel() * weight.element_size() <= CACHED_BYTES:
         return 1
     slow = not has_fast_memory(weight.device) and weight.shape[2] * weight.element_size() % _SLOW_STRIDE == 0
     return 2 if kernel == "dgrad" or slow else 1
