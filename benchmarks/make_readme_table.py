@@ -5,7 +5,8 @@
 
 README.md shows the newest comparison of each pair that `moe-kernels compare` wrote, docs/performance.md and
 docs/knobs.md what `moe-kernels bench --json` wrote (files with several settings of the knobs in the latter),
-docs/versions.md the same layers under each release of triton, docs/lora.md what benchmarks/lora_cost.py,
+docs/versions.md the same layers under each release of triton, docs/lora.md what benchmarks/forms.py,
+benchmarks/fp8_peers.py and benchmarks/lora_cost.py,
 docs/router.md what benchmarks/router_cost.py and docs/distributed.md what benchmarks/scaling.py wrote. Only results
 from a GPU appear, as those from a CPU say nothing about speed, but for docs/numerics.md: what
 benchmarks/fp8_numerics.py wrote. Every number is from a file that the table names.
@@ -39,6 +40,8 @@ WATCHED_COLUMNS = ("communication (exposed): stock, ours", "no kernel: stock, ou
 LORA_COLUMNS = ("base", "adapters", "implementation", "forward ms", "forward + backward ms", "of it GPU ms",
                 "saved MiB", "peak MiB", "weights MiB", "error")  # fmt: skip
 FORM_COLUMNS = ("layer", "form", "GPU ms (p20-p80)", "of dense", "speed", "peak MiB", "error")
+PEER_COLUMNS = ("layer", "experts", "forward, GPU ms", "forward and backward, GPU ms", "as fast as transformers'",
+                "of dense", "peak MiB", "error")  # fmt: skip
 FP8_COLUMNS = ("data", "mode", "out", "dX", "dw", "LoRA's factors, the largest", "size of out and dX, off by")
 CURVE_COLUMNS = ("LoRA over", "first loss", "last 10", "curves apart: mean, largest", "first gradient norm off by",
                  "verdict")  # fmt: skip
@@ -236,6 +239,15 @@ def lora(results: Results) -> str:
                 "weights and inputs. Error: as below.",
                 _table(FORM_COLUMNS, _form_rows(data["rows"])),
             ]
+        if data.get("kind") == "fp8 peers" and data["environment"]["gpu"]:
+            machine = data["environment"]
+            parts += [
+                f"`benchmarks/results/{name}`: `{machine['command']}` on {machine['gpu']}, torch {machine['torch']}, "
+                f"triton {machine['triton']}, transformers {machine['transformers']}, {machine['date'][:10]}; frozen "
+                "experts in block-fp8, medians of calls in turn. Error: the largest relative L2 error of output and "
+                "gradients against float64 on dequantised weights.",
+                _table(PEER_COLUMNS, _peer_rows(data["rows"])),
+            ]
         if data.get("kind") == "lora" and data["environment"]["gpu"]:
             parts += [_lora_caption(name, data), _table(LORA_COLUMNS, [_lora_row(row) for row in data["rows"]])]
     return "\n\n".join(parts) or NOTHING
@@ -258,6 +270,27 @@ def _form_row(row: dict[str, Any], lora_ms: float | None) -> list[str]:
         f"{row['peak_mb']:.0f}",
         f"{max(row['rel_error'].values()):.1e}" if row["rel_error"] else "",
     ]
+
+
+def _peer_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
+    medians = {(row["shape"], row["implementation"]): row["forward_backward_gpu_ms"]["median"]
+               for row in rows if "forward_backward_gpu_ms" in row}  # fmt: skip
+    found = []
+    for row in rows:
+        both, theirs = (medians.get((row["shape"], who)) for who in (row["implementation"], "transformers"))
+        if both is None or row["implementation"] == "dense":
+            continue
+        found.append([
+            row["shape"],
+            row["implementation"],
+            f"{row['forward_gpu_ms']['median']:.2f}",
+            f"{both:.2f}",
+            f"{theirs / both:.2f}" if theirs else "it takes multiples of 128 alone",
+            f"{medians[row['shape'], 'dense'] / both:.2f}",
+            f"{row['peak_mb']:.0f}",
+            f"{max(row['rel_error'].values()):.1e}",
+        ])  # fmt: skip
+    return found
 
 
 def routers(results: Results) -> str:

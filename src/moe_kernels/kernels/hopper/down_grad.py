@@ -396,7 +396,7 @@ def sum_weight_grad_kernel(
 SCHEDULE = Schedule(cooperative=False, block_n=128, stages=4)
 _OF_CODES = replace(SCHEDULE, stages=3)
 #: group_m where L2 holds an expert's weights, which may then be read more often for fewer rows at a time: 1 to 4%
-#: faster on four of eight such layers, the same on the others, but 3% slower on Mixtral-8x7B, whose experts have 117 MB
+#: faster on four of eight such layers, the same on the others, but 3% slower on Mixtral-8x7B, of 117 MB an expert
 #: (benchmarks/results/h200-log-16-down-grad.json).
 _GROUP_M_IN_L2 = 4
 
