@@ -302,10 +302,10 @@ def _flat(tensors: tuple[Any, ...]) -> list[Any]:
     """Tensors and what else tells a call from another: a packed weight in its parts."""
     flat: list[Any] = []
     for given in tensors:
-        if isinstance(given, PackedWeight):
-            flat += given.parts()
-        else:
+        if given is None or isinstance(given, Tensor):  # asked first: PackedWeight is abstract, which is slow to ask
             flat.append(given)
+        else:
+            flat += given.parts()
     return flat
 
 
