@@ -205,6 +205,7 @@ MUTANTS: list[tuple[Any, ...]] = [
 # pytest's -k: which tests of GPU_TESTS are run on a mutant
 ROUTINGS = "hostile and bfloat16"  # experts of one to a few tiles each, tails, dropped ids, empty experts
 LARGE_WEIGHTS = "come_from_memory"
+LAST_TILES = "last_tile and half"
 BIAS, INTERLEAVED, LORA128 = (f"kinds_of_experts and {kind}" for kind in ("bias", "interleaved", "lora-128"))
 # at these sizes an H200 takes down by ping-pong, whose tiles have two chunks of columns; cooperative ones have four
 WIDE_BIAS = "routings_of_kinds and bias and cooperative"
@@ -220,8 +221,11 @@ GPU_MUTANTS = [
     ("chunk sent before it is in its buffer", "ring.py", "    put(values, buffer)\n    fence_async_shared()\n    tma_store(descriptor, [row, col], buffer)\n", "    tma_store(descriptor, [row, col], buffer)\n    tma.store_wait(0)\n    put(values, buffer)\n", ROUTINGS),
     ("no wait for the buffer to be free", "ring.py", "    tma.store_wait(1)\n", "", ROUTINGS),
     ("no wait for two buffers to be free", "gemm.py", "    tma.store_wait(0)\n    put(left,", "    put(left,", ROUTINGS),
-    ("a tile that begins early begins one row too early", "ring.py", "gl.minimum(row0, row_end - self.BLOCK_M)", "gl.minimum(row0, row_end - self.BLOCK_M - 1)", ROUTINGS),
-    ("a tile that begins early reaches into the expert before", "ring.py", "gl.maximum(gl.minimum(row0, row_end - self.BLOCK_M), gl.load(self.expert_start + expert))", "gl.maximum(gl.minimum(row0, row_end - self.BLOCK_M), 0)", ROUTINGS),
+    ("a tile that begins early begins one row too early", "ring.py", "last = row_end - self.BLOCK_M\n", "last = row_end - self.BLOCK_M - 1\n", ROUTINGS),
+    ("a tile that begins early reaches into the expert before", "ring.py", "gl.maximum(gl.minimum(row0, last), gl.load(self.expert_start + expert))", "gl.maximum(gl.minimum(row0, last), 0)", ROUTINGS),
+    ("half tile: the lower consumer skips its only row", "gemm.py", "tile.row0 + ROWS < tile.row_end:", "tile.row0 + ROWS < tile.row_end - 1:", LAST_TILES),
+    ("half tile where one row more than half is left", "ring.py", "row_end - row0 > half", "row_end - row0 > half + 1", LAST_TILES),
+    ("half tile begins one row late", "ring.py", "last, row_end - half)", "last, row_end - half + 1)", LAST_TILES),
     ("wrong gathered token", "gemm.py", "(slot // self.TOP_K).to(gl.int64)", "(slot % self.TOP_K).to(gl.int64)", ROUTINGS),
     ("last row of an expert gathers token 0", "gemm.py", "mask=rows < tile.row_end, other=0)", "mask=rows < tile.row_end - 1, other=0)", ROUTINGS),
     ("every K block gathers the first columns", "gemm.py", "cp_async(a, sources + k0)", "cp_async(a, sources)", ROUTINGS),
@@ -232,7 +236,7 @@ GPU_MUTANTS = [
     ("last K block of the weights lost", "gemm.py", "tile.n * b.shape[0], k0]", "tile.n * b.shape[0], k0 + (k0 + b.shape[1]) // K * K]", ROUTINGS),
     ("transposed weights of the first expert for all", "gemm.py", "[tile.expert * K + k0, tile.n * b.shape[1]]", "[k0, tile.n * b.shape[1]]", ROUTINGS),
     ("K blocks of the transposed weights one too far", "gemm.py", "[tile.expert * K + k0, tile.n", "[tile.expert * K + k0 + b.shape[0], tile.n", ROUTINGS),
-    ("the last K block alone counts", "gemm.py", "                acc = warpgroup_mma(a, b, acc, is_async=True)", "                acc = warpgroup_mma(a, b, acc, use_acc=False, is_async=True)", ROUTINGS),
+    ("the last K block alone counts", "gemm.py", "            b = b.permute((1, 0))\n        acc = warpgroup_mma(a, b, acc, is_async=True)", "            b = b.permute((1, 0))\n        acc = warpgroup_mma(a, b, acc, use_acc=False, is_async=True)", ROUTINGS),
     ("both groups multiply the upper half", "gemm.py", "a = a.slice(WARPGROUP * ROWS, ROWS)", "a = a.slice(0, ROWS)", ROUTINGS),
     ("both groups write the upper half", "gemm.py", "row0 += WARPGROUP * ROWS", "row0 += 0", ROUTINGS),
     ("gate and up swapped in the epilogue", "gemm.py", "epilogue.activated(gate0, up0)", "epilogue.activated(up0, gate0)", ROUTINGS),
@@ -315,7 +319,7 @@ BARRIER_MUTANTS = [
     ("no wait for a group's turn", "ring.py", "    mbarrier.wait(turns.index(WARPGROUP), (tile + 1 - WARPGROUP) & 1)\n", "    pass\n"),
     ("a stage is filled before it is empty", "gemm.py", f"            {_EMPTY}            if K_BLOCKS", "            if K_BLOCKS"),
     ("the second of two stages is filled before it is empty", "gemm.py", "                ring.await_empty(step + 1)\n", "                pass\n"),
-    ("a stage is multiplied before it is full", "gemm.py", f"                {_READY}", ""),
+    ("a stage is multiplied before it is full", "gemm.py", f"BLOCK_K):\n        {_READY}", "BLOCK_K):\n"),
     ("one group gives a stage back for both", "gemm.py", "2 if COOPERATIVE else 1)", "1)"),
     ("a stage counts as full without its rows", "gemm.py", "b.numel * 2 if self.GATHER else (a.numel + b.numel) * 2", "b.numel * 2"),
     ("gathered rows are not waited for", "gemm.py", "1 + (128 if GATHER else 1 if SIDE else 0)", "1"),

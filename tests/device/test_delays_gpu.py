@@ -26,10 +26,11 @@ def finished(*arguments):
     return ran.stdout
 
 
-def test_delays_change_nothing():
+@pytest.mark.parametrize("options", [(), ("--half-tiles",)], ids=["full", "half"])
+def test_delays_change_nothing(options):
     from support.delays import CASES  # imports the kernels
 
-    runs = finished("-m", "support.delays", "--seconds", "16").splitlines()
+    runs = finished("-m", "support.delays", "--seconds", "16", *options).splitlines()
     assert all(line.endswith("runs, 0 that differ") for line in runs), "\n".join(runs)
     assert len(runs) == len(CASES) * len(variants("gluon"))
 

@@ -223,7 +223,7 @@ def hopper_fp8_gemm_kernel(
     tiles = RowTiles(
         expert_start=expert_start_ptr, tile_expert=tile_expert_ptr, tile_row=tile_row_ptr,
         num_m=gl.load(tile_count_ptr), num_n=(N + COLUMNS - 1) // COLUMNS,
-        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=True,
+        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=True, HALF=False,
     )  # fmt: skip
     operands = Operands(
         rows=Matrix(descriptor=codes, pointer=row_scales_ptr, width=K), weight=w, low=low, factor=factor,

@@ -35,6 +35,7 @@ from moe_kernels.kernels.hopper.ring import (
     await_turn,
     block_layout,
     copy_layout,
+    half_tiles,
     halves,
     has_fast_memory,
     matrix,
@@ -245,7 +246,6 @@ class Epilogue:
 def consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring, turns, COOPERATIVE: gl.constexpr):
     """A consumer warpgroup: multiply the k blocks in the ring, then run the epilogue of the tile."""
     BLOCK_K: gl.constexpr = ring.a.shape[2]
-    BLOCK_N: gl.constexpr = ring.b.shape[2] if operands.W_IS_KN else ring.b.shape[1]
     ROWS: gl.constexpr = buffers.shape[1]
     K = operands.rows.width
     step = 0
@@ -253,38 +253,66 @@ def consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring, 
     for pid in range(gl.program_id(0), tiles.count(), gl.num_programs(0)):
         if COOPERATIVE or turn % 2 == WARPGROUP:
             tile = tiles.at(pid)
-            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
-            if not COOPERATIVE:
-                await_turn(turns, WARPGROUP, turn // 2)
-            for k0 in range(0, K, BLOCK_K):
-                ring.await_ready(step)
-                if operands.GATHER:
-                    fence_async_shared()  # make cp.async writes visible to wgmma's async proxy
-                a, b, _ready = ring.stage(step)
-                if COOPERATIVE:
-                    a = a.slice(WARPGROUP * ROWS, ROWS)
-                if not operands.W_IS_KN:
-                    b = b.permute((1, 0))
-                acc = warpgroup_mma(a, b, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-                if k0 > 0:
-                    ring.free_before(step)
-                step += 1
-            acc = operands.add_low(acc, ring, step, WARPGROUP * ROWS)
-            step += operands.LOW_BLOCKS
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            ring.free_before(step)
-            row0 = tile.row0
-            if COOPERATIVE:
-                row0 += WARPGROUP * ROWS
+            if tiles.HALF and WARPGROUP == 1:
+                if tile.row0 + ROWS < tile.row_end:
+                    step = _finish_tile(
+                        WARPGROUP, buffers, epilogue, operands, tile, ring, step, turns, turn, COOPERATIVE
+                    )
+                else:  # none of its rows is of this expert
+                    for _ in range(0, (K + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS):
+                        ring.await_ready(step)
+                        step += 1
+                        ring.free_before(step)
             else:
-                pass_turn(turns, WARPGROUP)
-            left, right = halves(acc)
-            write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
+                step = _finish_tile(
+                    WARPGROUP, buffers, epilogue, operands, tile, ring, step, turns, turn, COOPERATIVE
+                )
         else:
             step += (K + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS
         turn += 1  # noqa: SIM113 (Gluon has no enumerate)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _finish_tile(
+    WARPGROUP: gl.constexpr, buffers, epilogue, operands, tile, ring, step, turns, turn, COOPERATIVE: gl.constexpr
+):
+    """A consumer's part of ``tile``, whose first k block is ``step``: its sums, then what is written of them.
+
+    Returns the k block after its last.
+    """
+    BLOCK_K: gl.constexpr = ring.a.shape[2]
+    BLOCK_N: gl.constexpr = ring.b.shape[2] if operands.W_IS_KN else ring.b.shape[1]
+    ROWS: gl.constexpr = buffers.shape[1]
+    acc = gl.zeros((ROWS, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
+    if not COOPERATIVE:
+        await_turn(turns, WARPGROUP, turn // 2)
+    for k0 in range(0, operands.rows.width, BLOCK_K):
+        ring.await_ready(step)
+        if operands.GATHER:
+            fence_async_shared()  # make cp.async writes visible to wgmma's async proxy
+        a, b, _ready = ring.stage(step)
+        if COOPERATIVE:
+            a = a.slice(WARPGROUP * ROWS, ROWS)
+        if not operands.W_IS_KN:
+            b = b.permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        if k0 > 0:
+            ring.free_before(step)
+        step += 1
+    acc = operands.add_low(acc, ring, step, WARPGROUP * ROWS)
+    step += operands.LOW_BLOCKS
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    ring.free_before(step)
+    row0 = tile.row0
+    if COOPERATIVE:
+        row0 += WARPGROUP * ROWS
+    else:
+        pass_turn(turns, WARPGROUP)
+    left, right = halves(acc)
+    write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
+    return step
 
 
 @gluon.jit
@@ -465,6 +493,7 @@ def hopper_gemm_kernel(
     RANK: gl.constexpr,
     K_BLOCKS_PER_WAIT: gl.constexpr,
     SIDE: gl.constexpr,  # of a block of fp8 weights with one scale; 0: of 16 bits
+    HALF_TILES: gl.constexpr,
     COOPERATIVE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -490,7 +519,7 @@ def hopper_gemm_kernel(
     num_n = (N + COLUMNS - 1) // COLUMNS
     tiles = RowTiles(
         expert_start=expert_start_ptr, tile_expert=tile_expert_ptr, tile_row=tile_row_ptr, num_m=num_m, num_n=num_n,
-        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=COOPERATIVE,
+        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=COOPERATIVE, HALF=HALF_TILES,
     )  # fmt: skip
     operands = Operands(
         rows=Matrix(descriptor=rows_in, pointer=rows_ptr, width=K), weight=w, low=low, factor=factor,
@@ -662,6 +691,7 @@ def _launch(
     loaded = 2 * columns if constants["INTERLEAVED"] else columns
     weights, chosen = weight_arguments(weight, loaded, kernel == "dgrad", unused=out)
     chosen["HAS_BIAS"] = weight.bias is not None
+    chosen["HALF_TILES"] = half_tiles(schedule)
     stages = k_blocks_per_wait(kernel, plan, weight.matrix) if isinstance(weight.matrix, torch.Tensor) else 1
     chosen["K_BLOCKS_PER_WAIT"] = stages
     launch(

@@ -24,7 +24,6 @@ from moe_kernels.kernels.device import dot_precision
 from moe_kernels.kernels.launch import launch as launches
 from moe_kernels.kernels.operands import Descriptor
 from moe_kernels.kernels.tiles import config
-from moe_kernels.packed import PackedWeight
 
 logger = logging.getLogger("moe_kernels")
 
