@@ -329,7 +329,7 @@ BARRIER_MUTANTS = [
     ("one group of wgrad gives a stage back for both", "wgrad.py", "(BLOCK_K, BLOCK_N), 129, 2)", "(BLOCK_K, BLOCK_N), 129, 1)"),
     ("Z is read before it has come", "down_grad.py", "        mbarrier.wait(self.z_arrived.index(SET), z_phase)\n", ""),
     ("a stage of codes is filled before it is empty", "fp8.py", f"            {_EMPTY}            a, b, ready = ring.stage(step)\n", "            a, b, ready = ring.stage(step)\n"),
-    ("codes are multiplied before they are there", "fp8.py", f"                {_READY}                a, b, _ready = ring.stage(step)\n", "                a, b, _ready = ring.stage(step)\n"),
+    ("codes are multiplied before they are there", "fp8.py", f"        {_READY}        a, b, _ready = ring.stage(step)\n", "        a, b, _ready = ring.stage(step)\n"),
     ("down_grad multiplies a stage before it is full", "down_grad.py", f"            {_READY}", ""),
 ]  # fmt: skip
 

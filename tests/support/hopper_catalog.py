@@ -230,6 +230,7 @@ def fp8_cases() -> Iterator[CompileCase]:
             yield _recorded(f"hopper-dequantizing-{name}", gemm, call)
         for name, call in of_down.items():
             yield _recorded(f"hopper-dequantizing-down_grad-{name}", down_grad, call)
-    with mock.patch.object(fp8, "in_order", in_order):
-        for name, call in calls.items():
-            yield dataclasses.replace(_recorded(f"hopper-fp8-{name}", fp8, call), fp8=True, spills=100)
+    for half, suffix in ((False, ""), (True, "-half-tiles")):
+        with mock.patch.object(fp8, "in_order", in_order), use_half_tiles(half):
+            cases = [_recorded(f"hopper-fp8-{name}{suffix}", fp8, call) for name, call in calls.items()]
+        yield from (dataclasses.replace(case, fp8=True, spills=100) for case in cases)
