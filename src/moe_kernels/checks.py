@@ -8,6 +8,7 @@ from torch import Tensor
 from moe_kernels.activation import Activation
 from moe_kernels.kernels.operands import by_rows
 from moe_kernels.layer import Tensors
+from moe_kernels.packed import PackedWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -119,7 +120,7 @@ def check_low_rank(name: str, weight: Tensor, pair: object) -> None:
     if len(parts) > 1 and parts[0] is None and parts[1] is None:
         return
     if len(parts) not in (2, 3) or not all(isinstance(factor, Tensor) for factor in parts[:2]):
-        shown = ", ".join(type(part).__name__ for part in parts)
+        shown = ", ".join(type(part).__name__ for part in parts) or "empty"
         raise ValueError(
             f"{name}_lora should be (lora_b, lora_a), two tensors, with or without a scaling as third, and is {shown}"
         )
@@ -139,7 +140,18 @@ def check_low_rank(name: str, weight: Tensor, pair: object) -> None:
         )
 
 
+def check_tensors(given: dict[str, object], **optional: object) -> None:
+    """Raise ValueError where an argument is a list, an array, a module or None; the ``optional`` ones can be None."""
+    given = given | {name: value for name, value in optional.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, (Tensor, PackedWeight)):
+            raise ValueError(
+                f"{name} must be a tensor, not {type(value).__name__}: torch.as_tensor makes one of lists and arrays"
+            )
+
+
 def _check_dtype(name: str, tensor: Tensor | None) -> None:
     if tensor is not None and tensor.dtype not in DTYPES:
+        check_tensors({name: tensor})  # an array has a dtype too
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(f"{name} must be a floating dtype ({wanted}), not {tensor.dtype}")

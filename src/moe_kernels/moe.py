@@ -34,6 +34,7 @@ from moe_kernels.checks import (
     check_inputs,
     check_layouts,
     check_low_rank,
+    check_tensors,
     compute_dtype,
 )
 from moe_kernels.factors import LowRank
@@ -106,14 +107,19 @@ def fused_experts(
         (T, H) in ``x.dtype``; (T, K, H) with ``reduce=False``, zeros in dropped slots.
 
     Raises:
-        ValueError: shapes, dtypes or layouts do not fit together, or a setting is invalid.
+        ValueError: an argument is no tensor, shapes, dtypes or layouts do not fit together, or a setting is invalid.
         UnsupportedProblem: the backend cannot run it; the message names the cure.
     """
     chosen = Activation.of(activation)
     check_settings(group_size, persistent, backend, recompute, _backend_names())
-    like = _like(gate_up), _like(down)
-    check_inputs(x, topk_ids, topk_weights, *like, reduce)
-    check_experts(*like, gate_up_bias, down_bias, chosen, interleaved)
+    try:  # costs nothing, as asking each argument for its type would
+        like = _like(gate_up), _like(down)
+        check_inputs(x, topk_ids, topk_weights, *like, reduce)
+        check_experts(*like, gate_up_bias, down_bias, chosen, interleaved)
+    except AttributeError:
+        given: dict[str, object] = {"x": x, "topk_ids": topk_ids, "gate_up": gate_up, "down": down}
+        check_tensors(given, topk_weights=topk_weights, gate_up_bias=gate_up_bias, down_bias=down_bias)
+        raise
     check_low_rank("gate_up", like[0], gate_up_lora)
     check_low_rank("down", like[1], down_lora)
     gate_up_lora, down_lora = _low_rank(gate_up_lora), _low_rank(down_lora)

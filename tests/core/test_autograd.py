@@ -282,11 +282,23 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("name", ["x", "topk_ids", "topk_weights", "gate_up", "down", "gate_up_bias", "down_bias"])
+@pytest.mark.parametrize("made", [torch.Tensor.tolist, torch.Tensor.numpy, lambda _: 3], ids=["list", "array", "3"])
+def test_what_is_no_tensor_is_named(name, made):
+    inputs = make_inputs(dataclasses.replace(SMALL, bias=True, dtype=torch.float32))
+    given = {name: getattr(inputs, name) for name in ("x", "topk_ids", "topk_weights", "gate_up", "down")}
+    given |= inputs.extras
+    given[name] = made(given[name].detach())
+    with pytest.raises(ValueError, match=rf"^{name} must be a tensor, not (list|ndarray|int): "):
+        moe_kernels.fused_experts(**given)
+
+
 @pytest.mark.parametrize(
     ("pair", "kinds"),
     [
         (lambda b, a: b, "Tensor"),
         (lambda b, a: (b,), "Tensor"),
+        (lambda b, a: (), "empty"),
         (lambda b, a: (b, a, 1.0, 1.0), "Tensor, Tensor, float, float"),
         (lambda b, a: (None, a), "NoneType, Tensor"),
         (lambda b, a: LowRank(b, None), "Tensor, NoneType, float"),

@@ -231,3 +231,13 @@ def test_a_triton_that_cannot_launch_is_said_before_the_first_launch(monkeypatch
     with pytest.raises(backends.UnsupportedProblem, match=r"cannot launch on the GPU that torch sees .* C compiler"):
         backends.select(HOPPER)
     device.driver_fault.cache_clear()
+
+
+def test_the_interpreter_beside_a_gpu_is_refused(monkeypatch):
+    """A variable that was left over: losses would be wrong in bfloat16, and steps take minutes."""
+    monkeypatch.setattr(device, "interpreting", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backends.select.cache_clear()
+    with pytest.raises(backends.UnsupportedProblem, match=r"TRITON_INTERPRET=1 runs .* on the CPU.* unset"):
+        backends.select(HOPPER)
+    backends.select.cache_clear()

@@ -201,6 +201,17 @@ def test_merging_into_mxfp4_is_refused(checkpoint: Checkpoint, way: str) -> None
         getattr(model, way)()
 
 
+@pytest.mark.parametrize("way", ["merge_adapter", "merge_and_unload"])
+def test_a_refused_merge_leaves_the_model_as_it_was(checkpoint: Checkpoint, way: str) -> None:
+    """PEFT comes to attention, which is in 16 bits, before it comes to the experts."""
+    model = with_lora(load(checkpoint[0]))
+    mk.check_model(model)
+    before = step(model)
+    with pytest.raises(ValueError, match="PEFT cannot merge"):
+        getattr(model, way)()
+    assert_equal(step(model), before)
+
+
 def test_the_adapter_merges_into_the_dequantised_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder, _ = checkpoint
     model = with_lora(load(folder))

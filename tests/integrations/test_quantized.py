@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +18,8 @@ from moe_kernels import backends
 from moe_kernels import packed as packed_weights
 from moe_kernels.integrations.quantized import packed_weight
 from moe_kernels.kernels.triton import dequantize
+from support.lora_step import IDS
+from support.models import tiny_config, tiny_model
 from support.tiles import use_small_tiles
 
 transformers = pytest.importorskip("transformers")
@@ -303,6 +308,54 @@ def test_factors_that_peft_left_in_a_weight_are_refused() -> None:
     packed.parametrizations["gate_up_proj"].append(Left())
     with pytest.raises(ValueError, match=r"left its factors on gate_up_proj.*load the model again"):
         mk_peft.check_lora(model)
+
+
+def qlora_model() -> Any:
+    """Of two layers, with factors on both expert weights, which PEFT finds by their whole names alone."""
+    config = tiny_config("qwen3_moe", hidden_size=HIDDEN, moe_intermediate_size=64)
+    model = tiny_model(config, "moe_kernels")
+    for name, experts in list(mk.experts_modules(model)):
+        model.set_submodule(name, in_4_bits(experts))
+    weights = [f"{n}.{w}" for n, _ in mk.experts_modules(model) for w in ("gate_up_proj", "down_proj")]
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=weights, init_lora_weights=False)
+    model = peft.get_peft_model(model, lora).eval()
+    assert mk.check_model(model).lora_weights == 4
+    return model
+
+
+@pytest.mark.parametrize("way", ["merge_adapter", "merge_and_unload"])
+def test_merging_into_4_bits_is_refused(way: str) -> None:
+    """PEFT would merge attention, and the experts into a copy: the logits would be those without their adapter."""
+    model = qlora_model()
+    before = model(IDS % 97).logits
+    with pytest.raises(ValueError, match=r"is in 4 bits, into which PEFT cannot merge: load the model in 16 bits"):
+        getattr(model, way)()
+    assert torch.equal(model(IDS % 97).logits, before)
+
+
+def test_an_adapter_over_4_bits_merges_into_the_plain_model(tmp_path: Path) -> None:
+    """As docs/lora.md has it: PEFT gives the two adapters of a layer each other's names."""
+    model = qlora_model()
+    expected = model(IDS % 97).logits
+    model.save_pretrained(tmp_path)
+    plain = tiny_model(tiny_config("qwen3_moe", hidden_size=HIDDEN, moe_intermediate_size=64), "eager")
+    held = dict(mk.experts_modules(model.unload()))
+    for name, experts in mk.experts_modules(plain):
+        for weight in ("gate_up_proj", "down_proj"):
+            getattr(experts, weight).data.copy_(getattr(held[name], weight))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+
+    inner, outer = ".experts.base_layer.lora_", ".experts.lora_"
+
+    def swapped(name: str) -> str:
+        return name.replace(inner, outer) if inner in name else name.replace(outer, inner)
+
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({swapped(name): factor for name, factor in load_file(file).items()}, file)
+    merged = peft.PeftModel.from_pretrained(plain, tmp_path).merge_and_unload().eval()
+    torch.testing.assert_close(merged(IDS % 97).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [k for k in DISTINCT if k.startswith(("gate_up | silu", "interleaved", "up"))])

@@ -368,6 +368,23 @@ def test_an_activation_that_is_trained_is_refused() -> None:
     assert mk.why_not_module(experts) is None
 
 
+class DroppingSilu(nn.SiLU):
+    """silu, and in training dropout behind it."""
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(super().forward(z), 0.1, self.training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_activation_that_is_another_in_training_is_refused(training: bool) -> None:
+    """Models are checked in evaluation mode, in which from_pretrained leaves them."""
+    experts = experts_module("mixtral").train(training)
+    assert mk.why_not_module(experts) is None
+    experts.act_fn = DroppingSilu().train(training)
+    assert "its activation DroppingSilu computes something else in training" in mk.why_not_module(experts)
+    assert [part.training for part in experts.modules()] == [training] * 2
+
+
 # What the caller has switched on
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,15 @@ def test_counts_are_those_of_a_plain_count(model: Any) -> None:
     for load, calls in zip(loads, noted, strict=True):
         assert load == LayerLoad(plain_count(calls), 2 * (12 + 7) * K)
     assert [load.rows for load in counter.take().layers()] == [0] * LAYERS, "reading starts again"
+
+
+def test_a_copy_of_the_model_does_not_count(model: Any) -> None:
+    """It has the hooks of the model that it was copied from."""
+    counter = RouterCounter(model)
+    step(copy.deepcopy(model))
+    assert [load.rows for load in counter.take().layers()] == [0] * LAYERS
+    step(model)
+    assert [load.rows for load in counter.take().layers()] == [2 * 12 * K] * LAYERS
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_kernels.activation import Gate
 from moe_kernels.backends.protocol import Backend
 from moe_kernels.fp8 import Fp8Rows, Fp8Weight
-from moe_kernels.kernels.device import driver_fault, interpreting
+from moe_kernels.kernels.device import driver_fault, interpreting, passes_by_the_gpu
 from moe_kernels.kernels.triton import fp8, grouped_gemm
 from moe_kernels.kernels.triton import up as up_projection
 from moe_kernels.kernels.triton.combine import combine, combine_grad, gather
@@ -36,6 +36,8 @@ class TritonBackend(Backend):
     def why_not(self, problem: Problem) -> str | None:
         if problem.device_type != "cuda" and not interpreting():
             return f"tensors are on {problem.device_type}: move the model to an NVIDIA GPU, or use backend='torch'."
+        if problem.device_type == "cuda" and passes_by_the_gpu():
+            return "TRITON_INTERPRET=1 runs kernels on the CPU, and in bfloat16 wrongly: unset it and start again."
         if problem.capability is not None and problem.capability < (8, 0):
             return f"compute capability {problem.capability} is below (8, 0): use an A100 or newer."
         if problem.dtype not in DTYPES:

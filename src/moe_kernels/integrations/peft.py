@@ -19,6 +19,7 @@ import torch
 
 try:
     from peft.tuners.lora.layer import Linear, ParamWrapper
+    from peft.tuners.lora.model import LoraModel
 except ImportError as error:
     raise ImportError("moe_kernels.integrations.peft needs peft 0.20 or newer: pip install 'peft>=0.20'") from error
 
@@ -34,7 +35,7 @@ _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 def fuse_lora() -> None:
     """From now on, in this process, LoRA on served expert weights runs inside the kernels, and no adapter is merged
-    into fp8 or mxfp4 weights. Can be called again."""
+    into weights in fp8, mxfp4 or, of experts, 4 bits. Can be called again."""
     if hasattr(ParamWrapper._activate_lora, "_moe_kernels"):
         return
     original = ParamWrapper._activate_lora
@@ -48,29 +49,56 @@ def fuse_lora() -> None:
 
     _activate_lora._moe_kernels = True  # type: ignore[attr-defined]
     ParamWrapper._activate_lora = _activate_lora  # type: ignore[method-assign, assignment]
-    for cls in (Linear, ParamWrapper):
-        _refuse_merge_into_packed(cls)
+    _refuse_merge_into_packed()
 
 
-def _refuse_merge_into_packed(cls: Any) -> None:
+def _refuse_merge_into_packed() -> None:
     """PEFT would add B A to the codes of an fp8 weight, as if its scales were 1; torch 2.14 has no such addition, and
-    says nothing of a cure. To an mxfp4 weight it would add B A in a copy."""
+    says nothing of a cure. To an expert weight in mxfp4 or in 4 bits it would add B A in a copy.
+
+    Of a model all layers are asked first: those that PEFT comes to before the packed one would stay merged, and after
+    merge_and_unload have lost their adapter.
+    """
+    merge_allowed = LoraModel._check_merge_allowed
+
+    @functools.wraps(merge_allowed)
+    def _check_merge_allowed(self: Any) -> None:
+        merge_allowed(self)
+        for module in self.model.modules():
+            if isinstance(module, (Linear, ParamWrapper)):
+                _check_merge(module)
+
+    LoraModel._check_merge_allowed = _check_merge_allowed  # type: ignore[method-assign]
+    for cls in (Linear, ParamWrapper):
+        _check_before_merge(cls)
+
+
+def _check_before_merge(cls: Any) -> None:
     original = cls.merge
 
     @functools.wraps(original)
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        layer, name = self.get_base_layer(), getattr(self, "parameter_name", "weight")
-        stored = layer._parameters.get(name)
-        is_fp8 = stored is not None and stored.dtype == torch.float8_e4m3fn
-        if is_fp8 or name + MX_SCALES in layer._parameters:
-            kind, config = ("fp8", "FineGrainedFP8Config") if is_fp8 else ("mxfp4", "Mxfp4Config")
-            raise ValueError(
-                f"{type(layer).__name__}.{name} is in {kind}, into which PEFT cannot merge: load the model with "
-                f"{config}(dequantize=True), the adapter onto it, and merge there."
-            )
+        _check_merge(self)
         return original(self, *args, **kwargs)
 
     cls.merge = merge
+
+
+def _check_merge(module: Any) -> None:
+    layer, name = module.get_base_layer(), getattr(module, "parameter_name", "weight")
+    stored, chain = layer._parameters.get(name), getattr(layer, "parametrizations", {})
+    if stored is not None and stored.dtype == torch.float8_e4m3fn:
+        kind, how = "fp8", "with FineGrainedFP8Config(dequantize=True)"
+    elif name + MX_SCALES in layer._parameters:
+        kind, how = "mxfp4", "with Mxfp4Config(dequantize=True)"
+    elif name in chain and any(hasattr(part, "quant_state") for part in chain[name]):
+        kind, how = "4 bits", "in 16 bits, without load_in_4bit"
+    else:
+        return
+    raise ValueError(
+        f"{type(layer).__name__}.{name} is in {kind}, into which PEFT cannot merge: load the model {how}, the "
+        "adapter onto it, and merge there."
+    )
 
 
 class _Lent(AbstractContextManager[None]):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,13 +87,18 @@ def recipe_of(module: Any, name: str = "") -> Recipe:
         )
     gated, concatenated, transposed, biased, post_norm = now[: len(_LAYOUT)]
     theirs = module._apply_gate if gated else module.act_fn
-    device = probe_device(module)
-    with probe_context(device):
-        activation = _find_activation(theirs, gated, not concatenated, _numbers(module), device)
-        trained = theirs(torch.ones(1, 2, dtype=torch.float32, device=device)).requires_grad
+    device, found, trained = probe_device(module), [], False
+    for training in (module.training, not module.training):
+        with probe_context(device), _in_mode(module, training):
+            found.append(_find_activation(theirs, gated, not concatenated, _numbers(module), device))
+            trained |= theirs(torch.ones(1, 2, dtype=torch.float32, device=device)).requires_grad
+    activation, other = found
     shown = type(module.act_fn).__name__ if hasattr(module, "act_fn") else "_apply_gate"
     if trained:  # it may compute one of ours now, and something else after a step
         reason = f"its activation {shown} has trained parameters, which would get no gradient."
+        raise UnsupportedExperts.of(module, reason, name)
+    if activation != other:
+        reason = f"its activation {shown} computes something else in training than in evaluation."
         raise UnsupportedExperts.of(module, reason, name)
     if activation is None:
         have = ACTIVATIONS if gated else PLAIN
@@ -101,6 +107,20 @@ def recipe_of(module: Any, name: str = "") -> Recipe:
     gate = Gate(activation, gated=gated, interleaved=gated and not concatenated)
     module._moe_kernels_recipe = Recipe(gate, transposed, biased, post_norm, now)
     return module._moe_kernels_recipe
+
+
+@contextmanager
+def _in_mode(module: Any, training: bool) -> Iterator[None]:
+    """Inside, ``module`` and its activation are in training or in evaluation mode. Not a copy of it: a method that
+    was put on the instance would run that instance."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = training
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def source(module: Any) -> tuple[Any, ...]:

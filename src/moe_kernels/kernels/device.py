@@ -19,6 +19,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def passes_by_the_gpu() -> bool:
+    """True if the interpreter runs kernels although there is a GPU: somebody forgot to unset a variable. Triton's own
+    interpreter (3.6 to 3.9) multiplies the bit patterns of bfloat16 and says nothing."""
+    return interpreting() and torch.cuda.is_available()
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of ``device``: the size of a persistent grid."""

@@ -172,6 +172,8 @@ class RouterCounter:
         def count(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not module.training or not torch.is_grad_enabled():
                 return
+            if module is not self._modules[number] and not getattr(module, "_is_replica", False):
+                return  # of a copy of the model, which has the same hooks; replicas are those of nn.DataParallel
             layer, in_backward = self.layers[number], torch._C._current_graph_task_id() != -1
             if in_backward and layer.counted:
                 return
