@@ -111,7 +111,10 @@ def fused_experts(
         UnsupportedProblem: the backend cannot run it; the message names the cure.
     """
     chosen = Activation.of(activation)
-    check_settings(group_size, persistent, backend, recompute, _backend_names())
+    check_settings(
+        group_size, backend, _backend_names(),
+        persistent=persistent, recompute=recompute, interleaved=interleaved, reduce=reduce,
+    )  # fmt: skip
     try:  # costs nothing, as asking each argument for its type would
         like = _like(gate_up), _like(down)
         check_inputs(x, topk_ids, topk_weights, *like, reduce)

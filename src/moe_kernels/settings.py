@@ -13,13 +13,11 @@ GROUP_SIZES: tuple[GroupSize, ...] = (*TILE_ROWS, "auto")
 DEFAULT_GROUP_SIZE = 128
 
 
-def check_settings(
-    group_size: GroupSize, persistent: bool, backend: str, recompute: bool, backends: tuple[str, ...]
-) -> None:
+def check_settings(group_size: GroupSize, backend: str, backends: tuple[str, ...], **switches: bool) -> None:
     """Raise ValueError naming the valid values if a setting is not one of them."""
     if type(group_size) not in (int, str) or group_size not in GROUP_SIZES:  # 64.0 and True are equal to some
         raise ValueError(f"group_size={group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
-    for name, value in (("persistent", persistent), ("recompute", recompute)):
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be true or false")
     if backend not in backends:
@@ -44,4 +42,6 @@ class ExpertsSettings:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self.group_size, self.persistent, self.backend, self.recompute, registry.names())
+        check_settings(
+            self.group_size, self.backend, registry.names(), persistent=self.persistent, recompute=self.recompute
+        )

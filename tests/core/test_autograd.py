@@ -337,6 +337,8 @@ def test_bad_inputs_are_named(experts, device, what):
         ({"group_size": 100}, "64, 128, 256, auto"),
         ({"group_size": True}, "64, 128, 256, auto"),
         ({"persistent": "yes"}, "true or false"),
+        ({"interleaved": "no"}, "true or false"),
+        ({"reduce": 1}, "true or false"),
         ({"activation": "tanh"}, "silu"),
         ({"activation": "clamped_glu"}, r"takes the parameters \(alpha, limit\)"),
         ({"backend": "cuda"}, "auto, gluon, triton, torch"),

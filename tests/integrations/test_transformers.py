@@ -795,3 +795,9 @@ def test_expert_parallelism_whose_gradients_are_too_small(version, sizes, warned
     with caplog.at_level("WARNING", "moe_kernels"):
         mk.check_model(model)
     assert ("once too often" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("given", [None, "Qwen/Qwen3-30B-A3B"])
+def test_what_is_no_model_is_named(given):
+    with pytest.raises(ValueError, match=f"takes a loaded model, not {type(given).__name__}: call from_pretrained"):
+        mk.check_model(given)

@@ -200,8 +200,11 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
 
     Raises:
         UnsupportedExperts: a module, or every one, would not be served; names the module, reason and cure.
-        ValueError: an adapter on expert weights that the kernels cannot run; see integrations.peft.check_lora.
+        ValueError: what is given is no model, or has an adapter on expert weights that the kernels cannot run; see
+            integrations.peft.check_lora.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"check_model takes a loaded model, not {type(model).__name__}: call from_pretrained first")
     modules = experts_modules(model)
     if not modules:
         _refuse_without_experts(model)
