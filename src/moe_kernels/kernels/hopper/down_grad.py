@@ -18,14 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from moe_kernels.activation import Gate, value_and_partials
 from moe_kernels.kernels.device import cdiv, multiprocessors
 from moe_kernels.kernels.hopper import dequantizing
-from moe_kernels.kernels.hopper.gemm import CACHED_BYTES, Operands, producer, weight_arguments
+from moe_kernels.kernels.hopper.gemm import CACHED_BYTES, Operands, mainloop, producer, weight_arguments
 from moe_kernels.kernels.hopper.gluon_names import aggregate, tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
@@ -220,22 +218,7 @@ def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, op
         weight1 = _row_weights(rows1, row_end, operands.row_slot, topk_weights_ptr)
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
         await_turn(turns, WARPGROUP, turn)
-        for k0 in range(0, H, BLOCK_K):
-            ring.await_ready(step)
-            if operands.GATHER:
-                fence_async_shared()  # make cp.async writes visible to wgmma's async proxy
-            a, b, _ready = ring.stage(step)
-            if not operands.W_IS_KN:
-                b = b.permute((1, 0))
-            acc = warpgroup_mma(a, b, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            if k0 > 0:
-                ring.free_before(step)
-            step += 1
-        acc = operands.add_low(acc, ring, step, 0)
-        step += operands.LOW_BLOCKS
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        ring.free_before(step)
+        acc, step = mainloop(acc, operands, ring, step, 0)
         pass_turn(turns, WARPGROUP)
         step += steps_per_tile  # skip the other consumer's tile
         turn += 1  # noqa: SIM113 (Gluon has no enumerate)

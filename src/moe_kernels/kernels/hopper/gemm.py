@@ -281,30 +281,12 @@ def _finish_tile(
 
     Returns the k block after its last.
     """
-    BLOCK_K: gl.constexpr = ring.a.shape[2]
     BLOCK_N: gl.constexpr = ring.b.shape[2] if operands.W_IS_KN else ring.b.shape[1]
     ROWS: gl.constexpr = buffers.shape[1]
     acc = gl.zeros((ROWS, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
     if not COOPERATIVE:
         await_turn(turns, WARPGROUP, turn // 2)
-    for k0 in range(0, operands.rows.width, BLOCK_K):
-        ring.await_ready(step)
-        if operands.GATHER:
-            fence_async_shared()  # make cp.async writes visible to wgmma's async proxy
-        a, b, _ready = ring.stage(step)
-        if COOPERATIVE:
-            a = a.slice(WARPGROUP * ROWS, ROWS)
-        if not operands.W_IS_KN:
-            b = b.permute((1, 0))
-        acc = warpgroup_mma(a, b, acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(acc,))
-        if k0 > 0:
-            ring.free_before(step)
-        step += 1
-    acc = operands.add_low(acc, ring, step, WARPGROUP * ROWS)
-    step += operands.LOW_BLOCKS
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    ring.free_before(step)
+    acc, step = mainloop(acc, operands, ring, step, WARPGROUP * ROWS)
     row0 = tile.row0
     if COOPERATIVE:
         row0 += WARPGROUP * ROWS
@@ -313,6 +295,34 @@ def _finish_tile(
     left, right = halves(acc)
     write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
     return step
+
+
+@gluon.jit
+def mainloop(acc, operands, ring, step, ROW0: gl.constexpr):
+    """A consumer's sums, of a tile's rows from ROW0 on, over all k blocks from ``step`` on.
+
+    Returns the sums, and the k block after the last.
+    """
+    BLOCK_K: gl.constexpr = ring.a.shape[2]
+    for k0 in range(0, operands.rows.width, BLOCK_K):
+        ring.await_ready(step)
+        if operands.GATHER:
+            fence_async_shared()  # make cp.async writes visible to wgmma's async proxy
+        a, b, _ready = ring.stage(step)
+        if acc.shape[0] < a.shape[0]:
+            a = a.slice(ROW0, acc.shape[0])
+        if not operands.W_IS_KN:
+            b = b.permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        if k0 > 0:
+            ring.free_before(step)
+        step += 1
+    acc = operands.add_low(acc, ring, step, ROW0)
+    step += operands.LOW_BLOCKS
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    ring.free_before(step)
+    return acc, step
 
 
 @gluon.jit
