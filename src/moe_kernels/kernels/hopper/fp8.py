@@ -140,10 +140,7 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, scales, tile
                         WARPGROUP, buffers, epilogue, operands, scales, tiles, ring, tile, first, step, pid
                     )
                 else:  # none of its rows is of this expert
-                    for _ in range(0, scales.blocks + operands.LOW_BLOCKS):
-                        ring.await_ready(step)
-                        step += 1
-                        ring.free_before(step)
+                    step = ring.skip(step, scales.blocks + operands.LOW_BLOCKS)
                     tile = tiles.at(gl.minimum(pid + gl.num_programs(0), tiles.count() - 1))
                     first = scales.at(scales.of_tile(tile, tile.row0 + ROW0, ROWS, layout), 0)
             else:

@@ -259,10 +259,7 @@ def consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring, 
                         WARPGROUP, buffers, epilogue, operands, tile, ring, step, turns, turn, COOPERATIVE
                     )
                 else:  # none of its rows is of this expert
-                    for _ in range(0, (K + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS):
-                        ring.await_ready(step)
-                        step += 1
-                        ring.free_before(step)
+                    step = ring.skip(step, (K + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS)
             else:
                 step = _finish_tile(
                     WARPGROUP, buffers, epilogue, operands, tile, ring, step, turns, turn, COOPERATIVE

@@ -79,6 +79,15 @@ class Ring:
         """Consumer: the k block before ``step`` has been read, so the producer may fill its stage."""
         mbarrier.arrive(self.empty.index((step + self.STAGES - 1) % self.STAGES), count=1)
 
+    @gluon.jit
+    def skip(self, step, steps):
+        """Consumer: free so many k blocks from ``step`` on unread, as they come. Returns the one after them."""
+        for _ in range(0, steps):
+            self.await_ready(step)
+            step += 1
+            self.free_before(step)
+        return step
+
 
 @gluon.jit
 def new_ring(
