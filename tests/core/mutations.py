@@ -223,7 +223,7 @@ GPU_MUTANTS = [
     ("no wait for two buffers to be free", "gemm.py", "    tma.store_wait(0)\n    put(left,", "    put(left,", ROUTINGS),
     ("a tile that begins early begins one row too early", "ring.py", "last = row_end - self.BLOCK_M\n", "last = row_end - self.BLOCK_M - 1\n", ROUTINGS),
     ("a tile that begins early reaches into the expert before", "ring.py", "gl.maximum(gl.minimum(row0, last), gl.load(self.expert_start + expert))", "gl.maximum(gl.minimum(row0, last), 0)", ROUTINGS),
-    ("half tile: the lower consumer skips its only row", "gemm.py", "tile.row0 + ROWS < tile.row_end:", "tile.row0 + ROWS < tile.row_end - 1:", LAST_TILES),
+    ("half tile: the lower consumer skips its only row", "gemm.py", "tile.row0 + ROWS >= tile.row_end:", "tile.row0 + ROWS >= tile.row_end - 1:", LAST_TILES),
     ("half tile where one row more than half is left", "ring.py", "row_end - row0 > half", "row_end - row0 > half + 1", LAST_TILES),
     ("half tile begins one row late", "ring.py", "last, row_end - half)", "last, row_end - half + 1)", LAST_TILES),
     ("wrong gathered token", "gemm.py", "(slot // self.TOP_K).to(gl.int64)", "(slot % self.TOP_K).to(gl.int64)", ROUTINGS),

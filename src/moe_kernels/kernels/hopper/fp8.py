@@ -134,15 +134,10 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, scales, tile
         tile = tiles.at(gl.program_id(0))
         first = scales.at(scales.of_tile(tile, tile.row0 + ROW0, ROWS, layout), 0)
         for pid in range(gl.program_id(0), tiles.count(), gl.num_programs(0)):
-            if tiles.HALF and WARPGROUP == 1:
-                if tile.row0 + ROW0 < tile.row_end:
-                    step, tile, first = _finish_tile(
-                        WARPGROUP, buffers, epilogue, operands, scales, tiles, ring, tile, first, step, pid
-                    )
-                else:  # none of its rows is of this expert
-                    step = ring.skip(step, scales.blocks + operands.LOW_BLOCKS)
-                    tile = tiles.at(gl.minimum(pid + gl.num_programs(0), tiles.count() - 1))
-                    first = scales.at(scales.of_tile(tile, tile.row0 + ROW0, ROWS, layout), 0)
+            if (tiles.HALF and WARPGROUP == 1) and tile.row0 + ROW0 >= tile.row_end:
+                step = ring.skip(step, scales.blocks + operands.LOW_BLOCKS)
+                tile = tiles.at(gl.minimum(pid + gl.num_programs(0), tiles.count() - 1))
+                first = scales.at(scales.of_tile(tile, tile.row0 + ROW0, ROWS, layout), 0)
             else:
                 step, tile, first = _finish_tile(
                     WARPGROUP, buffers, epilogue, operands, scales, tiles, ring, tile, first, step, pid

@@ -253,13 +253,8 @@ def consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring, 
     for pid in range(gl.program_id(0), tiles.count(), gl.num_programs(0)):
         if COOPERATIVE or turn % 2 == WARPGROUP:
             tile = tiles.at(pid)
-            if tiles.HALF and WARPGROUP == 1:
-                if tile.row0 + ROWS < tile.row_end:
-                    step = _finish_tile(
-                        WARPGROUP, buffers, epilogue, operands, tile, ring, step, turns, turn, COOPERATIVE
-                    )
-                else:  # none of its rows is of this expert
-                    step = ring.skip(step, (K + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS)
+            if (tiles.HALF and WARPGROUP == 1) and tile.row0 + ROWS >= tile.row_end:
+                step = ring.skip(step, (K + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS)
             else:
                 step = _finish_tile(
                     WARPGROUP, buffers, epilogue, operands, tile, ring, step, turns, turn, COOPERATIVE
