@@ -107,17 +107,12 @@ def main() -> None:
         help="on the Hopper kernels also what they are not chosen for: interleaved experts, weights stored by "
         "columns, block-fp8 weights dequantised between load and wgmma",
     )  # fmt: skip
-    parser.add_argument("--half-tiles", action="store_true", help="last tiles of half the rows in cooperative GEMMs")
     parser.add_argument(
         "--no-errors", action="store_true", help="no comparison with float64, which takes 8 bytes a weight"
     )
     parser.add_argument("--out", type=Path, default=Path("forms.json"))
     args = parser.parse_args()
     with ExitStack() as everything:
-        if args.half_tiles:
-            from moe_kernels.kernels.hopper.ring import use_half_tiles
-
-            everything.enter_context(use_half_tiles(True))
         if args.every_form:
             from moe_kernels.kernels.hopper.dequantizing import use_dequantizing
 

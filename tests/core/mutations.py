@@ -205,7 +205,6 @@ MUTANTS: list[tuple[Any, ...]] = [
 # pytest's -k: which tests of GPU_TESTS are run on a mutant
 ROUTINGS = "hostile and bfloat16"  # experts of one to a few tiles each, tails, dropped ids, empty experts
 LARGE_WEIGHTS = "come_from_memory"
-LAST_TILES = "last_tile and half"
 BIAS, INTERLEAVED, LORA128 = (f"kinds_of_experts and {kind}" for kind in ("bias", "interleaved", "lora-128"))
 # at these sizes an H200 takes down by ping-pong, whose tiles have two chunks of columns; cooperative ones have four
 WIDE_BIAS = "routings_of_kinds and bias and cooperative"
@@ -221,11 +220,8 @@ GPU_MUTANTS = [
     ("chunk sent before it is in its buffer", "ring.py", "    put(values, buffer)\n    fence_async_shared()\n    tma_store(descriptor, [row, col], buffer)\n", "    tma_store(descriptor, [row, col], buffer)\n    tma.store_wait(0)\n    put(values, buffer)\n", ROUTINGS),
     ("no wait for the buffer to be free", "ring.py", "    tma.store_wait(1)\n", "", ROUTINGS),
     ("no wait for two buffers to be free", "gemm.py", "    tma.store_wait(0)\n    put(left,", "    put(left,", ROUTINGS),
-    ("a tile that begins early begins one row too early", "ring.py", "last = row_end - self.BLOCK_M\n", "last = row_end - self.BLOCK_M - 1\n", ROUTINGS),
-    ("a tile that begins early reaches into the expert before", "ring.py", "gl.maximum(gl.minimum(row0, last), gl.load(self.expert_start + expert))", "gl.maximum(gl.minimum(row0, last), 0)", ROUTINGS),
-    ("half tile: the lower consumer skips its only row", "gemm.py", "tile.row0 + ROWS >= tile.row_end:", "tile.row0 + ROWS >= tile.row_end - 1:", LAST_TILES),
-    ("half tile where one row more than half is left", "ring.py", "row_end - row0 > half", "row_end - row0 > half + 1", LAST_TILES),
-    ("half tile begins one row late", "ring.py", "last, row_end - half)", "last, row_end - half + 1)", LAST_TILES),
+    ("a tile that begins early begins one row too early", "ring.py", "gl.minimum(row0, row_end - self.BLOCK_M)", "gl.minimum(row0, row_end - self.BLOCK_M - 1)", ROUTINGS),
+    ("a tile that begins early reaches into the expert before", "ring.py", "gl.maximum(gl.minimum(row0, row_end - self.BLOCK_M), gl.load(self.expert_start + expert))", "gl.maximum(gl.minimum(row0, row_end - self.BLOCK_M), 0)", ROUTINGS),
     ("wrong gathered token", "gemm.py", "(slot // self.TOP_K).to(gl.int64)", "(slot % self.TOP_K).to(gl.int64)", ROUTINGS),
     ("last row of an expert gathers token 0", "gemm.py", "mask=rows < tile.row_end, other=0)", "mask=rows < tile.row_end - 1, other=0)", ROUTINGS),
     ("every K block gathers the first columns", "gemm.py", "cp_async(a, sources + k0)", "cp_async(a, sources)", ROUTINGS),
@@ -329,7 +325,7 @@ BARRIER_MUTANTS = [
     ("one group of wgrad gives a stage back for both", "wgrad.py", "(BLOCK_K, BLOCK_N), 129, 2)", "(BLOCK_K, BLOCK_N), 129, 1)"),
     ("Z is read before it has come", "down_grad.py", "        mbarrier.wait(self.z_arrived.index(SET), z_phase)\n", ""),
     ("a stage of codes is filled before it is empty", "fp8.py", f"            {_EMPTY}            a, b, ready = ring.stage(step)\n", "            a, b, ready = ring.stage(step)\n"),
-    ("codes are multiplied before they are there", "fp8.py", f"        {_READY}        a, b, _ready = ring.stage(step)\n", "        a, b, _ready = ring.stage(step)\n"),
+    ("codes are multiplied before they are there", "fp8.py", f"                {_READY}                a, b, _ready = ring.stage(step)\n", "                a, b, _ready = ring.stage(step)\n"),
 ]  # fmt: skip
 
 

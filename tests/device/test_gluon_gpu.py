@@ -51,7 +51,7 @@ def test_models(model, record_property):
 @pytest.mark.parametrize("variant", [0, 1], ids=["cooperative", "ping-pong"])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
-def test_hostile_routings(routing, dtype, variant, tiles, record_property):
+def test_hostile_routings(routing, dtype, variant, record_property):
     with list(variants("gluon").values())[variant]:
         judge(dataclasses.replace(CASE, routing=routing, dtype=dtype), record_property)
 
@@ -133,17 +133,8 @@ def test_other_schedules(kernel, schedule, routing, record_property):
         judge(dataclasses.replace(CASE, routing=routing), record_property)
 
 
-@pytest.fixture(params=[False, True], ids=["full", "half"])
-def tiles(request):
-    """Whether the last tile of an expert may be of half the rows."""
-    from moe_kernels.kernels.hopper.ring import use_half_tiles
-
-    with use_half_tiles(request.param):
-        yield
-
-
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257])
-def test_sizes_of_the_last_tile(rows, tiles, record_property):
+def test_sizes_of_the_last_tile(rows, record_property):
     """Expert 0 has so many rows, and those of the experts after it border on its last tile."""
     judge(Case(rows + 2, 1, 3, 256, 192, BF16, "one_token_each"), record_property)
 

@@ -11,7 +11,6 @@ takes the GPU from all other processes, so that several of these compile at the 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import faulthandler
 import functools
 import json
@@ -111,15 +110,12 @@ def install() -> None:
 def main() -> int:
     """Run every case in every variant for its share of the time."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--half-tiles", action="store_true", help="last tiles of half the rows, where they fit")
     parser.add_argument("--seconds", type=float, default=30.0, help="for all cases together, compiling left out")
     parser.add_argument("--json", type=Path, help="write what was run and how often")
     wanted = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         parser.error("needs an NVIDIA Hopper GPU (H100, H200): other GPUs run no kernels with barriers")
     install()
-    stack = contextlib.ExitStack()
-    stack.enter_context(ring.use_half_tiles(wanted.half_tiles))
     for patch in patches("multiprocessors", lambda *_: PROGRAMS):
         patch.start()
     gluon_backend = functools.partial(moe_kernels.fused_experts, backend="gluon")

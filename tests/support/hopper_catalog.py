@@ -19,7 +19,7 @@ from moe_kernels.activation import Activation, Gate
 from moe_kernels.fp8 import Fp8Rows, Fp8Weight
 from moe_kernels.fp8 import transposed as fp8_transposed
 from moe_kernels.kernels.hopper import dequantizing, down_grad, fp8, gemm, wgrad
-from moe_kernels.kernels.hopper.ring import PING_PONG, use_half_tiles, use_schedule
+from moe_kernels.kernels.hopper.ring import PING_PONG, use_schedule
 from moe_kernels.kernels.operands import Descriptor
 from moe_kernels.kernels.triton import fp8 as steps
 from moe_kernels.kernels.triton.round import empty_fp8
@@ -119,10 +119,6 @@ def _every_case() -> Iterator[CompileCase]:
             if case.name.startswith("hopper-down-")
         ]
     yield from (dataclasses.replace(case, name=f"{case.name}-ping-pong-large-weights") for case in cases)
-    with use_half_tiles(True):
-        cases = [case for rank in (0, 16) for case in _cases(torch.bfloat16, Activation("silu"), rank)]
-    cases = [case for case in cases if case.constants.get("HALF_TILES")]
-    yield from (dataclasses.replace(case, name=f"{case.name}-half-tiles") for case in cases)
     for activation in EVERY_ACTIVATION:
         if activation.name != "silu":
             yield from (
@@ -230,7 +226,6 @@ def fp8_cases() -> Iterator[CompileCase]:
             yield _recorded(f"hopper-dequantizing-{name}", gemm, call)
         for name, call in of_down.items():
             yield _recorded(f"hopper-dequantizing-down_grad-{name}", down_grad, call)
-    for half, suffix in ((False, ""), (True, "-half-tiles")):
-        with mock.patch.object(fp8, "in_order", in_order), use_half_tiles(half):
-            cases = [_recorded(f"hopper-fp8-{name}{suffix}", fp8, call) for name, call in calls.items()]
-        yield from (dataclasses.replace(case, fp8=True, spills=100) for case in cases)
+    with mock.patch.object(fp8, "in_order", in_order):
+        for name, call in calls.items():
+            yield dataclasses.replace(_recorded(f"hopper-fp8-{name}", fp8, call), fp8=True, spills=100)

@@ -312,7 +312,7 @@ def hopper_down_grad_kernel(
     # Not FULL: dZ may overwrite Z, so no row may be computed twice.
     tiles = RowTiles(
         expert_start=expert_start_ptr, tile_expert=tile_expert_ptr, tile_row=tile_row_ptr, num_m=num_m, num_n=num_n,
-        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=False, HALF=False,
+        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=False,
     )  # fmt: skip
     operands = Operands(
         rows=Matrix(descriptor=dout_rows, pointer=dout_ptr, width=H), weight=w, low=low, factor=factor,

@@ -26,7 +26,6 @@ from moe_kernels.kernels.hopper.ring import (
     RowTiles,
     accumulator_layout,
     block_layout,
-    half_tiles,
     matrix,
     new_ring,
 )
@@ -129,69 +128,47 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, scales, tile
     ROWS: gl.constexpr = buffers.shape[1]
     ROW0: gl.constexpr = WARPGROUP * ROWS
     layout: gl.constexpr = _products_layout(HALF)
+    # LOW_BLOCKS as a number that the compiler does not know: it keeps the loops over them apart. In one, the products
+    # of both halves are alive at the same time.
+    low_blocks = gl.minimum(operands.rows.width, operands.LOW_BLOCKS)
     step = 0
     if gl.program_id(0) < tiles.count():
         tile = tiles.at(gl.program_id(0))
         first = scales.at(scales.of_tile(tile, tile.row0 + ROW0, ROWS, layout), 0)
         for pid in range(gl.program_id(0), tiles.count(), gl.num_programs(0)):
-            if (tiles.HALF and WARPGROUP == 1) and tile.row0 + ROW0 >= tile.row_end:
-                step = ring.skip(step, scales.blocks + operands.LOW_BLOCKS)
-                tile = tiles.at(gl.minimum(pid + gl.num_programs(0), tiles.count() - 1))
-                first = scales.at(scales.of_tile(tile, tile.row0 + ROW0, ROWS, layout), 0)
-            else:
-                step, tile, first = _finish_tile(
-                    WARPGROUP, buffers, epilogue, operands, scales, tiles, ring, tile, first, step, pid
-                )
+            row0 = tile.row0 + ROW0
+            pointers = scales.of_tile(tile, row0, ROWS, layout)
+            left = gl.zeros((ROWS, HALF), gl.float32, layout)
+            right = gl.zeros((ROWS, HALF), gl.float32, layout)
+            next_rows, next_left, next_right = first
+            for block in range(0, scales.blocks):
+                left_scale = next_rows * next_left.to(gl.float32)
+                right_scale = next_rows * next_right.to(gl.float32)
+                next_rows, next_left, next_right = scales.at(pointers, block + 1)
+                ring.await_ready(step)
+                a, b, _ready = ring.stage(step)
+                a = a.slice(ROW0, ROWS)
+                b = b.permute((1, 0))
+                left += _products(a, b.slice(0, HALF, dim=1), layout) * left_scale[:, None]
+                right += _products(a, b.slice(HALF, HALF, dim=1), layout) * right_scale[:, None]
+                step += 1
+                ring.free_before(step)
+            # The next tile and its first scales, whose loads the epilogue hides.
+            following = tiles.at(gl.minimum(pid + gl.num_programs(0), tiles.count() - 1))
+            first = scales.at(scales.of_tile(following, following.row0 + ROW0, ROWS, layout), 0)
+            left = gl.convert_layout(left, accumulator_layout(HALF), assert_trivial=True)
+            right = gl.convert_layout(right, accumulator_layout(HALF), assert_trivial=True)
+            if operands.LOW_BLOCKS > 0:
+                # wgmma does not add to the sums itself: ptxas then keeps them elsewhere in the loop, and spills.
+                for block in range(0, low_blocks):
+                    left += _low_products(operands, ring, step + block, ROW0, ROWS, 0, HALF)
+                for block in range(0, low_blocks):
+                    right += _low_products(operands, ring, step + block, ROW0, ROWS, HALF, HALF)
+                    ring.free_before(step + block + 1)
+                step += low_blocks
+            write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
+            tile = following
     tma.store_wait(0)
-
-
-@gluon.jit
-def _finish_tile(
-    WARPGROUP: gl.constexpr, buffers, epilogue, operands, scales, tiles, ring, tile, first, step, pid
-):
-    """A consumer's part of ``tile``, whose first scales are ``first``: its sums, then what is written of them.
-
-    Returns the k block after its last, this program's next tile, and that tile's first scales.
-    """
-    HALF: gl.constexpr = ring.b.shape[1] // 2
-    ROWS: gl.constexpr = buffers.shape[1]
-    ROW0: gl.constexpr = WARPGROUP * ROWS
-    layout: gl.constexpr = _products_layout(HALF)
-    # LOW_BLOCKS as a number that the compiler does not know: it keeps the loops over them apart. In one, the products
-    # of both halves are alive at the same time.
-    low_blocks = gl.minimum(operands.rows.width, operands.LOW_BLOCKS)
-    row0 = tile.row0 + ROW0
-    pointers = scales.of_tile(tile, row0, ROWS, layout)
-    left = gl.zeros((ROWS, HALF), gl.float32, layout)
-    right = gl.zeros((ROWS, HALF), gl.float32, layout)
-    next_rows, next_left, next_right = first
-    for block in range(0, scales.blocks):
-        left_scale = next_rows * next_left.to(gl.float32)
-        right_scale = next_rows * next_right.to(gl.float32)
-        next_rows, next_left, next_right = scales.at(pointers, block + 1)
-        ring.await_ready(step)
-        a, b, _ready = ring.stage(step)
-        a = a.slice(ROW0, ROWS)
-        b = b.permute((1, 0))
-        left += _products(a, b.slice(0, HALF, dim=1), layout) * left_scale[:, None]
-        right += _products(a, b.slice(HALF, HALF, dim=1), layout) * right_scale[:, None]
-        step += 1
-        ring.free_before(step)
-    # The next tile and its first scales, whose loads the epilogue hides.
-    following = tiles.at(gl.minimum(pid + gl.num_programs(0), tiles.count() - 1))
-    first = scales.at(scales.of_tile(following, following.row0 + ROW0, ROWS, layout), 0)
-    left = gl.convert_layout(left, accumulator_layout(HALF), assert_trivial=True)
-    right = gl.convert_layout(right, accumulator_layout(HALF), assert_trivial=True)
-    if operands.LOW_BLOCKS > 0:
-        # wgmma does not add to the sums itself: ptxas then keeps them elsewhere in the loop, and spills.
-        for block in range(0, low_blocks):
-            left += _low_products(operands, ring, step + block, ROW0, ROWS, 0, HALF)
-        for block in range(0, low_blocks):
-            right += _low_products(operands, ring, step + block, ROW0, ROWS, HALF, HALF)
-            ring.free_before(step + block + 1)
-        step += low_blocks
-    write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
-    return step, following, first
 
 
 @gluon.jit
@@ -229,7 +206,6 @@ def hopper_fp8_gemm_kernel(
     HAS_BIAS: gl.constexpr,
     LOW_IS_KN: gl.constexpr,
     RANK: gl.constexpr,
-    HALF_TILES: gl.constexpr,
     COOPERATIVE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -247,7 +223,7 @@ def hopper_fp8_gemm_kernel(
     tiles = RowTiles(
         expert_start=expert_start_ptr, tile_expert=tile_expert_ptr, tile_row=tile_row_ptr,
         num_m=gl.load(tile_count_ptr), num_n=(N + COLUMNS - 1) // COLUMNS,
-        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=True, HALF=HALF_TILES,
+        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=True,
     )  # fmt: skip
     operands = Operands(
         rows=Matrix(descriptor=codes, pointer=row_scales_ptr, width=K), weight=w, low=low, factor=factor,
@@ -327,7 +303,6 @@ def gemm(
             "HAS_BIAS": weight.bias is not None,
             "LOW_IS_KN": transposed,
             "RANK": rank,
-            "HALF_TILES": half_tiles(COOPERATIVE),
             **COOPERATIVE.constants(),
             "num_warps": 4,
         },

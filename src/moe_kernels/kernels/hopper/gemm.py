@@ -35,7 +35,6 @@ from moe_kernels.kernels.hopper.ring import (
     await_turn,
     block_layout,
     copy_layout,
-    half_tiles,
     halves,
     has_fast_memory,
     matrix,
@@ -246,6 +245,7 @@ class Epilogue:
 def consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring, turns, COOPERATIVE: gl.constexpr):
     """A consumer warpgroup: multiply the k blocks in the ring, then run the epilogue of the tile."""
     BLOCK_K: gl.constexpr = ring.a.shape[2]
+    BLOCK_N: gl.constexpr = ring.b.shape[2] if operands.W_IS_KN else ring.b.shape[1]
     ROWS: gl.constexpr = buffers.shape[1]
     K = operands.rows.width
     step = 0
@@ -253,40 +253,21 @@ def consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring, 
     for pid in range(gl.program_id(0), tiles.count(), gl.num_programs(0)):
         if COOPERATIVE or turn % 2 == WARPGROUP:
             tile = tiles.at(pid)
-            if (tiles.HALF and WARPGROUP == 1) and tile.row0 + ROWS >= tile.row_end:
-                step = ring.skip(step, (K + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS)
+            acc = gl.zeros((ROWS, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
+            if not COOPERATIVE:
+                await_turn(turns, WARPGROUP, turn // 2)
+            acc, step = mainloop(acc, operands, ring, step, WARPGROUP * ROWS)
+            row0 = tile.row0
+            if COOPERATIVE:
+                row0 += WARPGROUP * ROWS
             else:
-                step = _finish_tile(
-                    WARPGROUP, buffers, epilogue, operands, tile, ring, step, turns, turn, COOPERATIVE
-                )
+                pass_turn(turns, WARPGROUP)
+            left, right = halves(acc)
+            write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
         else:
             step += (K + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS
         turn += 1  # noqa: SIM113 (Gluon has no enumerate)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _finish_tile(
-    WARPGROUP: gl.constexpr, buffers, epilogue, operands, tile, ring, step, turns, turn, COOPERATIVE: gl.constexpr
-):
-    """A consumer's part of ``tile``, whose first k block is ``step``: its sums, then what is written of them.
-
-    Returns the k block after its last.
-    """
-    BLOCK_N: gl.constexpr = ring.b.shape[2] if operands.W_IS_KN else ring.b.shape[1]
-    ROWS: gl.constexpr = buffers.shape[1]
-    acc = gl.zeros((ROWS, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
-    if not COOPERATIVE:
-        await_turn(turns, WARPGROUP, turn // 2)
-    acc, step = mainloop(acc, operands, ring, step, WARPGROUP * ROWS)
-    row0 = tile.row0
-    if COOPERATIVE:
-        row0 += WARPGROUP * ROWS
-    else:
-        pass_turn(turns, WARPGROUP)
-    left, right = halves(acc)
-    write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
-    return step
 
 
 @gluon.jit
@@ -495,7 +476,6 @@ def hopper_gemm_kernel(
     RANK: gl.constexpr,
     K_BLOCKS_PER_WAIT: gl.constexpr,
     SIDE: gl.constexpr,  # of a block of fp8 weights with one scale; 0: of 16 bits
-    HALF_TILES: gl.constexpr,
     COOPERATIVE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -521,7 +501,7 @@ def hopper_gemm_kernel(
     num_n = (N + COLUMNS - 1) // COLUMNS
     tiles = RowTiles(
         expert_start=expert_start_ptr, tile_expert=tile_expert_ptr, tile_row=tile_row_ptr, num_m=num_m, num_n=num_n,
-        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=COOPERATIVE, HALF=HALF_TILES,
+        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=COOPERATIVE,
     )  # fmt: skip
     operands = Operands(
         rows=Matrix(descriptor=rows_in, pointer=rows_ptr, width=K), weight=w, low=low, factor=factor,
@@ -693,7 +673,6 @@ def _launch(
     loaded = 2 * columns if constants["INTERLEAVED"] else columns
     weights, chosen = weight_arguments(weight, loaded, kernel == "dgrad", unused=out)
     chosen["HAS_BIAS"] = weight.bias is not None
-    chosen["HALF_TILES"] = half_tiles(schedule)
     stages = k_blocks_per_wait(kernel, plan, weight.matrix) if isinstance(weight.matrix, torch.Tensor) else 1
     chosen["K_BLOCKS_PER_WAIT"] = stages
     launch(

@@ -79,15 +79,6 @@ class Ring:
         """Consumer: the k block before ``step`` has been read, so the producer may fill its stage."""
         mbarrier.arrive(self.empty.index((step + self.STAGES - 1) % self.STAGES), count=1)
 
-    @gluon.jit
-    def skip(self, step, steps):
-        """Consumer: free so many k blocks from ``step`` on unread, as they come. Returns the one after them."""
-        for _ in range(0, steps):
-            self.await_ready(step)
-            step += 1
-            self.free_before(step)
-        return step
-
 
 @gluon.jit
 def new_ring(
@@ -205,8 +196,6 @@ class RowTiles:
 
     FULL: if an expert's last tile would be partial, move its start back until it is full, so that it needs no masked
     stores. The rows that it then shares with the tile before are computed twice, with bitwise equal results.
-    HALF: a last tile of at most half as many rows is moved until its upper half is full, and its lower half is empty:
-    the consumer that has it need not multiply.
     """
 
     expert_start: gl.tensor
@@ -217,7 +206,6 @@ class RowTiles:
     BLOCK_M: gl.constexpr
     GROUP_M: gl.constexpr
     FULL: gl.constexpr
-    HALF: gl.constexpr
 
     @gluon.jit
     def count(self):
@@ -232,11 +220,7 @@ class RowTiles:
         row0 = gl.load(self.tile_row + m)
         row_end = gl.load(self.expert_start + expert + 1)
         if self.FULL:
-            last = row_end - self.BLOCK_M
-            if self.HALF:
-                half = self.BLOCK_M // 2
-                last = gl.where(row_end - row0 > half, last, row_end - half)
-            row0 = gl.maximum(gl.minimum(row0, last), gl.load(self.expert_start + expert))
+            row0 = gl.maximum(gl.minimum(row0, row_end - self.BLOCK_M), gl.load(self.expert_start + expert))
         return RowTile(expert=expert, row0=row0, row_end=row_end, n=n)
 
 
@@ -277,17 +261,6 @@ class Schedule:
 COOPERATIVE = Schedule(cooperative=True, block_n=256, stages=4)
 PING_PONG = Schedule(cooperative=False, block_n=128, stages=5, group_m=4)
 _PING_PONG_MAX_K = 1024  # up to this K, ping-pong is faster than cooperative on an H200
-_half_tiles: Override[bool] = Override()
-#: Within ``use_half_tiles(True)`` cooperative GEMMs take RowTiles with HALF: to measure it, and for tests. It was run
-#: on no GPU, so that nothing chooses it.
-use_half_tiles = _half_tiles.use
-
-
-def half_tiles(schedule: Schedule) -> bool:
-    """Whether a GEMM of that schedule takes them."""
-    return schedule.cooperative and _half_tiles.choice is True
-
-
 _overrides: dict[str, Override[Schedule]] = {kernel: Override() for kernel in ("up", "down", "dgrad")}
 
 
