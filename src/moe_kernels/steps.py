@@ -218,17 +218,17 @@ def _gate_up_grads(
         del dxr
     x_rows: Rows = TokenRows(t.x, plan.top_k)
     if needs.gate_up:
-        x_rows = in_order = backend.gather(t.x, plan)
-        grads["gate_up"] = _weight_grad(backend, t.gate_up, dz, in_order, plan)
+        x_rows = backend.x_rows(t.x, t.gate_up, plan)
+        grads["gate_up"] = _weight_grad(backend, t.gate_up, dz, x_rows, plan)
     if needs.gate_up_lora_a and low is not None and given.gate_up_lora_a is not None:
         scaling = spec.forward.gate_up_scaling
         grads["gate_up_lora_a"] = backend.lora_a_grad(low, x_rows, plan, given.gate_up_lora_a, scaling)
     return grads
 
 
-def _weight_grad(backend: Backend, weight: Matrix, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
+def _weight_grad(backend: Backend, weight: Matrix, left: Rows, right: Rows, plan: RoutingPlan) -> Tensor:
     """left[rows of e]^T right[rows of e], in the memory order of ``weight``."""
-    if isinstance(left, Tensor) and isinstance(weight, Tensor) and not by_rows(weight):
+    if isinstance(weight, Tensor) and not by_rows(weight):
         return backend.wgrad(right, left, plan).mT
     return backend.wgrad(left, right, plan)
 

@@ -17,7 +17,7 @@ from support import aot, environment
 pytestmark = pytest.mark.skipif(
     os.environ.get("MOE_KERNELS_AOT") != "1", reason="needs the compiler: make test-compiled"
 )
-NAMES = ("up", "down", "dgrad", "wgrad-dW1", "wgrad-dW2-gather", "down_grad", "down_grad-gather")
+NAMES = ("up", "down", "dgrad", "wgrad-dW1", "wgrad-dW1-gather", "wgrad-dW2-gather", "down_grad", "down_grad-gather")
 KERNELS = [f"hopper-{name}-silu-bf16" for name in NAMES] + ["hopper-down-silu-bf16-ping-pong-large-weights"]
 BYTES = 8  # of a barrier
 

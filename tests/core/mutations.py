@@ -209,6 +209,7 @@ BIAS, INTERLEAVED, LORA128 = (f"kinds_of_experts and {kind}" for kind in ("bias"
 # at these sizes an H200 takes down by ping-pong, whose tiles have two chunks of columns; cooperative ones have four
 WIDE_BIAS = "routings_of_kinds and bias and cooperative"
 LORA = "kinds_of_experts and lora and not oss and not gateless and not 32 and not 64 and not 128"
+GATELESS_COPIES = "gathered_or_copied_of_kinds and gateless"
 GATELESS = "kinds_of_experts and gateless and not lora"
 FP8 = "gemms_in_fp8"
 IN_LOAD = "dequantising_in_the_load"
@@ -257,6 +258,10 @@ GPU_MUTANTS = [
     ("wgrad sums the last block of rows alone", "wgrad.py", "b, acc, is_async=True)", "b, acc, use_acc=False, is_async=True)", ROUTINGS),
     ("wgrad skips experts without rows", "wgrad.py", "if m0 < M:", "if (m0 < M) & (tile.start < tile.end):", ROUTINGS),
     ("wgrad writes the right half twice", "wgrad.py", "_write(left, buffers, out,", "_write(right, buffers, out,", ROUTINGS),
+    ("wgrad's partial block multiplies other rows on the left", "wgrad.py", "_sources(row_slot_ptr, row, end, BLOCK_M, BLOCK_K, 0)", "_sources(row_slot_ptr, tile.start, end, BLOCK_M, BLOCK_K, 0)", ROUTINGS),
+    ("wgrad gathers the columns of another block on the right", "wgrad.py", "_copy_rows(b, right, sources, row, end, n * BLOCK_N)", "_copy_rows(b, right, sources, row, end, m * BLOCK_N)", ROUTINGS),
+    ("wgrad writes the upper rows twice", "wgrad.py", "_write(lower, buffers, out,", "_write(upper, buffers, out,", ROUTINGS),
+    ("wgrad writes over the next expert's rows", "wgrad.py", "if m0 + _STORED < M:", "if m0 >= 0:", GATELESS_COPIES),
     ("wgrad's partial block of columns lost", "wgrad.py", "num_n = (N + BLOCK_N - 1) // BLOCK_N", "num_n = N // BLOCK_N", ROUTINGS),
     ("both groups of wgrad multiply the upper half", "wgrad.py", "slice(WARPGROUP * ROWS, ROWS, dim=1)", "slice(0, ROWS, dim=1)", ROUTINGS),
     ("dZ without the routing weight", "down_grad.py", "    da *= weight[:, None]\n", "    da *= 1.0\n", ROUTINGS),

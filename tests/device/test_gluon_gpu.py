@@ -48,11 +48,14 @@ def test_models(model, record_property):
     judge(MODELS[model], record_property)
 
 
+@pytest.mark.parametrize("gathered", [True, False], ids=["gathered", "copied"])
 @pytest.mark.parametrize("variant", [0, 1], ids=["cooperative", "ping-pong"])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
-def test_hostile_routings(routing, dtype, variant, record_property):
-    with list(variants("gluon").values())[variant]:
+def test_hostile_routings(routing, dtype, variant, gathered, record_property):
+    from moe_kernels.backends.gluon import use_gathered
+
+    with list(variants("gluon").values())[variant], use_gathered(gathered):
         judge(dataclasses.replace(CASE, routing=routing, dtype=dtype), record_property)
 
 
@@ -107,7 +110,7 @@ def test_weights_that_come_from_memory(case, together, record_property):
 
 @pytest.mark.parametrize("gathered", [True, False])
 @pytest.mark.parametrize("sizes", [(700, 2, 5, 128, 704), (129, 1, 2, 64, 576)], ids=str)
-def test_either_way_of_the_output_gradient(sizes, gathered, record_property):
+def test_rows_gathered_or_copied(sizes, gathered, record_property):
     from moe_kernels.backends.gluon import use_gathered
 
     with use_gathered(gathered):
@@ -183,7 +186,7 @@ def test_hostile_routings_of_kinds(kind, routing, variant, every_form, record_pr
 
 @pytest.mark.parametrize("gathered", [True, False])
 @pytest.mark.parametrize("kind", ["interleaved", "gateless", "stored by columns"])
-def test_either_way_of_the_output_gradient_of_kinds(kind, gathered, every_form, record_property):
+def test_rows_gathered_or_copied_of_kinds(kind, gathered, every_form, record_property):
     from moe_kernels.backends.gluon import use_gathered
 
     with use_gathered(gathered):

@@ -164,6 +164,8 @@ def _cases(
     yield _recorded(f"hopper-dgrad-{suffix}", gemm, lambda: gemm.dgrad(z, w1_grad._replace(bias=None), plan))
     if not rank:
         yield _recorded(f"hopper-wgrad-dW1-{suffix}", wgrad, lambda: wgrad.wgrad(z, a, plan))
+        gathered = TokenRows(x, _TOP_K)
+        yield _recorded(f"hopper-wgrad-dW1-gather-{suffix}", wgrad, lambda: wgrad.wgrad(z, gathered, plan))
     how: dict[str, torch.Tensor | TokenRows] = {"": dout_rows, "-gather": TokenRows(x, _TOP_K)}
     for name, dout in how.items():
         backward = functools.partial(down_grad.down_grad, dout, w2_grad, z, weights, plan, gate, True)

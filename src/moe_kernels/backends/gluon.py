@@ -89,6 +89,11 @@ class GluonBackend(TritonBackend):
             return TokenRows(dout, plan.top_k)
         return super().dout_rows(dout, down, plan, gate)
 
+    def x_rows(self, x: Tensor, gate_up: Matrix, plan: RoutingPlan) -> Rows:
+        fits = gate_up.shape[1] <= _GATHERED_X and gate_up.shape[1] % 256 == 0
+        gathered = fits if _forced.choice is None else _forced.choice
+        return TokenRows(x, plan.top_k) if gathered and _fits(x) else super().x_rows(x, gate_up, plan)
+
     def down_grad(
         self,
         dout_rows: Rows,
@@ -105,8 +110,8 @@ class GluonBackend(TritonBackend):
         run = down_grad.down_grad if _chosen(gate) and rows_fit and _weight_fits(weight) else super().down_grad
         return run(dout_rows, weight, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa)
 
-    def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
-        if isinstance(left, TokenRows) or _fits(left, right):
+    def wgrad(self, left: Rows, right: Rows, plan: RoutingPlan) -> Tensor:
+        if _fits(*(rows.tokens if isinstance(rows, TokenRows) else rows for rows in (left, right))):
             return wgrad.wgrad(left, right, plan)
         return super().wgrad(left, right, plan)
 
@@ -157,8 +162,10 @@ use_every_form = _every_form.use
 #: Intermediate sizes up to which the kernels gather rows of dO themselves. The copy costs R H, what the kernels lose
 #: R H I: benchmarks/results/h*00-log-9-epilogues.json has 256 (faster) and from 704 on (as fast, or slower).
 _GATHERED = 512
+#: The same for columns of gate_up and rows of X, which dW1 gathers.
+_GATHERED_X = 2048
 _forced: Override[bool] = Override()
-#: Within ``use_gathered(gathered)`` the kernels gather rows of dO themselves, or never do: for checks and tests.
+#: Within ``use_gathered(gathered)`` the kernels gather rows of dO and X themselves, or never do: for checks, tests.
 use_gathered = _forced.use
 
 _fp8: Override[bool] = Override()

@@ -64,6 +64,10 @@ class Backend(Protocol):
         """
         return self.gather(dout, plan)
 
+    def x_rows(self, x: Tensor, gate_up: Matrix, plan: RoutingPlan) -> Rows:
+        """X (T, H) as ``wgrad`` takes it for the gradient of W1 ``gate_up`` (E, Z, H): as in ``dout_rows``."""
+        return self.gather(x, plan)
+
     @abstractmethod
     def dgrad(self, rows: GemmRows, weight: Weight, plan: RoutingPlan) -> Tensor:
         """rows W[e]: dA0 from dOs (R, H) and W2 (E, H, I), or dXr from dZ (R, Z) and W1 (E, Z, H).
@@ -90,8 +94,11 @@ class Backend(Protocol):
         """
 
     @abstractmethod
-    def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
-        """Steps 5 and 8, (R, M), (R, N) -> (E, M, N): left[rows of e]^T right[rows of e]; zeros without rows."""
+    def wgrad(self, left: Rows, right: Rows, plan: RoutingPlan) -> Tensor:
+        """Steps 5 and 8, (R, M), (R, N) -> (E, M, N): left[rows of e]^T right[rows of e]; zeros without rows.
+
+        One of the two may be what ``dout_rows`` or ``x_rows`` returned.
+        """
 
     @abstractmethod
     def combine_grad(self, dxr: Tensor, plan: RoutingPlan) -> Tensor:

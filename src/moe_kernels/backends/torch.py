@@ -129,8 +129,9 @@ class TorchBackend(Backend):
         wa = (w * a).to(da.dtype) if needs_wa else da.new_empty(0)
         return DownGrads(z.copy_(dz) if overwrite_z else dz, wa, dw)
 
-    def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
-        return _wgrad(in_expert_order(left, plan, self.gather), right, plan, right.dtype)
+    def wgrad(self, left: Rows, right: Rows, plan: RoutingPlan) -> Tensor:
+        left, right = (in_expert_order(rows, plan, self.gather) for rows in (left, right))
+        return _wgrad(left, right, plan, right.dtype)
 
     def lora_a_grad(self, low: Tensor, rows: Rows, plan: RoutingPlan, lora_a: Tensor, scaling: float = 1.0) -> Tensor:
         right = in_expert_order(rows, plan, self.gather)

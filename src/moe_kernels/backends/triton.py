@@ -103,5 +103,5 @@ class TritonBackend(Backend):
         rounds = isinstance(weight.matrix, Fp8Weight) and not gate.interleaved  # nor is such a gate_up
         return dact(da, z, topk_weights, plan, gate, overwrite_z, bias_dot, needs_wa, rounds)
 
-    def wgrad(self, left: Rows, right: Tensor, plan: RoutingPlan) -> Tensor:
-        return wgrad(in_expert_order(left, plan, gather), right, plan)
+    def wgrad(self, left: Rows, right: Rows, plan: RoutingPlan) -> Tensor:
+        return wgrad(in_expert_order(left, plan, gather), in_expert_order(right, plan, gather), plan)

@@ -42,6 +42,7 @@ from moe_kernels.kernels.hopper.ring import (
     pairs,
     pass_turn,
     put,
+    row_halves,
 )
 from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.triton.dequantize import blocks
@@ -55,12 +56,6 @@ def pairs_layout():
     registers = [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [64, 0]]
     lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [128, 64])
-
-
-@gluon.jit
-def row_halves(x):
-    """The upper and the lower half of the rows of x. Each thread keeps its registers; no data moves."""
-    return gl.split(gl.permute(gl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), (1, 2, 0)))
 
 
 @aggregate

@@ -138,6 +138,12 @@ def halves(x):
 
 
 @gluon.jit
+def row_halves(x):
+    """The upper and the lower half of the rows of x. Each thread keeps its registers; no data moves."""
+    return gl.split(gl.permute(gl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), (1, 2, 0)))
+
+
+@gluon.jit
 def pairs(x):
     """The even and the odd columns of x, neighbours in a thread's registers: no data moves."""
     return gl.split(gl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))

@@ -2,8 +2,8 @@
 
 Here the k blocks are blocks of an expert's rows. Whole blocks are loaded by TMA. The last, partial block is loaded by
 cp.async with zero fill past the expert's last row, so that rows of the next expert (or its NaNs) never enter the sum.
-Experts without rows get exact zeros. ``left`` may be tokens that are not in expert order (TOP_K): then all of its
-blocks are gathered by cp.async.
+Experts without rows get exact zeros. One operand may be tokens that are not in expert order: then all of its blocks
+are gathered by cp.async. It has the narrow side of a tile of 128 by 256, so that the producer keeps up.
 """
 
 import torch
@@ -32,11 +32,15 @@ from moe_kernels.kernels.hopper.ring import (
     halves,
     matrix,
     new_ring,
+    row_halves,
     write_chunk,
 )
 from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.triton.tile import swizzled_tile
+from moe_kernels.layer import Rows
 from moe_kernels.routing import RoutingPlan, TokenRows
+
+_STORED = gl.constexpr(64)  # rows that a consumer stores at a time; M is a multiple of it
 
 
 @gluon.jit
@@ -119,11 +123,14 @@ class Tiles:
 
 
 @gluon.jit
-def _producer(left, right, row_slot_ptr, tiles, ring, TOP_K: gl.constexpr):
+def _producer(left, right, row_slot_ptr, tiles, ring, LEFT_TOP_K: gl.constexpr, RIGHT_TOP_K: gl.constexpr):
     """The producer warps: load the k blocks of every tile of this program into the ring."""
     BLOCK_K: gl.constexpr = ring.a.shape[1]
     BLOCK_M: gl.constexpr = ring.a.shape[2]
     BLOCK_N: gl.constexpr = ring.b.shape[2]
+    TOP_K: gl.constexpr = LEFT_TOP_K + RIGHT_TOP_K  # one of them is 0
+    GATHERED: gl.constexpr = BLOCK_N if RIGHT_TOP_K > 0 else BLOCK_M
+    LOADED: gl.constexpr = BLOCK_M + BLOCK_N - (GATHERED if TOP_K > 0 else 0)  # columns by TMA
     step = 0
     next_tile = tiles.first()
     while next_tile.number < tiles.count():
@@ -131,32 +138,41 @@ def _producer(left, right, row_slot_ptr, tiles, ring, TOP_K: gl.constexpr):
         m, n = tiles.blocks(tile)
         next_tile = tiles.after(tile)
         end = tile.end
-        following = _sources(row_slot_ptr, tile.start, end, BLOCK_M, BLOCK_K, TOP_K)
+        following = _sources(row_slot_ptr, tile.start, end, GATHERED, BLOCK_K, TOP_K)
         for row in range(tile.start, end, BLOCK_K):
             sources = following
-            following = _sources(row_slot_ptr, row + BLOCK_K, end, BLOCK_M, BLOCK_K, TOP_K)  # prefetched
+            following = _sources(row_slot_ptr, row + BLOCK_K, end, GATHERED, BLOCK_K, TOP_K)  # prefetched
             ring.await_empty(step)
             a, b, ready = ring.stage(step)
             whole = row + BLOCK_K <= end
             if whole:
-                mbarrier.expect(ready, (BLOCK_N if TOP_K > 0 else BLOCK_M + BLOCK_N) * BLOCK_K * 2)
-                tma_load(right.descriptor, [row, n * BLOCK_N], ready, b)
+                mbarrier.expect(ready, LOADED * BLOCK_K * 2)
+                if RIGHT_TOP_K == 0:
+                    tma_load(right.descriptor, [row, n * BLOCK_N], ready, b)
+                if LEFT_TOP_K == 0:
+                    tma_load(left.descriptor, [row, m * BLOCK_M], ready, a)
             else:
-                rows = _sources(row_slot_ptr, row, end, BLOCK_N, BLOCK_K, 0)
-                _copy_rows(b, right, rows, row, end, n * BLOCK_N)
+                if RIGHT_TOP_K == 0:
+                    rows = _sources(row_slot_ptr, row, end, BLOCK_N, BLOCK_K, 0)
+                    _copy_rows(b, right, rows, row, end, n * BLOCK_N)
+                if LEFT_TOP_K == 0:
+                    rows = _sources(row_slot_ptr, row, end, BLOCK_M, BLOCK_K, 0)
+                    _copy_rows(a, left, rows, row, end, m * BLOCK_M)
                 mbarrier.arrive(ready, count=1)
+            if LEFT_TOP_K > 0:
+                _copy_rows(a, left, sources, row, end, m * BLOCK_M)
+            elif RIGHT_TOP_K > 0:
+                _copy_rows(b, right, sources, row, end, n * BLOCK_N)
             if TOP_K == 0 and whole:
-                tma_load(left.descriptor, [row, m * BLOCK_M], ready, a)
                 mbarrier.arrive(ready, count=128)
             else:
-                _copy_rows(a, left, sources, row, end, m * BLOCK_M)
                 async_copy.mbarrier_arrive(ready, increment_count=False)
             step += 1
 
 
 @gluon.jit
 def _consumer(WARPGROUP: gl.constexpr, buffers, out, M, tiles, ring, GATHER: gl.constexpr):
-    """A consumer warpgroup: multiply the k blocks in the ring, then store its half of the tile."""
+    """A consumer warpgroup: multiply the k blocks in the ring, then store its half of the tile's rows."""
     BLOCK_K: gl.constexpr = ring.a.shape[1]
     BLOCK_M: gl.constexpr = ring.a.shape[2]
     BLOCK_N: gl.constexpr = ring.b.shape[2]
@@ -183,16 +199,23 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, out, M, tiles, ring, GATHER: gl.
         if tile.start < tile.end:
             ring.free_before(step)
         m0 = m * BLOCK_M + WARPGROUP * ROWS
-        if m0 < M:  # M is a multiple of ROWS
-            left, right = halves(acc)
-            _write(left, buffers, out, tile.expert * M + m0, n * BLOCK_N)
-            _write(right, buffers, out, tile.expert * M + m0, n * BLOCK_N + BLOCK_N // 2)
+        if m0 < M:
+            row0 = tile.expert * M + m0
+            if ROWS == _STORED:
+                left, right = halves(acc)
+                _write(left, buffers, out, row0, n * BLOCK_N)
+                _write(right, buffers, out, row0, n * BLOCK_N + BLOCK_N // 2)
+            else:
+                upper, lower = row_halves(acc)
+                _write(upper, buffers, out, row0, n * BLOCK_N)
+                if m0 + _STORED < M:
+                    _write(lower, buffers, out, row0 + _STORED, n * BLOCK_N)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _write(values, buffers, out, row, col):
-    """Store values [ROWS, 128] to (row, col) of ``out``; TMA drops columns outside."""
+    """Store values [_STORED, 128] to (row, col) of ``out``; TMA drops columns outside."""
     left, right = halves(values)
     write_chunk(left, buffers.index(0), out, row, col)
     write_chunk(right, buffers.index(1), out, row, col + CHUNK)
@@ -200,29 +223,32 @@ def _write(values, buffers, out, row, col):
 
 @gluon.jit
 def hopper_wgrad_kernel(
-    left,  # (R, M): descriptor; any pointer with TOP_K
-    right,  # (R, N): descriptor
-    left_ptr,  # the same tensors by pointer, for the partial block of rows; with TOP_K left is (R / TOP_K, M)
-    right_ptr,
+    left,  # (R, M): descriptor; any pointer with LEFT_TOP_K
+    right,  # (R, N): descriptor; any pointer with RIGHT_TOP_K
+    left_ptr,  # the same tensors by pointer, for the partial block of rows; with LEFT_TOP_K (R / LEFT_TOP_K, M)
+    right_ptr,  # with RIGHT_TOP_K (R / RIGHT_TOP_K, N)
     out,  # (E * M, N): descriptor
-    row_slot_ptr,  # read with TOP_K
+    row_slot_ptr,  # read with either TOP_K
     expert_start_ptr,
     expert_order_ptr,
     E,
     M,
     N,
-    TOP_K: gl.constexpr,
+    LEFT_TOP_K: gl.constexpr,
+    RIGHT_TOP_K: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    gl.static_assert(LEFT_TOP_K == 0 or RIGHT_TOP_K == 0, "one operand is gathered")
+    GATHER: gl.constexpr = LEFT_TOP_K + RIGHT_TOP_K > 0
     dtype: gl.constexpr = left_ptr.dtype.element_ty
     # A stage is ready when the bytes of its TMA loads and the cp.async of all 128 threads have arrived.
     ring = new_ring(dtype, STAGES, (BLOCK_K, BLOCK_M), (BLOCK_K, BLOCK_N), 129, 2)
-    buffers0 = gl.allocate_shared_memory(dtype, [2, BLOCK_M // 2, CHUNK], SWIZZLED)
-    buffers1 = gl.allocate_shared_memory(dtype, [2, BLOCK_M // 2, CHUNK], SWIZZLED)
+    buffers0 = gl.allocate_shared_memory(dtype, [2, _STORED, CHUNK], SWIZZLED)
+    buffers1 = gl.allocate_shared_memory(dtype, [2, _STORED, CHUNK], SWIZZLED)
     num_m = (M + BLOCK_M - 1) // BLOCK_M
     num_n = (N + BLOCK_N - 1) // BLOCK_N
     tiles = Tiles(
@@ -233,32 +259,34 @@ def hopper_wgrad_kernel(
     right_matrix = Matrix(descriptor=right, pointer=right_ptr, width=N)
     gl.warp_specialize(
         [
-            (_consumer, (0, buffers0, out, M, tiles, ring, TOP_K > 0)),
-            (_consumer, (1, buffers1, out, M, tiles, ring, TOP_K > 0)),
-            (_producer, (left_matrix, right_matrix, row_slot_ptr, tiles, ring, TOP_K)),
+            (_consumer, (0, buffers0, out, M, tiles, ring, GATHER)),
+            (_consumer, (1, buffers1, out, M, tiles, ring, GATHER)),
+            (_producer, (left_matrix, right_matrix, row_slot_ptr, tiles, ring, LEFT_TOP_K, RIGHT_TOP_K)),
         ],
         [4, 4],
         [208, 96],
     )
 
 
-def wgrad(left: torch.Tensor | TokenRows, right: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
-    """left (R, M) and right (R, N), sorted by expert -> (E, M, N). ``left`` may be the tokens of its rows instead."""
-    tokens, top_k = left if isinstance(left, TokenRows) else (left, 0)
-    m, n = tokens.shape[1], right.shape[1]
+def wgrad(left: Rows, right: Rows, plan: RoutingPlan) -> torch.Tensor:
+    """left (R, M) and right (R, N), sorted by expert -> (E, M, N). One may be the tokens of its rows instead."""
+    left, left_top_k = (left.tokens, left.top_k) if isinstance(left, TokenRows) else (left, 0)
+    right, right_top_k = (right.tokens, right.top_k) if isinstance(right, TokenRows) else (right, 0)
+    m, n = left.shape[1], right.shape[1]
     out = right.new_empty(plan.experts, m, n)
-    tiles = plan.experts * cdiv(m, BLOCK_M) * cdiv(n, COOPERATIVE.block_n)
     constants = COOPERATIVE.constants()
     del constants["COOPERATIVE"]
+    block_m, block_n = (COOPERATIVE.block_n, BLOCK_M) if right_top_k else (BLOCK_M, COOPERATIVE.block_n)
+    tiles = plan.experts * cdiv(m, block_m) * cdiv(n, block_n)
     launch(
         hopper_wgrad_kernel,
         (min(tiles, multiprocessors(out.device)),),
         (
-            tokens if top_k else matrix(tokens, BLOCK_K, BLOCK_M),
-            matrix(right, BLOCK_K, COOPERATIVE.block_n),
-            tokens,
+            left if left_top_k else matrix(left, BLOCK_K, block_m),
+            right if right_top_k else matrix(right, BLOCK_K, block_n),
+            left,
             right,
-            matrix(out, COOPERATIVE.rows, CHUNK.value),
+            matrix(out, _STORED.value, CHUNK.value),
             plan.row_slot,
             plan.expert_start,
             plan.expert_order,
@@ -266,6 +294,13 @@ def wgrad(left: torch.Tensor | TokenRows, right: torch.Tensor, plan: RoutingPlan
             m,
             n,
         ),
-        {"TOP_K": top_k, **constants, "num_warps": 4},
+        {
+            **constants,
+            "LEFT_TOP_K": left_top_k,
+            "RIGHT_TOP_K": right_top_k,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "num_warps": 4,
+        },
     )
     return out
