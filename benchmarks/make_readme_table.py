@@ -3,13 +3,13 @@
     python benchmarks/make_readme_table.py            rewrite the tables
     python benchmarks/make_readme_table.py --check    exit with 1 if they are out of date
 
-README.md shows the newest comparison of each pair that `moe-kernels compare` wrote, docs/performance.md and
-docs/knobs.md what `moe-kernels bench --json` wrote (files with several settings of the knobs in the latter),
-docs/versions.md the same layers under each release of triton, docs/lora.md what benchmarks/forms.py,
-benchmarks/fp8_peers.py and benchmarks/lora_cost.py,
-docs/router.md what benchmarks/router_cost.py and docs/distributed.md what benchmarks/scaling.py wrote. Only results
-from a GPU appear, as those from a CPU say nothing about speed, but for docs/numerics.md: what
-benchmarks/fp8_numerics.py wrote. Every number is from a file that the table names.
+README.md shows the newest comparison of each pair with each Axolotl that `moe-kernels compare` wrote,
+docs/performance.md and docs/knobs.md what `moe-kernels bench --json` wrote (files with several settings of the knobs
+in the latter), docs/versions.md the same layers under each release of triton, docs/lora.md what benchmarks/forms.py,
+benchmarks/fp8_peers.py and benchmarks/lora_cost.py, docs/router.md what benchmarks/router_cost.py and
+docs/distributed.md what benchmarks/scaling.py wrote. Only results from a GPU appear, as those from a CPU say nothing
+about speed, but for docs/numerics.md: what benchmarks/fp8_numerics.py wrote. Every number is from a file that the
+table names.
 """
 
 from __future__ import annotations
@@ -59,11 +59,14 @@ def load_results(folder: Path) -> Results:
 
 
 def trainings(results: Results) -> str:
-    """Tables of the compared trainings and of their expert layers: the newest of each pair, by GPU and versions."""
-    newest: dict[str, tuple[str, dict[str, Any]]] = {}
+    """Tables of the compared trainings and of their expert layers, by GPU and versions.
+
+    The newest of each pair with each Axolotl, as which one is installed depends on the Python.
+    """
+    newest: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
     for name, data in results:
         if _is_compare(data) and data["gpu"]:
-            pair = data["name"]
+            pair = data["name"], data["versions"].get("axolotl", "")
             if pair not in newest or newest[pair][1]["created"] < data["created"]:
                 newest[pair] = name, data
     by_machine: dict[tuple[str, ...], list[tuple[str, dict[str, Any]]]] = {}

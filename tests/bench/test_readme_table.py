@@ -129,6 +129,16 @@ def test_the_newest_comparison_of_a_pair_is_shown():
         assert "on one GPU Y" in text
 
 
+def test_a_pair_has_a_row_with_each_axolotl():
+    old = compare_json("GPU X")
+    new = {**old, "versions": {**old["versions"], "axolotl": "2"}, "created": "2026-02-02"}
+    text = tables.trainings([("new.json", new), ("old.json", old)])
+    for name, axolotl in (("old.json", "1"), ("new.json", "2")):
+        (table,) = (part for part in text.split("**Whole training**") if f"`{name}`" in part)
+        assert f": axolotl {axolotl}, " in table
+        assert table.count("| mixtral, baseline |") == 1
+
+
 def test_a_table_of_several_days_names_them():
     later = {**compare_json("GPU X"), "name": "qwen2-moe", "created": "2026-01-03T04:05:06"}
     text = tables.trainings([("later.json", later), ("a.json", compare_json("GPU X"))])
