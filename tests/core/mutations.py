@@ -203,7 +203,7 @@ MUTANTS: list[tuple[Any, ...]] = [
 ]  # fmt: skip
 
 # pytest's -k: which tests of GPU_TESTS are run on a mutant
-ROUTINGS = "hostile and bfloat16"  # experts of one to a few tiles each, tails, dropped ids, empty experts
+ROUTINGS = "hostile and bfloat16 and gathered"  # experts of one to a few tiles each, tails, dropped ids, empty experts
 LARGE_WEIGHTS = "come_from_memory"
 BIAS, INTERLEAVED, LORA128 = (f"kinds_of_experts and {kind}" for kind in ("bias", "interleaved", "lora-128"))
 # at these sizes an H200 takes down by ping-pong, whose tiles have two chunks of columns; cooperative ones have four
@@ -407,7 +407,9 @@ _SUMMARY = re.compile(r"^(?:FAILED|ERROR) .*? - (.*)$", re.MULTILINE)
 def run_tests(suite: Suite, folder: Path, tests: tuple[str, ...], cache: Path) -> tuple[int | None, str]:
     """(exit code of the tests on the copy in ``folder``, their output); no code if they did not end in time."""
     # COLUMNS: pytest cuts the reason of a failure to the width of the terminal.
-    variables = os.environ | {"PYTHONPATH": str(folder / "src"), "TRITON_CACHE_DIR": str(cache), "COLUMNS": "400"}
+    # PYTHONPATH: the copy first, and then what this process has, which may be another triton than the installed one.
+    paths = os.pathsep.join(filter(None, [str(folder / "src"), os.environ.get("PYTHONPATH")]))
+    variables = os.environ | {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(cache), "COLUMNS": "400"}
     variables.pop("TRITON_INTERPRET", None)
     if suite.interpreted:
         variables["TRITON_INTERPRET"] = "1"

@@ -105,7 +105,7 @@ cache.mkdir(exist_ok=True)
 warm = (cache / "compiled-4").exists()
 (cache / f"compiled-{value}").touch()
 name = f"{os.getpid()}-{value}-{warm}-{os.environ.get('TRITON_INTERPRET')}"
-(records / name).write_text(os.getcwd())
+(records / name).write_text(os.getcwd() + os.linesep + os.environ['PYTHONPATH'])
 time.sleep(30 if value == 7 else 0.5)
 if value == 6:
     raise SystemExit("FAILED t.py::t - CompilationError: at 1:1") from None
@@ -145,11 +145,20 @@ def test_mutants_run_side_by_side_in_copies_of_their_own(fake):
     assert "in time" in results["endless"]["note"]
     assert "0 times" in results["gone"]["note"]
     assert time.monotonic() - began < 12, "the endless one is stopped, the others do not wait for it"
-    runs = {path.name.split("-", 1)[1]: path.read_text() for path in records.iterdir()}
+    runs = {path.name.split("-", 1)[1]: path.read_text().splitlines()[0] for path in records.iterdir()}
     # First the unbroken kernels, with an empty cache; then each mutant with that cache, and nobody else's.
     assert set(runs) == {"4-False-None", "5-True-None", "4-True-None", "6-True-None", "7-True-None"}
     assert not any(Path(folder).exists() for folder in runs.values())
     assert (mutations.ROOT / "src/kernels.py").read_text() == "2 + 2", "the sources themselves are never touched"
+
+
+def test_another_triton_on_the_path_stays_there(fake, monkeypatch):
+    suite, records = fake
+    monkeypatch.setenv("PYTHONPATH", "/another/triton")
+    list(mutations.run_suite(Suite(suite.mutants[:1], False, 5, suite.command), 1))
+    for record in records.iterdir():
+        folder, path = record.read_text().splitlines()
+        assert path == f"{folder}/src:/another/triton"
 
 
 def test_failing_or_skipped_tests_prove_nothing(fake):
