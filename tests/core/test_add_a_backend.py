@@ -12,6 +12,7 @@ from moe_kernels import backends, fused_experts, registry
 from moe_kernels.backends import Backend
 from moe_kernels.backends.torch import TorchBackend
 from moe_kernels.kernels.launch import launch, replay
+from moe_kernels.routing import TokenRows
 from moe_kernels.settings import ExpertsSettings
 from moe_kernels.tools.check.problems import Case, make_inputs
 
@@ -88,6 +89,23 @@ def test_three_gradients_in_a_plain_tuple_will_do(mine, monkeypatch):
     monkeypatch.setattr(mine, "down_grad", lambda self, *given: tuple(TorchBackend.down_grad(self, *given))[:3])
     found = results(lambda *given: fused_experts(*given, backend="mine"))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_it_may_gather_rows_itself(mine, monkeypatch, by_columns):
+    def call(x, ids, weights, gate_up, down):
+        if by_columns:
+            gate_up, down = (t.mT.contiguous().mT for t in (gate_up, down))
+        return fused_experts(x, ids, weights, gate_up, down, backend="mine")
+
+    expected = results(call)
+    monkeypatch.setattr(mine, "x_rows", lambda self, x, gate_up, plan: TokenRows(x, plan.top_k))
+    monkeypatch.setattr(mine, "dout_rows", lambda self, dout, down, plan, gate: TokenRows(dout, plan.top_k))
+    copied = []
+    monkeypatch.setattr(mine, "gather", lambda self, x, plan: copied.append(x) or TorchBackend.gather(self, x, plan))
+    for one, other in zip(results(call), expected, strict=True):
+        assert torch.equal(one, other)
+    assert len(copied) == 4, "up, down_grad, and the gradients of both weights"
 
 
 def test_it_refuses_and_is_explained(mine):

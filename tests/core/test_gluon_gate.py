@@ -15,6 +15,7 @@ from moe_kernels.backends import gluon
 from moe_kernels.kernels import device
 from moe_kernels.kernels.hopper import gluon_names
 from moe_kernels.kernels.tiles import tuned
+from moe_kernels.routing import TokenRows
 
 GPU = torch.device("cuda", 0)
 HOPPER = backends.Problem("cuda", (9, 0), torch.bfloat16, experts=8, top_k=2, hidden=1024, intermediate=512)
@@ -59,6 +60,17 @@ def again():
 def test_the_installed_gluon_has_all_that_the_kernels_use():
     assert gluon_names.lacks() is None
     assert gluon.GluonBackend().why_not(HOPPER) is None
+
+
+@pytest.mark.parametrize(("columns", "gathers"), [(512, True), (2048, True), (1408, False), (2304, False)])
+def test_rows_of_x_are_gathered_where_gate_up_is_narrow(columns, gathers, monkeypatch):
+    monkeypatch.setattr(gluon.TritonBackend, "gather", lambda self, x, plan: "copied")
+    x, gate_up = torch.zeros(4, 64, dtype=torch.bfloat16), torch.zeros(2, columns, 64, dtype=torch.bfloat16)
+    plan = types.SimpleNamespace(top_k=2)
+    rows = gluon.GluonBackend().x_rows(x, gate_up, plan)
+    assert rows == (TokenRows(x, 2) if gathers else "copied")
+    with gluon.use_gathered(not gathers):
+        assert isinstance(gluon.GluonBackend().x_rows(x, gate_up, plan), TokenRows) is not gathers
 
 
 def test_a_name_of_either_release_will_do(monkeypatch):

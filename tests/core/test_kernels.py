@@ -223,6 +223,15 @@ def test_wgrad(s, left, right):
     assert torch.count_nonzero(ours[counts == 0]) == 0
 
 
+def test_wgrad_of_tokens(s):
+    """Rows to gather on either side: what a copy of them in expert order gives, to the bit."""
+    dz, tokens = s.rounded["dz"], TokenRows(s.inputs.x, s.case.top_k)
+    for backend in BACKENDS:
+        rows = backend.gather(s.inputs.x, s.plan)
+        assert torch.equal(backend.wgrad(dz, tokens, s.plan), backend.wgrad(dz, rows, s.plan))
+        assert torch.equal(backend.wgrad(tokens, dz, s.plan), backend.wgrad(rows, dz, s.plan))
+
+
 def spoiled(rows, s):
     """``rows`` with NaN behind the routed ones: rows that belong to nobody and may hold anything."""
     rows = rows.clone()
