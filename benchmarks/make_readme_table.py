@@ -31,8 +31,10 @@ COMPARE_COLUMNS = ("pair", "experts run on", "step ms (p20-p80)", "tokens/s", "p
                    "loss curves", "file")  # fmt: skip
 LAYER_COLUMNS = ("layer", "implementation", "forward ms", "forward + backward ms", "of it GPU ms", "of dense",
                  "launches", "saved MiB", "peak MiB", "error")  # fmt: skip
-WIDE_COLUMNS = ("layer", "routing", "forward: ours, grouped_mm, dense", "forward and backward: the same",
-                "its wall time: the same", "of dense, wall (GPU time)", "saved / peak MiB", "error")  # fmt: skip
+# WHO: whom the file has, in this order.
+WIDE_COLUMNS = ("layer", "routing", "forward: WHO", "forward and backward: the same", "its wall time: the same",
+                "of dense, wall (GPU time)", "saved / peak MiB", "error")  # fmt: skip
+WIDE_ROWS = ("moe_kernels", "sonicmoe", "grouped_mm", "dense")
 SCALING_COLUMNS = ("family", "engine", "GPUs", "step ms: stock, ours", "tokens/s per GPU: stock, ours",
                    "peak GiB: stock, ours", "faster", "scaling: stock, ours", "losses apart")  # fmt: skip
 # Where the trainings were watched: shares of the step, and rows of the busiest rank over the mean.
@@ -105,26 +107,45 @@ def knobs(results: Results) -> str:
 
 
 def layers(results: Results) -> str:
-    """One line for each layer and routing of each file: ours, grouped_mm and dense side by side."""
+    """One line for each layer and routing of each file: ours, the peers and dense side by side."""
     parts = []
     for name, data in _benches(results, False):
         cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
         for row in data["results"]:
             cells.setdefault((row["shape"], row["routing"]), {})[row["implementation"]] = row
-        rows = [_side_by_side(shape, routing, by_name) for (shape, routing), by_name in cells.items()]
+        who = [name for name in WIDE_ROWS if any(name in by_name for by_name in cells.values())]
+        rows = [_side_by_side(shape, routing, by_name, who) for (shape, routing), by_name in cells.items()]
         mean = statistics.geometric_mean([found["moe_kernels"]["dense_fraction"] for found in cells.values()])
         machine = data["environment"]
+        names = ", ".join("ours" if name == "moe_kernels" else name for name in who)
         parts += [
-            f"`{name}`: `{machine['command']}` on {machine['gpu']}, {machine['date'][:10]}; geometric mean of ours "
-            f"of dense, wall time: {mean:.2f}.",
-            _table(WIDE_COLUMNS, rows),
+            f"`{name}`: `{machine['command']}` on {machine['gpu']}, triton {machine['triton']}, "
+            f"{machine['date'][:10]}; geometric mean of ours of dense, wall time: {mean:.2f}."
+            f"{_against_sonicmoe(cells)}{' ' + data['note'] if 'note' in data else ''}",
+            _table(tuple(column.replace("WHO", names) for column in WIDE_COLUMNS), rows),
         ]
     return "\n\n".join(parts) or NOTHING
 
 
-def _side_by_side(shape: str, routing: str, by_name: dict[str, dict[str, Any]]) -> list[str]:
-    def three(field: str) -> str:
-        found = (by_name.get(name, {}).get(field) for name in ("moe_kernels", "grouped_mm", "dense"))
+def _against_sonicmoe(cells: dict[tuple[str, str], dict[str, dict[str, Any]]]) -> str:
+    """A sentence on how many times as fast as SonicMoE ours are, forward and backward, where both were measured."""
+    both = [found for found in cells.values() if "sonicmoe" in found]
+    if not both:
+        return ""
+    gpu, wall = (
+        [found["sonicmoe"][field]["median"] / found["moe_kernels"][field]["median"] for found in both]
+        for field in ("forward_backward_queued_ms", "forward_backward_ms")
+    )
+    means = [statistics.geometric_mean(ratios) for ratios in (gpu, wall)]
+    return (
+        f" Geometric mean of sonicmoe's time over ours, forward and backward: {means[0]:.2f} of GPU time "
+        f"({min(gpu):.2f} to {max(gpu):.2f}), {means[1]:.2f} of wall time ({min(wall):.2f} to {max(wall):.2f})."
+    )
+
+
+def _side_by_side(shape: str, routing: str, by_name: dict[str, dict[str, Any]], who: list[str]) -> list[str]:
+    def each(field: str) -> str:
+        found = (by_name.get(name, {}).get(field) for name in who)
         return ", ".join("-" if spread is None else f"{spread['median']:.2f}" for spread in found)
 
     ours, dense = by_name["moe_kernels"], by_name["dense"]
@@ -133,9 +154,9 @@ def _side_by_side(shape: str, routing: str, by_name: dict[str, dict[str, Any]]) 
     return [
         shape,
         routing,
-        three("forward_queued_ms"),
-        three("forward_backward_queued_ms"),
-        three("forward_backward_ms"),
+        each("forward_queued_ms"),
+        each("forward_backward_queued_ms"),
+        each("forward_backward_ms"),
         f"{ours['dense_fraction']:.2f}{alone}",
         f"{_number(ours['saved_mb'], '.0f')} / {_number(ours['peak_mb'], '.0f')}",
         f"{max(ours['rel_error'].values()):.1e}",

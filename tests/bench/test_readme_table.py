@@ -75,6 +75,19 @@ def test_lora_tables():
     assert tables.lora([("cpu.json", lora_json(None))]) == tables.NOTHING
 
 
+def test_layers_beside_sonicmoe():
+    bench = bench_json("GPU X")
+    (ours,) = [row for row in bench["results"] if row["implementation"] == "moe_kernels"]
+    twice = {"median": 2 * ours["forward_backward_ms"]["median"], "p20": 0.0, "p80": 0.0}
+    for row in bench["results"]:
+        row["forward_queued_ms"] = row["forward_backward_queued_ms"] = row["forward_backward_ms"]
+    bench["results"].append({**ours, "implementation": "sonicmoe", "forward_backward_queued_ms": twice})
+    text = tables.layers([("layers.json", bench | {"note": "Tuned."})])
+    assert "forward and backward: 2.00 of GPU time (2.00 to 2.00), 1.00 of wall time (1.00 to 1.00). Tuned." in text
+    assert "| forward: ours, sonicmoe, " in text
+    assert "sonicmoe" not in tables.layers([("layers.json", bench_json("GPU X"))])
+
+
 def test_releases_of_triton_side_by_side():
     def under(triton, time):
         bench = bench_json("GPU X")
