@@ -25,6 +25,12 @@ def test_a_lock_is_tried_before_anything_is_measured(tmp_path: Path, monkeypatch
         opened(tmp_path / "bench.json")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this system has no /proc")
+def test_where_no_file_can_be_made() -> None:
+    with pytest.raises(FileNotFoundError):
+        opened(Path("/proc/bench.json"))
+
+
 def test_a_file_system_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -83,6 +83,8 @@ def locked(file: Path, busy: Callable[[], object], patience_s: float = 0.0) -> I
     """
     lock = FileLock(file)
     try:
+        with file.open("a"):  # where no file can be made, such as in /proc, filelock would wait for ever
+            pass
         try:
             lock.acquire(timeout=patience_s)
         except Timeout:

@@ -164,8 +164,6 @@ def compare(
     one_of("wandb", wandb, ("offline", "online"))
     one_of("size", size, ("auto", *dict.fromkeys(each for family in ALL_FAMILIES.values() for each in family.sizes)))
     device = visible_gpu()
-    if size not in ("auto", "tiny") and device is None:
-        raise MissingDependency(f"The {size} models need an NVIDIA GPU and none is visible. Cure: --size tiny.")
     options = Options(
         size="tiny" if size == "auto" and device is None else size,
         steps=steps,
@@ -184,6 +182,8 @@ def compare(
     )
     _check_installed(options, device)
     pairs = make_pairs(names, options)
+    if size not in ("auto", "tiny") and device is None:
+        raise MissingDependency(f"The {size} models need an NVIDIA GPU and none is visible. Cure: --size tiny.")
     folder = out or REPORT_FOLDER / report_name(pairs, options)
     for pair in pairs:
         _show_pair(pair, dry_run, console)
