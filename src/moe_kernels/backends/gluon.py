@@ -90,7 +90,7 @@ class GluonBackend(TritonBackend):
         return super().dout_rows(dout, down, plan, gate)
 
     def x_rows(self, x: Tensor, gate_up: Matrix, plan: RoutingPlan) -> Rows:
-        fits = gate_up.shape[1] <= _GATHERED_X and gate_up.shape[1] % 256 == 0
+        fits = gate_up.shape[1] <= _GATHERED_X and gate_up.shape[1] % wgrad.WIDE == 0
         gathered = fits if _forced.choice is None else _forced.choice
         return TokenRows(x, plan.top_k) if gathered and _fits(x) else super().x_rows(x, gate_up, plan)
 
@@ -162,7 +162,8 @@ use_every_form = _every_form.use
 #: Intermediate sizes up to which the kernels gather rows of dO themselves. The copy costs R H, what the kernels lose
 #: R H I: benchmarks/results/h*00-log-9-epilogues.json has 256 (faster) and from 704 on (as fast, or slower).
 _GATHERED = 512
-#: The same for columns of gate_up and rows of X, which dW1 gathers.
+#: The same for columns of gate_up and rows of X, which dW1 gathers once for every tile of so many columns:
+#: benchmarks/results/h200-log-17-gathered-x.json has up to 2048 (5% to none faster) and from 2816 on (slower).
 _GATHERED_X = 2048
 _forced: Override[bool] = Override()
 #: Within ``use_gathered(gathered)`` the kernels gather rows of dO and X themselves, or never do: for checks, tests.

@@ -40,6 +40,7 @@ from moe_kernels.kernels.triton.tile import swizzled_tile
 from moe_kernels.layer import Rows
 from moe_kernels.routing import RoutingPlan, TokenRows
 
+WIDE = COOPERATIVE.block_n  # the longer side of a tile; a gathered operand has the shorter one, BLOCK_M
 _STORED = gl.constexpr(64)  # rows that a consumer stores at a time; M is a multiple of it
 
 
@@ -276,7 +277,7 @@ def wgrad(left: Rows, right: Rows, plan: RoutingPlan) -> torch.Tensor:
     out = right.new_empty(plan.experts, m, n)
     constants = COOPERATIVE.constants()
     del constants["COOPERATIVE"]
-    block_m, block_n = (COOPERATIVE.block_n, BLOCK_M) if right_top_k else (BLOCK_M, COOPERATIVE.block_n)
+    block_m, block_n = (WIDE, BLOCK_M) if right_top_k else (BLOCK_M, WIDE)
     tiles = plan.experts * cdiv(m, block_m) * cdiv(n, block_n)
     launch(
         hopper_wgrad_kernel,

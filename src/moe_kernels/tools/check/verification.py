@@ -124,7 +124,7 @@ def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
     from moe_kernels.kernels.hopper.ring import COOPERATIVE, PING_PONG
 
     return {
-        ", cooperative tiles, dO gathered inside": _hopper(COOPERATIVE, 1, True, False),
+        ", cooperative tiles, rows of dO and X gathered": _hopper(COOPERATIVE, 1, True, False),
         ", ping-pong tiles, two k blocks at a time": _hopper(PING_PONG, 2, False, True),
     }
 
