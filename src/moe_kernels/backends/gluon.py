@@ -163,7 +163,7 @@ use_every_form = _every_form.use
 #: R H I: benchmarks/results/h*00-log-9-epilogues.json has 256 (faster) and from 704 on (as fast, or slower).
 _GATHERED = 512
 #: The same for columns of gate_up and rows of X, which dW1 gathers once for every tile of so many columns:
-#: benchmarks/results/h200-log-17-gathered-x.json has up to 2048 (5% to none faster) and from 2816 on (slower).
+#: benchmarks/results/h200-log-17-gathered-x.json has up to 2048 (5% to none faster), 2816 (2% slower) and 3072.
 _GATHERED_X = 2048
 _forced: Override[bool] = Override()
 #: Within ``use_gathered(gathered)`` the kernels gather rows of dO and X themselves, or never do: for checks, tests.
