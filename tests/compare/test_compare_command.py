@@ -230,6 +230,13 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing() -> None:
     assert not Path("out").exists()
 
 
+def test_a_limit_that_is_no_number() -> None:
+    result = compare(*pair(), "--timeout", "nan")
+    assert result.exit_code == 2, result.output
+    assert "--timeout is nan: name a number of minutes" in result.output
+    assert not Path("artifacts").exists()
+
+
 def test_a_family_has_its_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "visible_gpu", lambda: "0")
     result = compare("gpt-oss", "--size", "30b", "--dry-run")

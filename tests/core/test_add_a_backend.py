@@ -129,6 +129,8 @@ def test_a_name_that_is_taken(mine, name):
 
 
 HALF = {"wgrad": Backend.wgrad, "up": None}
+# No subclass of Backend, whose steps for LoRA would be its own.
+APART = {"name": "x", **vars(TorchBackend), "dout_rows": Backend.dout_rows, "x_rows": Backend.x_rows}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +140,7 @@ HALF = {"wgrad": Backend.wgrad, "up": None}
         (lambda mine: type("Broken", (mine,), {"name": None}), 'Broken has no name: write name = "..."'),
         (lambda mine: type("Broken", (Backend,), {}), "Broken has no name"),
         (lambda mine: type("Broken", (), {"name": "x", **vars(TorchBackend), "dout_rows": None}), "has no dout_rows"),
+        (lambda mine: type("Broken", (), APART), "Broken has no experts_last, pack_factors: write them"),
         (lambda mine: type("Broken", (mine,), {"__init__": lambda self, size: None}), "made without arguments, and"),
         (lambda mine: mine(), "is no class"),
         (lambda mine: "my_backend", "is no class"),

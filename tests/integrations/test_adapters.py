@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_a_parameter_that_is_not_there(wrong: str) -> None:
         assert "lora_target_parameters: [mlp.experts.down_proj, mlp.experts.gate_up_proj]" in doubt
     (doubt,) = doubts(model("qwen3_moe", ATTENTION, [wrong]), [*ATTENTION, wrong])
     assert f"LoRA trains no parameter of the name {wrong}: " in doubt
+
+
+@pytest.mark.parametrize("made_for", [None, WEIGHTS[1:]])
+def test_an_adapter_that_was_made_for_other_weights(made_for: list[str] | None, tmp_path: Path) -> None:
+    """PEFT goes by the adapter's own names, and says nothing of those in the run file."""
+    model("qwen3_moe", ATTENTION, made_for).save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base("qwen3_moe"), tmp_path, is_trainable=True)
+    (doubt,) = doubts(loaded, [*ATTENTION, *WEIGHTS])
+    left = WEIGHTS[:1] if made_for else sorted(WEIGHTS)
+    assert f"LoRA is not on {', '.join(left)}, though that is named" in doubt
+    assert "without lora_model_dir" in doubt
+    assert doubts(loaded, [*ATTENTION, *(made_for or ())]) == []
 
 
 def test_a_module_that_is_not_there() -> None:

@@ -609,6 +609,16 @@ def test_the_linear_layers_keep_no_dequantised_weight(checkpoint: Checkpoint) ->
         out.backward(grad)
 
 
+def test_shapes_on_meta(checkpoint: Checkpoint) -> None:
+    model = load(checkpoint[0])
+    mk.check_model(model)
+    assert type(model.get_submodule("model.layers.0.self_attn.q_proj")) is ExactFP8Linear
+    for autocast in (False, True):
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            logits = model.to("meta")(input_ids=IDS.to("meta")).logits
+        assert (logits.shape, logits.dtype, logits.device.type) == ((*IDS.shape, 128), BF16, "meta")
+
+
 @pytest.mark.plain_memory
 def test_compiled(checkpoint: Checkpoint) -> None:
     model = with_lora(load(checkpoint[0]))

@@ -507,3 +507,15 @@ def test_dropout_that_axolotl_would_leave_out_is_refused(monkeypatch: pytest.Mon
     model.get_base_model().set_experts_implementation("moe_kernels")
     with pytest.raises(ValueError, match=r"lora_dropout=0\.05 cannot act on .*: set lora_dropout: 0"):
         plugin.post_model_load(cfg, model)
+
+
+def test_relora_over_experts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Axolotl 0.19 and 0.21 end at the first restart: 'ParamWrapper' object has no attribute 'weight'."""
+    pytest.importorskip("axolotl.loaders.adapter")
+    plugin = importlib.import_module("axolotl.integrations.moe_kernels.plugin").MoeOptimizedPlugin()
+    dictionary = importlib.import_module("axolotl.utils.dict")
+    cfg = dictionary.DictDefault({"moe_kernels": True, "adapter": "lora", "relora": True})
+    with pytest.raises(ValueError, match=r"relora: true ends at its first restart .* Set relora: false"):
+        plugin.post_model_load(cfg, ours(loaded_by_axolotl(monkeypatch, 0.0)))
+    attention = peft.get_peft_model(stock("mixtral"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    plugin.post_model_load(cfg, ours(attention))

@@ -62,7 +62,7 @@ def _whole(backend: type[Backend], path: str) -> Backend:
     name = getattr(backend, "name", None)
     if not isinstance(name, str) or not name:
         raise ValueError(f'{path} has no name: write name = "..." in the class.')
-    parts = sorted({"dout_rows", "x_rows", *Backend.__abstractmethods__})
+    parts = sorted(part for part in vars(Backend) if not part.startswith("_"))
     lacking = [part for part in parts if getattr(getattr(backend, part, None), "__isabstractmethod__", False)]
     lacking += [part for part in parts if not callable(getattr(backend, part, None))]
     if lacking:

@@ -17,6 +17,7 @@ from moe_kernels.integrations.dispatch import experts_modules
 
 #: Names of expert projections, in target_modules and in target_parameters.
 PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w2", "w3")
+_STACKED = ("gate_up_proj", "down_proj")
 _WRAPPING = ("base_model", "model", "base_layer", "module", "_fsdp_wrapped_module", "_orig_mod")
 
 
@@ -53,7 +54,12 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
     named = {name.rpartition(".")[2] for names in lists for name in ([names] if isinstance(names, str) else names)}
     said = []
     projections = named & {*PROJECTIONS, "all-linear"}
-    if projections and not _counted(_factors(model, frozen=True)).routed_experts:
+    if other := _of_another_adapter(model, targets):
+        said.append(
+            f"LoRA is not on {', '.join(other)}, though that is named: an adapter that is loaded keeps the weights "
+            "that it was made for. To train them start a new one, without lora_model_dir (PeftModel.from_pretrained)."
+        )
+    elif projections and not _counted(_factors(model, frozen=True)).routed_experts:
         said.append(
             "LoRA adapts no routed expert, though expert projections are named "
             f"({', '.join(sorted(projections))}): {_why_no_expert(model)}"
@@ -82,6 +88,17 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
             f"meant, write lora_target_modules: [{', '.join(others)}] (target_modules of PEFT)."
         )
     return said
+
+
+def _of_another_adapter(model: torch.nn.Module, targets: Collection[str] | None) -> list[str]:
+    """The expert weights that the user wrote and that no configuration of PEFT names, as an adapter has it that was
+    made with other names. Nothing where a configuration is a pattern."""
+    configured = _configured(model, "target_modules", "target_parameters")
+    if targets is None or any(isinstance(names, str) for names in configured):
+        return []
+    heard = {name.rpartition(".")[2] for names in configured for name in names}
+    # Of other projections PEFT makes these two.
+    return sorted(n for n in targets if (end := n.rpartition(".")[2]) in _STACKED and end not in heard)
 
 
 def _why_no_expert(model: torch.nn.Module) -> str:

@@ -98,7 +98,8 @@ class ExactFP8Linear(FP8Linear):
     def forward(self, input: Tensor) -> Tensor:  # transformers' own name
         """(..., in_features) -> (..., out_features), in the dtype of ``input`` or autocast's."""
         device = input.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch knows none of meta
+        dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
         if self.training and torch.is_grad_enabled():
             check_frozen(self, "weight")
         weight = packed_weight(self, "weight", dtype)

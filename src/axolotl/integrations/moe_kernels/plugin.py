@@ -115,7 +115,11 @@ class MoeOptimizedPlugin(BasePlugin):
             cfg.experts_implementation = "moe_kernels"
 
     def post_model_load(self, cfg: DictDefault, model: Any) -> None:
-        """Raise UnsupportedExperts, before training, if not every expert layer would be served."""
+        """Raise UnsupportedExperts, before training, if not every expert layer would be served.
+
+        Raises:
+            ValueError: Axolotl would stop in the middle of the training, with these kernels or without.
+        """
         # The trainers of preference and reinforcement learning add that loss themselves.
         if (cfg.moe_kernels or cfg.moe_router_telemetry) and not cfg.rl:
             from .telemetry import idle_balancing
@@ -135,6 +139,12 @@ class MoeOptimizedPlugin(BasePlugin):
             served = check_model(model, _lora_targets(cfg))
         self.expert_layers = int(served)
         LOG.info(f"moe_kernels: serves the {self.expert_layers} expert layers of {type(model).__name__}")
+        if cfg.relora and served.lora_weights:
+            raise ValueError(
+                "relora: true ends at its first restart where LoRA is on expert weights: Axolotl's restart takes "
+                "each adapter for that of a linear layer. Set relora: false, or leave the experts out of "
+                "lora_target_parameters and lora_target_modules."
+            )
         if cfg.adapter:  # PEFT makes some lora_target_modules into parameters
             LOG.info(
                 f"moe_kernels: LoRA of {served.lora_weights} expert weights runs inside the kernels; it trains "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import shlex
 import signal
 import subprocess
@@ -161,6 +162,8 @@ def compare(
             comparison.versions = with_commit(comparison.versions)
             save(comparison, folder / f"{comparison.label}.json")
         raise typer.Exit(_finish(comparisons, folder, strict, console))
+    if math.isnan(timeout):  # which no range of typer's refuses, and which would stop each training as it starts
+        raise UsageError("--timeout is nan: name a number of minutes, or inf for no limit.")
     one_of("wandb", wandb, ("offline", "online"))
     one_of("size", size, ("auto", *dict.fromkeys(each for family in ALL_FAMILIES.values() for each in family.sizes)))
     device = visible_gpu()

@@ -92,7 +92,7 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path).free
     if free < needed:
         raise MissingDependency(
-            f"{path.resolve()} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed. "
+            f"{path.resolve()} has {free / 1e6:,.0f} MB free and {needed / 1e6:,.0f} MB are needed. "
             "Free some, or name another folder with --root."
         )
 
