@@ -53,7 +53,7 @@ class PackedWeight(ABC):
         if len(places := {str(t.device) for t in tensors}) > 1:
             raise ValueError(f"{type(self).__name__}: its tensors are on {' and '.join(sorted(places))}")
         if not all(t.is_contiguous() for t in tensors):
-            raise ValueError(f"{type(self).__name__}: its tensors must be contiguous")
+            raise ValueError(f"{type(self).__name__}: its tensors must be contiguous: call contiguous() on them")
 
     @abstractmethod
     def _why_not(self) -> str:

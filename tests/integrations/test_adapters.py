@@ -54,6 +54,16 @@ def test_every_part_is_counted(name: str) -> None:
     assert sum(found) == sum(p.numel() for p in whole.parameters() if p.requires_grad)
 
 
+def test_weights_that_are_trained_whole() -> None:
+    mk.register(backend="torch")
+    config = peft.LoraConfig(r=R, target_modules=ATTENTION, modules_to_save=["experts", "lm_head"])
+    found = adapted(peft.get_peft_model(base("mixtral"), config))
+    experts = 2 * 4 * (48 * 32 + 32 * 24)
+    assert found.whole_weights == experts + base("mixtral").lm_head.weight.numel()
+    assert str(found).endswith(f", whole weights {found.whole_weights:,}")
+    assert found.routed_experts == 0
+
+
 def test_projections_that_are_only_the_shared_experts(caplog: pytest.LogCaptureFixture) -> None:
     named = [*ATTENTION, *PROJECTIONS]
     with caplog.at_level(logging.WARNING, "moe_kernels"):

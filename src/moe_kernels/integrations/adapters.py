@@ -22,13 +22,18 @@ _WRAPPING = ("base_model", "model", "base_layer", "module", "_fsdp_wrapped_modul
 
 
 class Adapted(NamedTuple):
-    """Trainable elements of LoRA's factors, by the part of the model that they adapt."""
+    """Trainable elements of LoRA's factors, by the part of the model that they adapt.
+
+    Attributes:
+        whole_weights: those that are no factors, beside some: PEFT's modules_to_save.
+    """
 
     routed_experts: int
     shared_expert: int
     router: int
     attention: int
     rest: int
+    whole_weights: int = 0
 
     def __str__(self) -> str:
         parts = (f"{name.replace('_', ' ')} {count:,}" for name, count in self._asdict().items() if count)
@@ -37,7 +42,11 @@ class Adapted(NamedTuple):
 
 def adapted(model: torch.nn.Module) -> Adapted:
     """What LoRA trains in ``model``; the parts are told apart by where they stand beside the experts modules."""
-    return _counted(_factors(model))
+    found = _counted(_factors(model))
+    if not sum(found):
+        return found
+    trained = sum(_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    return found._replace(whole_weights=trained - sum(found))
 
 
 def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> list[str]:
@@ -199,9 +208,14 @@ def _factors(model: torch.nn.Module, frozen: bool = False) -> list[tuple[str, tu
         parts = _place(name)
         first = next((n for n, part in enumerate(parts) if part.startswith("lora_")), None)
         if first is not None and (frozen or parameter.requires_grad):
-            place, size = parts[:first], int(getattr(parameter, "ds_numel", parameter.numel()))
-            found.append((_part(place, experts, blocks), place, size))
+            place = parts[:first]
+            found.append((_part(place, experts, blocks), place, _elements(parameter)))
     return found
+
+
+def _elements(parameter: torch.nn.Parameter) -> int:
+    """Of the whole, where ZeRO-3 keeps a part."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _part(place: tuple[str, ...], experts: set[tuple[str, ...]], blocks: set[tuple[str, ...]]) -> str:
