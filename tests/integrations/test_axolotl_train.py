@@ -322,6 +322,32 @@ def test_other_layouts_and_lora(kind: str, folder: Path) -> None:
         assert any("experts" in key for key in saved[0])
 
 
+def test_qlora(folder: Path) -> None:
+    """Experts in 4 bits: the losses of stock experts over the same. Axolotl loads 4 bits onto a GPU unless told."""
+    pytest.importorskip("bitsandbytes")
+    optimized = tiny("qwen3-30b-a3b-qlora.yml", "mixtral") | {
+        "base_model": str((folder / small_model(folder, "qwen3-moe-qlora")).relative_to(folder)),
+        "attn_implementation": "eager",
+        "device_map": "cpu",
+        "lora_qkv_kernel": False,
+        "lora_o_kernel": False,
+    }
+    optimized |= {"lora_model_dir": small_adapter(folder, optimized)}
+    baseline = {key: value for key, value in optimized.items() if key not in KERNEL_KEYS}
+    whole = optimized | {"adapter": "lora", "load_in_4bit": False, "quantize_moe_experts": False}
+    configs = {"qlora-baseline": baseline, "qlora-optimized": optimized, "qlora-whole": whole}
+    with ThreadPoolExecutor() as pool:
+        expected, actual, in_16_bits = pool.map(partial(train, folder), configs.keys(), configs.values())
+    for training in (expected, actual, in_16_bits):
+        assert training.returncode == 0, training.log[-4000:]
+        assert len(training.losses) == STEPS
+    assert "LoRA of 4 expert weights runs inside the kernels" in actual.log
+    assert [row["train/moe/expert_calls"] for row in actual.rows] == [4] * STEPS
+    differences = [abs(a - b) for a, b in zip(expected.losses, actual.losses, strict=True)]
+    assert max(differences) < 1e-4, differences
+    assert abs(in_16_bits.losses[0] - actual.losses[0]) > 1e-3, "4 bits are others"
+
+
 #: transformers gives 16-bit weights where no GPU multiplies fp8: a machine without one needs this to keep them.
 KEEP_FP8 = """
 from axolotl.integrations.base import BasePlugin
