@@ -103,6 +103,16 @@ def train(
     return Training(done.returncode, done.stdout, project, [row for row in history if "train/loss" in row])
 
 
+def train_all(folder: Path, configs: dict[str, dict[str, Any]]) -> list[Training]:
+    """``axolotl train`` of each, side by side: all of its steps, without an error."""
+    with ThreadPoolExecutor() as pool:
+        trainings = list(pool.map(partial(train, folder), configs.keys(), configs.values()))
+    for training in trainings:
+        assert training.returncode == 0, training.log[-4000:]
+        assert len(training.losses) == STEPS
+    return trainings
+
+
 def tiny(name: str, family: str) -> dict[str, Any]:
     from moe_kernels.tools.prepare import tiny_overrides
 
@@ -156,10 +166,7 @@ def test_packing_accumulation_and_checkpointing(folder: Path) -> None:
         f"packed-{kind}": tiny(name, "mixtral") | together
         for kind, name in (("baseline", FAMILIES["mixtral"].baseline), ("optimized", FAMILIES["mixtral"].optimized))
     }
-    with ThreadPoolExecutor() as pool:
-        baseline, optimized = pool.map(partial(train, folder), configs.keys(), configs.values())
-    for training in (baseline, optimized):
-        assert training.returncode == 0, training.log[-4000:]
+    baseline, optimized = train_all(folder, configs)
     assert optimized.losses == pytest.approx(baseline.losses, abs=2e-5)
     assert [row["train/moe/expert_calls"] for row in optimized.rows] == [2 * 2 * shape.moe_layers] * STEPS
 
@@ -177,10 +184,7 @@ def test_selective_checkpointing_keeps_the_experts(folder: Path) -> None:
             "moe_router_telemetry": True,
         },
     }
-    with ThreadPoolExecutor() as pool:
-        off, on = pool.map(partial(train, folder), configs.keys(), configs.values())
-    for training in (off, on):
-        assert training.returncode == 0, training.log[-4000:]
+    off, on = train_all(folder, configs)
     assert on.losses == off.losses
     assert [row["train/moe/expert_calls"] for row in on.rows] == [family.sizes["tiny"].moe_layers] * STEPS
     assert "saving `moe_kernels::experts_forward_" in on.log
@@ -303,11 +307,7 @@ def test_other_layouts_and_lora(kind: str, folder: Path) -> None:
         optimized |= {"lora_model_dir": small_adapter(folder, optimized)}
     baseline = {key: value for key, value in optimized.items() if key not in KERNEL_KEYS}
     configs = {f"{kind}-baseline": baseline, f"{kind}-optimized": optimized}
-    with ThreadPoolExecutor() as pool:
-        expected, actual = pool.map(partial(train, folder), configs.keys(), configs.values())
-    for training in (expected, actual):
-        assert training.returncode == 0, training.log[-4000:]
-        assert len(training.losses) == STEPS
+    expected, actual = train_all(folder, configs)
     calls = 4 if optimized["gradient_checkpointing"] else 2
     assert [row["train/moe/expert_calls"] for row in actual.rows] == [calls] * STEPS
     assert ("LoRA of 4 expert weights runs inside the kernels" in actual.log) == lora
@@ -326,7 +326,7 @@ def test_qlora(folder: Path) -> None:
     """Experts in 4 bits: the losses of stock experts over the same. Axolotl loads 4 bits onto a GPU unless told."""
     pytest.importorskip("bitsandbytes")
     optimized = tiny("qwen3-30b-a3b-qlora.yml", "mixtral") | {
-        "base_model": str((folder / small_model(folder, "qwen3-moe-qlora")).relative_to(folder)),
+        "base_model": small_model(folder, "qwen3-moe-qlora"),
         "attn_implementation": "eager",
         "device_map": "cpu",
         "lora_qkv_kernel": False,
@@ -336,11 +336,7 @@ def test_qlora(folder: Path) -> None:
     baseline = {key: value for key, value in optimized.items() if key not in KERNEL_KEYS}
     whole = optimized | {"adapter": "lora", "load_in_4bit": False, "quantize_moe_experts": False}
     configs = {"qlora-baseline": baseline, "qlora-optimized": optimized, "qlora-whole": whole}
-    with ThreadPoolExecutor() as pool:
-        expected, actual, in_16_bits = pool.map(partial(train, folder), configs.keys(), configs.values())
-    for training in (expected, actual, in_16_bits):
-        assert training.returncode == 0, training.log[-4000:]
-        assert len(training.losses) == STEPS
+    expected, actual, in_16_bits = train_all(folder, configs)
     assert "LoRA of 4 expert weights runs inside the kernels" in actual.log
     assert [row["train/moe/expert_calls"] for row in actual.rows] == [4] * STEPS
     differences = [abs(a - b) for a, b in zip(expected.losses, actual.losses, strict=True)]
@@ -380,11 +376,7 @@ def test_lora_over_an_fp8_checkpoint(folder: Path) -> None:
     optimized["plugins"] = ["keep_fp8.KeepFp8", *optimized["plugins"]]
     configs = {"fp8-baseline": baseline, "fp8-optimized": optimized}
     configs["fp8-activations"] = optimized | {"moe_fp8_activations": True}
-    with ThreadPoolExecutor() as pool:
-        expected, actual, rounded = pool.map(partial(train, folder), configs.keys(), configs.values())
-    for training in (expected, actual, rounded):
-        assert training.returncode == 0, training.log[-4000:]
-        assert len(training.losses) == STEPS
+    expected, actual, rounded = train_all(folder, configs)
     assert "default to dequantizing" in expected.log
     assert "default to dequantizing" not in actual.log
     assert "LoRA of 4 expert weights runs inside the kernels" in actual.log
@@ -415,11 +407,7 @@ def test_lora_over_an_mxfp4_checkpoint(folder: Path) -> None:
     baseline = {key: value for key, value in optimized.items() if key not in KERNEL_KEYS}
     baseline |= {"base_model": str(whole.relative_to(folder))}
     configs = {"mxfp4-baseline": baseline, "mxfp4-optimized": optimized}
-    with ThreadPoolExecutor() as pool:
-        expected, actual = pool.map(partial(train, folder), configs.keys(), configs.values())
-    for training in (expected, actual):
-        assert training.returncode == 0, training.log[-4000:]
-        assert len(training.losses) == STEPS
+    expected, actual = train_all(folder, configs)
     assert "default to dequantizing" not in actual.log
     assert "LoRA of 4 expert weights runs inside the kernels" in actual.log
     assert [row["train/moe/expert_calls"] for row in actual.rows] == [4] * STEPS
@@ -435,10 +423,7 @@ def test_a_fused_router_that_lora_trains_whole(folder: Path) -> None:
     lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["q_proj"]}
     own = tiny(FAMILIES["mixtral"].optimized, "mixtral") | lora | {"lora_modules_to_save": ["gate"]}
     configs = {"gate-own": own, "gate-fused": own | {"moe_fused_router": True}}
-    with ThreadPoolExecutor() as pool:
-        expected, actual = pool.map(partial(train, folder), configs.keys(), configs.values())
-    for training in (expected, actual):
-        assert training.returncode == 0, training.log[-4000:]
+    expected, actual = train_all(folder, configs)
     layers = FAMILIES["mixtral"].sizes["tiny"].moe_layers
     assert f"fused router in {layers} layers of PeftModel" in actual.log
     # Later ones differ by the adapter that Axolotl draws before any seed is set.
