@@ -80,7 +80,7 @@ def checks(results: list[Row], routing: str = "mild") -> list[Check]:
     rows = {(row["shape"], row["implementation"]): row for row in results if row["routing"] == routing}
     shapes = [shape for shape in DENSE_FRACTION if (shape, OURS) in rows]
     found = [
-        Check(f"{shape}: fraction of dense, forward + backward", _times(shape, "dense", OURS, rows), goal, True)
+        Check(f"{shape}: fraction of dense, forward + backward", _times(shape, "dense", rows), goal, True)
         for shape, goal in DENSE_FRACTION.items()
         if shape in shapes
     ]
@@ -95,13 +95,13 @@ def checks(results: list[Row], routing: str = "mild") -> list[Check]:
 def _of_shape(shape: str, rows: dict[tuple[str, str], Row]) -> Iterator[Check]:
     ours = rows[shape, OURS]
     for peer, goal in FORWARD_SPEEDUP.get(shape, {}).items():
-        yield Check(f"{shape}: forward, times {peer}", _times(shape, peer, OURS, rows, "forward_ms"), goal, True)
+        yield Check(f"{shape}: forward, times {peer}", _times(shape, peer, rows, "forward_ms"), goal, True)
     if shape in FORWARD_SPEEDUP:
         yield Check(
             f"{shape}: host ms, forward + backward", _median(ours, "forward_backward_host_ms"), HOST_MS, False
         )
     if (shape, "sonicmoe") in rows:
-        speed = _times(shape, "sonicmoe", OURS, rows)
+        speed = _times(shape, "sonicmoe", rows)
         yield Check(f"{shape}: forward + backward, times SonicMoE", speed, OVER_SONICMOE, True)
     layer = LAYERS[shape]
     bar = (2 * layer.tokens * layer.hidden + 4 * layer.rows * layer.intermediate) / 2**20
@@ -116,10 +116,10 @@ def _of_shape(shape: str, rows: dict[tuple[str, str], Row]) -> Iterator[Check]:
 
 
 def _times(
-    shape: str, peer: str, ours: str, rows: dict[tuple[str, str], Row], field: str = "forward_backward_queued_ms"
+    shape: str, peer: str, rows: dict[tuple[str, str], Row], field: str = "forward_backward_queued_ms"
 ) -> float | None:
-    """How often ``ours`` fits into the time of ``peer``; None unless both were measured."""
-    theirs, own = (_median(rows.get((shape, name)), field) for name in (peer, ours))
+    """How often our time fits into that of ``peer``; None unless both were measured."""
+    theirs, own = (_median(rows.get((shape, name)), field) for name in (peer, OURS))
     return theirs / own if theirs and own else None
 
 

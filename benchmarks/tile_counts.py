@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import pages
+from moe_kernels.backends.gluon import gathers_x
 from moe_kernels.shapes import LAYERS, LayerShape
 from moe_kernels.tools.bench.layer import ROUTINGS
 
@@ -74,9 +75,8 @@ def counter(times: list[int]) -> float:
 def line(shape: LayerShape) -> list[str]:
     """The row of one layer."""
     counts, width = row_counts(shape), 2 * shape.intermediate
-    gathered = width <= 2048 and width % 256 == 0  # as backends/gluon.py chooses
     gradients = [(shape.hidden, shape.intermediate, (128, 256)),
-                 (width, shape.hidden, (256, 128) if gathered else (128, 256))]  # fmt: skip
+                 (width, shape.hidden, (256, 128) if gathers_x(width) else (128, 256))]  # fmt: skip
     orders: tuple[Callable[[list[int]], float], ...] = (snake, counter)
     return [
         shape.name,

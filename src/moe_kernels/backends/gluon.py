@@ -90,8 +90,7 @@ class GluonBackend(TritonBackend):
         return super().dout_rows(dout, down, plan, gate)
 
     def x_rows(self, x: Tensor, gate_up: Matrix, plan: RoutingPlan) -> Rows:
-        fits = gate_up.shape[1] <= _GATHERED_X and gate_up.shape[1] % wgrad.WIDE == 0
-        gathered = fits if _forced.choice is None else _forced.choice
+        gathered = gathers_x(gate_up.shape[1]) if _forced.choice is None else _forced.choice
         return TokenRows(x, plan.top_k) if gathered and _fits(x) else super().x_rows(x, gate_up, plan)
 
     def down_grad(
@@ -165,6 +164,13 @@ _GATHERED = 512
 #: The same for columns of gate_up and rows of X, which dW1 gathers once for every tile of so many columns:
 #: benchmarks/results/h200-log-17-gathered-x.json has up to 2048 (5% to none faster), 2816 (2% slower) and 3072.
 _GATHERED_X = 2048
+
+
+def gathers_x(columns: int) -> bool:
+    """Whether dW1 gathers rows of X where gate_up has so many columns: few enough, and whole tiles of them."""
+    return columns <= _GATHERED_X and columns % wgrad.WIDE == 0
+
+
 _forced: Override[bool] = Override()
 #: Within ``use_gathered(gathered)`` the kernels gather rows of dO and X themselves, or never do: for checks, tests.
 use_gathered = _forced.use
