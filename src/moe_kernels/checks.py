@@ -32,11 +32,17 @@ def check_weights(
     compute_dtype(x, gate_up, down)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on that type of device; None where it is off. torch knows none of meta."""
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def compute_dtype(x: Tensor, gate_up: Tensor, down: Tensor) -> torch.dtype:
     """What the layer runs in: the weights' dtype, or autocast's. Autocast leaves float64 alone, and meta tensors."""
-    device, dtype = x.device.type, gate_up.dtype
-    if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (dtype, down.dtype):
-        return torch.get_autocast_dtype(device)
+    dtype, cast = gate_up.dtype, autocast_dtype(x.device.type)
+    if cast is not None and torch.float64 not in (dtype, down.dtype):
+        return cast
     if dtype != down.dtype:
         raise ValueError(f"gate_up is {dtype} but down is {down.dtype}: cast one of them, or use torch.autocast")
     return dtype

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
+from moe_kernels.checks import autocast_dtype
 from moe_kernels.factors import scaled
 from moe_kernels.fp8 import CURE, Fp8Weight, check_fp8, transposed
 from moe_kernels.integrations.quantized import check_frozen, check_scales, dequantised, packed_weight
@@ -97,9 +98,7 @@ class ExactFP8Linear(FP8Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # transformers' own name
         """(..., in_features) -> (..., out_features), in the dtype of ``input`` or autocast's."""
-        device = input.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch knows none of meta
-        dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
+        dtype = autocast_dtype(input.device.type) or input.dtype
         if self.training and torch.is_grad_enabled():
             check_frozen(self, "weight")
         weight = packed_weight(self, "weight", dtype)
