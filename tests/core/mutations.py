@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,7 +204,8 @@ MUTANTS: list[tuple[Any, ...]] = [
 
 # pytest's -k: which tests of GPU_TESTS are run on a mutant
 ROUTINGS = "hostile and bfloat16 and gathered"  # experts of one to a few tiles each, tails, dropped ids, empty experts
-LARGE_WEIGHTS = "come_from_memory"
+LARGE_WEIGHTS, LARGE_EXPERT, WIDE_TILES = "come_from_memory", "large_expert", "wide_tiles and 512"
+MODELS = "models and deepseek"  # whose programs take several tiles
 BIAS, INTERLEAVED, LORA128 = (f"kinds_of_experts and {kind}" for kind in ("bias", "interleaved", "lora-128"))
 # at these sizes an H200 takes down by ping-pong, whose tiles have two chunks of columns; cooperative ones have four
 WIDE_BIAS = "routings_of_kinds and bias and cooperative"
@@ -222,7 +223,10 @@ GPU_MUTANTS = [
     ("no wait for the buffer to be free", "ring.py", "    tma.store_wait(1)\n", "", ROUTINGS),
     ("no wait for two buffers to be free", "gemm.py", "    tma.store_wait(0)\n    put(left,", "    put(left,", ROUTINGS),
     ("a tile that begins early begins one row too early", "ring.py", "gl.minimum(row0, row_end - self.BLOCK_M)", "gl.minimum(row0, row_end - self.BLOCK_M - 1)", ROUTINGS),
-    ("a tile that begins early reaches into the expert before", "ring.py", "gl.maximum(gl.minimum(row0, row_end - self.BLOCK_M), gl.load(self.expert_start + expert))", "gl.maximum(gl.minimum(row0, row_end - self.BLOCK_M), 0)", ROUTINGS),
+    ("a tile that begins early reaches into the expert before", "ring.py", "gl.maximum(gl.minimum(row0, row_end - self.BLOCK_M), start)", "gl.maximum(gl.minimum(row0, row_end - self.BLOCK_M), 0)", ROUTINGS),
+    ("a large expert's second group is its first again", "ring.py", "(first + in_group % size) * self.BLOCK_M", "(in_group % size) * self.BLOCK_M", LARGE_EXPERT),
+    ("an expert's last group is as large as the others", "ring.py", "size = gl.minimum(largest, count - first)", "size = largest", LARGE_EXPERT),
+    ("every other tile is looked up ahead", "gemm.py", "tiles.at(number + stride)  # while", "tiles.at(number + 2 * stride)  # while", MODELS),
     ("wrong gathered token", "gemm.py", "(slot // self.TOP_K).to(gl.int64)", "(slot % self.TOP_K).to(gl.int64)", ROUTINGS),
     ("last row of an expert gathers token 0", "gemm.py", "mask=rows < tile.row_end, other=0)", "mask=rows < tile.row_end - 1, other=0)", ROUTINGS),
     ("every K block gathers the first columns", "gemm.py", "cp_async(a, sources + k0)", "cp_async(a, sources)", ROUTINGS),
@@ -235,14 +239,14 @@ GPU_MUTANTS = [
     ("K blocks of the transposed weights one too far", "gemm.py", "[tile.expert * K + k0, tile.n", "[tile.expert * K + k0 + b.shape[0], tile.n", ROUTINGS),
     ("the last K block alone counts", "gemm.py", "            b = b.permute((1, 0))\n        acc = warpgroup_mma(a, b, acc, is_async=True)", "            b = b.permute((1, 0))\n        acc = warpgroup_mma(a, b, acc, use_acc=False, is_async=True)", ROUTINGS),
     ("both groups multiply the upper half", "gemm.py", "            a = a.slice(ROW0, acc.shape[0])\n        if not", "            a = a.slice(0, acc.shape[0])\n        if not", ROUTINGS),
-    ("both groups write the upper half", "gemm.py", "row0 += WARPGROUP * ROWS", "row0 += 0", ROUTINGS),
+    ("both groups write the upper half", "gemm.py", "tile.row0 + ROW0, operands.GATED", "tile.row0, operands.GATED", ROUTINGS),
     ("gate and up swapped in the epilogue", "gemm.py", "epilogue.activated(gate0, up0)", "epilogue.activated(up0, gate0)", ROUTINGS),
     ("the activation's halves swapped", "gemm.py", "_write_pair(a0, a1, buffers,", "_write_pair(a1, a0, buffers,", ROUTINGS),
     ("Z's up half written over its gate half", "gemm.py", "row0, row_end, N + col0, 2 * N)", "row0, row_end, col0, N)", ROUTINGS),
     ("right half of a tile written over the left", "gemm.py", "row0, row_end, col0 + HALF + CHUNK)", "row0, row_end, col0 + CHUNK)", ROUTINGS),
     ("second chunk of a half written over the first", "gemm.py", "(left1, buffers.index(1), out, row0, row_end, col0 + CHUNK)", "(left1, buffers.index(1), out, row0, row_end, col0)", ROUTINGS),
     ("second chunk of a pair written over the first", "gemm.py", "out.descriptor, [row0, col0 + CHUNK], buffers.index(1)", "out.descriptor, [row0, col0], buffers.index(1)", ROUTINGS),
-    ("second chunk of a pair lost at the edge", "gemm.py", "two = col0 + CHUNK < col_end", "two = col0 + 2 * CHUNK < col_end", "models and deepseek"),
+    ("second chunk of a pair lost at the edge", "gemm.py", "two = col0 + CHUNK < col_end", "two = col0 + 2 * CHUNK < col_end", MODELS),
     ("tile written over the next expert's rows", "gemm.py", "elif row0 + values.shape[0] <= row_end:", "elif row0 <= row_end:", ROUTINGS),
     ("pair written over the next expert's rows", "gemm.py", "if row0 + buffers.shape[1] <= row_end:", "if row0 <= row_end:", ROUTINGS),
     ("partial block of columns lost", "gemm.py", "num_n = (N + COLUMNS - 1) // COLUMNS", "num_n = N // COLUMNS", ROUTINGS),
@@ -264,6 +268,9 @@ GPU_MUTANTS = [
     ("wgrad writes over the next expert's rows", "wgrad.py", "if m0 + _STORED < M:", "if m0 >= 0:", GATELESS_COPIES),
     ("wgrad's partial block of columns lost", "wgrad.py", "num_n = (N + BLOCK_N - 1) // BLOCK_N", "num_n = N // BLOCK_N", ROUTINGS),
     ("both groups of wgrad multiply the upper half", "wgrad.py", "slice(WARPGROUP * ROWS, ROWS, dim=1)", "slice(0, ROWS, dim=1)", ROUTINGS),
+    ("both groups take the upper half of a wide tile", "down_grad.py", "WARPGROUP * ROWS if COOPERATIVE else 0", "0", WIDE_TILES),
+    ("both groups of a wide tile write the upper half", "down_grad.py", "tile.row0 + ROW0, tile.row_end", "tile.row0, tile.row_end", WIDE_TILES),
+    ("right half of a wide tile from where a narrow one's is", "down_grad.py", "col0 + HALF\n", "col0 + 64\n", WIDE_TILES),
     ("dZ without the routing weight", "down_grad.py", "    da *= weight[:, None]\n", "    da *= 1.0\n", ROUTINGS),
     ("wA without the routing weight", "down_grad.py", "put(weight[:, None] * a,", "put(a,", ROUTINGS),
     ("wA is not written", "down_grad.py", '"WRITE_WA": needs_wa', '"WRITE_WA": False', ROUTINGS),
@@ -509,6 +516,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=int, default=jobs, help="mutants at a time (default: three quarters of the cores)"
     )
+    parser.add_argument("--only", metavar="TEXTS", help="those whose description or file has one of these: gemm.py,group")
     parser.add_argument("--json", type=Path, help="write what became of each mutant, after each")
     wanted = parser.parse_args(arguments)
     reason = why_no_gpu() if wanted.gpu or wanted.barriers else None
@@ -516,6 +524,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{'--gpu' if wanted.gpu else '--barriers'} needs an NVIDIA Hopper GPU (H100, H200): {reason}")
         return 2
     suite = barrier_suite() if wanted.barriers else gpu_suite() if wanted.gpu else interpreted_suite()
+    if wanted.only:
+        texts = wanted.only.split(",")
+        chosen = [mutant for mutant in suite.mutants if any(text in mutant.title + mutant.file for text in texts)]
+        if not chosen:
+            parser.error(f"no mutant has {' or '.join(texts)} in its description or file")
+        suite = replace(suite, mutants=chosen)
     results: list[dict[str, object]] = []
     command = ["python", "tests/core/mutations.py", *(sys.argv[1:] if arguments is None else arguments)]
     machine = environment() | {"command": " ".join(command)}

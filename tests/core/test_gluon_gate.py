@@ -11,10 +11,12 @@ import torch
 import triton
 
 from moe_kernels import backends, trial
+from moe_kernels.activation import Activation, Gate
 from moe_kernels.backends import gluon
 from moe_kernels.kernels import device
 from moe_kernels.kernels.hopper import gluon_names
 from moe_kernels.kernels.tiles import tuned
+from moe_kernels.layer import Weight
 from moe_kernels.routing import TokenRows
 
 GPU = torch.device("cuda", 0)
@@ -71,6 +73,23 @@ def test_rows_of_x_are_gathered_where_gate_up_is_narrow(columns, gathers, monkey
     assert rows == (TokenRows(x, 2) if gathers else "copied")
     with gluon.use_gathered(not gathers):
         assert isinstance(gluon.GluonBackend().x_rows(x, gate_up, plan), TokenRows) is not gathers
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "copies"),
+    [(4096, 4096, True), (4032, 4096, False), (3072, 512, False), (3072, 64, True), (1024, 128, False)],
+)
+def test_up_reads_a_copy_of_x_where_gate_up_is_wide(columns, rows, copies, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gluon.TritonBackend, "gather", lambda self, x, plan: "copied")
+    monkeypatch.setattr(gluon.gemm, "up", lambda rows, *_: seen.append(rows))
+    x, gate_up = torch.zeros(4, 64, dtype=torch.bfloat16), torch.zeros(2, columns, 64, dtype=torch.bfloat16)
+    plan = types.SimpleNamespace(top_k=2, rows_per_expert=rows)
+    arguments = x, Weight(gate_up), plan, Gate(Activation("silu")), True
+    gluon.GluonBackend().up(*arguments)
+    with gluon.use_gathered(copies):
+        gluon.GluonBackend().up(*arguments)
+    assert [isinstance(rows, TokenRows) for rows in seen] == [not copies, copies]
 
 
 def test_a_name_of_either_release_will_do(monkeypatch):

@@ -38,7 +38,8 @@ def test_titles_are_unique(suite):
 
 #: The synchronisation of warps: a warp that waits for what never comes stops the GPU.
 BARRIERS = (
-    "mbarrier.", "await_", "pass_turn", "free_before", "range(tile.start", "range(0, K", "range(0, H", "step", "pid",
+    "mbarrier.", "await_", "pass_turn", "free_before", "range(tile.start", "range(0, K", "range(first",
+    "range(k_begin", "step", "pid",
 )  # fmt: skip
 
 

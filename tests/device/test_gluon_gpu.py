@@ -11,6 +11,7 @@ import torch
 import moe_kernels
 from moe_kernels import backends
 from moe_kernels.activation import Activation
+from moe_kernels.routing import TokenRows
 from moe_kernels.tools.check.problems import Case, make_inputs, run
 from moe_kernels.tools.check.routings import ROUTINGS
 from moe_kernels.tools.check.verification import variants
@@ -115,6 +116,31 @@ def test_rows_gathered_or_copied(sizes, gathered, record_property):
 
     with use_gathered(gathered):
         judge(Case(*sizes, BF16, "zipf"), record_property)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("intermediate", [256, 512])
+def test_wide_tiles_of_down_grad(intermediate, routing, record_property):
+    """Whole tiles of 256 columns, rows of dO gathered, few rows an expert."""
+    from moe_kernels.backends.gluon import use_gathered
+    from moe_kernels.kernels.hopper import down_grad
+
+    case = dataclasses.replace(CASE, routing=routing, intermediate=intermediate)
+    plan = SimpleNamespace(rows_per_expert=case.tokens * case.top_k // case.experts)
+    rows = TokenRows(torch.empty(case.tokens, case.hidden), case.top_k)
+    assert down_grad.gains_from_wide(rows, intermediate, plan)
+    with use_gathered(True):
+        judge(case, record_property)
+
+
+@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("routing", ["one_hot_expert", "zipf"])
+def test_groups_of_a_large_expert(routing, within, record_property):
+    """More row tiles than a group has: several groups, the last of which is smaller."""
+    from moe_kernels.kernels.hopper.ring import use_within_experts
+
+    with use_within_experts(within):
+        judge(Case(2500, 2, 9, 128, 704, BF16, routing), record_property)
 
 
 @pytest.mark.parametrize(

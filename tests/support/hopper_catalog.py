@@ -19,7 +19,7 @@ from moe_kernels.activation import Activation, Gate
 from moe_kernels.fp8 import Fp8Rows, Fp8Weight
 from moe_kernels.fp8 import transposed as fp8_transposed
 from moe_kernels.kernels.hopper import dequantizing, down_grad, fp8, gemm, wgrad
-from moe_kernels.kernels.hopper.ring import PING_PONG, use_schedule
+from moe_kernels.kernels.hopper.ring import PING_PONG, use_schedule, use_within_experts
 from moe_kernels.kernels.operands import Descriptor
 from moe_kernels.kernels.triton import fp8 as steps
 from moe_kernels.kernels.triton.round import empty_fp8
@@ -74,8 +74,14 @@ def _covered(name: str) -> bool:
         return True
     if "lora64" in name:
         return "transposed" not in name
-    others = name.startswith(("up-no-grad", "down_grad-gather", "down_grad-no-wa"))
-    plain = ("-silu-bf16", "-silu-bf16-lora16", "-relu2-bf16-lora16-no-gate", "-silu-bf16-ping-pong-large-weights")
+    others = name.startswith(("up-no-grad", "up-copied", "down_grad-gather", "down_grad-no-wa"))
+    plain = (
+        "-silu-bf16",
+        "-wide",
+        "-silu-bf16-lora16",
+        "-relu2-bf16-lora16-no-gate",
+        "-silu-bf16-ping-pong-large-weights",
+    )
     return others and not name.endswith(plain)
 
 
@@ -112,6 +118,7 @@ def _every_case() -> Iterator[CompileCase]:
         for kernel in ("down", "dgrad"):
             both.enter_context(use_schedule(kernel, PING_PONG))
         both.enter_context(gemm.use_k_blocks_per_wait(2))
+        both.enter_context(use_within_experts(False))
         cases = [case for rank in (0, 16, 64, 128) for case in _cases(torch.bfloat16, Activation("silu"), rank)]
         cases += [
             case
@@ -119,6 +126,10 @@ def _every_case() -> Iterator[CompileCase]:
             if case.name.startswith("hopper-down-")
         ]
     yield from (dataclasses.replace(case, name=f"{case.name}-ping-pong-large-weights") for case in cases)
+    for rank in (0, 16):
+        for case in _cases(torch.bfloat16, Activation("silu"), rank, intermediate=256):
+            if case.name.startswith("hopper-down_grad-gather"):
+                yield dataclasses.replace(case, name=f"{case.name}-wide")
     for activation in EVERY_ACTIVATION:
         if activation.name != "silu":
             yield from (
@@ -138,10 +149,11 @@ def _cases(
     bias: bool = False,
     interleaved: bool = False,
     transposed: bool = False,
+    intermediate: int = _INTERMEDIATE,
 ) -> Iterator[CompileCase]:
     gate, rows = Gate(activation, gated, interleaved), _TOKENS * _TOP_K
     x = torch.zeros(_TOKENS, _HIDDEN, dtype=dtype)
-    low, width = (torch.zeros(rows, rank, dtype=dtype) if rank else None), (1 + gated) * _INTERMEDIATE
+    low, width = (torch.zeros(rows, rank, dtype=dtype) if rank else None), (1 + gated) * intermediate
 
     def weight(rows: int, columns: int, *factor: int) -> Weight:
         outer = torch.zeros(_EXPERTS, *factor, dtype=dtype) if rank else None
@@ -149,24 +161,25 @@ def _cases(
         matrix = torch.zeros(_EXPERTS, rows, columns, dtype=dtype)
         return Weight(matrix.mT.contiguous().mT if transposed else matrix, added, low, outer)
 
-    w1, w2 = weight(width, _HIDDEN, width, rank), weight(_HIDDEN, _INTERMEDIATE, _HIDDEN, rank)
-    w1_grad, w2_grad = weight(width, _HIDDEN, rank, _HIDDEN), weight(_HIDDEN, _INTERMEDIATE, rank, _INTERMEDIATE)
-    z, a = torch.zeros(rows, width, dtype=dtype), torch.zeros(rows, _INTERMEDIATE, dtype=dtype)
+    w1, w2 = weight(width, _HIDDEN, width, rank), weight(_HIDDEN, intermediate, _HIDDEN, rank)
+    w1_grad, w2_grad = weight(width, _HIDDEN, rank, _HIDDEN), weight(_HIDDEN, intermediate, rank, intermediate)
+    z, a = torch.zeros(rows, width, dtype=dtype), torch.zeros(rows, intermediate, dtype=dtype)
     weights, dout_rows = torch.zeros(_TOKENS, _TOP_K), torch.zeros(rows, _HIDDEN, dtype=dtype)
     plan = RoutingPlan.empty(torch.empty(_TOKENS, _TOP_K, dtype=torch.int32), _EXPERTS, 128)
     t = _TYPES[dtype]
     kinds = [f"-lora{rank}" if rank else "", "-bias" if bias else "", "" if gated else "-no-gate"]
     kinds += ["-interleaved" if interleaved else "", "-transposed" if transposed else ""]
     suffix = f"{activation.name}-{t}{''.join(kinds)}"
-    yield _recorded(f"hopper-up-{suffix}", gemm, lambda: gemm.up(x, w1, plan, gate, True))
-    yield _recorded(f"hopper-up-no-grad-{suffix}", gemm, lambda: gemm.up(x, w1, plan, gate, False))
+    gathered = TokenRows(x, _TOP_K)
+    yield _recorded(f"hopper-up-{suffix}", gemm, lambda: gemm.up(gathered, w1, plan, gate, True))
+    yield _recorded(f"hopper-up-no-grad-{suffix}", gemm, lambda: gemm.up(gathered, w1, plan, gate, False))
+    yield _recorded(f"hopper-up-copied-{suffix}", gemm, lambda: gemm.up(dout_rows, w1, plan, gate, True))
     yield _recorded(f"hopper-down-{suffix}", gemm, lambda: gemm.down(a, w2, plan))
     yield _recorded(f"hopper-dgrad-{suffix}", gemm, lambda: gemm.dgrad(z, w1_grad._replace(bias=None), plan))
     if not rank:
         yield _recorded(f"hopper-wgrad-dW1-{suffix}", wgrad, lambda: wgrad.wgrad(z, a, plan))
-        gathered = TokenRows(x, _TOP_K)
         yield _recorded(f"hopper-wgrad-dW1-gather-{suffix}", wgrad, lambda: wgrad.wgrad(z, gathered, plan))
-    how: dict[str, torch.Tensor | TokenRows] = {"": dout_rows, "-gather": TokenRows(x, _TOP_K)}
+    how: dict[str, torch.Tensor | TokenRows] = {"": dout_rows, "-gather": gathered}
     for name, dout in how.items():
         backward = functools.partial(down_grad.down_grad, dout, w2_grad, z, weights, plan, gate, True)
         if not rank:
@@ -213,8 +226,10 @@ def fp8_cases() -> Iterator[CompileCase]:
         return made._replace(matrix=BlockFp8(of.sizes, torch.bfloat16, of.data, of.scales, of.stacked))
 
     dequantized = {
-        "up-silu-bf16-lora16": lambda: gemm.up(x, blocks(2 * i, h, 2, 16, 2 * i, 16), plan, silu, True),
-        "up-relu2-bf16-no-gate": lambda: gemm.up(x, blocks(i, h, 1), plan, relu2, True),
+        "up-silu-bf16-lora16": lambda: gemm.up(
+            TokenRows(x, _TOP_K), blocks(2 * i, h, 2, 16, 2 * i, 16), plan, silu, True
+        ),
+        "up-relu2-bf16-no-gate": lambda: gemm.up(TokenRows(x, _TOP_K), blocks(i, h, 1), plan, relu2, True),
         "dgrad-silu-bf16-lora128": lambda: gemm.dgrad(z.repeat(1, 2), blocks(4 * i, h, 2, 128, 128, h), plan),
     }
     dout = torch.zeros(rows, h).bfloat16()

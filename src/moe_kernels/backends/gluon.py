@@ -65,7 +65,9 @@ class GluonBackend(TritonBackend):
     def up(self, x: Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[Tensor, Tensor]:
         apart = gate.gated and not gate.interleaved and not by_rows(weight.matrix)  # two loads beside each other
         if _chosen(gate) and not apart and _fits(x) and _weight_fits(weight):
-            return gemm.up(x, weight, plan, gate, save_z)
+            copied = copies_x(weight.matrix.shape[1], plan) if _forced.choice is None else not _forced.choice
+            rows = self.gather(x, plan) if copied else TokenRows(x, plan.top_k)
+            return gemm.up(rows, weight, plan, gate, save_z)
         return super().up(x, weight, plan, gate, save_z)
 
     def down(self, a: Tensor, weight: Weight, plan: RoutingPlan) -> Tensor:
@@ -169,6 +171,17 @@ _GATHERED_X = 2048
 def gathers_x(columns: int) -> bool:
     """Whether dW1 gathers rows of X where gate_up has so many columns: few enough, and whole tiles of them."""
     return columns <= _GATHERED_X and columns % wgrad.WIDE == 0
+
+
+#: From so many columns of gate_up on, up reads rows of X from a copy in expert order. It gains 5% of up, which the
+#: copy costs where there are half as many (benchmarks/results/h200-log-18-schedules.json).
+_COPIED_X = 4096
+
+
+def copies_x(columns: int, plan: RoutingPlan) -> bool:
+    """Whether up copies rows of X where gate_up has so many columns. An expert's last tile is half empty on average,
+    and gathered all the same: a layer with few rows an expert gathers more."""
+    return columns * (1 + GROUP_SIZE / 2 / max(plan.rows_per_expert, 1)) >= _COPIED_X
 
 
 _forced: Override[bool] = Override()

@@ -4,7 +4,7 @@ Rows of dO are loaded by TMA from a sorted copy, or (GATHER) from their tokens b
 in float32. Z is loaded by TMA while wgmma runs; the epilogue overwrites it with dZ in shared memory and also writes
 wA, if the gradient of the down weight or of its lora_a needs it. The routing weight's gradient <dA0, A> is summed per
 column block, and a second launch adds these partial sums: a fixed order, no atomics. The consumer warpgroups
-ping-pong, so one's epilogue overlaps the other's wgmma.
+ping-pong, so one's epilogue overlaps the other's wgmma, or share wider tiles, which gather each row half as often.
 """
 
 from dataclasses import replace
@@ -23,11 +23,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moe_kernels.activation import Gate, value_and_partials
 from moe_kernels.kernels.device import cdiv, multiprocessors
 from moe_kernels.kernels.hopper import dequantizing
-from moe_kernels.kernels.hopper.gemm import CACHED_BYTES, Operands, mainloop, producer, weight_arguments
+from moe_kernels.kernels.hopper.gemm import (
+    CACHED_BYTES,
+    Operands,
+    complete,
+    mainloop,
+    producer,
+    skipped,
+    taken,
+    weight_arguments,
+)
 from moe_kernels.kernels.hopper.gluon_names import aggregate, tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
+    FEW_ROWS,
     SWIZZLED,
     Matrix,
     RowTiles,
@@ -43,6 +53,7 @@ from moe_kernels.kernels.hopper.ring import (
     pass_turn,
     put,
     row_halves,
+    within_experts,
 )
 from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.triton.dequantize import blocks
@@ -67,14 +78,15 @@ class Epilogue:
     compete with those of the mainloop. Interleaved, 64 columns of Z are 32 of dA0.
 
     Each consumer has two sets of buffers: a step's Z, which dZ overwrites (gate and up apart, or in one if they are
-    interleaved; without a gate the second is not used), and its wA (WRITE_WA).
+    interleaved; without a gate the second is not used), and its wA (WRITE_WA). Cooperative ones, whose stages are
+    larger, have one buffer of wA for both.
     """
 
     z: tma.tensor_descriptor
     dz: Matrix
     wa: Matrix
     z_buffers: gl.shared_memory_descriptor  # [8, 64, 64], two for each of four sets, or interleaved [4, 128, 64]
-    a_buffers: gl.shared_memory_descriptor  # [4, 64, 64], or interleaved [4, 128, 32]; any unless WRITE_WA
+    a_buffers: gl.shared_memory_descriptor  # [4, 64, 64], or 2 of them, or [4, 128, 32]; any unless WRITE_WA
     z_arrived: gl.shared_memory_descriptor  # [4, 1]: the mbarriers of the sets
     ROWS: gl.constexpr  # of a step
     COLUMNS: gl.constexpr
@@ -84,6 +96,7 @@ class Epilogue:
     GATED: gl.constexpr
     INTERLEAVED: gl.constexpr
     WRITE_WA: gl.constexpr
+    COOPERATIVE: gl.constexpr
 
     @gluon.jit
     def fetch_z(self, SET: gl.constexpr, row0, col0):
@@ -155,24 +168,28 @@ class Epilogue:
         issues the load of the next step's Z, at (next_row, next_col), into it.
         """
         layout: gl.constexpr = accumulator_layout(self.COLUMNS)
+        WA_SET: gl.constexpr = SET // 2 if self.COOPERATIVE else SET
         mbarrier.wait(self.z_arrived.index(SET), z_phase)
         da = gl.convert_layout(da, layout, assert_trivial=True)
         gate, up = self.load_z(SET)
         a, d_gate, d_up = value_and_partials(gate, up, self.ACTIVATION, self.P0, self.P1)
         dw = gl.sum(da * a, axis=1)
         da *= weight[:, None]
+        if self.COOPERATIVE:
+            tma.store_wait(0)  # of the wA before, too
         if fetch:
-            tma.store_wait(0)
+            if not self.COOPERATIVE:
+                tma.store_wait(0)
             self.fetch_z(SET ^ 1, next_row, next_col)
         self.put_dz(da * d_gate, da * d_up, SET)
         if self.WRITE_WA:
-            put(weight[:, None] * a, self.a_buffers.index(SET))
+            put(weight[:, None] * a, self.a_buffers.index(WA_SET))
         if row0 + da.shape[0] <= row_end:
             fence_async_shared()
             if self.WRITE_WA:
-                tma_store(self.wa.descriptor, [row0, col0], self.a_buffers.index(SET))
+                tma_store(self.wa.descriptor, [row0, col0], self.a_buffers.index(WA_SET))
         elif self.WRITE_WA:
-            self.wa.store_masked(self.a_buffers.index(SET), row0, row_end, col0)
+            self.wa.store_masked(self.a_buffers.index(WA_SET), row0, row_end, col0)
         self.send_dz(SET, row0, row_end, col0)
         return dw
 
@@ -187,44 +204,51 @@ def _row_weights(rows, row_end, row_slot, topk_weights_ptr):
 
 @gluon.jit
 def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, operands, tiles, ring, turns):
-    """A consumer warpgroup: multiply and finish every other tile (ping-pong)."""
-    BLOCK_M: gl.constexpr = ring.a.shape[1]
+    """A consumer warpgroup: multiply and finish its half of every tile (cooperative), or every other (ping-pong)."""
+    COOPERATIVE: gl.constexpr = epilogue.COOPERATIVE
+    ROWS: gl.constexpr = ring.a.shape[1] // 2 if COOPERATIVE else ring.a.shape[1]
     BLOCK_K: gl.constexpr = ring.a.shape[2]
     BLOCK_N: gl.constexpr = ring.b.shape[2] if operands.W_IS_KN else ring.b.shape[1]
     SET: gl.constexpr = 2 * WARPGROUP  # the first of this consumer's
+    ROW0: gl.constexpr = WARPGROUP * ROWS if COOPERATIVE else 0
     # Steps 0 and 1 of the epilogue are the left half of a tile: below each other, interleaved beside each other.
-    DOWN: gl.constexpr = BLOCK_M - epilogue.ROWS
-    RIGHT: gl.constexpr = 64 - epilogue.COLUMNS
-    H, I = operands.rows.width, operands.N
-    steps_per_tile = (H + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS
-    step = WARPGROUP * steps_per_tile
+    DOWN: gl.constexpr = ROWS - epilogue.ROWS
+    HALF: gl.constexpr = BLOCK_N // 2
+    RIGHT: gl.constexpr = HALF - epilogue.COLUMNS
+    I = operands.N
+    first, stride, step = taken(WARPGROUP, COOPERATIVE, operands, BLOCK_K)
     z_phase = 0
     turn = 0
-    first = gl.program_id(0) + WARPGROUP * gl.num_programs(0)
-    for pid in range(first, tiles.count(), 2 * gl.num_programs(0)):
-        tile = tiles.at(pid)
-        row0, row_end, col0 = tile.row0, tile.row_end, tile.n * BLOCK_N
+    for number in range(first, tiles.count(), stride):
+        tile = tiles.at(number)
+        row0, row_end, col0 = tile.row0 + ROW0, tile.row_end, tile.n * BLOCK_N
         tma.store_wait(0)  # the stores of the tile before are done: the buffers are free
         epilogue.fetch_z(SET, row0, col0)
         epilogue.fetch_z(SET + 1, row0 + DOWN, col0 + RIGHT)
         rows0 = row0 + gl.arange(0, epilogue.ROWS, gl.SliceLayout(1, accumulator_layout(epilogue.COLUMNS)))
         rows1 = rows0 + DOWN
         weight0 = _row_weights(rows0, row_end, operands.row_slot, topk_weights_ptr)
-        weight1 = _row_weights(rows1, row_end, operands.row_slot, topk_weights_ptr)
-        acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
-        await_turn(turns, WARPGROUP, turn)
-        acc, step = mainloop(acc, operands, ring, step, 0)
-        pass_turn(turns, WARPGROUP)
-        step += steps_per_tile  # skip the other consumer's tile
-        turn += 1  # noqa: SIM113 (Gluon has no enumerate)
+        weight1 = weight0
+        if DOWN > 0:
+            weight1 = _row_weights(rows1, row_end, operands.row_slot, topk_weights_ptr)
+        acc = gl.zeros((ROWS, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
+        if not COOPERATIVE:
+            await_turn(turns, WARPGROUP, turn)
+        acc, step = mainloop(acc, operands, ring, step, ROW0, 0)
+        if not COOPERATIVE:
+            pass_turn(turns, WARPGROUP)
+        acc = complete(acc, ring, step)
+        if not COOPERATIVE:
+            step = skipped(step, operands, BLOCK_K)
+            turn += 1
         left, right = halves(acc)
-        if epilogue.INTERLEAVED:
+        if DOWN == 0:
             da0, da1 = halves(left)
             da2, da3 = halves(right)
         else:
             da0, da1 = row_halves(left)
             da2, da3 = row_halves(right)
-        row1, col1, col2 = row0 + DOWN, col0 + RIGHT, col0 + 64
+        row1, col1, col2 = row0 + DOWN, col0 + RIGHT, col0 + HALF
         more = col2 < I  # I is a multiple of 64
         dw0 = epilogue.finish(da0, weight0, SET, z_phase, row0, row_end, col0, False, row0, col0)
         dw1 = epilogue.finish(da1, weight1, SET + 1, z_phase, row1, row_end, col1, more, row0, col2)
@@ -234,7 +258,7 @@ def _consumer(WARPGROUP: gl.constexpr, epilogue, dw_ptr, topk_weights_ptr, R, op
             dw1 += epilogue.finish(da3, weight1, SET + 1, z_phase, row1, row_end, col2 + RIGHT, False, row0, col0)
             z_phase ^= 1
         dw_out = dw_ptr + tile.n.to(gl.int64) * R
-        if epilogue.INTERLEAVED:
+        if DOWN == 0:
             gl.store(dw_out + rows0, dw0 + dw1, mask=rows0 < row_end)
         else:
             gl.store(dw_out + rows0, dw0, mask=rows0 < row_end)
@@ -269,6 +293,7 @@ def hopper_down_grad_kernel(
     W_EXPERT_STRIDE,  # of the scales
     W_ROW_STRIDE,
     W_ROWS,  # of an expert's matrix as stored
+    WITHIN_EXPERTS: gl.constexpr,
     TOP_K: gl.constexpr,
     ACTIVATION: gl.constexpr,
     P0: gl.constexpr,
@@ -280,6 +305,7 @@ def hopper_down_grad_kernel(
     RANK: gl.constexpr,
     WRITE_WA: gl.constexpr,
     SIDE: gl.constexpr,  # of a block of fp8 weights with one scale; 0: of 16 bits
+    COOPERATIVE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -291,14 +317,14 @@ def hopper_down_grad_kernel(
     GATHER: gl.constexpr = TOP_K > 0
     W_BLOCK: gl.constexpr = (BLOCK_K, BLOCK_N) if W_IS_KN else (BLOCK_N, BLOCK_K)
     READY_COUNT: gl.constexpr = 1 + (128 if GATHER else 1 if SIDE else 0)  # as in hopper_gemm_kernel
-    ring = new_ring(dtype, STAGES, (BLOCK_M, BLOCK_K), W_BLOCK, READY_COUNT, 1)
-    turns = new_turns()
+    ring = new_ring(dtype, STAGES, (BLOCK_M, BLOCK_K), W_BLOCK, READY_COUNT, 2 if COOPERATIVE else 1)
+    turns = ring.empty if COOPERATIVE else new_turns()  # not used if cooperative
     ROWS: gl.constexpr = BLOCK_M if INTERLEAVED else BLOCK_M // 2
     COLUMNS: gl.constexpr = 32 if INTERLEAVED else 64
     z_buffers = gl.allocate_shared_memory(dtype, [4 if INTERLEAVED else 8, ROWS, 64], SWIZZLED)
     a_buffers = z_buffers
     if WRITE_WA:
-        a_buffers = gl.allocate_shared_memory(dtype, [4, ROWS, COLUMNS], block_layout(COLUMNS))
+        a_buffers = gl.allocate_shared_memory(dtype, [2 if COOPERATIVE else 4, ROWS, COLUMNS], block_layout(COLUMNS))
     z_arrived = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(z_arrived.index(i), count=1)
@@ -307,7 +333,7 @@ def hopper_down_grad_kernel(
     # Not FULL: dZ may overwrite Z, so no row may be computed twice.
     tiles = RowTiles(
         expert_start=expert_start_ptr, tile_expert=tile_expert_ptr, tile_row=tile_row_ptr, num_m=num_m, num_n=num_n,
-        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=False,
+        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, WITHIN_EXPERTS=WITHIN_EXPERTS, FULL=False,
     )  # fmt: skip
     operands = Operands(
         rows=Matrix(descriptor=dout_rows, pointer=dout_ptr, width=H), weight=w, low=low, factor=factor,
@@ -319,6 +345,7 @@ def hopper_down_grad_kernel(
         wa=Matrix(descriptor=wa, pointer=wa_ptr, width=I),
         z_buffers=z_buffers, a_buffers=a_buffers, z_arrived=z_arrived, ROWS=ROWS, COLUMNS=COLUMNS,
         ACTIVATION=ACTIVATION, P0=P0, P1=P1, GATED=GATED, INTERLEAVED=INTERLEAVED, WRITE_WA=WRITE_WA,
+        COOPERATIVE=COOPERATIVE,
     )  # fmt: skip
     if SIDE > 0:
         codes = dequantizing.new_codes(
@@ -373,6 +400,21 @@ def sum_weight_grad_kernel(
 # Ping-pong, with as many columns as leave registers for the epilogue. Codes take the memory of a stage.
 SCHEDULE = Schedule(cooperative=False, block_n=128, stages=4)
 _OF_CODES = replace(SCHEDULE, stages=3)
+# Cooperative, of twice the columns: rows are gathered half as often, but no epilogue is hidden.
+_WIDE = Schedule(cooperative=True, block_n=256, stages=3)
+
+
+def gains_from_wide(dout_rows: torch.Tensor | TokenRows, intermediate: int, plan: RoutingPlan) -> bool:
+    """Whether _WIDE is the faster schedule: where gathering, or reading the weights, takes longer than an epilogue.
+
+    benchmarks/results/h200-log-18-schedules.json has ten layers. Tiles are whole.
+    """
+    if not isinstance(dout_rows, TokenRows) or intermediate % _WIDE.block_n:
+        return False
+    return plan.rows_per_expert < FEW_ROWS or dout_rows.tokens.shape[1] >= _LONG
+
+
+_LONG = 4096  # of dout's rows: 30B fine has so many and is faster, 7B fine 2048 and slower
 #: group_m where L2 holds an expert's weights, which may then be read more often for fewer rows at a time: 1 to 4%
 #: faster on four of eight such layers, the same on the others, but 3% slower on Mixtral-8x7B, of 117 MB an expert
 #: (benchmarks/results/h200-log-16-down-grad.json).
@@ -404,23 +446,24 @@ def down_grad(
     dz = z if overwrite_z else torch.empty_like(z)
     wa = z.new_empty(plan.rows, intermediate) if needs_wa else z.new_empty(0)
     dw = torch.empty_like(topk_weights)
-    column_blocks = cdiv(intermediate, SCHEDULE.block_n)
+    in_load = not gate.interleaved and dequantizing.in_load(weight.matrix, plan, False)
+    schedule = _OF_CODES if in_load else SCHEDULE
+    if not (in_load or gate.interleaved) and gains_from_wide(dout_rows, intermediate, plan):
+        schedule = _WIDE
+    column_blocks = cdiv(intermediate, schedule.block_n)
     if plan.max_tiles * column_blocks == 0:
         return DownGrads(dz, wa, dw)
     parts = torch.empty((column_blocks, plan.rows), dtype=torch.float32, device=z.device)
     dout, top_k = dout_rows if isinstance(dout_rows, TokenRows) else (dout_rows, 0)
-    in_load = not gate.interleaved and dequantizing.in_load(weight.matrix, plan, False)
-    schedule = _OF_CODES if in_load else SCHEDULE
     if weight.matrix.shape[1] * intermediate * z.element_size() <= CACHED_BYTES:
         schedule = replace(schedule, group_m=_GROUP_M_IN_L2)
     constants = {"TOP_K": top_k, **gate.constants(), "WRITE_WA": needs_wa, **schedule.constants(), "num_warps": 4}
-    del constants["COOPERATIVE"]
     rows_in = dout if top_k else matrix(dout, BLOCK_M, BLOCK_K), dout
     rows, columns = (BLOCK_M, 32) if gate.interleaved else (BLOCK_M // 2, 64)  # of a step of the epilogue
     z_in, dz_out = (matrix(t, rows, 64) for t in (z, dz))
     wa_out = (matrix(wa, rows, columns, layout=block_layout(columns)), wa) if needs_wa else (dz_out, dz)
     for part, tiles in [(weight, plan)] if in_load else blocks(weight, plan):
-        weights, chosen = weight_arguments(part, SCHEDULE.block_n, True, unused=dz)
+        weights, chosen = weight_arguments(part, schedule.block_n, True, unused=dz)
         launch(
             hopper_down_grad_kernel,
             (min(tiles.max_tiles * column_blocks, multiprocessors(z.device)),),
@@ -433,7 +476,7 @@ def down_grad(
                 plan.rows,
                 *dequantizing.scale_arguments(part.matrix, unused=dz),
             ),
-            {**constants, **chosen},
+            {**constants, **chosen, "WITHIN_EXPERTS": within_experts(plan)},
         )
         del part, weights
     _sum_weight_grad(parts, bias_dot, dw, plan)

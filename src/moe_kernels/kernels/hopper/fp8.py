@@ -154,7 +154,7 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, scales, tile
                 step += 1
                 ring.free_before(step)
             # The next tile and its first scales, whose loads the epilogue hides.
-            following = tiles.at(gl.minimum(pid + gl.num_programs(0), tiles.count() - 1))
+            following = tiles.at(pid + gl.num_programs(0))
             first = scales.at(scales.of_tile(following, following.row0 + ROW0, ROWS, layout), 0)
             left = gl.convert_layout(left, accumulator_layout(HALF), assert_trivial=True)
             right = gl.convert_layout(right, accumulator_layout(HALF), assert_trivial=True)
@@ -223,7 +223,7 @@ def hopper_fp8_gemm_kernel(
     tiles = RowTiles(
         expert_start=expert_start_ptr, tile_expert=tile_expert_ptr, tile_row=tile_row_ptr,
         num_m=gl.load(tile_count_ptr), num_n=(N + COLUMNS - 1) // COLUMNS,
-        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=True,
+        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, WITHIN_EXPERTS=False, FULL=True,
     )  # fmt: skip
     operands = Operands(
         rows=Matrix(descriptor=codes, pointer=row_scales_ptr, width=K), weight=w, low=low, factor=factor,

@@ -27,6 +27,7 @@ from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,
     CHUNK,
+    FEW_ROWS,
     SWIZZLED,
     Matrix,
     RowTiles,
@@ -44,15 +45,16 @@ from moe_kernels.kernels.hopper.ring import (
     pass_turn,
     put,
     schedule_of,
+    within_experts,
     write_chunk,
 )
 from moe_kernels.kernels.launch.launch import launch
 from moe_kernels.kernels.operands import Descriptor, low_rank_arguments, stored
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.kernels.triton.dequantize import blocks
-from moe_kernels.layer import Weight
+from moe_kernels.layer import Rows, Weight
 from moe_kernels.packed import SIDE, BlockFp8
-from moe_kernels.routing import RoutingPlan
+from moe_kernels.routing import RoutingPlan, TokenRows
 
 
 @gluon.jit
@@ -241,43 +243,73 @@ class Epilogue:
         return value(gate, up, self.ACTIVATION, self.P0, self.P1).to(self.out.descriptor.dtype)
 
 
+#: k blocks of a cooperative tile that are being multiplied while the next tile is looked up.
+AHEAD = gl.constexpr(2)
+
+
 @gluon.jit
 def consumer(WARPGROUP: gl.constexpr, buffers, epilogue, operands, tiles, ring, turns, COOPERATIVE: gl.constexpr):
     """A consumer warpgroup: multiply the k blocks in the ring, then run the epilogue of the tile."""
     BLOCK_K: gl.constexpr = ring.a.shape[2]
     BLOCK_N: gl.constexpr = ring.b.shape[2] if operands.W_IS_KN else ring.b.shape[1]
     ROWS: gl.constexpr = buffers.shape[1]
-    K = operands.rows.width
-    step = 0
+    ROW0: gl.constexpr = WARPGROUP * ROWS if COOPERATIVE else 0
+    first, stride, step = taken(WARPGROUP, COOPERATIVE, operands, BLOCK_K)
     turn = 0
-    for pid in range(gl.program_id(0), tiles.count(), gl.num_programs(0)):
-        if COOPERATIVE or turn % 2 == WARPGROUP:
-            tile = tiles.at(pid)
+    if first < tiles.count():
+        tile = tiles.at(first)
+        for number in range(first, tiles.count(), stride):
             acc = gl.zeros((ROWS, BLOCK_N), gl.float32, accumulator_layout(BLOCK_N))
-            if not COOPERATIVE:
-                await_turn(turns, WARPGROUP, turn // 2)
-            acc, step = mainloop(acc, operands, ring, step, WARPGROUP * ROWS)
-            row0 = tile.row0
             if COOPERATIVE:
-                row0 += WARPGROUP * ROWS
+                acc, step = products(acc, operands, ring, step, ROW0, 0, AHEAD * BLOCK_K)
+                following = tiles.at(number + stride)  # while these run
+                acc, step = mainloop(acc, operands, ring, step, ROW0, AHEAD)
+                acc = complete(acc, ring, step)
             else:
+                await_turn(turns, WARPGROUP, turn)
+                acc, step = mainloop(acc, operands, ring, step, ROW0, 0)
                 pass_turn(turns, WARPGROUP)
+                acc = complete(acc, ring, step)
+                step = skipped(step, operands, BLOCK_K)
+                turn += 1
             left, right = halves(acc)
-            write_tile(left, right, buffers, epilogue, tile, row0, operands.GATED)
-        else:
-            step += (K + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS
-        turn += 1  # noqa: SIM113 (Gluon has no enumerate)
+            write_tile(left, right, buffers, epilogue, tile, tile.row0 + ROW0, operands.GATED)
+            if not COOPERATIVE:
+                following = tiles.at(number + stride)
+            tile = following
     tma.store_wait(0)
 
 
 @gluon.jit
-def mainloop(acc, operands, ring, step, ROW0: gl.constexpr):
-    """A consumer's sums, of a tile's rows from ROW0 on, over all k blocks from ``step`` on.
+def skipped(step, operands, BLOCK_K: gl.constexpr):
+    """Ping-pong: the k block after those of the other consumer's tile, of which ``step`` is the first."""
+    return step + (operands.rows.width + BLOCK_K - 1) // BLOCK_K + operands.LOW_BLOCKS
 
-    Returns the sums, and the k block after the last.
+
+@gluon.jit
+def taken(WARPGROUP: gl.constexpr, COOPERATIVE: gl.constexpr, operands, BLOCK_K: gl.constexpr):
+    """(first, stride, step): a consumer's tiles are first, first + stride, ..., and ``step`` the first's k block.
+
+    Cooperative consumers take all tiles of their program, in ping-pong every other.
+    """
+    first, stride = gl.program_id(0), gl.num_programs(0)
+    step = 0
+    if not COOPERATIVE:
+        if WARPGROUP == 1:
+            first += stride
+            step = skipped(step, operands, BLOCK_K)
+        stride *= 2
+    return first, stride, step
+
+
+@gluon.jit
+def products(acc, operands, ring, step, ROW0: gl.constexpr, k_begin, k_end):
+    """A consumer's sums, of a tile's rows from ROW0 on, plus the products of the k blocks from k_begin to k_end.
+
+    Returns the sums, to which the last product is still being added, and the k block after the last.
     """
     BLOCK_K: gl.constexpr = ring.a.shape[2]
-    for k0 in range(0, operands.rows.width, BLOCK_K):
+    for k0 in range(k_begin, gl.minimum(k_end, operands.rows.width), BLOCK_K):
         ring.await_ready(step)
         if operands.GATHER:
             fence_async_shared()  # make cp.async writes visible to wgmma's async proxy
@@ -291,11 +323,24 @@ def mainloop(acc, operands, ring, step, ROW0: gl.constexpr):
         if k0 > 0:
             ring.free_before(step)
         step += 1
+    return acc, step
+
+
+@gluon.jit
+def mainloop(acc, operands, ring, step, ROW0: gl.constexpr, BEGIN: gl.constexpr):
+    """``products`` of k block BEGIN and all that follow, and of the low-rank blocks."""
+    BLOCK_K: gl.constexpr = ring.a.shape[2]
+    acc, step = products(acc, operands, ring, step, ROW0, BEGIN * BLOCK_K, operands.rows.width)
     acc = operands.add_low(acc, ring, step, ROW0)
-    step += operands.LOW_BLOCKS
+    return acc, step + operands.LOW_BLOCKS
+
+
+@gluon.jit
+def complete(acc, ring, step):
+    """The sums of ``mainloop``, once its last product is added."""
     acc = warpgroup_mma_wait(0, deps=(acc,))
     ring.free_before(step)
-    return acc, step
+    return acc
 
 
 @gluon.jit
@@ -462,6 +507,7 @@ def hopper_gemm_kernel(
     W_EXPERT_STRIDE,  # of the scales
     W_ROW_STRIDE,
     W_ROWS,  # of an expert's matrix as stored
+    WITHIN_EXPERTS: gl.constexpr,
     TOP_K: gl.constexpr,
     ACTIVATION: gl.constexpr,
     P0: gl.constexpr,
@@ -501,7 +547,7 @@ def hopper_gemm_kernel(
     num_n = (N + COLUMNS - 1) // COLUMNS
     tiles = RowTiles(
         expert_start=expert_start_ptr, tile_expert=tile_expert_ptr, tile_row=tile_row_ptr, num_m=num_m, num_n=num_n,
-        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, FULL=COOPERATIVE,
+        BLOCK_M=BLOCK_M, GROUP_M=GROUP_M, WITHIN_EXPERTS=WITHIN_EXPERTS, FULL=COOPERATIVE,
     )  # fmt: skip
     operands = Operands(
         rows=Matrix(descriptor=rows_in, pointer=rows_ptr, width=K), weight=w, low=low, factor=factor,
@@ -541,9 +587,6 @@ def hopper_gemm_kernel(
         )
 
 
-#: Experts of fewer rows are bound by reading their weights. Two k blocks per wait were faster at 256 rows and slower
-#: from 1024 on; nothing was measured between.
-_ROWS_PER_EXPERT = 512
 #: Weights of at most this many bytes may stay in L2. An estimate, not a measurement.
 CACHED_BYTES = 64 * 2**20
 #: On an H100, reading 128 bytes of each weight row is slow if the row stride is a multiple of this many bytes.
@@ -555,11 +598,12 @@ def k_blocks_per_wait(kernel: str, plan: RoutingPlan, weight: torch.Tensor) -> i
 
     2 helps where weights are always read from device memory. A k block is 128 bytes of each row, and loads of
     neighbouring 128-byte pieces are faster if they are issued together. Waiting for two stages costs a few percent.
-    Measured (benchmarks/results/h*00-log-9-epilogues.json): faster for dgrad on both GPUs, for up and down on H100.
+    Measured (benchmarks/results/h*00-log-9-epilogues.json): faster at 256 rows an expert for dgrad on both GPUs, for
+    up and down on H100, and slower from 1024 rows on; nothing was measured between.
     """
     if _forced.choice is not None:
         return _forced.choice
-    if plan.rows_per_expert >= _ROWS_PER_EXPERT or weight.numel() * weight.element_size() <= CACHED_BYTES:
+    if plan.rows_per_expert >= FEW_ROWS or weight.numel() * weight.element_size() <= CACHED_BYTES:
         return 1
     slow = not has_fast_memory(weight.device) and weight.shape[2] * weight.element_size() % _SLOW_STRIDE == 0
     return 2 if kernel == "dgrad" or slow else 1
@@ -608,24 +652,27 @@ def low_rank_blocks(
 _IDENTITY = {"ACTIVATION": "identity", "P0": 0.0, "P1": 0.0, "GATED": False, "INTERLEAVED": False, "GATHER": False}
 
 
-def up(
-    x: torch.Tensor, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (T, H), weight (E, Z, H) -> Z (R, Z), empty unless save_z, and A (R, I).
+def up(rows: Rows, weight: Weight, plan: RoutingPlan, gate: Gate, save_z: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows (R, H), sorted by expert, or tokens to gather them from; weight (E, Z, H) -> Z (R, Z), A (R, I).
+
+    Z is empty unless save_z.
 
     The low-rank parts of weights, here and below, are of a rank in RANKS.
     """
     width, halved = weight.matrix.shape[1], 2 if gate.gated else 1
+    gathered = isinstance(rows, TokenRows)
+    x = rows.tokens if isinstance(rows, TokenRows) else rows
     z = x.new_empty(plan.rows, width) if save_z else x.new_empty(0)
     a = x.new_empty(plan.rows, width // halved)
     in_load = not gate.interleaved and dequantizing.in_load(weight.matrix, plan, gate.gated)
     schedule = dequantizing.SCHEDULE if in_load else schedule_of("up", x.shape[1], x.device)
     columns = schedule.block_n // halved
-    constants = {**gate.constants(), "GATHER": True, "SAVE_Z": save_z}
+    constants = {**gate.constants(), "GATHER": gathered, "SAVE_Z": save_z}
+    rows_in = x if gathered else matrix(x, BLOCK_M, BLOCK_K)
     saved = z if save_z else a
     z_arguments = matrix(saved, schedule.rows, CHUNK.value), saved
     for part, tiles in [(weight, plan)] if in_load else blocks(weight, plan):
-        _launch("up", x, x, part, z_arguments, a, tiles, schedule, columns, constants)
+        _launch("up", rows_in, x, part, z_arguments, a, tiles, schedule, columns, constants)
         del part
     return z, a
 
@@ -673,6 +720,8 @@ def _launch(
     loaded = 2 * columns if constants["INTERLEAVED"] else columns
     weights, chosen = weight_arguments(weight, loaded, kernel == "dgrad", unused=out)
     chosen["HAS_BIAS"] = weight.bias is not None
+    # In ping-pong tiles have few k blocks, and a longer lookup costs more than weights that are read twice.
+    chosen["WITHIN_EXPERTS"] = schedule.cooperative and within_experts(plan)
     stages = k_blocks_per_wait(kernel, plan, weight.matrix) if isinstance(weight.matrix, torch.Tensor) else 1
     chosen["K_BLOCKS_PER_WAIT"] = stages
     launch(

@@ -19,6 +19,7 @@ from moe_kernels.kernels.hopper.gluon_names import aggregate, tma_store
 from moe_kernels.kernels.operands import Descriptor
 from moe_kernels.kernels.tiles.config import Override
 from moe_kernels.kernels.triton.tile import swizzled_tile
+from moe_kernels.routing import RoutingPlan
 
 #: Rows per tile, and length of a k block.
 BLOCK_M, BLOCK_K = 128, 64
@@ -117,7 +118,7 @@ def new_turns():
 
 @gluon.jit
 def await_turn(turns, WARPGROUP: gl.constexpr, tile):
-    """Ping-pong: before the mainloop of this consumer's ``tile``-th tile, wait for the other's mainloop to end.
+    """Ping-pong: before the mainloop of this consumer's ``tile``-th tile, wait for the other to end its own.
 
     Waiting on the ring is not enough: ``mbarrier.wait`` knows only the parity of a phase, so a consumer that waits
     too early would take a stage of an earlier round for its own.
@@ -200,6 +201,12 @@ class RowTile:
 class RowTiles:
     """The tiles of a GEMM over the plan's row tiles: num_m of them, times num_n blocks of columns.
 
+    GROUP_M row tiles are visited together for each block of columns, so that the weights of that block come from L2
+    for all but the first.
+
+    WITHIN_EXPERTS: all row tiles of a group are one expert's; an expert with more than GROUP_M has several groups,
+    of one size but for the last. Else the weights of an expert whose tiles two groups share are read in both.
+
     FULL: if an expert's last tile would be partial, move its start back until it is full, so that it needs no masked
     stores. The rows that it then shares with the tile before are computed twice, with bitwise equal results.
     """
@@ -211,6 +218,7 @@ class RowTiles:
     num_n: gl.tensor
     BLOCK_M: gl.constexpr
     GROUP_M: gl.constexpr
+    WITHIN_EXPERTS: gl.constexpr
     FULL: gl.constexpr
 
     @gluon.jit
@@ -220,13 +228,31 @@ class RowTiles:
 
     @gluon.jit
     def at(self, number):
-        """Tile ``number`` in the order in which programs take them."""
-        m, n = swizzled_tile(number, self.num_m, self.num_n, self.GROUP_M)
-        expert = gl.load(self.tile_expert + m)
-        row0 = gl.load(self.tile_row + m)
-        row_end = gl.load(self.expert_start + expert + 1)
+        """Tile ``number`` in the order in which programs take them; past the last one, the last."""
+        number = gl.minimum(number, self.count() - 1)
+        if self.WITHIN_EXPERTS:
+            # A group of m row tiles has m * num_n numbers: this row tile is one of the group's.
+            some = number // self.num_n
+            expert, some_row = gl.load(self.tile_expert + some), gl.load(self.tile_row + some)
+            start, row_end = gl.load(self.expert_start + expert), gl.load(self.expert_start + expert + 1)
+            count = (row_end - start + self.BLOCK_M - 1) // self.BLOCK_M
+            groups = (count + self.GROUP_M - 1) // self.GROUP_M
+            largest = (count + groups - 1) // groups
+            before = (some_row - start) // self.BLOCK_M  # row tiles of the expert before this one
+            first = before // largest * largest
+            in_group = number - (some - before + first) * self.num_n
+            size = gl.minimum(largest, count - first)
+            row0 = start + (first + in_group % size) * self.BLOCK_M
+            n = in_group // size
+        else:
+            m, n = swizzled_tile(number, self.num_m, self.num_n, self.GROUP_M)
+            expert, row0 = gl.load(self.tile_expert + m), gl.load(self.tile_row + m)
+            row_end = gl.load(self.expert_start + expert + 1)
+            start = row_end
+            if self.FULL:
+                start = gl.load(self.expert_start + expert)
         if self.FULL:
-            row0 = gl.maximum(gl.minimum(row0, row_end - self.BLOCK_M), gl.load(self.expert_start + expert))
+            row0 = gl.maximum(gl.minimum(row0, row_end - self.BLOCK_M), start)
         return RowTile(expert=expert, row0=row0, row_end=row_end, n=n)
 
 
@@ -239,7 +265,7 @@ class Schedule:
         cooperative: True: both consumer warpgroups share a tile; False: ping-pong.
         block_n: columns per tile.
         stages: of the ring.
-        group_m: row tiles that are visited together for each block of columns, for L2 reuse of the weights.
+        group_m: row tiles that are visited together for each block of columns: see ``RowTiles``.
     """
 
     cooperative: bool
@@ -268,6 +294,24 @@ COOPERATIVE = Schedule(cooperative=True, block_n=256, stages=4)
 PING_PONG = Schedule(cooperative=False, block_n=128, stages=5, group_m=4)
 _PING_PONG_MAX_K = 1024  # up to this K, ping-pong is faster than cooperative on an H200
 _overrides: dict[str, Override[Schedule]] = {kernel: Override() for kernel in ("up", "down", "dgrad")}
+
+
+#: Experts of fewer rows are bound by reading their weights. A group of eight row tiles holds several of them.
+FEW_ROWS = 512
+
+
+def within_experts(plan: RoutingPlan) -> bool:
+    """WITHIN_EXPERTS of ``RowTiles``: where experts have few rows, so that most groups would end within one.
+
+    Looking up a tile takes two more divisions, which costs up to 10% of a kernel whose tiles have four k blocks
+    (benchmarks/results/h200-log-18-schedules.json).
+    """
+    return plan.rows_per_expert < FEW_ROWS if _within.choice is None else _within.choice
+
+
+_within: Override[bool] = Override()
+#: Within ``use_within_experts(chosen)`` it is ``chosen``: for checks and tests.
+use_within_experts = _within.use
 
 
 def schedule_of(kernel: str, depth: int, device: torch.device) -> Schedule:

@@ -124,7 +124,7 @@ def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
     from moe_kernels.kernels.hopper.ring import COOPERATIVE, PING_PONG
 
     return {
-        ", cooperative tiles, rows of dO and X gathered": _hopper(COOPERATIVE, 1, True, False),
+        ", cooperative tiles, groups within experts, rows of dO and X gathered": _hopper(COOPERATIVE, 1, True, False),
         ", ping-pong tiles, two k blocks at a time": _hopper(PING_PONG, 2, False, True),
     }
 
@@ -134,13 +134,14 @@ def _hopper(schedule: Any, together: int, gathered: bool, in_load: bool) -> Iter
     from moe_kernels.backends.gluon import use_gathered
     from moe_kernels.kernels.hopper.dequantizing import use_dequantizing
     from moe_kernels.kernels.hopper.gemm import use_k_blocks_per_wait
-    from moe_kernels.kernels.hopper.ring import use_schedule
+    from moe_kernels.kernels.hopper.ring import use_schedule, use_within_experts
 
     with (
         use_schedule("down", schedule),
         use_schedule("dgrad", schedule),
         use_k_blocks_per_wait(together),
         use_gathered(gathered),
+        use_within_experts(gathered),
         use_dequantizing(in_load),
     ):
         yield
