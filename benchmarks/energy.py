@@ -76,7 +76,9 @@ def main() -> None:
     """Measure every step of every layer and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="mixtral-1b,qwen3-30b-a3b,deepseek-v3", help="comma-separated layers")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of every step: the counter advances every tenth of a second")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="of every step: the counter advances every tenth of a second"
+    )
     parser.add_argument("--out", type=Path, default=Path("energy.json"))
     args = parser.parse_args()
     if unknown := [name for name in args.shapes.split(",") if name not in LAYERS]:
