@@ -335,6 +335,7 @@ BARRIER_MUTANTS = [
     ("wgrad's stage is filled before it is empty", "wgrad.py", f"            {_EMPTY}", ""),
     ("wgrad's stage is multiplied before it is full", "wgrad.py", f"            {_READY}", ""),
     ("one group of wgrad gives a stage back for both", "wgrad.py", "(BLOCK_K, BLOCK_N), 129, 2)", "(BLOCK_K, BLOCK_N), 129, 1)"),
+    ("one group gives a stage of a wide tile back for both", "down_grad.py", "READY_COUNT, 2 if COOPERATIVE else 1)", "READY_COUNT, 1)"),
     ("Z is read before it has come", "down_grad.py", "        mbarrier.wait(self.z_arrived.index(SET), z_phase)\n", ""),
     ("a stage of codes is filled before it is empty", "fp8.py", f"            {_EMPTY}            a, b, ready = ring.stage(step)\n", "            a, b, ready = ring.stage(step)\n"),
     ("codes are multiplied before they are there", "fp8.py", f"                {_READY}                a, b, _ready = ring.stage(step)\n", "                a, b, _ready = ring.stage(step)\n"),

@@ -68,6 +68,7 @@ CASES = (
     Case(67, 2, 9, 64, 128, torch.float16, "one_token_each"),
     Case(700, 4, 9, 512, 192, BF16, "zipf"),
     Case(500, 2, 5, 448, 704, BF16, "balanced"),
+    Case(700, 4, 9, 384, 256, BF16, "zipf"),  # gathered, down_grad on tiles of 256 columns
     Case(600, 3, 5, 384, 512, BF16, "zipf", lora_rank=16, frozen=True, packed="fp8 activations"),
     Case(600, 3, 5, 384, 512, BF16, "zipf", lora_rank=16, frozen=True, packed="fp8"),
 )
