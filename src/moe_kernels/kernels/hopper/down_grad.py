@@ -402,6 +402,11 @@ SCHEDULE = Schedule(cooperative=False, block_n=128, stages=4)
 _OF_CODES = replace(SCHEDULE, stages=3)
 # Cooperative, of twice the columns: rows are gathered half as often, but no epilogue is hidden.
 _WIDE = Schedule(cooperative=True, block_n=256, stages=3)
+_LONG = 4096  # elements of a row of dO: so many has 30B fine, which is faster, and 2048 7B fine, which is slower
+#: group_m where L2 holds an expert's weights, which may then be read more often for fewer rows at a time: 1 to 4%
+#: faster on four of eight such layers, the same on the others, but 3% slower on Mixtral-8x7B, of 117 MB an expert
+#: (benchmarks/results/h200-log-16-down-grad.json).
+_GROUP_M_IN_L2 = 4
 
 
 def gains_from_wide(dout_rows: torch.Tensor | TokenRows, intermediate: int, plan: RoutingPlan) -> bool:
@@ -412,13 +417,6 @@ def gains_from_wide(dout_rows: torch.Tensor | TokenRows, intermediate: int, plan
     if not isinstance(dout_rows, TokenRows) or intermediate % _WIDE.block_n:
         return False
     return plan.rows_per_expert < FEW_ROWS or dout_rows.tokens.shape[1] >= _LONG
-
-
-_LONG = 4096  # of dout's rows: 30B fine has so many and is faster, 7B fine 2048 and slower
-#: group_m where L2 holds an expert's weights, which may then be read more often for fewer rows at a time: 1 to 4%
-#: faster on four of eight such layers, the same on the others, but 3% slower on Mixtral-8x7B, of 117 MB an expert
-#: (benchmarks/results/h200-log-16-down-grad.json).
-_GROUP_M_IN_L2 = 4
 
 
 def down_grad(
