@@ -28,13 +28,13 @@ COLUMNS = ("layer", "rows an expert: mean, most", "up", "down, dgrad", "down_gra
            "dW2's longest program: snake order, a counter", "dW1's")  # fmt: skip
 
 
-def row_counts(shape: LayerShape) -> list[int]:
-    """Rows of every expert, descending."""
+def rows_of_experts(shape: LayerShape) -> list[int]:
+    """Rows of every expert, by its number."""
     generator = np.random.default_rng(0)
     logits = generator.standard_normal((shape.tokens, shape.experts), dtype=np.float32)
     logits += ROUTINGS["mild"] * generator.standard_normal(shape.experts, dtype=np.float32)
     chosen = np.argpartition(-logits, shape.top_k - 1)[:, : shape.top_k]
-    return sorted(np.bincount(chosen.ravel(), minlength=shape.experts).tolist(), reverse=True)
+    return list(map(int, np.bincount(chosen.ravel(), minlength=shape.experts)))
 
 
 def over_rows(counts: list[int], columns: int, block: int) -> float:
@@ -74,7 +74,7 @@ def counter(times: list[int]) -> float:
 
 def line(shape: LayerShape) -> list[str]:
     """The row of one layer."""
-    counts, width = row_counts(shape), 2 * shape.intermediate
+    counts, width = sorted(rows_of_experts(shape), reverse=True), 2 * shape.intermediate
     gradients = [(shape.hidden, shape.intermediate, (128, 256)),
                  (width, shape.hidden, (256, 128) if gathers_x(width) else (128, 256))]  # fmt: skip
     orders: tuple[Callable[[list[int]], float], ...] = (snake, counter)
