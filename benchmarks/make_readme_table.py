@@ -3,13 +3,13 @@
     python benchmarks/make_readme_table.py            rewrite the tables
     python benchmarks/make_readme_table.py --check    exit with 1 if they are out of date
 
-README.md shows the newest comparison of each pair with each Axolotl that `moe-kernels compare` wrote,
-docs/performance.md and docs/knobs.md what `moe-kernels bench --json` wrote (files with several settings of the knobs
-in the latter), docs/versions.md the same layers under each release of triton, docs/lora.md what benchmarks/forms.py,
-benchmarks/fp8_peers.py and benchmarks/lora_cost.py, docs/router.md what benchmarks/router_cost.py and
-docs/distributed.md what benchmarks/scaling.py wrote. Only results from a GPU appear, as those from a CPU say nothing
-about speed, but for docs/numerics.md: what benchmarks/fp8_numerics.py wrote. Every number is from a file that the
-table names.
+docs/results.md shows the newest comparison of each pair with each Axolotl that `moe-kernels compare` wrote, README.md
+the same in short, docs/performance.md and docs/knobs.md what `moe-kernels bench --json` wrote (files with several
+settings of the knobs in the latter), docs/versions.md the same layers under each release of triton, docs/lora.md what
+benchmarks/forms.py, benchmarks/fp8_peers.py and benchmarks/lora_cost.py, docs/router.md what
+benchmarks/router_cost.py and docs/distributed.md what benchmarks/scaling.py wrote. Only results from a GPU appear, as
+those from a CPU say nothing about speed, but for docs/numerics.md: what benchmarks/fp8_numerics.py wrote. Every
+number is from a file that the table names.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from several_gpus import traffic
 RELEASES = "-triton-"  # in the name of a file: the same layers under one release of triton
 NOTHING = "No result from a GPU is committed yet."
 
+PAIR_COLUMNS = ("pair", "GPU, Axolotl, triton", "step ms: stock, ours", "tokens/s, times stock's",
+                "times the eager loop's", "peak GiB: stock, ours", "losses", "file")  # fmt: skip
+SPEED_COLUMNS = ("layer", "forward ms: stock, ours", "times as fast", "forward + backward ms", "times as fast",
+                 "launches", "peak MiB")  # fmt: skip
 COMPARE_COLUMNS = ("pair", "experts run on", "step ms (p20-p80)", "tokens/s", "peak GiB", "experts' share",
                    "loss curves", "file")  # fmt: skip
 LAYER_COLUMNS = ("layer", "implementation", "forward ms", "forward + backward ms", "of it GPU ms", "of dense",
@@ -60,19 +64,73 @@ def load_results(folder: Path) -> Results:
     return [(file.relative_to(folder).as_posix(), json.loads(file.read_text())) for file in files]
 
 
-def trainings(results: Results) -> str:
-    """Tables of the compared trainings and of their expert layers, by GPU and versions.
-
-    The newest of each pair with each Axolotl, as which one is installed depends on the Python.
-    """
+def _newest(results: Results) -> Results:
+    """The newest comparison on a GPU of each pair with each Axolotl: which one is installed depends on the Python."""
     newest: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
     for name, data in results:
         if _is_compare(data) and data["gpu"]:
             pair = data["name"], data["versions"].get("axolotl", "")
             if pair not in newest or newest[pair][1]["created"] < data["created"]:
                 newest[pair] = name, data
+    return list(newest.values())
+
+
+def summary(results: Results) -> str:
+    """The compared trainings, a line a pair, and the expert layers measured with them, a line each."""
+    compares = _newest(results)
+    if not compares:
+        return NOTHING
+    # Whole models first, then adapters, for which no layer alone is measured.
+    compares.sort(key=lambda row: ("eager" not in row[1]["judged"]["sides"], row[1]["name"], row[0]))
+    layers = [row for _, data in compares if (row := _speed_row(data["experts"]["measurements"]))]
+    return "\n\n".join([
+        "**Whole training**: `axolotl train` with and without the kernels on one GPU, medians of the steps.",
+        _table(PAIR_COLUMNS, [_pair_row(name, data) for name, data in compares]),
+        "**One expert layer** of the first pairs, in the same calls: every gradient computed, stock is grouped_mm.",
+        _table(SPEED_COLUMNS, layers),
+    ])  # fmt: skip
+
+
+def _pair_row(name: str, data: dict[str, Any]) -> list[str]:
+    sides, versions = data["judged"]["sides"], data["versions"]
+    both = sides["baseline"], sides["optimized"]
+    speeds = {role: side["tokens_per_s"] and side["tokens_per_s"]["median"] for role, side in sides.items()}
+
+    def times(role: str) -> str:
+        return f"{speeds['optimized'] / speeds[role]:.2f}" if speeds["optimized"] and speeds.get(role) else ""
+
+    return [
+        data["name"].replace("-attn_implementation-", ", "),
+        ", ".join([data["gpu"]["name"].removeprefix("NVIDIA "), versions["axolotl"], versions["triton"]]),
+        ", ".join(f"{side['step_ms']['median']:.0f}" if side["step_ms"] else "failed" for side in both),
+        times("baseline"),
+        times("eager"),
+        ", ".join(_number(side["peak_allocated_gib"], ".1f") for side in both),
+        data["judged"]["loss"]["verdict"],
+        f"`{name}`",
+    ]
+
+
+def _speed_row(measurements: list[dict[str, Any]]) -> list[str] | None:
+    """grouped_mm and ours side by side; None where one of them was not timed."""
+    timed = {row["implementation"]: row for row in measurements if row["forward_backward_ms"]}
+    if not {"grouped_mm", "moe_kernels"} <= timed.keys():
+        return None
+    both = timed["grouped_mm"], timed["moe_kernels"]
+    cells = []
+    for field in ("forward_ms", "forward_backward_ms"):
+        stock, ours = (row[field]["median"] for row in both)
+        cells += [f"{stock:.2f}, {ours:.2f}", f"{stock / ours:.2f}"]
+    launches, peak = (
+        ", ".join(_number(row[field], ".0f") for row in both) for field in ("launches_forward_backward", "peak_mb")
+    )
+    return [f"{both[1]['shape']}, T={both[1]['tokens']}", *cells, launches, peak]
+
+
+def trainings(results: Results) -> str:
+    """Tables of the compared trainings and of their expert layers, by GPU and versions."""
     by_machine: dict[tuple[str, ...], list[tuple[str, dict[str, Any]]]] = {}
-    for name, data in newest.values():
+    for name, data in _newest(results):
         versions = (data["versions"].get(package, "") for package in ("axolotl", "transformers", "torch", "triton"))
         by_machine.setdefault((data["gpu"]["name"], *versions), []).append((name, data))
     parts = []
@@ -402,8 +460,8 @@ def _curve_row(name: str, training: dict[str, Any], baseline: dict[str, Any]) ->
 
 
 DOCUMENTS: dict[str, Callable[[Results], str]] = {
-    "README.md": trainings, "docs/performance.md": layers, "docs/knobs.md": knobs, "docs/lora.md": lora,
-    "docs/distributed.md": scaling, "docs/versions.md": releases, "docs/router.md": routers,
+    "README.md": summary, "docs/results.md": trainings, "docs/performance.md": layers, "docs/knobs.md": knobs,
+    "docs/lora.md": lora, "docs/distributed.md": scaling, "docs/versions.md": releases, "docs/router.md": routers,
     "docs/numerics.md": fp8_modes,
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The README's results are exactly what the committed JSON files say."""
+"""The results in README and docs are exactly what the committed JSON files say."""
 
 import json
 import subprocess
@@ -106,6 +106,22 @@ def test_releases_of_triton_side_by_side():
 
 def test_readme_is_in_sync():
     subprocess.run([sys.executable, str(SCRIPT), "--check"], check=True, timeout=60)
+
+
+def test_a_line_a_pair_for_the_readme():
+    whole, adapter = compare_json("NVIDIA H200"), {**compare_json("NVIDIA H200"), "name": "a-liger"}
+    sides = whole["judged"]["sides"]
+    ours = {**sides["baseline"], "step_ms": {**SPREAD, "median": 50.04}, "tokens_per_s": {"median": 245760.0}}
+    sides |= {"optimized": ours, "eager": {**ours, "tokens_per_s": {"median": 24576.0}}}
+    stock = {**layer_row(), "implementation": "grouped_mm", "forward_ms": {"median": 300.12}, "peak_mb": 8.0}
+    whole["experts"]["measurements"].append(stock | {"launches_forward_backward": 86})
+    text = tables.summary([("b.json", adapter), ("a.json", whole), ("c.json", compare_json(None))])
+    first, second = (line for line in text.splitlines() if "H200" in line)
+    assert first == "| mixtral | H200, 1, 1 | 100, 50 | 1.50 | 10.00 | 28.4, 28.4 | confirmed | `a.json` |"
+    assert second == "| a-liger | H200, 1, 1 | 100, failed |  |  | 28.4, 28.4 | confirmed | `b.json` |"
+    assert text.endswith("\n| mixtral-1b, T=64 | 300.12, 100.04 | 3.00 | 100.04, 100.04 | 1.00 | 86,  | 8, 2 |")
+    assert text.count("T=64") == 1  # nothing to set beside ours where stock was not timed
+    assert tables.summary([("c.json", compare_json(None))]) == tables.NOTHING
 
 
 def test_tables_show_gpu_results_and_name_their_files():
