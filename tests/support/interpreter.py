@@ -288,15 +288,21 @@ def _poison_like(like: np.ndarray, ty: Any) -> TensorHandle:
     return TensorHandle(np.full(like.shape, value, dtype=dtype), ty)
 
 
+def _boolean(mask: TensorHandle) -> TensorHandle:
+    """A comparison has the type of what it compares, which 3.9 refuses as a mask where a scalar takes part."""
+    return TensorHandle(np.asarray(mask.data).astype(np.bool_), tl.int1)
+
+
 def _load(self: Any, pointers: Any, mask: Any, other: Any, *args: Any, **kwargs: Any) -> TensorHandle:
     ty = pointers.get_element_ty()
+    mask = _boolean(mask)
     if _state.memcheck or _state.races:
         addresses = _active(pointers, mask)
         if addresses.size and _state.memcheck:
             _memcheck(pointers, addresses, max(1, ty.primitive_bitwidth // 8), "load")
         if addresses.size and _state.races and (span := _span_of(pointers, addresses)):
             _race_on_load(self, span, addresses - span.low)
-    if _state.poison and other is None and not _state.other_given and not np.asarray(mask.data).all():
+    if _state.poison and other is None and not _state.other_given and not mask.data.all():
         other = _poison_like(pointers.data, ty)
     return _stock["create_masked_load"](self, pointers, mask, other, *args, **kwargs)
 
@@ -312,6 +318,7 @@ def _load_semantic(self: Any, pointer: Any, mask: Any, other: Any, *args: Any) -
 
 def _store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    mask = _boolean(mask)
     if _state.memcheck or _state.races:
         addresses = _active(pointers, mask)
         if addresses.size and _state.memcheck:
@@ -324,6 +331,7 @@ def _store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any, **kwargs
 
 
 def _atomic(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> TensorHandle:
+    mask = _boolean(mask)
     addresses = _active(pointers, mask)
     if addresses.size and _state.memcheck:
         _memcheck(pointers, addresses, max(1, pointers.get_element_ty().primitive_bitwidth // 8), "atomic")
