@@ -37,6 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import moe_kernels
 import support
 from moe_kernels.activation import Activation
+from moe_kernels.kernels.hopper.gluon_names import tma_load, tma_store
 from moe_kernels.kernels.launch import launch as module
 from moe_kernels.kernels.launch import replay
 from moe_kernels.kernels.launch.compile import compiling_only
@@ -704,9 +705,9 @@ def gluon_copy_tile(source, target, row, BLOCK: gl.constexpr):
     barrier = gl.allocate_shared_memory(gl.int64, [1], hopper.mbarrier.MBarrierLayout())
     hopper.mbarrier.init(barrier, count=1)
     hopper.mbarrier.expect(barrier, source.block_type.nbytes)
-    hopper.tma.async_copy_global_to_shared(source, [row, 0], barrier, buffer)
+    tma_load(source, [row, 0], barrier, buffer)
     hopper.mbarrier.wait(barrier, 0)
-    hopper.tma.async_copy_shared_to_global(target, [0, 0], buffer)
+    tma_store(target, [0, 0], buffer)
     hopper.tma.store_wait(0)
 
 

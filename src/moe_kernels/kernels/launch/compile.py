@@ -24,21 +24,23 @@ def compiling_only(device: torch.device) -> Iterator[list[Any]]:
     nested context adds to the list of the outer one.
     """
 
-    def prepare(kernel: Any) -> None:
-        compiled = kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel
+    def load(kernel: Any) -> None:
         with torch.cuda.device(device if device.type == "cuda" else -1):
-            _ = compiled.run  # a property that loads the kernel and builds its launcher
+            _ = kernel.run  # a property that loads the kernel and builds its launcher
 
     thread = threading.get_ident()
     if thread in _compilers:
         yield _compilers[thread]
         return
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        with triton.AsyncCompileMode(pool, ignore_errors=True):  # or it stays active after one; prepare raises it
+        # Without ignore_errors the mode stays active after an error; from triton 3.9 on it forgets the errors that it
+        # has ignored, so that they are raised before it ends.
+        with triton.AsyncCompileMode(pool, ignore_errors=True):
             kernels: list[Any] = []
             _compilers[thread] = kernels
             try:
                 yield kernels
             finally:
                 del _compilers[thread]
-        list(pool.map(prepare, kernels))
+            compiled = [k.result() if isinstance(k, triton.FutureKernel) else k for k in kernels]
+        list(pool.map(load, compiled))
