@@ -120,9 +120,21 @@ test-triton-%: $(VENV)-triton-%/.ready
 	PYTHONPATH=$(VENV)-triton-$* MOE_KERNELS_AOT=1 $(BIN)/python -m pytest $(HOPPER)
 	PYTHONPATH=$(VENV)-triton-$* $(BIN)/python -m pytest tests/core/test_launch.py
 
-.PRECIOUS: $(VENV)-triton-%/.ready
+# With a torch that no Axolotl takes yet, the triton that it brings, and without Axolotl: make test-torch-2.15.0
+test-torch-%: $(VENV)-torch-%/.ready
+	@echo "== the op, the router, transformers' newest release and PEFT with torch $*"
+	$(VENV)-torch-$*/bin/python -m pytest tests/core tests/router tests/integrations tests/conformance tests/telemetry tests/tuning \
+	$(patsubst %,--ignore=%,$(filter tests/integrations/%,$(RUNS))) tests/distributed/test_transformers_engines.py
+
+.PRECIOUS: $(VENV)-triton-%/.ready $(VENV)-torch-%/.ready
 $(VENV)-triton-%/.ready: $(READY)
 	$(BIN)/python -m pip install --upgrade --no-deps --target $(@D) triton==$*
+	touch $@
+
+$(VENV)-torch-%/.ready:
+	python="$(or $(PYTHON),$$(.ci/find-python $(PYTHONS)))"; "$$python" -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install torch==$*
+	$(@D)/bin/python -m pip install -e '.[dev,report]' $(NEWEST_TRANSFORMERS) peft==0.21.2 accelerate bitsandbytes datasets
 	touch $@
 
 test-newest: $(NEWEST_READY)

@@ -26,7 +26,7 @@ OK, NOTE, BROKEN = "ok", "note", "broken"
 
 #: Tested versions, from the first to below the last, as pyproject.toml has them.
 TESTED: dict[str, tuple[str, str]] = {
-    "torch": ("2.11", "2.15"),
+    "torch": ("2.11", "2.16"),
     "triton": ("3.6", "3.10"),
     "transformers": ("5.16.1", "5.25"),
     "axolotl": ("0.19", "0.22"),
@@ -36,7 +36,7 @@ CURES = {
     "torch": f"pip install 'torch<{TESTED['torch'][1]}'",
     "triton": "pip install triton (it comes with torch's CUDA build on Linux)",
     "transformers": pip_install("transformers"),
-    "axolotl": f"pip install 'torch<{TESTED['torch'][1]}', then {pip_install('axolotl')}",
+    "axolotl": f"pip install 'torch<2.15', which Axolotl 0.21 asks for, then {pip_install('axolotl')}",
 }
 #: Packages of the extra [report], by the module that is imported.
 REPORT_MODULES = ("jinja2", "matplotlib", "pynvml", "yaml")
