@@ -535,6 +535,9 @@ def test_an_adapter_of_the_trainer_is_checked_before_training(caplog: pytest.Log
     caplog.clear()
     with pytest.raises(ValueError, match=r"experts.*: LoRA of rank 129 .* lower lora_r"):
         plugin.post_trainer_create(cfg, prepared(r=129, target_parameters=["mlp.experts.down_proj"]))
+    cfg.lora_model_dir = "an adapter that Axolotl would not load"
+    with pytest.raises(ValueError, match=r"rl: dpo, .* leave the adapter in lora_model_dir out: .* Merge it first"):
+        prepared()
 
 
 def test_relora_over_experts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

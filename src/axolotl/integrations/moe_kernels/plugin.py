@@ -140,6 +140,12 @@ class MoeOptimizedPlugin(BasePlugin):
         LOG.info(f"moe_kernels: serves the {self.expert_layers} expert layers of {type(model).__name__}")
         # With rl: dpo, ipo and kto Axolotl leaves the adapter to TRL's trainer, which puts it on as it is made.
         self.awaits_adapter = bool(cfg.adapter) and not hasattr(model, "peft_config")
+        if self.awaits_adapter and cfg.lora_model_dir:
+            raise ValueError(
+                "rl: dpo, ipo and kto leave the adapter in lora_model_dir out: Axolotl hands the trainer the keys of "
+                "a new one, with these kernels or without. Merge it first (axolotl merge-lora), name what was merged "
+                "as base_model, and remove lora_model_dir."
+            )
         if cfg.adapter and not self.awaits_adapter:
             _say_adapted(served)
 
