@@ -58,6 +58,11 @@ def test_plain_output_shows_cures():
         assert "cure:" in result.output
 
 
+def test_a_narrow_terminal_cuts_no_cell():
+    narrow, usual = (CliRunner().invoke(app, ["doctor"], env={"COLUMNS": columns}).output for columns in ("30", "80"))
+    assert narrow == usual, "lines wrap in the terminal; columns of it were left out"
+
+
 def test_a_missing_requirement_is_broken(run, monkeypatch):
     monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == "triton" else "2.13.0")
     result = run()

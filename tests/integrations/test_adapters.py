@@ -102,6 +102,30 @@ def test_an_adapter_that_was_made_for_other_weights(made_for: list[str] | None, 
     assert doubts(loaded, [*ATTENTION, *(made_for or ())]) == []
 
 
+def test_layers_that_were_left_out() -> None:
+    """PEFT's layers_to_transform, which is Axolotl's peft_layers_to_transform, chooses modules and no parameters."""
+    mk.register(backend="torch")
+
+    def adapted_by(weights: list[str], layers: list[int] | int | None) -> torch.nn.Module:
+        config = peft.LoraConfig(
+            r=R, target_modules=ATTENTION, target_parameters=weights, layers_to_transform=layers
+        )
+        return peft.get_peft_model(base("qwen3_moe"), config)
+
+    for layers in (1, [1]):
+        partly = adapted_by(WEIGHTS, layers)
+        (doubt,) = doubts(partly, [*ATTENTION, *WEIGHTS])
+        assert "LoRA adapts routed experts that layers_to_transform leaves out (layers: 1)" in doubt
+        assert adapted(partly).routed_experts == EXPERTS, "PEFT heeds it by now: leave out the warning"
+        written = re.search(r"\[(.*)\]", doubt)[1].split(", ")
+        assert written == ["layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
+        cured = adapted_by(written, layers)
+        assert doubts(cured, [*ATTENTION, *written]) == []
+        assert adapted(cured).routed_experts == EXPERTS // 2
+    for layers in (None, [], [0, 1]):
+        assert doubts(adapted_by(WEIGHTS, layers)) == []
+
+
 def test_a_module_that_is_not_there() -> None:
     """PEFT says nothing where another name was found."""
     named = [*ATTENTION, "qproj"]

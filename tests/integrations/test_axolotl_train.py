@@ -322,6 +322,26 @@ def test_other_layouts_and_lora(kind: str, folder: Path) -> None:
         assert any("experts" in key for key in saved[0])
 
 
+def test_lora_by_preference_learning(folder: Path) -> None:
+    """Axolotl loads the model plain, and TRL's trainer makes the adapter: it is said and checked after that."""
+    words = ["def", "class", "return", "import", "value", "yield", "raise"]
+    rows = [{"prompt": a, "chosen": f"{b} {a}", "rejected": f"{a} {a}"} for a in words for b in words]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {f"field_{name}": name for name in rows[0]} | {f"{name}_format": f"{{{name}}}" for name in rows[0]}
+    data = {"path": "pairs.jsonl", "ds_type": "json", "split": "train", "type": fields}
+    optimized = tiny("qwen3-30b-a3b-lora.yml", "mixtral") | {
+        "base_model": small_model(folder, "qwen3-moe-pairs"),
+        "attn_implementation": "eager",
+        "rl": "dpo",
+        "datasets": [data],
+    }
+    baseline = {key: value for key, value in optimized.items() if key not in KERNEL_KEYS}
+    expected, actual = train_all(folder, {"pairs-baseline": baseline, "pairs-optimized": optimized})
+    assert actual.losses == pytest.approx(expected.losses, abs=1e-4)
+    assert actual.log.count("LoRA of 4 expert weights runs inside the kernels; it trains (parameters): routed") == 1
+    assert "it trains (parameters): nothing" not in actual.log
+
+
 def test_qlora(folder: Path) -> None:
     """Experts in 4 bits: the losses of stock experts over the same. Axolotl loads 4 bits onto a GPU unless told."""
     pytest.importorskip("bitsandbytes")

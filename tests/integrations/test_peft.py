@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -507,6 +510,34 @@ def test_dropout_that_axolotl_would_leave_out_is_refused(monkeypatch: pytest.Mon
     model.get_base_model().set_experts_implementation("moe_kernels")
     with pytest.raises(ValueError, match=r"lora_dropout=0\.05 cannot act on .*: set lora_dropout: 0"):
         plugin.post_model_load(cfg, model)
+
+
+def test_an_adapter_of_the_trainer_is_checked_before_training(caplog: pytest.LogCaptureFixture) -> None:
+    """With rl: dpo, ipo and kto Axolotl loads the model without it, and TRL's trainer puts it on."""
+    pytest.importorskip("axolotl.loaders.adapter")
+    plugin = importlib.import_module("axolotl.integrations.moe_kernels.plugin").MoeOptimizedPlugin()
+    cfg = importlib.import_module("axolotl.utils.dict").DictDefault(
+        {"moe_kernels": True, "adapter": "lora", "rl": "dpo", "lora_target_modules": ["q_proj", "up_proj"]}
+    )
+    logging.getLogger("axolotl").propagate = True
+    caplog.set_level(logging.INFO)
+
+    def prepared(**lora: Any) -> Any:
+        model = stock("qwen2_moe")
+        model.set_experts_implementation("moe_kernels")
+        plugin.post_model_load(cfg, model)
+        assert "it trains" not in caplog.text, "there is no adapter yet"
+        return types.SimpleNamespace(model=peft.get_peft_model(model, peft.LoraConfig(**lora)))
+
+    plugin.post_trainer_create(cfg, prepared(r=4, target_modules=["q_proj", "up_proj"]))
+    assert "LoRA of 0 expert weights runs inside the kernels; it trains (parameters): shared expert" in caplog.text
+    assert "LoRA adapts no routed expert, though expert projections are named (up_proj)" in caplog.text
+    caplog.clear()
+    with pytest.raises(ValueError, match=r"experts.*: LoRA of rank 129 .* lower lora_r"):
+        plugin.post_trainer_create(cfg, prepared(r=129, target_parameters=["mlp.experts.down_proj"]))
+    cfg.lora_model_dir = "an adapter that Axolotl would not load"
+    with pytest.raises(ValueError, match=r"rl: dpo, .* leave the adapter in lora_model_dir out: .* Merge it first"):
+        prepared()
 
 
 def test_relora_over_experts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,14 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
             "experts of this model. To train both add to lora_target_parameters (target_parameters of PEFT): "
             f"[{', '.join(f'{name}.weight' for name in left_out)}]."
         )
+    chosen = _chosen_layers(model)
+    beyond = {_layer(place)[1] for part, place, _ in found if part == "routed_experts"} - chosen if chosen else ()
+    if beyond:
+        said.append(
+            f"LoRA adapts routed experts that layers_to_transform leaves out (layers: {len(beyond)}): PEFT heeds it "
+            "for target_modules alone. To train those of the chosen layers write lora_target_parameters "
+            f"(target_parameters of PEFT): [{', '.join(_experts_of(model, chosen))}]."
+        )
     routers = {place[-1] for part, place, _ in found if part == "router"}
     if routers and (targets is None or not routers <= named):
         others = sorted({place[-1] for part, place, _ in found if part not in ("router", "routed_experts")})
@@ -108,6 +116,29 @@ def _of_another_adapter(model: torch.nn.Module, targets: Collection[str] | None)
     heard = {name.rpartition(".")[2] for names in configured for name in names}
     # Of other projections PEFT makes these two.
     return sorted(n for n in targets if (end := n.rpartition(".")[2]) in _STACKED and end not in heard)
+
+
+def _chosen_layers(model: torch.nn.Module) -> set[str]:
+    """The numbers in ``layers_to_transform`` (peft_layers_to_transform); none where an adapter is for all layers."""
+    chosen = set()
+    for config in getattr(model, "peft_config", {}).values():
+        layers = getattr(config, "layers_to_transform", None)
+        if layers is None or layers == []:  # to PEFT the same
+            return set()
+        chosen |= {str(layer) for layer in ([layers] if isinstance(layers, int) else layers)}
+    return chosen
+
+
+def _layer(place: tuple[str, ...]) -> tuple[str, ...]:
+    """A place from the name of the list of layers on: that, the layer's number, and what follows."""
+    first = next((n for n, part in enumerate(place) if part.isdigit()), 1)
+    return place[first - 1 :]
+
+
+def _experts_of(model: torch.nn.Module, layers: set[str]) -> list[str]:
+    """The weights of the routed experts of these layers, by names that only they have."""
+    places = [(_layer(_place(name)), module) for name, module in experts_modules(model)]
+    return [f"{'.'.join(place)}.{w}" for place, module in places if place[1] in layers for w in _weights(module)]
 
 
 def _why_no_expert(model: torch.nn.Module) -> str:

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import moe_kernels
 from moe_kernels.install import pip_install
 from moe_kernels.shapes import FAMILIES
+from moe_kernels.tools.common.console import wide_console
 from moe_kernels.tools.common.errors import CHECK_FAILED
 from moe_kernels.tools.common.machine import driver_version, installed_version
 
@@ -215,6 +215,6 @@ def doctor(
         for finding in findings:
             cure = f"\n[bold]cure:[/bold] {escape(finding.cure)}" if finding.cure else ""
             table.add_row(style[finding.status], escape(finding.what), escape(finding.detail) + cure)
-        Console().print(table)
+        wide_console(80).print(table)
     if any(finding.status == BROKEN for finding in findings):
         raise typer.Exit(CHECK_FAILED)

@@ -16,6 +16,7 @@ from .args import mentioned, shards_experts, wraps_any_experts
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
 
+    from moe_kernels.integrations.transformers import Served
     from moe_kernels.settings import ExpertsSettings
 
 LOG = get_logger(__name__)
@@ -27,6 +28,7 @@ class MoeOptimizedPlugin(BasePlugin):
     """Runs the routed experts on moe-kernels when the config says ``moe_kernels: true``."""
 
     expert_layers = 0
+    awaits_adapter = False
 
     def get_input_args(self) -> str:
         return "axolotl.integrations.moe_kernels.args.MoeKernelsArgs"
@@ -133,23 +135,24 @@ class MoeOptimizedPlugin(BasePlugin):
             LOG.info(f"moe_kernels: fused router in {install_fused_router(model)} layers of {type(model).__name__}")
         if not cfg.moe_kernels:
             return
-        from moe_kernels.integrations.transformers import check_model
-
-        with _autocast(cfg, model):
-            served = check_model(model, _lora_targets(cfg))
+        served = _check(cfg, model)
         self.expert_layers = int(served)
         LOG.info(f"moe_kernels: serves the {self.expert_layers} expert layers of {type(model).__name__}")
-        if cfg.relora and served.lora_weights:
+        # With rl: dpo, ipo and kto Axolotl leaves the adapter to TRL's trainer, which puts it on as it is made.
+        self.awaits_adapter = bool(cfg.adapter) and not hasattr(model, "peft_config")
+        if self.awaits_adapter and cfg.lora_model_dir:
             raise ValueError(
-                "relora: true ends at its first restart where LoRA is on expert weights: Axolotl's restart takes "
-                "each adapter for that of a linear layer. Set relora: false, or leave the experts out of "
-                "lora_target_parameters and lora_target_modules."
+                "rl: dpo, ipo and kto leave the adapter in lora_model_dir out: Axolotl hands the trainer the keys of "
+                "a new one, with these kernels or without. Merge it first (axolotl merge-lora), name what was merged "
+                "as base_model, and remove lora_model_dir."
             )
-        if cfg.adapter:  # PEFT makes some lora_target_modules into parameters
-            LOG.info(
-                f"moe_kernels: LoRA of {served.lora_weights} expert weights runs inside the kernels; it trains "
-                f"(parameters): {served.adapted}"
-            )
+        if cfg.adapter and not self.awaits_adapter:
+            _say_adapted(served)
+
+    def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
+        """Check the adapter that the trainer put on, as ``post_model_load`` does every other."""
+        if cfg.moe_kernels and self.awaits_adapter:
+            _say_adapted(_check(cfg, trainer.model))
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
         callbacks: list[Any] = []
@@ -167,6 +170,29 @@ class MoeOptimizedPlugin(BasePlugin):
             each_layer = cfg.moe_router_telemetry == "layers"
             callbacks.append(RouterCallback(trainer, counter, cfg.output_dir, each_layer))
         return callbacks
+
+
+def _check(cfg: DictDefault, model: Any) -> Served:
+    """The expert layers and the adapters of ``model``, of which nothing would be refused in the training."""
+    from moe_kernels.integrations.transformers import check_model
+
+    with _autocast(cfg, model):
+        served = check_model(model, _lora_targets(cfg))
+    if cfg.relora and served.lora_weights:
+        raise ValueError(
+            "relora: true ends at its first restart where LoRA is on expert weights: Axolotl's restart takes "
+            "each adapter for that of a linear layer. Set relora: false, or leave the experts out of "
+            "lora_target_parameters and lora_target_modules."
+        )
+    return served
+
+
+def _say_adapted(served: Served) -> None:
+    # Also without lora_target_parameters: PEFT makes some lora_target_modules into parameters.
+    LOG.info(
+        f"moe_kernels: LoRA of {served.lora_weights} expert weights runs inside the kernels; it trains "
+        f"(parameters): {served.adapted}"
+    )
 
 
 def _lora_targets(cfg: DictDefault) -> list[str]:
