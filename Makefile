@@ -123,8 +123,9 @@ test-triton-%: $(VENV)-triton-%/.ready
 # With a torch that no Axolotl takes yet, the triton that it brings, and without Axolotl: make test-torch-2.15.0
 test-torch-%: $(VENV)-torch-%/.ready
 	@echo "== the op, the router, transformers' newest release and PEFT with torch $*"
-	$(VENV)-torch-$*/bin/python -m pytest tests/core tests/router tests/integrations tests/conformance tests/telemetry tests/tuning \
-	$(patsubst %,--ignore=%,$(filter tests/integrations/%,$(RUNS))) tests/distributed/test_transformers_engines.py
+	$(VENV)-torch-$*/bin/python -m pytest tests/core/test_launch.py
+	$(VENV)-torch-$*/bin/python -m pytest $(addprefix tests/,core router integrations conformance telemetry tuning) \
+	$(RUNS:%=--ignore=%) tests/distributed/test_transformers_engines.py
 
 .PRECIOUS: $(VENV)-triton-%/.ready $(VENV)-torch-%/.ready
 $(VENV)-triton-%/.ready: $(READY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,28 +103,37 @@ def test_an_adapter_that_was_made_for_other_weights(made_for: list[str] | None, 
     assert doubts(loaded, [*ATTENTION, *(made_for or ())]) == []
 
 
-def test_layers_that_were_left_out() -> None:
-    """PEFT's layers_to_transform, which is Axolotl's peft_layers_to_transform, chooses modules and no parameters."""
+def test_experts_that_were_left_out() -> None:
+    """PEFT's layers_to_transform and exclude_modules choose modules and no parameters."""
     mk.register(backend="torch")
 
-    def adapted_by(weights: list[str], layers: list[int] | int | None) -> torch.nn.Module:
-        config = peft.LoraConfig(
-            r=R, target_modules=ATTENTION, target_parameters=weights, layers_to_transform=layers
-        )
+    def adapted_by(weights: list[str], **choice: Any) -> torch.nn.Module:
+        config = peft.LoraConfig(r=R, target_modules=ATTENTION, target_parameters=weights, **choice)
         return peft.get_peft_model(base("qwen3_moe"), config)
 
-    for layers in (1, [1]):
-        partly = adapted_by(WEIGHTS, layers)
-        (doubt,) = doubts(partly, [*ATTENTION, *WEIGHTS])
-        assert "LoRA adapts routed experts that layers_to_transform leaves out (layers: 1)" in doubt
-        assert adapted(partly).routed_experts == EXPERTS, "PEFT heeds it by now: leave out the warning"
-        written = re.search(r"\[(.*)\]", doubt)[1].split(", ")
-        assert written == ["layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
-        cured = adapted_by(written, layers)
-        assert doubts(cured, [*ATTENTION, *written]) == []
-        assert adapted(cured).routed_experts == EXPERTS // 2
-    for layers in (None, [], [0, 1]):
-        assert doubts(adapted_by(WEIGHTS, layers)) == []
+    upper = ["layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
+    for key, choices in (
+        ("layers_to_transform", (1, [1])),
+        ("exclude_modules", (["layers.0.mlp.experts"], r".*layers\.0\..*")),
+    ):
+        for choice in choices:
+            partly = adapted_by(WEIGHTS, **{key: choice})
+            (doubt,) = doubts(partly, [*ATTENTION, *WEIGHTS])
+            assert f"LoRA adapts routed experts that {key} leaves out (layers: 1)" in doubt
+            assert adapted(partly).routed_experts == EXPERTS, "PEFT heeds it by now: leave out the warning"
+            written = re.search(r"\[(.*)\]", doubt)[1].split(", ")
+            assert written == upper
+            cured = adapted_by(written, **{key: choice})
+            assert doubts(cured, [*ATTENTION, *written]) == []
+            assert adapted(cured).routed_experts == EXPERTS // 2
+    (doubt,) = doubts(adapted_by(WEIGHTS, exclude_modules=["experts"]))
+    assert "(layers: 2)" in doubt
+    assert "leave them out of lora_target_parameters" in doubt
+    for choice in ({}, {"layers_to_transform": []}, {"layers_to_transform": [0, 1]}, {"exclude_modules": ["router"]}):
+        assert doubts(adapted_by(WEIGHTS, **choice)) == []
+    two = adapted_by(WEIGHTS, layers_to_transform=[0])
+    two.add_adapter("other", peft.LoraConfig(r=R, target_parameters=WEIGHTS))
+    assert doubts(two) == [], "the other adapter is for all layers"
 
 
 def test_a_module_that_is_not_there() -> None:

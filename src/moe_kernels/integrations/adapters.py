@@ -7,6 +7,7 @@ PEFT takes the same ``target_modules`` for the routed experts of one model and o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from moe_kernels.integrations.dispatch import experts_modules
 #: Names of expert projections, in target_modules and in target_parameters.
 PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w2", "w3")
 _STACKED = ("gate_up_proj", "down_proj")
+_CHOOSING = ("layers_to_transform", "exclude_modules")  # of PEFT; Axolotl's begin with peft_ and lora_
 _WRAPPING = ("base_model", "model", "base_layer", "module", "_fsdp_wrapped_module", "_orig_mod")
 
 
@@ -89,13 +91,15 @@ def doubts(model: torch.nn.Module, targets: Collection[str] | None = None) -> li
             "experts of this model. To train both add to lora_target_parameters (target_parameters of PEFT): "
             f"[{', '.join(f'{name}.weight' for name in left_out)}]."
         )
-    chosen = _chosen_layers(model)
-    beyond = {_layer(place)[1] for part, place, _ in found if part == "routed_experts"} - chosen if chosen else ()
+    chosen, spared = _chosen(model)
+    beyond = {place for part, place, _ in found if part == "routed_experts"} & spared
     if beyond:
+        cure = "leave them out of lora_target_parameters and lora_target_modules (of PEFT without lora_)"
+        if chosen:
+            cure = f"write lora_target_parameters (target_parameters of PEFT): [{', '.join(chosen)}]"
         said.append(
-            f"LoRA adapts routed experts that layers_to_transform leaves out (layers: {len(beyond)}): PEFT heeds it "
-            "for target_modules alone. To train those of the chosen layers write lora_target_parameters "
-            f"(target_parameters of PEFT): [{', '.join(_experts_of(model, chosen))}]."
+            f"LoRA adapts routed experts that {_choosing(model)} leaves out (layers: {len(beyond)}): PEFT heeds it "
+            f"for target_modules alone. To train those that are chosen {cure}."
         )
     routers = {place[-1] for part, place, _ in found if part == "router"}
     if routers and (targets is None or not routers <= named):
@@ -118,27 +122,38 @@ def _of_another_adapter(model: torch.nn.Module, targets: Collection[str] | None)
     return sorted(n for n in targets if (end := n.rpartition(".")[2]) in _STACKED and end not in heard)
 
 
-def _chosen_layers(model: torch.nn.Module) -> set[str]:
-    """The numbers in ``layers_to_transform`` (peft_layers_to_transform); none where an adapter is for all layers."""
-    chosen = set()
-    for config in getattr(model, "peft_config", {}).values():
-        layers = getattr(config, "layers_to_transform", None)
-        if layers is None or layers == []:  # to PEFT the same
-            return set()
-        chosen |= {str(layer) for layer in ([layers] if isinstance(layers, int) else layers)}
-    return chosen
+def _chosen(model: torch.nn.Module) -> tuple[list[str], set[tuple[str, ...]]]:
+    """Routed experts as layers_to_transform and exclude_modules choose them: the weights of those that an adapter is
+    meant for, by names that only they have, and the places of the others."""
+    chosen, spared = [], set()
+    for name, module in experts_modules(model):
+        key, place = name.removeprefix("base_model.model.").replace(".base_layer", ""), _place(name)
+        number = next((n for n, part in enumerate(place) if part.isdigit()), 0)
+        if all(_leaves_out(config, key, place[number]) for config in _configs(model)):
+            spared.add(place)
+        else:
+            chosen += [".".join((*place[max(number - 1, 0) :], weight)) for weight in _weights(module)]
+    return chosen, spared
 
 
-def _layer(place: tuple[str, ...]) -> tuple[str, ...]:
-    """A place from the name of the list of layers on: that, the layer's number, and what follows."""
-    first = next((n for n, part in enumerate(place) if part.isdigit()), 1)
-    return place[first - 1 :]
+def _leaves_out(config: Any, key: str, layer: str) -> bool:
+    """Whether PEFT would put no adapter on a module of this name, in the layer of this number, for these keys."""
+    layers, excluded = (getattr(config, name, None) for name in _CHOOSING)
+    if isinstance(excluded, str):
+        spared = re.fullmatch(excluded, key) is not None
+    else:
+        spared = any(f".{key}".endswith(f".{name}") for name in excluded or ())
+    chosen = {layers} if isinstance(layers, int) else {*(layers or ())}
+    return spared or bool(chosen and not any(layer == str(number) for number in chosen))
 
 
-def _experts_of(model: torch.nn.Module, layers: set[str]) -> list[str]:
-    """The weights of the routed experts of these layers, by names that only they have."""
-    places = [(_layer(_place(name)), module) for name, module in experts_modules(model)]
-    return [f"{'.'.join(place)}.{w}" for place, module in places if place[1] in layers for w in _weights(module)]
+def _choosing(model: torch.nn.Module) -> str:
+    """Those of the two that are set."""
+    return " or ".join(name for name in _CHOOSING if any(getattr(c, name, None) is not None for c in _configs(model)))
+
+
+def _configs(model: torch.nn.Module) -> list[Any]:
+    return list(getattr(model, "peft_config", {}).values())
 
 
 def _why_no_expert(model: torch.nn.Module) -> str:
