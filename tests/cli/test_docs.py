@@ -27,6 +27,7 @@ def test_named_files_exist(page):
         assert (ROOT / "configs" / "moe" / name).is_file(), name
     for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):
         assert (page.parent / link).exists(), link
+        assert page.parent == ROOT or "/" not in link, f"{link}: the site is made of docs alone"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
