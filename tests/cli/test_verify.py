@@ -43,12 +43,12 @@ def test_a_right_backend_passes(dtype):
 @pytest.mark.parametrize("wrong", [None, 1, 2])
 def test_what_sizes_decide_is_checked_both_ways(wrong, monkeypatch):
     """On Hopper sizes and card choose how the kernels work, and those of the check may choose otherwise."""
-    gemm = pytest.importorskip("moe_kernels.kernels.hopper.gemm")
+    mainloop = pytest.importorskip("moe_kernels.kernels.hopper.mainloop")
     seen = []
 
     def experts(*tensors, backend, group_size, persistent, **options):
         backends.count_dispatch(backend)
-        seen.append(gemm.k_blocks_per_wait("up", None, None))  # without a choice it would look at its arguments
+        seen.append(mainloop.k_blocks_per_wait("up", None, None))  # without a choice it would look at its arguments
         out = reference_experts(*tensors, **options)
         return out * 2 if seen[-1] == wrong else out
 

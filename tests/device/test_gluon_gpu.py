@@ -100,12 +100,12 @@ LARGE = [Case(500, 8, 64, 1024, 704, BF16), Case(300, 8, 48, 1088, 832, BF16, "z
 @pytest.mark.parametrize("case", LARGE, ids=str)
 @pytest.mark.parametrize("together", [None, 1, 2])
 def test_weights_that_come_from_memory(case, together, record_property):
-    from moe_kernels.kernels.hopper import gemm
+    from moe_kernels.kernels.hopper import mainloop
 
     inputs = inputs_of(case)
     plan = SimpleNamespace(rows_per_expert=case.tokens * case.top_k // case.experts)
-    assert gemm.k_blocks_per_wait("dgrad", plan, inputs.gate_up) == 2
-    with gemm.use_k_blocks_per_wait(together) if together else contextlib.nullcontext():
+    assert mainloop.k_blocks_per_wait("dgrad", plan, inputs.gate_up) == 2
+    with mainloop.use_k_blocks_per_wait(together) if together else contextlib.nullcontext():
         judge(case, record_property)
 
 

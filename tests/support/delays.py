@@ -28,7 +28,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 import moe_kernels
-from moe_kernels.kernels.hopper import dequantizing, down_grad, fp8, gemm, ring, wgrad
+from moe_kernels.kernels.hopper import dequantizing, down_grad, fp8, mainloop, ring, wgrad
 from moe_kernels.tools.check.problems import Case, make_inputs, run, truth
 from moe_kernels.tools.check.verification import compile_variants, variants
 from moe_kernels.tools.common.machine import environment
@@ -104,7 +104,7 @@ def install() -> None:
     delayed = types.ModuleType("delayed_mbarrier")
     vars(delayed).update(init=mbarrier.init, MBarrierLayout=mbarrier.MBarrierLayout)
     vars(delayed).update(wait=_wait, arrive=_arrive, expect=_expect)
-    for module in (ring, gemm, wgrad, down_grad, fp8, dequantizing):
+    for module in (ring, mainloop, wgrad, down_grad, fp8, dequantizing):
         module.mbarrier = delayed  # type: ignore[attr-defined]
 
 

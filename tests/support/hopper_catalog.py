@@ -18,7 +18,7 @@ import torch
 from moe_kernels.activation import Activation, Gate
 from moe_kernels.fp8 import Fp8Rows, Fp8Weight
 from moe_kernels.fp8 import transposed as fp8_transposed
-from moe_kernels.kernels.hopper import dequantizing, down_grad, fp8, gemm, wgrad
+from moe_kernels.kernels.hopper import dequantizing, down_grad, fp8, gemm, mainloop, wgrad
 from moe_kernels.kernels.hopper.ring import PING_PONG, use_schedule, use_within_experts
 from moe_kernels.kernels.operands import Descriptor
 from moe_kernels.kernels.triton import fp8 as steps
@@ -117,7 +117,7 @@ def _every_case() -> Iterator[CompileCase]:
     with contextlib.ExitStack() as both:
         for kernel in ("down", "dgrad"):
             both.enter_context(use_schedule(kernel, PING_PONG))
-        both.enter_context(gemm.use_k_blocks_per_wait(2))
+        both.enter_context(mainloop.use_k_blocks_per_wait(2))
         both.enter_context(use_within_experts(False))
         cases = [case for rank in (0, 16, 64, 128) for case in _cases(torch.bfloat16, Activation("silu"), rank)]
         cases += [

@@ -27,7 +27,7 @@ from moe_kernels.routing import RoutingPlan, TokenRows
 
 _LACKS = gluon_names.lacks()
 if _LACKS is None:  # else `why_not` says so, and nothing below is called
-    from moe_kernels.kernels.hopper import down_grad, fp8, gemm, wgrad
+    from moe_kernels.kernels.hopper import down_grad, fp8, gemm, mainloop, wgrad
 
 GROUP_SIZE = 128  # rows per tile
 ALIGNMENT = 64  # of hidden and intermediate sizes: the length of a k block, and the columns per store
@@ -151,7 +151,7 @@ def _low_rank_fits(weight: Weight) -> bool:
     if weight.low is None or weight.factor is None:
         return True
     parts = weight.low, weight.factor
-    return weight.low.shape[1] in gemm.RANKS and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in parts)
+    return weight.low.shape[1] in mainloop.RANKS and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in parts)
 
 
 _every_form: Override[bool] = Override()

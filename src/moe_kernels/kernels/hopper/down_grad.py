@@ -23,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moe_kernels.activation import Gate, value_and_partials
 from moe_kernels.kernels.device import cdiv, multiprocessors
 from moe_kernels.kernels.hopper import dequantizing
-from moe_kernels.kernels.hopper.gemm import (
+from moe_kernels.kernels.hopper.gluon_names import aggregate, tma_load, tma_store
+from moe_kernels.kernels.hopper.mainloop import (
     CACHED_BYTES,
     Operands,
     complete,
@@ -33,7 +34,6 @@ from moe_kernels.kernels.hopper.gemm import (
     taken,
     weight_arguments,
 )
-from moe_kernels.kernels.hopper.gluon_names import aggregate, tma_load, tma_store
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_K,
     BLOCK_M,

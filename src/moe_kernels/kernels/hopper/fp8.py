@@ -15,8 +15,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from moe_kernels.activation import Gate
 from moe_kernels.fp8 import Fp8Weight
 from moe_kernels.kernels.device import cdiv, multiprocessors
-from moe_kernels.kernels.hopper.gemm import Epilogue, Operands, load_columns, low_rank_blocks, write_tile
+from moe_kernels.kernels.hopper.epilogue import Epilogue, write_tile
 from moe_kernels.kernels.hopper.gluon_names import aggregate, tma_load
+from moe_kernels.kernels.hopper.mainloop import Operands, load_columns, low_rank_blocks
 from moe_kernels.kernels.hopper.ring import (
     BLOCK_M,
     CHUNK,

@@ -133,7 +133,7 @@ def variants(backend: str) -> dict[str, AbstractContextManager[None]]:
 def _hopper(schedule: Any, together: int, gathered: bool, in_load: bool) -> Iterator[None]:
     from moe_kernels.backends.gluon import use_gathered
     from moe_kernels.kernels.hopper.dequantizing import use_dequantizing
-    from moe_kernels.kernels.hopper.gemm import use_k_blocks_per_wait
+    from moe_kernels.kernels.hopper.mainloop import use_k_blocks_per_wait
     from moe_kernels.kernels.hopper.ring import use_schedule, use_within_experts
 
     with (
