@@ -13,6 +13,7 @@ import pytest
 import torch
 
 WORKERS = Path(__file__).with_name("workers.py")
+TESTS = WORKERS.parents[1]
 RANKS = 2
 Results = list[dict[str, Any]]
 
@@ -29,6 +30,7 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Results]
             "HF_HUB_OFFLINE": "1",
             "TRITON_INTERPRET": "0",
             "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
         }
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
         done = subprocess.run(

@@ -7,6 +7,7 @@ process and on transformers' own experts; the test compares what both report.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -376,7 +377,23 @@ def resumable(base: Path, data: list[Any], way: str, output: Path, checkpoint: P
 
 
 def zero3(folder: Path) -> dict[str, Any]:
-    """DeepSpeed ZeRO-3, with the sparse blocks as leaves (as Axolotl sets them) and without."""
+    """DeepSpeed ZeRO-3, with the sparse blocks as leaves (as Axolotl sets them) and without: of whole models, of
+    adapters, and of adapters over experts in few bits."""
+    import packed_ranks
+
+    results: dict[str, Any] = {}
+    for experts, leaves in ((BASELINE, True), (OURS, True), (OURS, False)):
+        for family, make in itertools.product(FAMILIES, (build, adapted)):
+            results[family, make.__name__, experts, leaves] = zero3_losses(make(family, experts), leaves)
+    packed_ranks.write_checkpoints(folder)
+    for kind in ("4 bits", "mxfp4"):  # gloo gathers no fp8
+        results[kind, "packed", BASELINE, True] = zero3_losses(packed_ranks.in_float32(folder, kind), True)
+        for leaves in (True, False):
+            results[kind, "packed", OURS, leaves] = zero3_losses(packed_ranks.packed(folder, kind), leaves)
+    return results
+
+
+def zero3_losses(model: Any, leaves: bool) -> dict[str, Any]:
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -385,25 +402,23 @@ def zero3(folder: Path) -> dict[str, Any]:
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
     }
-    results: dict[str, Any] = {}
-    for family in FAMILIES:
-        for experts, leaves in ((BASELINE, True), (OURS, True), (OURS, False)):
-            model = build(family, experts)
-            if leaves:
-                set_z3_leaf_modules(model, [type(model.model.layers[-1].mlp)])
-            backends.reset_dispatch_counts()
-            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-            losses = []
-            for ids in batches():
-                loss = loss_of(engine, own_half(ids))
-                engine.backward(loss)
-                engine.step()
-                mean = loss.detach().clone()
-                dist.all_reduce(mean)
-                losses.append(float(mean) / dist.get_world_size())
-            results[family, experts, leaves] = {"losses": losses, "calls": backends.dispatch_counts()}
-    return results
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    if leaves:
+        set_z3_leaf_modules(model, [type(base.model.layers[-1].mlp)])
+    backends.reset_dispatch_counts()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    ours = base.config._experts_implementation == OURS
+    losses = []
+    with no_delta() if ours else nullcontext():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        for ids in batches():
+            loss = loss_of(engine, own_half(ids))
+            engine.backward(loss)
+            engine.step()
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            losses.append(float(mean) / dist.get_world_size())
+    return {"losses": losses, "calls": backends.dispatch_counts()}
 
 
 def lora(folder: Path) -> dict[str, Any]:
@@ -517,9 +532,16 @@ def axolotl(folder: Path) -> dict[str, Any]:
     return axolotl_ranks.run(folder)
 
 
+def packed(folder: Path) -> dict[str, Any]:
+    """LoRA over experts in few bits, which has a file of its own too."""
+    import packed_ranks
+
+    return packed_ranks.run(folder)
+
+
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (data_parallel, no_tokens, expert_parallel, trainer, resume, zero3, lora, axolotl)
+    for scenario in (data_parallel, no_tokens, expert_parallel, trainer, resume, zero3, lora, axolotl, packed)
 }
 
 

@@ -9,7 +9,9 @@ backward once more. Scales of activations (activation_scheme="static") are not u
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from moe_kernels.checks import autocast_dtype
 from moe_kernels.factors import scaled
 from moe_kernels.fp8 import CURE, Fp8Weight, check_fp8, transposed
-from moe_kernels.integrations.quantized import check_frozen, check_scales, dequantised, packed_weight
+from moe_kernels.integrations.quantized import SCALES, check_frozen, check_scales, dequantised, packed_weight
 from moe_kernels.integrations.support import LORA_ATTRIBUTE, Recipe, UnsupportedExperts
 from moe_kernels.kernels.device import interpreting
 from moe_kernels.layer import Matrix
@@ -30,13 +32,16 @@ from moe_kernels.problem import UnsupportedProblem
 # By the memory of codes and the part of it that they are: where it was, how often they had been written, and the
 # transposed copy of them. Codes that leave a device leave that memory, and their copy goes with it.
 _copies: Any = WeakIdKeyDictionary()
+# Those whose weights FSDP2 holds in pieces, and gathers for a forward and again for its backward.
+_gathered: WeakSet[nn.Module] = WeakSet()
 
 
 def multiplied_in_fp8(module: Any, name: str, weight: Matrix | None, where: str = "") -> Fp8Weight:
     """The weight ``name`` of ``module``, called ``where`` in errors, for ``fp8_activations``.
 
     Where a GPU's backward may follow it has the transposed codes, which are made at the first such call and kept:
-    with them the weight takes as many bytes as in 16 bits.
+    with them the weight takes as many bytes as in 16 bits. Under FSDP2 they are made at each call, and kept for its
+    backward alone: whole copies of all layers would be what sharding is to save.
 
     Raises:
         UnsupportedExperts: it is not in block-fp8.
@@ -50,6 +55,8 @@ def multiplied_in_fp8(module: Any, name: str, weight: Matrix | None, where: str 
             where,
         )
     copied = torch.is_grad_enabled() and (weight.device.type == "cuda" or interpreting())
+    if copied and module in _gathered:
+        return Fp8Weight.of(weight, transposed(module._parameters[name].detach()))
     return Fp8Weight.of(weight, _transposed(module._parameters[name]) if copied else None)
 
 
@@ -152,6 +159,8 @@ def train_fp8(model: nn.Module) -> None:
     """
     if not any(isinstance(module, FP8Experts) for module in model.modules()):
         return
+    if torch.distributed.is_available():
+        _gather_uncast()
     quantizer: Any = getattr(model, "hf_quantizer", None)
     has_backward = bool(getattr(quantizer, "is_trainable", False))
     for name, module in model.named_modules():
@@ -167,3 +176,27 @@ def train_fp8(model: nn.Module) -> None:
             )
     if type(quantizer) is FineGrainedFP8HfQuantizer and not has_backward:
         quantizer.__class__ = TrainableFP8Quantizer
+
+
+def _gather_uncast() -> None:
+    """Make FSDP2 gather fp8 weights and their scales as they are stored. A second call changes nothing.
+
+    Its mixed precision (``bf16: true`` of a run file) casts every floating parameter: codes, which then look like a
+    weight and lack their scales, and float32 scales, which would be rounded. No public option spares one parameter.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    real = FSDPParam.init_dtype_attrs
+    if hasattr(real, "moe_kernels"):
+        return
+
+    @functools.wraps(real)
+    def init_dtype_attrs(self: Any, mp_policy: Any) -> None:
+        real(self, mp_policy)
+        module, name = self._module_info.module, self._module_info.param_name
+        if isinstance(module, (FP8Experts, FP8Linear)) and (self.orig_dtype.itemsize == 1 or name.endswith(SCALES)):
+            self.param_dtype = None
+            _gathered.add(module)
+
+    init_dtype_attrs.moe_kernels = True  # type: ignore[attr-defined]
+    FSDPParam.init_dtype_attrs = init_dtype_attrs  # type: ignore[method-assign]

@@ -31,9 +31,10 @@ class Mxfp4Experts(GptOssExperts):
     """gpt-oss's experts, frozen, with their weights in mxfp4.
 
     Parameters: of each weight its blocks under the weight's own name (E, N, K / 32, 16) uint8, and its scales
-    (E, N, K / 32) uint8. The state dict has the names and the tensors of the checkpoint. Read as an attribute, a
-    weight is what transformers makes of it when it dequantises the checkpoint: (E, K, N) bfloat16, a new tensor each
-    time.
+    (E, N, K / 32) uint8. The state dict has these names, by which torch's sharded checkpoints look for parameters;
+    ``save_pretrained`` writes those of the checkpoint. Read as an attribute, a weight is what transformers makes of
+    it when it dequantises the checkpoint: (E, K, N) bfloat16, a new tensor each time. Where FSDP2 holds the module in
+    pieces, it is this process's blocks.
     """
 
     gate_up_proj = property(lambda self: _whole(self, "gate_up_proj"))
@@ -48,11 +49,6 @@ class Mxfp4Experts(GptOssExperts):
             )
         super().__delattr__(name)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in _WEIGHTS:
-            destination[f"{prefix}{name}{BLOCKS}"] = destination.pop(f"{prefix}{name}")
-
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         for name in _WEIGHTS:
             if f"{prefix}{name}{BLOCKS}" in state_dict:
@@ -61,8 +57,8 @@ class Mxfp4Experts(GptOssExperts):
 
 
 def _whole(module: Any, name: str) -> Tensor:
-    weight: Any = packed_weight(module, name, torch.bfloat16)
-    return dequantised(weight)
+    weight = packed_weight(module, name, torch.bfloat16)
+    return module._parameters[name] if weight is None else dequantised(weight)
 
 
 class KeptMxfp4Quantizer(Mxfp4HfQuantizer):
@@ -111,7 +107,14 @@ class KeptMxfp4Quantizer(Mxfp4HfQuantizer):
         return [] if self.kept else super().get_weight_conversions()
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
-        return (None, {}) if self.kept else super().get_state_dict_and_metadata(model)
+        if not self.kept:
+            return super().get_state_dict_and_metadata(model)
+        state = model.state_dict()
+        for where, module in model.named_modules():
+            if isinstance(module, Mxfp4Experts):
+                for name in (f"{where}.{weight}" for weight in _WEIGHTS):
+                    state[f"{name}{BLOCKS}"] = state.pop(name)
+        return state, {}
 
     @property
     def is_trainable(self) -> bool:
