@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import packed_ranks
 import torch
 import torch.distributed as dist
 from axolotl.integrations.base import PluginManager
@@ -24,6 +25,7 @@ from workers import BASELINE, GPT_OSS, Batch, adapted, batches, build, gradients
 import moe_kernels.integrations.transformers as mk
 from moe_kernels import backends
 from moe_kernels.integrations.peft import check_lora
+from moe_kernels.integrations.quantized import packed_weight
 from moe_kernels.shapes import FAMILIES
 from moe_kernels.telemetry.counter import RouterCounter
 
@@ -43,6 +45,9 @@ def run(folder: Path) -> dict[str, Any]:
         results[family, "starved"] = starved(family)
         for chunks in (1, 2):
             results[family, "idle", chunks] = one_idle_rank(family, chunks)
+    packed_ranks.write_checkpoints(folder)
+    results["4 bits, whole"] = packed_ranks.trained(packed_ranks.in_float32(folder, "4 bits"), data, None)
+    results["4 bits"] = train_over_4_bits(folder, data)
     return results
 
 
@@ -123,6 +128,32 @@ def train_adapted(family: str, data: list[Batch]) -> dict[str, Any]:
     assert check_lora(model) == 2 * len(mk.experts_modules(model))
     losses, grads = train(wrap(model), data, own=own_half)
     return summary((losses, together(grads, own_count(family))))
+
+
+def train_over_4_bits(folder: Path, data: list[Batch]) -> dict[str, Any]:
+    """As train_adapted, and Axolotl itself sends each rank the codes and scales of its experts."""
+    cfg = settings(adapter="qlora", load_in_4bit=True, quantize_moe_experts=True)
+    manager = PluginManager.get_instance()
+    manager.pre_model_load(cfg)
+    model = packed_ranks.load(folder, "4 bits")
+    model.config.pad_token_id = None
+    model.set_experts_implementation(cfg.experts_implementation)
+    packed_ranks.in_4_bits(model)
+    manager.post_model_build(cfg, model)
+    whole = packed_ranks.in_float32(folder, "4 bits")
+    model = packed_ranks.adapted(model)
+    count = model.config.num_experts // dist.get_world_size()
+    names, theirs = packed_ranks.by_weight(model), packed_ranks.by_weight(whole)
+    factors = {theirs[name]: factor for name, factor in whole.named_parameters() if name in theirs}
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.data.copy_(own_experts(name, factors[names[name]], count))
+    manager.post_model_load(cfg, model)
+    assert check_lora(model) == 2 * len(mk.experts_modules(model))
+    held = {tuple(packed_weight(m, "down_proj", torch.float32).shape) for _, m in mk.experts_modules(model)}
+    losses, grads = train(wrap(model), data, own=own_half)
+    grads = {names[name]: grad for name, grad in together(grads, count).items()}
+    return summary((losses, grads)) | {"held": held}
 
 
 def own_count(family: str) -> int:

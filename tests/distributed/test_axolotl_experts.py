@@ -63,6 +63,14 @@ def test_lora_runs_inside_the_kernels_of_each_rank(model: str, ranks: Any) -> No
         assert distance(ours["grads"], whole["grads"]) < 1e-5
 
 
+def test_lora_over_experts_in_4_bits(ranks: Any) -> None:
+    for results in ranks:
+        whole, ours = results["4 bits, whole"], results["4 bits"]
+        assert ours["losses"] == pytest.approx(whole["losses"], rel=2e-5)
+        assert distance(ours["grads"], whole["grads"]) < 2e-5
+        assert {shape[0] for shape in ours["held"]} == {2}
+
+
 @each_model
 def test_a_rank_whose_experts_get_no_token(model: str, ranks: Any) -> None:
     starved = [results[model, "starved"] for results in ranks]

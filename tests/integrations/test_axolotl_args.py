@@ -118,6 +118,10 @@ def test_accepted(data: dict[str, Any]) -> None:
         (ON | {"liger_glu_activation": True}, ["liger_glu_activation", "set it to false"]),
         (ON | {"liger_swiglu": True}, ["liger_swiglu", "set it to false"]),
         (ON | {"quantize_moe_experts": True, "load_in_8bit": True}, ["quantize_moe_experts", "load_in_4bit: true"]),
+        (
+            ON | {"quantize_moe_experts": True, "load_in_4bit": True, "nf4_backend": "torchao"},
+            ["quantize_moe_experts", "nf4_backend: bitsandbytes"],
+        ),
     ],
     ids=str,
 )

@@ -84,6 +84,49 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+class Int8(nn.Module):
+    """Rows of 8 bits, as Axolotl keeps them with load_in_8bit."""
+
+    def __init__(self, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scales", scales)
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes * self.scales
+
+
+def test_integers_in_another_form_are_refused() -> None:
+    """Read as an attribute they would be served, with all experts dequantised and kept for every layer."""
+    experts = conformance.build(DISTINCT["gate_up | silu"].cls)
+    scales = experts.down_proj.detach().abs().amax(-1, keepdim=True) / 127
+    codes = nn.Parameter((experts.down_proj.detach() / scales).round().to(torch.int8), requires_grad=False)
+    experts.down_proj = codes
+    nn.utils.parametrize.register_parametrization(experts, "down_proj", Int8(scales), unsafe=True)
+    said = r"down_proj is in torch.int8, packed by Int8, .* nf4_backend: bitsandbytes"
+    with pytest.raises(mk.UnsupportedExperts, match=said):
+        run(experts, "moe_kernels")
+    with pytest.raises(mk.UnsupportedExperts, match=f"^experts .*{said}"):
+        mk.check_model(nn.ModuleDict({"experts": experts}))
+
+
+def test_what_axolotl_packs_on_the_cpu_is_read_or_refused() -> None:
+    """0.21's qlora_sharded_model_loading and nf4_backend: torchao."""
+    nf4 = pytest.importorskip("axolotl.utils.nf4", reason="Axolotl before 0.21")
+    whole = conformance.build(DISTINCT["gate_up | silu"].cls).requires_grad_(False)
+    staged, others = copy.deepcopy(whole), copy.deepcopy(whole)
+    for name in ("gate_up_proj", "down_proj"):
+        data, state = nf4.quantize_bnb_4bit(getattr(whole, name).data, device="cpu", storage_device="cpu")
+        packs = [(staged, data, nf4.BnbNF4Parametrization(state))]
+        packs += [(others, *nf4.quantize_torchao_nf4(getattr(whole, name).data))]
+        for experts, codes, transform in packs:
+            setattr(experts, name, nn.Parameter(codes, requires_grad=False))
+            nn.utils.parametrize.register_parametrization(experts, name, transform, unsafe=True)
+    assert packed_weight(staged, "down_proj", torch.float32) is not None
+    assert_same(run(staged, "moe_kernels"), run(dequantised(staged), "batched_mm"))
+    with pytest.raises(mk.UnsupportedExperts, match=r"uint8, packed by TorchaoNF4Parametrization, .* load_in_4bit"):
+        run(others, "moe_kernels")
+
+
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 @pytest.mark.parametrize("kind", DISTINCT)
 def test_equals_the_whole_weight(kind: str, nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,8 @@ def packed_weight(module: Any, name: str, dtype: torch.dtype, where: str = "") -
         UnsupportedExperts: the parts of the weight do not fit together, or are in no form that is read here.
     """
     try:
-        return _four_bit(module, name) or _block_fp8(module, name, dtype, where) or _mxfp4(module, name, dtype, where)
+        four_bit = _four_bit(module, name, where)
+        return four_bit or _block_fp8(module, name, dtype, where) or _mxfp4(module, name, dtype, where)
     except ValueError as error:
         if isinstance(error, UnsupportedExperts):
             raise
@@ -55,12 +56,13 @@ def dequantised(weight: PackedWeight) -> torch.Tensor:
     return dequantize(weight, 0, weight.shape[0]) if weight.device.type == "cuda" else whole(weight)
 
 
-def _four_bit(module: Any, name: str) -> PackedWeight | None:
+def _four_bit(module: Any, name: str, where: str) -> PackedWeight | None:
     chain = getattr(module, "parametrizations", {})
     if name not in chain or len(chain[name]) != 1:
         return None
     state = getattr(chain[name][0], "quant_state", None)
     if state is None:
+        _check_floating(module, name, where)
         return None
     scales = Scales(state.absmax, state.blocksize)
     if state.nested:
@@ -68,6 +70,20 @@ def _four_bit(module: Any, name: str) -> PackedWeight | None:
         scales = Scales(state.absmax, state.blocksize, inner.code, inner.absmax, inner.blocksize, state.offset)
     sizes = tuple(state.shape)
     return FourBit(sizes, state.dtype, chain[name].original.view(-1), state.code, scales, state.dtype)
+
+
+def _check_floating(module: Any, name: str, where: str) -> None:
+    """Raise UnsupportedExperts for integers in a form that is not read here. Read as an attribute such a weight is
+    dequantised whole, and autograd keeps that copy for every layer."""
+    stored = getattr(module.parametrizations[name], "original", None)  # there may be several
+    if stored is not None and not stored.is_floating_point():
+        kind = type(module.parametrizations[name][0]).__name__
+        raise UnsupportedExperts.mended(
+            module,
+            f"{name} is in {stored.dtype}, packed by {kind}, and read are the 4 bits of bitsandbytes: in a YAML of "
+            "Axolotl set load_in_4bit with quantize_moe_experts, and nf4_backend: bitsandbytes.",
+            where,
+        )
 
 
 def _block_fp8(module: Any, name: str, dtype: torch.dtype, where: str) -> PackedWeight | None:

@@ -177,10 +177,11 @@ class MoeKernelsArgs(BaseModel):
         for key, cure in CONFLICTS.items():
             if data.get(key):
                 raise ValueError(f"moe_kernels: true cannot be combined with {key}: {cure}.")
-        if data.get("quantize_moe_experts") and not data.get("load_in_4bit"):
+        read = data.get("load_in_4bit") and data.get("nf4_backend") in (None, "bitsandbytes")
+        if data.get("quantize_moe_experts") and not read:
             raise ValueError(
-                "moe_kernels: true with quantize_moe_experts needs load_in_4bit: true; expert weights of 8 bits are "
-                "not supported."
+                "moe_kernels: true with quantize_moe_experts needs load_in_4bit: true, and nf4_backend: bitsandbytes "
+                "or none; expert weights of 8 bits and torchao's of 4 are not read."
             )
         if data.get("moe_recompute") and data.get("gradient_checkpointing"):
             raise ValueError(
