@@ -123,6 +123,8 @@ def test_what_axolotl_packs_on_the_cpu_is_read_or_refused() -> None:
             nn.utils.parametrize.register_parametrization(experts, name, transform, unsafe=True)
     assert packed_weight(staged, "down_proj", torch.float32) is not None
     assert_same(run(staged, "moe_kernels"), run(dequantised(staged), "batched_mm"))
+    staged.config._experts_implementation = "moe_kernels"
+    assert mk.check_model(nn.ModuleDict({"experts": staged.to("meta")})) == 1  # as ranks but the first have it
     with pytest.raises(mk.UnsupportedExperts, match=r"uint8, packed by TorchaoNF4Parametrization, .* load_in_4bit"):
         run(others, "moe_kernels")
 
