@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from workers import BASELINE, OURS, batches, no_delta, own_half, shard_adapted, summary, train
@@ -31,7 +32,15 @@ KINDS = ("4 bits", "fp8", "mxfp4")
 WEIGHTS = ("gate_up_proj", "down_proj")
 
 
+def casts_everything(param: Any, policy: MixedPrecisionPolicy) -> None:
+    """What FSDP2 does with each parameter in torch 2.11; later ones leave integers alone."""
+    param.orig_dtype = param.sharded_param.dtype
+    param.param_dtype = policy.param_dtype if policy.param_dtype != param.orig_dtype else None
+    param.reduce_dtype = policy.reduce_dtype if policy.reduce_dtype != policy.param_dtype else None
+
+
 def run(folder: Path) -> dict[str, Any]:
+    FSDPParam.init_dtype_attrs = casts_everything
     write_checkpoints(folder)
     data = batches()
     results: dict[str, Any] = {}

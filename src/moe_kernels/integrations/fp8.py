@@ -159,8 +159,6 @@ def train_fp8(model: nn.Module) -> None:
     """
     if not any(isinstance(module, FP8Experts) for module in model.modules()):
         return
-    if torch.distributed.is_available():
-        _gather_uncast()
     quantizer: Any = getattr(model, "hf_quantizer", None)
     has_backward = bool(getattr(quantizer, "is_trainable", False))
     for name, module in model.named_modules():
@@ -178,12 +176,15 @@ def train_fp8(model: nn.Module) -> None:
         quantizer.__class__ = TrainableFP8Quantizer
 
 
-def _gather_uncast() -> None:
-    """Make FSDP2 gather fp8 weights and their scales as they are stored. A second call changes nothing.
+def gather_uncast(model: nn.Module) -> None:
+    """If ``model`` has weights in few bits, make FSDP2 gather such weights and scales of fp8 as they are stored.
 
-    Its mixed precision (``bf16: true`` of a run file) casts every floating parameter: codes, which then look like a
-    weight and lack their scales, and float32 scales, which would be rounded. No public option spares one parameter.
+    Its mixed precision (``bf16: true`` of a run file) casts what it gathers: codes of fp8, which then look like a
+    weight and lack their scales, float32 scales, which would be rounded, and with torch 2.11 codes in uint8. No
+    public option spares one parameter. A second call changes nothing.
     """
+    if not torch.distributed.is_available() or all(p.dtype.itemsize > 1 for p in model.parameters()):
+        return
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
     real = FSDPParam.init_dtype_attrs
@@ -194,8 +195,10 @@ def _gather_uncast() -> None:
     def init_dtype_attrs(self: Any, mp_policy: Any) -> None:
         real(self, mp_policy)
         module, name = self._module_info.module, self._module_info.param_name
-        if isinstance(module, (FP8Experts, FP8Linear)) and (self.orig_dtype.itemsize == 1 or name.endswith(SCALES)):
+        in_fp8 = isinstance(module, (FP8Experts, FP8Linear))
+        if self.orig_dtype.itemsize == 1 or (in_fp8 and name.endswith(SCALES)):
             self.param_dtype = None
+        if in_fp8:
             _gathered.add(module)
 
     init_dtype_attrs.moe_kernels = True  # type: ignore[attr-defined]

@@ -33,7 +33,7 @@ try:
 
     from moe_kernels.integrations.adapters import Adapted, adapted, doubts
     from moe_kernels.integrations.dispatch import dispatches, experts_modules, is_served, registered, runs_on
-    from moe_kernels.integrations.fp8 import check_fp8_activations, multiplied_in_fp8, train_fp8
+    from moe_kernels.integrations.fp8 import check_fp8_activations, gather_uncast, multiplied_in_fp8, train_fp8
     from moe_kernels.integrations.mxfp4 import keep_mxfp4, keep_names
     from moe_kernels.integrations.probe import probe_device
     from moe_kernels.integrations.quantized import check_frozen, check_scales, packed_weight
@@ -228,6 +228,7 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
             local_tensor(module, parameter, name)
         _check_weights(module, recipe, name)
     train_fp8(model)
+    gather_uncast(model)
     keep_names(model)
     served = Served(len(modules))
     if hasattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper"):
