@@ -209,20 +209,8 @@ def check_model(model: torch.nn.Module, targets: Collection[str] | None = None) 
     if not modules:
         _refuse_without_experts(model)
     for name, module in modules:
-        interface = dispatches(type(module))
-        ours = any(interface is known for known in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS))
-        if not ours and not is_served(module):
-            raise UnsupportedExperts.of(
-                module,
-                f"its class looks for the implementation in {type(interface).__name__}, where moe_kernels has none.",
-                name,
-            )
         if not is_served(module):
-            raise UnsupportedExperts(
-                f"{name} ({type(module).__name__}) runs "
-                f"experts_implementation={module.config._experts_implementation!r}, not "
-                "moe_kernels: call register() and load the model with experts_implementation='moe_kernels'."
-            )
+            _refuse_other_implementation(module, name)
         recipe = recipe_of(module, name)
         for parameter in module.parameters(recurse=False):  # not by attribute, which may dequantise it
             local_tensor(module, parameter, name)
@@ -256,6 +244,21 @@ def _refuse_without_experts(model: torch.nn.Module) -> NoReturn:
         f"{type(model).__name__} has no experts module that dispatches through transformers' experts "
         f"interface (it has: {', '.join(sorted(others)) or 'no experts'}). Switch off what replaced the "
         "experts class (Liger: liger_glu_activation), or train this model without moe_kernels."
+    )
+
+
+def _refuse_other_implementation(module: Any, name: str) -> NoReturn:
+    interface = dispatches(type(module))
+    if not any(interface is known for known in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS)):
+        raise UnsupportedExperts.of(
+            module,
+            f"its class looks for the implementation in {type(interface).__name__}, where moe_kernels has none.",
+            name,
+        )
+    raise UnsupportedExperts(
+        f"{name} ({type(module).__name__}) runs "
+        f"experts_implementation={module.config._experts_implementation!r}, not "
+        "moe_kernels: call register() and load the model with experts_implementation='moe_kernels'."
     )
 
 
