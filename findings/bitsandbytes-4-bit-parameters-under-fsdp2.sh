@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Expert weights that bitsandbytes keeps in 4 bits (replace_parameter_4bit) train under FSDP2, and torch's state dict of
-# such a model fails: get_model_state_dict, with which accelerate, and so transformers' Trainer, saves an adapter, reads
-# each key as an attribute, bitsandbytes' hook calls the packed weight by the name of the weight, and reading that
-# dequantises a DTensor ("got mixed torch.Tensor and DTensor"). So a training ends at its first save. DDP saves.
+# Expert weights that bitsandbytes keeps in 4 bits (replace_parameter_4bit) train under FSDP2, and torch's full state
+# dict of such a model fails: get_model_state_dict, with which accelerate, and so transformers' Trainer, saves an adapter
+# where state_dict_type is FULL_STATE_DICT, reads each key as an attribute, bitsandbytes' hook calls the packed weight by
+# the name of the weight, and reading that dequantises a DTensor ("got mixed torch.Tensor and DTensor"). So such a
+# training ends at its first save. With SHARDED_STATE_DICT accelerate asks PEFT for the adapter, and that is saved.
 #
 # Seen with bitsandbytes 0.50.2, torch 2.14.1, Python 3.12, one rank that talks gloo, on a CPU.
 set -euo pipefail
@@ -54,4 +55,4 @@ seen=$(OMP_NUM_THREADS=1 "$work/venv/bin/torchrun" --nproc-per-node 1 --master-p
 echo "$seen"
 wanted="bitsandbytes 0.50.2: 32 bits (True, ['adapter.bias', 'adapter.weight']); 4 bits (True, 'bitsandbytes.dequantize_4bit.default got mixed torch.Tensor and DTensor')"
 [ "$seen" = "$wanted" ] || { echo "changed: expected $wanted" >&2; exit 1; }
-echo "as found: a model with 4-bit expert parameters trains under FSDP2, and its state dict cannot be made"
+echo "as found: a model with 4-bit expert parameters trains under FSDP2, and its full state dict cannot be made"

@@ -205,6 +205,24 @@ def test_activations(activation: str, gated: bool, scheme: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, BF16], ids=["codes", "codes as FSDP2 casts them"])
+def test_lora_without_check_model_is_refused(
+    dtype: torch.dtype, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's own way: an adapter without effect, and beside codes in bfloat16 experts without scales."""
+    wrapper = peft.tuners.lora.layer.ParamWrapper
+    if hasattr(wrapper._activate_lora, "_moe_kernels"):  # by another test
+        monkeypatch.setattr(wrapper, "_activate_lora", wrapper._activate_lora.__wrapped__)
+    model = with_lora(load(checkpoint[0]))
+    experts = model.get_submodule(f"base_model.model.{EXPERTS}")
+    for _, module in mk.experts_modules(model):
+        for name in ("gate_up_proj", "down_proj"):
+            module._parameters[name].data = module._parameters[name].data.to(dtype)
+    x, index = torch.randn(5, 256, dtype=BF16), torch.arange(10).view(5, 2) % 4
+    with pytest.raises(mk.UnsupportedExperts, match=r"in fp8 and PEFT adds its LoRA to the codes.*call check_model"):
+        experts(x, index, torch.ones(5, 2, dtype=BF16))
+
+
 def test_an_adapter_on_the_weight_of_a_linear_layer(checkpoint: Checkpoint) -> None:
     """PEFT's own way adds B A to the codes. For the shared expert of DeepSeek-V3 it is the only way to name it."""
     names = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj", "k_proj.weight", "o_proj.weight"]}

@@ -21,7 +21,7 @@ from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from moe_kernels.integrations.quantized import BLOCKS, MX_SCALES, dequantised, is_loaded, packed_weight
-from moe_kernels.integrations.support import UnsupportedExperts
+from moe_kernels.integrations.support import UnsupportedExperts, is_sharded
 from moe_kernels.packed import MX_BLOCK
 
 _WEIGHTS = ("gate_up_proj", "down_proj")
@@ -112,6 +112,13 @@ class KeptMxfp4Quantizer(Mxfp4HfQuantizer):
         state = model.state_dict()
         for where, module in model.named_modules():
             if isinstance(module, Mxfp4Experts):
+                if is_sharded(module._parameters["down_proj"]):
+                    raise UnsupportedExperts.mended(
+                        module,
+                        "FSDP2 holds them in pieces, of which save_pretrained makes no checkpoint. They are frozen: "
+                        "save the adapter, or the model before it is sharded.",
+                        where,
+                    )
                 for name in (f"{where}.{weight}" for weight in _WEIGHTS):
                     state[f"{name}{BLOCKS}"] = state.pop(name)
         return state, {}

@@ -148,7 +148,16 @@ def _check_codes(module: Any, name: str, where: str) -> None:
     been in 16 bits.
     """
     data, scales = module._parameters.get(name), module._parameters.get(name + SCALES)
-    if data is None or name + SCALES not in module._parameters:
+    if name + SCALES not in module._parameters:
+        return
+    if name in getattr(module, "parametrizations", {}):
+        raise UnsupportedExperts.mended(
+            module,
+            f"{name} is in fp8 and PEFT adds its LoRA to the codes, where it has no effect: call check_model(model) "
+            "before the first forward, after which it runs inside the kernels.",
+            where,
+        )
+    if data is None:
         return
     if data.dtype in _OTHERS:
         raise UnsupportedExperts.mended(
@@ -158,8 +167,9 @@ def _check_codes(module: Any, name: str, where: str) -> None:
         return
     raise UnsupportedExperts.mended(
         module,
-        f"{name} is {data.dtype} beside the scales {name}{SCALES} of fp8: the model was cast after it was loaded, "
-        "without its scales. Load it again, and with FineGrainedFP8Config(dequantize=True) for 16-bit weights.",
+        f"{name} is {data.dtype} beside the scales {name}{SCALES} of fp8: the codes were cast without their scales, "
+        "after loading (model.to(dtype)) or by FSDP2's mixed precision in a forward before check_model(model). Load "
+        "the model again, with FineGrainedFP8Config(dequantize=True) for 16-bit weights, and call check_model first.",
         where,
     )
 
