@@ -32,7 +32,7 @@ from moe_kernels.problem import UnsupportedProblem
 # By the memory of codes and the part of it that they are: where it was, how often they had been written, and the
 # transposed copy of them. Codes that leave a device leave that memory, and their copy goes with it.
 _copies: Any = WeakIdKeyDictionary()
-# Those whose weights FSDP2 holds in pieces, and gathers for a forward and again for its backward.
+# Modules whose weights FSDP2 holds in pieces, and gathers for a forward and again for its backward.
 _gathered: WeakSet[nn.Module] = WeakSet()
 
 

@@ -109,18 +109,18 @@ class KeptMxfp4Quantizer(Mxfp4HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         if not self.kept:
             return super().get_state_dict_and_metadata(model)
+        experts = {where: module for where, module in model.named_modules() if isinstance(module, Mxfp4Experts)}
+        for where, module in experts.items():
+            if is_sharded(module._parameters["down_proj"]):
+                raise UnsupportedExperts.mended(
+                    module,
+                    "FSDP2 holds them in pieces, of which save_pretrained makes no checkpoint. They are frozen: save "
+                    "the adapter, or the model before it is sharded.",
+                    where,
+                )
         state = model.state_dict()
-        for where, module in model.named_modules():
-            if isinstance(module, Mxfp4Experts):
-                if is_sharded(module._parameters["down_proj"]):
-                    raise UnsupportedExperts.mended(
-                        module,
-                        "FSDP2 holds them in pieces, of which save_pretrained makes no checkpoint. They are frozen: "
-                        "save the adapter, or the model before it is sharded.",
-                        where,
-                    )
-                for name in (f"{where}.{weight}" for weight in _WEIGHTS):
-                    state[f"{name}{BLOCKS}"] = state.pop(name)
+        for name in (f"{where}.{weight}" for where in experts for weight in _WEIGHTS):
+            state[f"{name}{BLOCKS}"] = state.pop(name)
         return state, {}
 
     @property
