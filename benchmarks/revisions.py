@@ -149,12 +149,20 @@ def measure(packages: dict[str, str], args: argparse.Namespace, shape: str, form
         row = {"shape": shape, "form": form, "tree": name, "gpu_ms": asdict(spread.queued or spread.total),
                "total_ms": asdict(spread.total), "differs": apart[name]}  # fmt: skip
         if turns := kernels[name]:
-            row["kernels_us"] = {
-                kernel: [statistics.median(times) for times in zip(*(turn[kernel] for turn in turns), strict=True)]
-                for kernel in turns[0]
-            }
+            row["kernels_us"] = medians(turns)
         rows.append(row)
     return rows
+
+
+def medians(turns: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Median time of each launch of each kernel. Calls of which the profiler lost launches do not count."""
+    counts = [{kernel: len(times) for kernel, times in turn.items()} for turn in turns]
+    most = max(counts, key=lambda count: sum(count.values()))
+    whole = [turn for turn, count in zip(turns, counts, strict=True) if count == most]
+    return {
+        kernel: [statistics.median(times) for times in zip(*(turn[kernel] for turn in whole), strict=True)]
+        for kernel in most
+    }
 
 
 def main() -> None:

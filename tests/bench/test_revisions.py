@@ -95,6 +95,11 @@ def test_kernels_are_profiled_in_turns(monkeypatch):
     assert two["kernels_us"] == {"gemm": [4.0, 10.0]}
 
 
+def test_launches_that_the_profiler_lost():
+    turns = [{"gemm": [2.0]}, {"gemm": [1.0, 7.0], "sum": [3.0]}, {"gemm": [3.0, 5.0], "sum": [1.0]}, {"sum": [9.0]}]
+    assert revisions.medians(turns) == {"gemm": [2.0, 6.0], "sum": [2.0]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
