@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
 
 from support import aot
 
@@ -36,6 +39,33 @@ def _dot_kernel(a, b, out, N: tl.constexpr):
     at = tl.arange(0, N)
     grid = at[:, None] * N + at[None, :]
     tl.store(out + grid, tl.dot(tl.load(a + grid), tl.load(b + grid)))
+
+
+@gluon.jit
+def _products_kernel(out, n, IN_FLIGHT: gl.constexpr):
+    """Two sums in one branch, one in the other; IN_FLIGHT: both branches end before their products do."""
+    operand: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    a = gl.allocate_shared_memory(gl.bfloat16, [64, 64], operand)
+    b = gl.allocate_shared_memory(gl.bfloat16, [64, 128], operand)
+    one = gl.zeros((64, 128), gl.float32, layout)
+    two = gl.zeros((64, 128), gl.float32, layout)
+    if n > 1:
+        for _ in range(n):
+            one = hopper.warpgroup_mma(a, b, one, is_async=True)
+            two = hopper.warpgroup_mma(a, b, two, is_async=True)
+            one, two = hopper.warpgroup_mma_wait(2, deps=(one, two))
+        if not IN_FLIGHT:
+            one, two = hopper.warpgroup_mma_wait(0, deps=(one, two))
+    else:
+        for _ in range(2, n + 9):
+            one = hopper.warpgroup_mma(a, b, one, is_async=True)
+            one = hopper.warpgroup_mma_wait(1, deps=(one,))
+        if not IN_FLIGHT:
+            one = hopper.warpgroup_mma_wait(0, deps=(one,))
+    one, two = hopper.warpgroup_mma_wait(0, deps=(one, two))
+    rows, cols = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, 128, gl.SliceLayout(0, layout))
+    gl.store(out + rows[:, None] * 128 + cols[None, :], one + two)
 
 
 if AOT:
@@ -90,6 +120,7 @@ if AOT:
             matrix = (aot.FP8_INSTRUCTION if case.fp8 else aot.MATRIX_INSTRUCTION)[arch]
             assert resources.opcodes.get(matrix, 0) > 0, f"no {matrix}: {sorted(resources.opcodes)}"
         assert (resources.opcodes.get(aot.TMA_LOAD, 0) > 0) == case.uses_tma
+        assert not (case.name.startswith("hopper") and resources.in_series)
 
     @pytest.mark.parametrize("name", ["hopper-wgrad-dW1-silu-bf16", "hopper-down_grad-silu-bf16"])
     def test_arguments_that_are_one_are_constants(name):
@@ -99,6 +130,12 @@ if AOT:
         types = {argument: kind for argument, kind in case.types.items() if argument not in ones}
         assert ones
         aot.compiled(dataclasses.replace(case, types=types, constants=case.constants | ones), 90)
+
+    @pytest.mark.parametrize("in_flight", [False, True])
+    def test_products_in_series_are_seen(in_flight):
+        types, constants = {"out": "*fp32", "n": "i32"}, {"IN_FLIGHT": in_flight}
+        case = CompileCase("products", _products_kernel, types, constants, {"num_warps": 4})
+        assert aot.compile_case(case, 90).in_series == in_flight
 
     def test_names_are_unique():
         names = [param.id for param in CASES]

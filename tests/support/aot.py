@@ -33,6 +33,7 @@ MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTC
 #: The same for fp8 operands.
 FP8_INSTRUCTION = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}
 TMA_LOAD = "UTMALDG"
+_WGMMA = re.compile(r"\b[HQ]GMMA\.[^;]*")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 
@@ -48,6 +49,8 @@ class Resources:
         shared: bytes of dynamic shared memory per program.
         warps: warps the kernel really starts, with those warp specialisation adds.
         opcodes: how often each SASS instruction occurs, without its suffixes.
+        in_series: each wgmma is waited for before the next. ptxas makes it so where it cannot prove that the sums of
+            one in flight are left alone, as at the end of a branch, and triton does not pass on its remark.
         seconds: compile time (near zero from Triton's cache).
     """
 
@@ -57,6 +60,7 @@ class Resources:
     shared: int
     warps: int
     opcodes: dict[str, int]
+    in_series: bool
     seconds: float
 
     def problems(self, arch: int) -> list[str]:
@@ -113,6 +117,7 @@ def compile_case(case: CompileCase, arch: int) -> Resources:
         usage = _run("cuobjdump", "-res-usage", str(cubin))
         sass = _run("nvdisasm", "-c", str(cubin))
     opcodes = collections.Counter(_OPCODE.findall(sass))
+    wgmmas = _WGMMA.findall(sass)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return Resources(
         registers=numbers["REG"],
@@ -121,6 +126,7 @@ def compile_case(case: CompileCase, arch: int) -> Resources:
         shared=kernel.metadata.shared,
         warps=getattr(kernel.metadata, "num_warps", case.options["num_warps"]),
         opcodes=dict(opcodes),
+        in_series=len(wgmmas) > 1 and all("gsb0" in wgmma for wgmma in wgmmas),
         seconds=seconds,
     )
 
