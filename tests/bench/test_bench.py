@@ -162,6 +162,28 @@ def test_the_clock_takes_turns():
     assert "".join(order) == "abcbcacab"
 
 
+def test_every_queued_call_rests_as_long(monkeypatch):
+    """As long as the slowest launches take, but never so long that the queue of the GPU is full."""
+    hosts, rests = {"quick": 1.0, "slow": 4.0}, []
+
+    def once(call, queue_ms=0.0):
+        name = call()
+        if queue_ms:
+            rests.append((name, queue_ms))
+        return 10.0, hosts[name]
+
+    clock = timing.Clock(CPU)
+    monkeypatch.setattr(clock, "cuda", True)
+    monkeypatch.setattr(clock, "once", once)
+    calls = {name: (lambda name=name: name) for name in hosts}
+    times = clock.compare(calls, 3, cleanup=lambda: None, progress=lambda: None)
+    assert times["quick"].queued == timing.Spread(10.0, 10.0, 10.0)
+    assert rests[1:] == [("slow", 9.0), ("slow", 9.0), ("quick", 9.0), ("quick", 9.0), ("slow", 9.0)]
+    hosts["slow"] = timing.LONGEST_QUEUE_MS
+    clock.compare(calls, 3, cleanup=lambda: None, progress=lambda: None)
+    assert rests[-1][1] == timing.LONGEST_QUEUE_MS
+
+
 def test_slow_calls_are_timed_less_often(monkeypatch):
     seconds = iter(range(10**6))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(seconds)))

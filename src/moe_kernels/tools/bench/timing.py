@@ -53,7 +53,9 @@ class Times:
 class Clock:
     """Times calls round-robin, so that a drift of the GPU's frequency affects all of them equally.
 
-    On a GPU the L2 cache is flushed before every call by writing 256 MiB.
+    On a GPU the L2 cache is flushed before every call by writing 256 MiB. Before a call whose launches are queued the
+    GPU idles, as long before each: at its power limit it is faster after a rest, and resting for a call's own host
+    time would favour those that launch slowly (benchmarks/results/h200-log-20-rest.json).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -73,15 +75,14 @@ class Clock:
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 if turn >= SLOW_REPEATS and statistics.median(totals[name]) > SLOW_MS:
                     continue
-                total, host = self._once(calls[name])
+                total, host = self.once(calls[name])
                 cleanup()
                 totals[name].append(total)
                 hosts[name].append(host)
                 if self.cuda and host > LONGEST_QUEUE_MS:
                     queues[name].append(total)
                 elif self.cuda:
-                    ahead = min(2 * statistics.median(hosts[name]) + 1, LONGEST_QUEUE_MS)
-                    queues[name].append(self._once(calls[name], queue_ms=ahead)[0])
+                    queues[name].append(self.once(calls[name], queue_ms=_rest(hosts.values()))[0])
                     cleanup()
             progress()
         return {
@@ -91,7 +92,7 @@ class Clock:
             for name in names
         }
 
-    def _once(self, call: Call, queue_ms: float = 0.0) -> tuple[float, float]:
+    def once(self, call: Call, queue_ms: float = 0.0) -> tuple[float, float]:
         """(milliseconds to the end of the work, milliseconds until the call returned).
 
         With ``queue_ms`` the GPU first idles that long, so that every launch is queued when it wakes.
@@ -115,6 +116,11 @@ class Clock:
         torch.cuda.synchronize()
         del result
         return start.elapsed_time(end), host
+
+
+def _rest(hosts: Iterable[list[float]]) -> float:
+    """Milliseconds in which the launches of any of the calls are queued, given their host times until now."""
+    return min(2 * max(statistics.median(host) for host in hosts if host) + 1, LONGEST_QUEUE_MS)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""What a rest of the GPU before a call does to the time of the call: the evidence behind how ``Clock`` queues calls.
+
+    python benchmarks/rest.py --out rest.json                  # on a GPU: three layers, our kernels and torch.mm
+    python benchmarks/rest.py --device cpu --out rest.json     # tiny: proves the script, not the speed
+
+A call is a forward and backward. It runs once, then once more with its launches queued while the GPU idles for so
+many milliseconds, which is the time that counts. The calls take turns, the L2 cache is flushed before each.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forms import SHAPES
+from moe_kernels import fused_experts
+from moe_kernels.tools.bench.experts import dense_calls
+from moe_kernels.tools.bench.layer import Layer, make_layer
+from moe_kernels.tools.bench.timing import Call, Clock, Spread
+from moe_kernels.tools.check.problems import call
+from moe_kernels.tools.common.files import write_json
+from moe_kernels.tools.common.machine import environment
+
+
+def calls_of(layer: Layer) -> dict[str, Call]:
+    """Forward and backward on our kernels, and as large products of torch."""
+
+    def ours() -> None:
+        call(fused_experts, layer.inputs()).backward(layer.grad_out)
+        layer.clear_gradients()
+
+    return {"moe_kernels": ours, "dense": dense_calls(layer)[1]}
+
+
+def measure(shape: str, rests: list[float], repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """A row for each call and rest of one layer."""
+    layer, clock = make_layer(SHAPES[shape], "mild", device, torch.bfloat16), Clock(device)
+    turns = [(name, timed, rest) for name, timed in calls_of(layer).items() for rest in rests]
+    times: dict[tuple[str, float], list[float]] = {(name, rest): [] for name, _, rest in turns}
+    for turn in range(-2, repeats):  # two rounds compile
+        for number in range(len(turns)):
+            name, timed, rest = turns[(turn + number) % len(turns)]
+            clock.once(timed)
+            total, _host = clock.once(timed, queue_ms=rest)
+            if turn >= 0:
+                times[name, rest].append(total)
+    return [
+        {"shape": shape, "call": name, "rest_ms": rest, "gpu_ms": asdict(Spread.of(samples))}
+        for (name, rest), samples in times.items()
+    ]
+
+
+def main() -> None:
+    """Measure each layer, write the file after each, and print a line for each call and rest."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="mixtral-8x7b,qwen2-57b-a14b,mixtral-1b", help="comma-separated layers")
+    parser.add_argument("--rests", default="4,8,12,20", help="milliseconds; more than a call takes to launch")
+    parser.add_argument("--repeats", type=int, default=16, help="rounds")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("rest.json"))
+    args = parser.parse_args()
+    rests, device = [float(rest) for rest in args.rests.split(",")], torch.device(args.device)
+    rows: list[dict[str, Any]] = []
+    for shape in ["tiny"] if args.device == "cpu" else args.shapes.split(","):
+        if shape not in SHAPES:
+            parser.error(f"--shapes {shape}: choose from {', '.join(SHAPES)}")
+        here = measure(shape, rests, args.repeats, device)
+        rows += here
+        write_json(args.out, {"schema": 1, "kind": "rest", "environment": environment(), "rows": rows})
+        for row in here:
+            after = f"after {row['rest_ms']:4.0f} ms"
+            print(f"{shape:16} {row['call']:12} {after} {row['gpu_ms']['median']:8.3f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    main()
