@@ -37,7 +37,11 @@ def calls_of(layer: Layer) -> dict[str, Call]:
 
 
 def measure(shape: str, rests: list[float], repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """A row for each call and rest of one layer."""
+    """A row for each call and rest of one layer.
+
+    Raises:
+        SystemExit: launching takes longer than a rest, so that the GPU would wait for the host.
+    """
     layer, clock = make_layer(SHAPES[shape], "mild", device, torch.bfloat16), Clock(device)
     turns = [(name, timed, rest) for name, timed in calls_of(layer).items() for rest in rests]
     times: dict[tuple[str, float], list[float]] = {(name, rest): [] for name, _, rest in turns}
@@ -45,9 +49,12 @@ def measure(shape: str, rests: list[float], repeats: int, device: torch.device) 
         for number in range(len(turns)):
             name, timed, rest = turns[(turn + number) % len(turns)]
             clock.once(timed)
-            total, _host = clock.once(timed, queue_ms=rest)
-            if turn >= 0:
-                times[name, rest].append(total)
+            total, host = clock.once(timed, queue_ms=rest)
+            if turn < 0:
+                continue
+            if clock.cuda and host > rest:
+                raise SystemExit(f"{shape}: launching {name} took {host:.1f} ms; --rests of {rest:g} is too short")
+            times[name, rest].append(total)
     return [
         {"shape": shape, "call": name, "rest_ms": rest, "gpu_ms": asdict(Spread.of(samples))}
         for (name, rest), samples in times.items()
