@@ -16,16 +16,14 @@ import rest  # noqa: E402
 def test_every_call_after_every_rest(tmp_path):
     out = tmp_path / "rest.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "rest.py"), "--device", "cpu", "--repeats", "2"]
-    ran = subprocess.run(
-        [*command, "--rests", "3,6.5", "--out", str(out)], capture_output=True, text=True, timeout=300, check=False
-    )
+    command += ["--rests", "3,6.5,0", "--peers", "grouped_mm", "--out", str(out)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert [(row["call"], row["rest_ms"]) for row in rows] == [
-        ("moe_kernels", 3.0), ("moe_kernels", 6.5), ("dense", 3.0), ("dense", 6.5),
-    ]  # fmt: skip
+    calls = [(call, length) for call in ("moe_kernels", "grouped_mm", "dense") for length in (3.0, 6.5, 0.0)]
+    assert [(row["call"], row["rest_ms"]) for row in rows] == calls
     assert all(row["gpu_ms"]["median"] > 0 for row in rows)
-    assert ran.stdout.count("after") == 4
+    assert (ran.stdout.count("after"), ran.stdout.count("in a row")) == (6, 3)
 
 
 def test_each_call_runs_once_more_before_it_is_timed(monkeypatch):
@@ -43,18 +41,43 @@ def test_each_call_runs_once_more_before_it_is_timed(monkeypatch):
             return 1.0, 2.0
 
     monkeypatch.setattr(rest, "Clock", Clock)
-    assert len(rest.measure("tiny", [3.0, 5.0], 2, torch.device("cpu"))) == 4
+    assert len(rest.measure("tiny", [], [3.0, 5.0], 2, torch.device("cpu"))) == 4
     assert len(ran) == 2 * 4 * (2 + 2)
     for before, after in zip(ran[::2], ran[1::2], strict=True):
         assert before == (after[0], 0.0)
         assert after[1] > 0
     with pytest.raises(SystemExit, match="--rests of 1 is too short"):
-        rest.measure("tiny", [1.0], 1, torch.device("cpu"))
+        rest.measure("tiny", [], [1.0], 1, torch.device("cpu"))
 
 
-def test_an_unknown_layer_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["rest.py", "--shapes", "mixtral"])
+def test_calls_in_a_row_are_timed_together():
+    ran, rests = [], []
+
+    class Clock:
+        def once(self, call, queue_ms=0.0):
+            rests.append(queue_ms)
+            call()
+            return 30.0, 20.0
+
+    assert rest.timed_once(Clock(), lambda: ran.append(1), 0.0) == (3.0, 2.0)
+    assert (len(ran), rests) == (1 + rest.IN_A_ROW, [0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--shapes", "mixtral"), "--shapes mixtral: choose from mixtral-1b"),
+        (("--peers", "sonic"), "--peers sonic: choose from eager"),
+    ],
+)
+def test_what_is_unknown_is_refused(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rest.py", *arguments])
     with pytest.raises(SystemExit) as refused:
         rest.main()
     assert refused.value.code == 2
-    assert "--shapes mixtral: choose from mixtral-1b" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
+
+
+def test_a_peer_that_cannot_run_here_says_why():
+    with pytest.raises(SystemExit, match="tiny: sonicmoe needs an NVIDIA GPU"):
+        rest.measure("tiny", ["sonicmoe"], [3.0], 1, torch.device("cpu"))
