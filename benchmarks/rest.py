@@ -96,12 +96,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="mixtral-8x7b,qwen2-57b-a14b,mixtral-1b", help="comma-separated layers")
     parser.add_argument("--peers", default="", help=f"comma-separated, of {', '.join(PEERS)}")
-    parser.add_argument("--rests", default="0,4,8,12,20", help="milliseconds: 0, or more than a launch")
+    parser.add_argument("--rests", default="0,4,8,12,20", help="milliseconds: 0, or more than a call takes to launch")
     parser.add_argument("--repeats", type=int, default=16, help="rounds")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("rest.json"))
     args = parser.parse_args()
-    rests, device = [float(rest) for rest in args.rests.split(",")], torch.device(args.device)
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: at least 1")
+    try:
+        rests = [float(rest) for rest in args.rests.split(",")]
+    except ValueError:
+        rests = [-1.0]
+    if min(rests) < 0:
+        parser.error(f"--rests {args.rests}: milliseconds from 0 on, with commas between them")
+    device = torch.device(args.device)
     peers = [name for name in args.peers.split(",") if name]
     if unknown := sorted(set(peers) - PEERS.keys()):
         parser.error(f"--peers {','.join(unknown)}: choose from {', '.join(PEERS)}")
