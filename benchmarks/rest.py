@@ -91,24 +91,32 @@ def measure(
     ]
 
 
+def milliseconds(text: str) -> list[float]:
+    """The numbers between the commas.
+
+    Raises:
+        ValueError: one is none, or negative.
+    """
+    numbers = [float(number) for number in text.split(",")]
+    if min(numbers) < 0:
+        raise ValueError
+    return numbers
+
+
 def main() -> None:
     """Measure each layer, write the file after each, and print a line for each call and rest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="mixtral-8x7b,qwen2-57b-a14b,mixtral-1b", help="comma-separated layers")
     parser.add_argument("--peers", default="", help=f"comma-separated, of {', '.join(PEERS)}")
-    parser.add_argument("--rests", default="0,4,8,12,20", help="milliseconds: 0, or more than a call takes to launch")
+    parser.add_argument(
+        "--rests", type=milliseconds, default="0,4,8,12,20", help="comma-separated: 0, or more than a call's launches"
+    )
     parser.add_argument("--repeats", type=int, default=16, help="rounds")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("rest.json"))
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: at least 1")
-    try:
-        rests = [float(rest) for rest in args.rests.split(",")]
-    except ValueError:
-        rests = [-1.0]
-    if min(rests) < 0:
-        parser.error(f"--rests {args.rests}: milliseconds from 0 on, with commas between them")
     device = torch.device(args.device)
     peers = [name for name in args.peers.split(",") if name]
     if unknown := sorted(set(peers) - PEERS.keys()):
@@ -117,7 +125,7 @@ def main() -> None:
     for shape in ["tiny"] if args.device == "cpu" else args.shapes.split(","):
         if shape not in SHAPES:
             parser.error(f"--shapes {shape}: choose from {', '.join(SHAPES)}")
-        here = measure(shape, peers, rests, args.repeats, device)
+        here = measure(shape, peers, args.rests, args.repeats, device)
         rows += here
         write_json(args.out, {"schema": 1, "kind": "rest", "environment": environment(), "rows": rows})
         for row in here:

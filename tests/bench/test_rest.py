@@ -68,8 +68,8 @@ def test_calls_in_a_row_are_timed_together():
     [
         (("--shapes", "mixtral"), "--shapes mixtral: choose from mixtral-1b"),
         (("--peers", "sonic"), "--peers sonic: choose from eager"),
-        (("--rests", "4,"), "--rests 4,: milliseconds from 0 on"),
-        (("--rests", "4,-1"), "--rests 4,-1: milliseconds from 0 on"),
+        (("--rests", "4,"), "--rests: invalid milliseconds value: '4,'"),
+        (("--rests", "4,-1"), "--rests: invalid milliseconds value: '4,-1'"),
         (("--repeats", "0"), "--repeats 0: at least 1"),
     ],
 )
